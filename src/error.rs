@@ -1,0 +1,536 @@
+//! [`Error`]: what went wrong, whether it can pass, and what to do about it.
+
+use std::error::Error as StdError;
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::usage::RateSnapshot;
+
+/// A result with this crate's [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What went wrong. Ask the predicates of [`Error`] first; match on a kind only
+/// where they do not tell enough.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum ErrorKind {
+    /// The provider refused the call because of a rate limit (429). Waiting cures it.
+    Throttled,
+    /// The provider is overloaded (503, 529, `slow_down`). Sending less cures it.
+    Overloaded,
+    /// The provider failed in a way that usually passes (408, 409, 5xx).
+    Unavailable,
+    /// The connection could not be made, was reset, or ended in the middle of a reply.
+    Connection,
+    /// The call took longer than one of its timeouts.
+    Timeout,
+    /// The request itself is refused (400, 404, 413, 422): the same request will fail again.
+    InvalidRequest,
+    /// The credentials are refused (401, 403). No call of this account will succeed.
+    Unauthorized,
+    /// The account's quota is used up (402, `insufficient_quota`, spend cap, per-day limit).
+    /// No call of this account will succeed until somebody acts or the day ends.
+    QuotaExhausted,
+    /// The reply is not what the protocol says: not JSON, no choices, too large.
+    MalformedReply,
+    /// The work was cancelled before it had a result.
+    Cancelled,
+    /// The context's deadline passed, or would have passed before the call could start.
+    DeadlineExceeded,
+    /// User code panicked; the message is the panic's.
+    Panicked,
+    /// Fewer items succeeded than were asked for ([`Settled::at_least`](crate::Settled::at_least)).
+    TooFew,
+    /// A setting is wrong: a missing key, an unusable URL.
+    Config,
+    /// Reading or writing failed outside the provider.
+    Io,
+    /// An error of the caller's own code, carried by [`Error::other`].
+    Other,
+}
+
+impl ErrorKind {
+    /// The kind as a lower-case word with underscores, as it is serialised.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Throttled => "throttled",
+            Self::Overloaded => "overloaded",
+            Self::Unavailable => "unavailable",
+            Self::Connection => "connection",
+            Self::Timeout => "timeout",
+            Self::InvalidRequest => "invalid_request",
+            Self::Unauthorized => "unauthorized",
+            Self::QuotaExhausted => "quota_exhausted",
+            Self::MalformedReply => "malformed_reply",
+            Self::Cancelled => "cancelled",
+            Self::DeadlineExceeded => "deadline_exceeded",
+            Self::Panicked => "panicked",
+            Self::TooFew => "too_few",
+            Self::Config => "config",
+            Self::Io => "io",
+            Self::Other => "other",
+        }
+    }
+
+    fn describe(self) -> &'static str {
+        match self {
+            Self::Throttled => "throttled by the provider",
+            Self::Overloaded => "provider overloaded",
+            Self::Unavailable => "provider unavailable",
+            Self::Connection => "connection failed",
+            Self::Timeout => "timed out",
+            Self::InvalidRequest => "request refused",
+            Self::Unauthorized => "credentials refused",
+            Self::QuotaExhausted => "account quota exhausted",
+            Self::MalformedReply => "malformed reply",
+            Self::Cancelled => "cancelled",
+            Self::DeadlineExceeded => "deadline exceeded",
+            Self::Panicked => "panicked",
+            Self::TooFew => "too few succeeded",
+            Self::Config => "bad configuration",
+            Self::Io => "input/output failed",
+            Self::Other => "failed",
+        }
+    }
+
+    fn persistence(self) -> Persistence {
+        match self {
+            Self::Throttled
+            | Self::Overloaded
+            | Self::Unavailable
+            | Self::Connection
+            | Self::Timeout
+            | Self::MalformedReply => Persistence::Temporary,
+            _ => Persistence::Permanent,
+        }
+    }
+
+    /// Whether a call that ended so was paid for, as far as the kind alone can tell.
+    fn billed(self) -> Option<bool> {
+        match self {
+            Self::Connection | Self::Timeout | Self::Panicked | Self::Other => None,
+            Self::MalformedReply => Some(true),
+            _ => Some(false),
+        }
+    }
+}
+
+impl fmt::Display for ErrorKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// Whether trying again can help.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum Persistence {
+    /// It may pass: the retry loop tries again.
+    Temporary,
+    /// It will not pass: nobody tries again.
+    Permanent,
+    /// It might have passed, but whoever retries has given up. An outer layer
+    /// must not retry it once more: that is how retries multiply.
+    Exhausted,
+}
+
+/// Why a call or an item failed: opaque, cheap to move, cloneable.
+///
+/// An error has a [kind](Error::kind), says whether it [can pass](Error::is_temporary),
+/// what the server asked us to [wait](Error::wait), and whether the failure
+/// [was paid for](Error::billed). It never holds a key or a header.
+///
+/// # Example: an error of your own inside a pipeline
+///
+/// ```
+/// use throughline::{Error, Result};
+///
+/// fn words(text: &str) -> Result<usize> {
+///     let first = text.lines().next().ok_or_else(|| Error::other("the reply is empty"))?;
+///     first.parse().map_err(Error::other)
+/// }
+/// assert!(words("").unwrap_err().to_string().contains("the reply is empty"));
+/// assert_eq!(words("12").unwrap(), 12);
+/// ```
+#[derive(Clone, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Error(Box<Inner>);
+
+#[derive(Clone, Serialize, Deserialize)]
+struct Inner {
+    kind: ErrorKind,
+    persistence: Persistence,
+    message: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    wait: Option<Duration>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    http_status: Option<u16>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    code: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    request_id: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    billed: Option<bool>,
+    #[serde(default)]
+    attempts: u32,
+    #[serde(skip)]
+    rate: Option<Box<RateSnapshot>>,
+    #[serde(skip)]
+    source: Option<Arc<dyn StdError + Send + Sync>>,
+}
+
+impl Error {
+    /// An error of `kind`; the kind decides whether it can pass.
+    pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
+        Self(Box::new(Inner {
+            kind,
+            persistence: kind.persistence(),
+            message: message.into(),
+            wait: None,
+            http_status: None,
+            code: None,
+            request_id: None,
+            billed: kind.billed(),
+            attempts: 0,
+            rate: None,
+            source: None,
+        }))
+    }
+
+    /// The caller's own error, permanent: nobody tries it again.
+    ///
+    /// An [`Error`] of this crate passes through unchanged.
+    pub fn other(error: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {
+        match error.into().downcast::<Self>() {
+            Ok(ours) => *ours,
+            Err(theirs) => {
+                Self::new(ErrorKind::Other, theirs.to_string()).with_source_arc(theirs.into())
+            }
+        }
+    }
+
+    pub(crate) fn cancelled(what: impl Into<String>) -> Self {
+        Self::new(ErrorKind::Cancelled, what)
+    }
+
+    pub(crate) fn panicked(payload: Box<dyn std::any::Any + Send>) -> Self {
+        let message = match payload.downcast::<String>() {
+            Ok(message) => *message,
+            Err(payload) => match payload.downcast::<&'static str>() {
+                Ok(message) => (*message).to_owned(),
+                Err(_) => "a panic without a message".to_owned(),
+            },
+        };
+        Self::new(ErrorKind::Panicked, message)
+    }
+
+    /// Adds the cause, shown by [`std::error::Error::source`]. It is not serialised.
+    #[must_use]
+    pub fn with_source(self, source: impl StdError + Send + Sync + 'static) -> Self {
+        self.with_source_arc(Arc::new(source))
+    }
+
+    fn with_source_arc(mut self, source: Arc<dyn StdError + Send + Sync>) -> Self {
+        self.0.source = Some(source);
+        self
+    }
+
+    /// Adds how long the server asks to wait.
+    #[must_use]
+    pub fn with_wait(mut self, wait: Duration) -> Self {
+        self.0.wait = Some(wait);
+        self
+    }
+
+    /// Adds the HTTP status.
+    #[must_use]
+    pub fn with_http_status(mut self, status: u16) -> Self {
+        self.0.http_status = Some(status);
+        self
+    }
+
+    /// Adds the provider's own error code.
+    #[must_use]
+    pub fn with_code(mut self, code: impl Into<String>) -> Self {
+        self.0.code = Some(code.into());
+        self
+    }
+
+    /// Adds the provider's request id, for a question to its support.
+    #[must_use]
+    pub fn with_request_id(mut self, id: impl Into<String>) -> Self {
+        self.0.request_id = Some(id.into());
+        self
+    }
+
+    /// Adds the rate-limit metadata that came with the error.
+    #[must_use]
+    pub fn with_rate(mut self, rate: RateSnapshot) -> Self {
+        self.0.rate = Some(Box::new(rate));
+        self
+    }
+
+    /// Says whether the failed call was paid for (`None`: nobody can know).
+    #[must_use]
+    pub fn with_billed(mut self, billed: Option<bool>) -> Self {
+        self.0.billed = billed;
+        self
+    }
+
+    /// Overrules what the kind says about trying again (`x-should-retry`).
+    #[must_use]
+    pub fn with_persistence(mut self, persistence: Persistence) -> Self {
+        self.0.persistence = persistence;
+        self
+    }
+
+    /// Marks a temporary error as given up after `attempts` calls to the provider.
+    pub(crate) fn exhausted(mut self, attempts: u32) -> Self {
+        if self.0.persistence == Persistence::Temporary {
+            self.0.persistence = Persistence::Exhausted;
+        }
+        self.0.attempts = attempts;
+        self
+    }
+
+    /// What went wrong.
+    pub fn kind(&self) -> ErrorKind {
+        self.0.kind
+    }
+
+    /// Whether trying again can help.
+    pub fn persistence(&self) -> Persistence {
+        self.0.persistence
+    }
+
+    /// The message alone, without the kind and the details that `Display` adds.
+    pub fn message(&self) -> &str {
+        &self.0.message
+    }
+
+    /// How long the server asked us to wait, if it did.
+    pub fn wait(&self) -> Option<Duration> {
+        self.0.wait
+    }
+
+    /// The HTTP status, if there was a reply.
+    pub fn http_status(&self) -> Option<u16> {
+        self.0.http_status
+    }
+
+    /// The provider's own error code, if it sent one.
+    pub fn code(&self) -> Option<&str> {
+        self.0.code.as_deref()
+    }
+
+    /// The provider's request id, if it sent one.
+    pub fn request_id(&self) -> Option<&str> {
+        self.0.request_id.as_deref()
+    }
+
+    /// The rate-limit metadata that came with the error, if any. It is not serialised.
+    pub fn rate(&self) -> Option<&RateSnapshot> {
+        self.0.rate.as_deref()
+    }
+
+    /// Whether the failed call was paid for; `None` where nobody can know, as for
+    /// a connection that broke after the request was sent.
+    pub fn billed(&self) -> Option<bool> {
+        self.0.billed
+    }
+
+    /// How many calls to the provider were made before giving up; 0 when none was
+    /// made, or when the error did not come out of a call.
+    pub fn attempts(&self) -> u32 {
+        self.0.attempts
+    }
+
+    /// It may pass, and nobody has given up on it.
+    pub fn is_temporary(&self) -> bool {
+        self.0.persistence == Persistence::Temporary
+    }
+
+    /// It will not pass by itself.
+    pub fn is_permanent(&self) -> bool {
+        self.0.persistence == Persistence::Permanent
+    }
+
+    /// It was tried as often as the policy allows. Do not retry it again.
+    pub fn is_exhausted(&self) -> bool {
+        self.0.persistence == Persistence::Exhausted
+    }
+
+    /// The provider's rate limit said no.
+    pub fn is_throttled(&self) -> bool {
+        self.0.kind == ErrorKind::Throttled
+    }
+
+    /// The provider is overloaded.
+    pub fn is_overloaded(&self) -> bool {
+        self.0.kind == ErrorKind::Overloaded
+    }
+
+    /// One of the call's timeouts passed.
+    pub fn is_timeout(&self) -> bool {
+        self.0.kind == ErrorKind::Timeout
+    }
+
+    /// The work was cancelled.
+    pub fn is_cancelled(&self) -> bool {
+        self.0.kind == ErrorKind::Cancelled
+    }
+
+    /// The deadline passed.
+    pub fn is_deadline_exceeded(&self) -> bool {
+        self.0.kind == ErrorKind::DeadlineExceeded
+    }
+
+    /// User code panicked.
+    pub fn is_panic(&self) -> bool {
+        self.0.kind == ErrorKind::Panicked
+    }
+
+    /// No other call of this account can succeed either: credentials or quota.
+    /// Stop, keep what is done, and tell a person.
+    pub fn is_account_wide(&self) -> bool {
+        matches!(
+            self.0.kind,
+            ErrorKind::Unauthorized | ErrorKind::QuotaExhausted
+        )
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.0.kind.describe())?;
+        match (self.0.http_status, &self.0.code) {
+            (Some(status), Some(code)) => write!(f, " (HTTP {status}, {code})")?,
+            (Some(status), None) => write!(f, " (HTTP {status})")?,
+            (None, Some(code)) => write!(f, " ({code})")?,
+            (None, None) => {}
+        }
+        if !self.0.message.is_empty() {
+            write!(f, ": {}", self.0.message)?;
+        }
+        if let Some(wait) = self.0.wait {
+            write!(f, "; the server asks to wait {wait:?}")?;
+        }
+        if self.0.attempts > 1 {
+            write!(f, "; after {} attempts", self.0.attempts)?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Debug for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut out = f.debug_struct("Error");
+        out.field("kind", &self.0.kind)
+            .field("persistence", &self.0.persistence)
+            .field("message", &self.0.message);
+        if let Some(source) = &self.0.source {
+            out.field("source", &source.to_string());
+        }
+        out.field("http_status", &self.0.http_status)
+            .field("code", &self.0.code)
+            .field("request_id", &self.0.request_id)
+            .field("wait", &self.0.wait)
+            .field("attempts", &self.0.attempts)
+            .field("billed", &self.0.billed)
+            .finish()
+    }
+}
+
+impl StdError for Error {
+    fn source(&self) -> Option<&(dyn StdError + 'static)> {
+        self.0
+            .source
+            .as_deref()
+            .map(|source| source as &(dyn StdError + 'static))
+    }
+}
+
+impl From<std::io::Error> for Error {
+    fn from(error: std::io::Error) -> Self {
+        Self::new(ErrorKind::Io, error.to_string()).with_source(error)
+    }
+}
+
+impl From<serde_json::Error> for Error {
+    /// The caller's own JSON did not parse: permanent.
+    fn from(error: serde_json::Error) -> Self {
+        Self::other(error)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn display_names_kind_status_wait_and_attempts() {
+        let error = Error::new(ErrorKind::Throttled, "slow down, please")
+            .with_http_status(429)
+            .with_code("rate_limit_exceeded")
+            .with_wait(Duration::from_millis(1500))
+            .exhausted(3);
+        assert_eq!(
+            error.to_string(),
+            "throttled by the provider (HTTP 429, rate_limit_exceeded): slow down, please; \
+             the server asks to wait 1.5s; after 3 attempts"
+        );
+        assert!(error.is_exhausted() && !error.is_temporary());
+    }
+
+    #[test]
+    fn giving_up_leaves_a_permanent_error_permanent() {
+        let error = Error::new(ErrorKind::InvalidRequest, "no such model").exhausted(1);
+        assert!(error.is_permanent());
+        assert_eq!(error.attempts(), 1);
+    }
+
+    #[test]
+    fn other_keeps_our_own_error_and_the_source_of_a_foreign_one() {
+        let ours = Error::new(ErrorKind::Timeout, "idle");
+        assert_eq!(Error::other(ours).kind(), ErrorKind::Timeout);
+
+        let theirs = Error::other("x".parse::<u8>().unwrap_err());
+        assert!(theirs.is_permanent());
+        assert_eq!(
+            StdError::source(&theirs).unwrap().to_string(),
+            theirs.message()
+        );
+    }
+
+    #[test]
+    fn serde_keeps_all_but_source_and_rate() {
+        let error = Error::new(ErrorKind::Connection, "reset")
+            .with_source(std::io::Error::other("reset by peer"))
+            .with_rate(RateSnapshot::default())
+            .with_request_id("req_1");
+        let json = serde_json::to_string(&error).unwrap();
+        let back: Error = serde_json::from_str(&json).unwrap();
+        assert_eq!(back.to_string(), error.to_string());
+        assert_eq!(back.request_id(), Some("req_1"));
+        assert_eq!(back.billed(), None);
+        assert!(StdError::source(&back).is_none() && back.rate().is_none());
+    }
+
+    #[test]
+    fn panic_payloads_become_messages() {
+        assert_eq!(Error::panicked(Box::new("static")).message(), "static");
+        assert_eq!(
+            Error::panicked(Box::new("owned".to_owned())).message(),
+            "owned"
+        );
+        assert_eq!(
+            Error::panicked(Box::new(7)).message(),
+            "a panic without a message"
+        );
+    }
+}

@@ -1,0 +1,18 @@
+//! throughline
+#![cfg_attr(docsrs, feature(doc_cfg))]
+
+mod digest;
+mod error;
+pub mod provider;
+mod reply;
+mod request;
+mod usage;
+
+pub use async_trait::async_trait;
+
+pub use crate::digest::RequestDigest;
+pub use crate::error::{Error, ErrorKind, Persistence, Result};
+pub use crate::provider::{Capabilities, OutputCharge, Provider};
+pub use crate::reply::{Delta, FinishReason, Reply, ReplyStream};
+pub use crate::request::{Message, Request, ResponseFormat, Role};
+pub use crate::usage::{Quota, RateSnapshot, Usage};

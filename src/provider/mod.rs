@@ -1,0 +1,143 @@
+//! [`Provider`]: the plug-in that turns a [`Request`] into a [`Reply`].
+
+use std::fmt;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use futures::stream;
+
+use crate::error::Result;
+use crate::reply::{Delta, Reply, ReplyStream};
+use crate::request::Request;
+
+/// A model behind an API, a process or a function.
+///
+/// A provider makes **one** call and says honestly how it ended: it does not
+/// retry, wait or queue. Pacing and retries stand above it, once.
+///
+/// - An error's [kind](crate::ErrorKind) decides what happens next, so map what the
+///   server says with care; add the server's [wait](crate::Error::with_wait) and its
+///   [rate-limit metadata](crate::Error::with_rate) when there are any.
+/// - Rate-limit metadata belongs on success too ([`Reply::rate`]).
+/// - The returned future may be dropped at any await: close the connection, leave nothing behind.
+///
+/// # Example: a provider by hand
+///
+/// ```
+/// use throughline::{Provider, Reply, Request, Result, Usage, async_trait};
+///
+/// struct Shout;
+///
+/// #[async_trait]
+/// impl Provider for Shout {
+///     fn name(&self) -> &str {
+///         "shout"
+///     }
+///
+///     async fn generate(&self, request: &Request) -> Result<Reply> {
+///         Ok(Reply::new(request.last_text().to_uppercase(), Usage::new(1, 1)))
+///     }
+/// }
+/// ```
+#[async_trait]
+pub trait Provider: Send + Sync + 'static {
+    /// A short name for logs, spans and errors: `openai`, `anthropic`.
+    fn name(&self) -> &str;
+
+    /// Makes the call and waits for the whole reply.
+    async fn generate(&self, request: &Request) -> Result<Reply>;
+
+    /// Makes the call and yields the reply as it is written, [`Delta::End`] last.
+    ///
+    /// The default waits for the whole reply and yields it as one piece.
+    async fn stream(&self, request: &Request) -> Result<ReplyStream> {
+        let reply = self.generate(request).await?;
+        let text = Delta::Text(reply.text.clone());
+        Ok(Box::pin(stream::iter([
+            Ok(text),
+            Ok(Delta::End(Box::new(reply))),
+        ])))
+    }
+
+    /// What this provider can do beyond plain text. The default is nothing.
+    fn capabilities(&self) -> Capabilities {
+        Capabilities::default()
+    }
+}
+
+/// What a provider can do beyond plain text.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Capabilities {
+    /// [`Provider::stream`] yields text while it is being written.
+    pub streaming: bool,
+    /// [`ResponseFormat::Json`](crate::ResponseFormat::Json) is enforced.
+    pub json: bool,
+    /// [`ResponseFormat::JsonSchema`](crate::ResponseFormat::JsonSchema) is enforced.
+    pub json_schema: bool,
+    /// How the provider charges output tokens against its rate limit.
+    pub output_charge: OutputCharge,
+}
+
+impl Capabilities {
+    /// Says that [`Provider::stream`] really streams.
+    #[must_use]
+    pub fn with_streaming(mut self) -> Self {
+        self.streaming = true;
+        self
+    }
+
+    /// Says that JSON output is enforced, and whether a schema is.
+    #[must_use]
+    pub fn with_json(mut self, schema: bool) -> Self {
+        self.json = true;
+        self.json_schema = schema;
+        self
+    }
+
+    /// Says how output tokens are charged against the rate limit.
+    #[must_use]
+    pub fn with_output_charge(mut self, charge: OutputCharge) -> Self {
+        self.output_charge = charge;
+        self
+    }
+}
+
+/// What a provider counts against a token limit for the answer.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum OutputCharge {
+    /// `max_tokens`, when the call is admitted (OpenAI, Azure).
+    #[default]
+    Reserved,
+    /// What is really produced (Anthropic).
+    Produced,
+}
+
+macro_rules! forward {
+    ($($holder:ty),+) => {$(
+        #[async_trait]
+        #[deny(clippy::missing_trait_methods)]
+        impl<P: Provider + ?Sized> Provider for $holder {
+            fn name(&self) -> &str {
+                (**self).name()
+            }
+            async fn generate(&self, request: &Request) -> Result<Reply> {
+                (**self).generate(request).await
+            }
+            async fn stream(&self, request: &Request) -> Result<ReplyStream> {
+                (**self).stream(request).await
+            }
+            fn capabilities(&self) -> Capabilities {
+                (**self).capabilities()
+            }
+        }
+    )+};
+}
+forward!(Arc<P>, Box<P>);
+
+impl fmt::Debug for dyn Provider {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Provider").field(&self.name()).finish()
+    }
+}
