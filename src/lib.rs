@@ -12,6 +12,8 @@ pub use async_trait::async_trait;
 
 pub use crate::digest::RequestDigest;
 pub use crate::error::{Error, ErrorKind, Persistence, Result};
+#[cfg(feature = "sim")]
+pub use crate::provider::sim::Sim;
 pub use crate::provider::{Capabilities, OutputCharge, Provider};
 pub use crate::reply::{Delta, FinishReason, Reply, ReplyStream};
 pub use crate::request::{Message, Request, ResponseFormat, Role};

@@ -1,5 +1,8 @@
 //! [`Provider`]: the plug-in that turns a [`Request`] into a [`Reply`].
 
+#[cfg(feature = "sim")]
+pub mod sim;
+
 use std::fmt;
 use std::sync::Arc;
 

@@ -1,0 +1,381 @@
+//! The simulated model: what a call will answer, how long it takes, and its luck.
+//!
+//! The answer is drawn from the seed, the item key and the digest, so an item that asks
+//! again gets the same answer. Luck (jitter, faults) is drawn from these and how often
+//! the call was let in before, so a retry has new luck. Neither depends on the order in
+//! which calls arrive: a run with other parallelism meets the same answers and faults.
+
+use std::fmt;
+use std::ops::RangeInclusive;
+use std::sync::Arc;
+use std::time::Duration;
+
+use fastrand::Rng;
+
+use crate::digest::RequestDigest;
+use crate::reply::FinishReason;
+use crate::request::Request;
+
+/// How many tokens answers have.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Tokens(Shape);
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Shape {
+    Uniform { least: u64, most: u64 },
+    HeavyTailed { median: f64, sigma: f64 },
+}
+
+impl Tokens {
+    /// Always `n`.
+    pub const fn fixed(n: u64) -> Self {
+        Self(Shape::Uniform { least: n, most: n })
+    }
+
+    /// Each number of the range equally often.
+    ///
+    /// # Panics
+    /// If the range is empty.
+    pub fn uniform(range: RangeInclusive<u64>) -> Self {
+        let (least, most) = range.into_inner();
+        assert!(least <= most, "the range {least}..={most} is empty");
+        Self(Shape::Uniform { least, most })
+    }
+
+    /// Log-normal, as answer lengths tend to be: half of them are below `median`, one in a
+    /// hundred is above `p99`, and a few are far above. At least 1.
+    ///
+    /// # Panics
+    /// If `median` is zero, or `p99` below it.
+    pub fn heavy_tailed(median: u64, p99: u64) -> Self {
+        assert!(0 < median && median <= p99, "0 < median <= p99 must hold");
+        let (median, p99) = (median as f64, p99 as f64);
+        // 99 % of a normal distribution lie below 2.326 standard deviations.
+        let sigma = (p99 / median).ln() / 2.326_347_874;
+        Self(Shape::HeavyTailed { median, sigma })
+    }
+
+    fn draw(self, rng: &mut Rng) -> u64 {
+        match self.0 {
+            Shape::Uniform { least, most } => rng.u64(least..=most),
+            Shape::HeavyTailed { median, sigma } => {
+                // Box and Muller; 1 - u is never 0, whose logarithm is not finite.
+                let radius = (-2.0 * (1.0 - rng.f64()).ln()).sqrt();
+                let normal = radius * (std::f64::consts::TAU * rng.f64()).cos();
+                (median * (sigma * normal).exp()).round().max(1.0) as u64
+            }
+        }
+    }
+}
+
+/// What goes wrong with an admitted call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Fault {
+    /// 500.
+    Error,
+    /// The connection is reset.
+    Reset,
+    /// No answer, ever.
+    Hang,
+    /// The answer ends in the middle.
+    Cut,
+    /// 503.
+    Overload,
+}
+
+/// How often each fault happens, in parts of one.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct FaultRates(pub(super) [f64; 5]);
+
+impl FaultRates {
+    const ORDER: [Fault; 5] = [
+        Fault::Error,
+        Fault::Reset,
+        Fault::Hang,
+        Fault::Cut,
+        Fault::Overload,
+    ];
+
+    pub(super) fn set(&mut self, fault: Fault, rate: f64) {
+        let index = Self::ORDER.iter().position(|f| *f == fault);
+        self.0[index.unwrap_or(0)] = rate;
+        let sum: f64 = self.0.iter().sum();
+        assert!(
+            self.0.iter().all(|rate| (0.0..=1.0).contains(rate)) && sum <= 1.0 + 1e-9,
+            "fault rates lie in 0.0..=1.0, and so does their sum: {sum}"
+        );
+    }
+
+    fn draw(&self, rng: &mut Rng) -> Option<Fault> {
+        let mut point = rng.f64();
+        for (fault, rate) in Self::ORDER.into_iter().zip(self.0) {
+            if point < rate {
+                return Some(fault);
+            }
+            point -= rate;
+        }
+        None
+    }
+}
+
+pub(super) type ReplyFn = Arc<dyn Fn(&Request) -> String + Send + Sync>;
+
+#[derive(Clone, Default)]
+pub(super) struct Model {
+    pub(super) seed: u64,
+    pub(super) latency: Duration,
+    pub(super) first_token: Duration,
+    pub(super) per_token: Duration,
+    pub(super) jitter: f64,
+    pub(super) output: Option<Tokens>,
+    pub(super) reply: Option<ReplyFn>,
+    pub(super) faults: FaultRates,
+}
+
+impl fmt::Debug for Model {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Model")
+            .field("seed", &self.seed)
+            .field("latency", &self.latency)
+            .field("first_token", &self.first_token)
+            .field("per_token", &self.per_token)
+            .field("jitter", &self.jitter)
+            .field("output", &self.output)
+            .field("faults", &self.faults)
+            .finish_non_exhaustive()
+    }
+}
+
+/// The course one call will take.
+#[derive(Debug, Default)]
+pub(super) struct Plan {
+    pub(super) text: String,
+    pub(super) output_tokens: u64,
+    /// The answer was cut at `max_tokens`.
+    pub(super) too_long: bool,
+    /// From admission to the first token.
+    pub(super) first_token: Duration,
+    /// From admission to the end.
+    pub(super) total: Duration,
+    pub(super) fault: Option<Fault>,
+    /// When the fault strikes, counted from admission.
+    pub(super) fault_at: Duration,
+}
+
+impl Model {
+    pub(super) fn plan(
+        &self,
+        request: &Request,
+        key: &str,
+        digest: &RequestDigest,
+        admitted_before: u64,
+    ) -> Plan {
+        let rng = |nth: &[u8]| {
+            let seed = self.seed.to_le_bytes();
+            Rng::with_seed(fnv(&[&seed, key.as_bytes(), digest.as_bytes(), nth]))
+        };
+        let mut luck = rng(&admitted_before.to_le_bytes());
+        let fault = self.faults.draw(&mut luck);
+        let swing = 1.0 + self.jitter * (2.0 * luck.f64() - 1.0);
+        let strikes = luck.f64();
+
+        let (mut text, whole) = self.answer(request, rng(&[]));
+        let output_tokens = whole.min(request.max_tokens.unwrap_or(u64::MAX));
+        let too_long = output_tokens < whole;
+        if too_long {
+            // As much of the text as of its tokens.
+            let keep = text.chars().count() as u128 * u128::from(output_tokens);
+            let keep = (keep / u128::from(whole)) as usize;
+            text = text.chars().take(keep).collect();
+        }
+
+        let generation = self.per_token.as_nanos() as f64 * output_tokens as f64;
+        let total = self.first_token + self.latency + Duration::from_nanos(generation as u64);
+        let total = total.mul_f64(swing);
+        let first_token = self.first_token.mul_f64(swing);
+        let fault_at = match fault {
+            // Something is generated before a cut, and nothing before another fault.
+            Some(Fault::Cut) => first_token + (total - first_token).mul_f64(strikes),
+            Some(Fault::Overload) => Duration::ZERO,
+            _ => total.mul_f64(strikes),
+        };
+        Plan {
+            text,
+            output_tokens,
+            too_long,
+            first_token,
+            total,
+            fault,
+            fault_at,
+        }
+    }
+
+    /// The whole answer and its tokens.
+    fn answer(&self, request: &Request, mut rng: Rng) -> (String, u64) {
+        let drawn = self.output.map(|tokens| tokens.draw(&mut rng));
+        match &self.reply {
+            Some(reply) => {
+                let text = reply(request);
+                let counted = (text.len() as u64).div_ceil(4);
+                (text, drawn.unwrap_or(counted))
+            }
+            None => {
+                let tokens = drawn.unwrap_or_else(|| Tokens::uniform(8..=40).draw(&mut rng));
+                (prose(tokens, &mut rng), tokens)
+            }
+        }
+    }
+}
+
+impl Plan {
+    pub(super) fn finish(&self) -> FinishReason {
+        if self.too_long {
+            FinishReason::Length
+        } else {
+            FinishReason::Stop
+        }
+    }
+
+    /// The tokens that exist `elapsed` after admission.
+    pub(super) fn generated(&self, elapsed: Duration) -> u64 {
+        if elapsed >= self.total {
+            return self.output_tokens;
+        }
+        let generating = elapsed.saturating_sub(self.first_token).as_nanos();
+        let whole = (self.total - self.first_token).as_nanos();
+        (u128::from(self.output_tokens) * generating / whole.max(1)) as u64
+    }
+
+    /// The text in pieces of about a token, 200 at most, each with the time it is there:
+    /// the first at the first token, the last at the end, the others evenly between.
+    /// They break where they like, within words too.
+    pub(super) fn pieces(&self) -> Vec<(Duration, String)> {
+        let chars: Vec<char> = self.text.chars().collect();
+        let count = (self.output_tokens.clamp(1, 200) as usize).min(chars.len());
+        let span = self.total - self.first_token;
+        (0..count)
+            .map(|i| {
+                let at = match count {
+                    1 => self.total,
+                    _ => self.first_token + span * i as u32 / (count as u32 - 1),
+                };
+                let piece = &chars[i * chars.len() / count..(i + 1) * chars.len() / count];
+                (at, piece.iter().collect())
+            })
+            .collect()
+    }
+}
+
+/// FNV-1a: a hash that stays the same on every machine and in every release.
+fn fnv(parts: &[&[u8]]) -> u64 {
+    let mut hash = 0xcbf2_9ce4_8422_2325_u64;
+    for part in parts {
+        // The length keeps ("ab", "c") and ("a", "bc") apart.
+        for byte in (part.len() as u64).to_le_bytes().iter().chain(*part) {
+            hash = (hash ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3);
+        }
+    }
+    hash
+}
+
+const WORDS: [&str; 48] = [
+    "river", "stone", "morning", "slow", "light", "garden", "voice", "silver", "the", "a", "of",
+    "and", "under", "over", "between", "walks", "rests", "turns", "keeps", "carries", "bridge",
+    "window", "quiet", "early", "long", "paper", "song", "harbour", "field", "cloud", "brings",
+    "follows", "small", "bright", "road", "door", "letter", "winter", "before", "after", "again",
+    "each", "other", "water", "measures", "answers", "north", "open",
+];
+
+/// Sentences of `words` words in all: a word is a token here.
+fn prose(words: u64, rng: &mut Rng) -> String {
+    let mut text = String::new();
+    let mut left_in_sentence = 0;
+    for i in 0..words {
+        let word = WORDS[rng.usize(..WORDS.len())];
+        if left_in_sentence == 0 {
+            left_in_sentence = rng.u64(6..=14).min(words - i);
+            text.push_str(if i == 0 { "" } else { " " });
+            text.push(word.as_bytes()[0].to_ascii_uppercase() as char);
+            text.push_str(&word[1..]);
+        } else {
+            text.push(' ');
+            text.push_str(word);
+        }
+        left_in_sentence -= 1;
+        if left_in_sentence == 0 {
+            text.push('.');
+        }
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn plan(model: &Model, prompt: &str, nth: u64) -> Plan {
+        let request = Request::new(prompt);
+        let digest = request.digest();
+        model.plan(&request, "key", &digest, nth)
+    }
+
+    #[test]
+    fn the_tail_is_as_heavy_as_asked_for() {
+        let mut rng = Rng::with_seed(7);
+        let tokens = Tokens::heavy_tailed(200, 2_000);
+        let mut drawn: Vec<u64> = (0..20_000).map(|_| tokens.draw(&mut rng)).collect();
+        drawn.sort_unstable();
+        assert!((190..=210).contains(&drawn[10_000]), "{}", drawn[10_000]);
+        assert!(
+            (1_800..=2_200).contains(&drawn[19_800]),
+            "{}",
+            drawn[19_800]
+        );
+        assert!(drawn[0] >= 1);
+    }
+
+    #[test]
+    fn asked_again_the_answer_is_the_same_and_the_luck_is_not() {
+        let model = Model {
+            latency: Duration::from_secs(1),
+            jitter: 0.5,
+            ..Model::default()
+        };
+        let (a, b) = (plan(&model, "p", 0), plan(&model, "p", 1));
+        assert_eq!(a.text, b.text);
+        assert_ne!(a.total, b.total);
+        assert_eq!(plan(&model, "p", 1).total, b.total);
+        assert_ne!(plan(&model, "q", 0).text, a.text);
+        let reseeded = Model { seed: 1, ..model };
+        assert_ne!(plan(&reseeded, "p", 0).text, a.text);
+    }
+
+    #[test]
+    fn prose_has_a_word_for_each_token() {
+        let model = Model {
+            output: Some(Tokens::fixed(50)),
+            ..Model::default()
+        };
+        let plan = plan(&model, "p", 0);
+        assert_eq!(plan.text.split_whitespace().count(), 50);
+        assert!(plan.text.ends_with('.') && !plan.text.contains(".."));
+    }
+
+    #[test]
+    fn pieces_are_the_text_and_end_with_it() {
+        let model = Model {
+            first_token: Duration::from_millis(100),
+            per_token: Duration::from_millis(10),
+            output: Some(Tokens::fixed(11)),
+            ..Model::default()
+        };
+        let plan = plan(&model, "p", 0);
+        let pieces = plan.pieces();
+        let text: String = pieces.iter().map(|(_, text)| &**text).collect();
+        assert_eq!((pieces.len(), text), (11, plan.text.clone()));
+        let times: Vec<u128> = pieces.iter().map(|(at, _)| at.as_millis()).collect();
+        assert_eq!(times, Vec::from_iter((100..=210).step_by(11)));
+        assert_eq!(plan.generated(Duration::from_millis(155)), 5);
+        assert_eq!(plan.generated(Duration::from_millis(99)), 0);
+    }
+}
