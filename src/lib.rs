@@ -6,6 +6,8 @@ mod error;
 pub mod provider;
 mod reply;
 mod request;
+#[cfg(feature = "testing")]
+pub mod testing;
 mod usage;
 
 pub use async_trait::async_trait;
