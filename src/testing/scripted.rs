@@ -55,8 +55,10 @@ struct Script {
 
 struct Line {
     delay: Duration,
-    answer: Box<dyn FnOnce(&Request) -> Result<Reply> + Send>,
+    answer: Answer,
 }
+
+type Answer = Box<dyn FnOnce(&Request) -> Result<Reply> + Send>;
 
 impl Scripted {
     /// An empty script.

@@ -251,7 +251,8 @@ impl SimBuilder {
         self
     }
 
-    /// Builds the provider. Its time begins now.
+    /// Builds the provider. Its time begins now, on the clock of the runtime it is built in:
+    /// build it inside the one whose clock is paused.
     ///
     /// # Panics
     /// If a limit is zero, at once or by a scheduled change, or a window has no length.

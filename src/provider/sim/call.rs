@@ -12,7 +12,7 @@ use super::model::{Fault, Plan};
 use crate::digest::RequestDigest;
 use crate::error::{Error, ErrorKind, Result};
 use crate::reply::{Delta, Reply, ReplyStream};
-use crate::usage::Usage;
+use crate::usage::{RateSnapshot, Usage};
 
 /// A call in flight. Dropping it before it is settled is what a cancelled client does.
 pub(super) struct Call {
@@ -104,7 +104,7 @@ impl Call {
         Ok(reply)
     }
 
-    fn settle(&mut self, ended: Option<Ended>) -> Result<crate::RateSnapshot> {
+    fn settle(&mut self, ended: Option<Ended>) -> Result<RateSnapshot> {
         self.settled = true;
         self.inner.settle(self, ended)
     }

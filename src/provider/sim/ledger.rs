@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
-use std::io::{ErrorKind, Write};
+use std::io::{self, Write};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,7 +10,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::digest::RequestDigest;
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::usage::Usage;
 
 /// What the provider saw and billed until one moment: a copy, taken by
@@ -113,7 +113,7 @@ impl Ledger {
     /// If the file cannot be read.
     pub fn read(path: impl AsRef<Path>) -> Result<Self> {
         let bytes = match std::fs::read(path) {
-            Err(error) if error.kind() == ErrorKind::NotFound => Vec::new(),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
             read => read?,
         };
         let mut ledger = Self::default();
@@ -182,31 +182,43 @@ impl Ledger {
     }
 }
 
-/// The file that bills are appended to, and the number of the next one.
+/// The file that bills are appended to, if there is one, and the number of the next.
 #[derive(Debug, Default)]
 pub(super) struct Book {
     file: Option<File>,
     next: u64,
+    /// Why the file is of no use: once it has failed it is not trusted again.
+    broken: Option<Error>,
 }
 
 impl Book {
     /// Opens `path` for appending, after what is there.
-    pub(super) fn open(path: &Path) -> Result<Self> {
+    pub(super) fn open(path: &Path) -> Self {
+        Self::try_open(path).unwrap_or_else(|error| Self {
+            broken: Some(unwritable(error)),
+            ..Self::default()
+        })
+    }
+
+    fn try_open(path: &Path) -> Result<Self> {
         let so_far = Ledger::read(path)?;
         let mut file = OpenOptions::new().append(true).create(true).open(path)?;
         // Ends a line that a crash left half written, or the next bill would be lost in it.
         if so_far.torn_lines > 0 && !std::fs::read(path)?.ends_with(b"\n") {
             file.write_all(b"\n")?;
         }
+        let last = so_far.bills.iter().map(|bill| bill.seq).max();
         Ok(Self {
-            file: Some(file),
-            next: so_far
-                .bills
-                .iter()
-                .map(|bill| bill.seq + 1)
-                .max()
-                .unwrap_or(0),
+            next: last.map_or(0, |seq| seq + 1),
+            ..Self::over(file)
         })
+    }
+
+    pub(super) fn over(file: File) -> Self {
+        Self {
+            file: Some(file),
+            ..Self::default()
+        }
     }
 
     /// Takes the next number.
@@ -215,9 +227,25 @@ impl Book {
         self.next - 1
     }
 
-    /// Appends the bill in one write, so that a killed process leaves the line whole or
-    /// not at all, and processes that share the file do not mix their lines.
+    /// # Errors
+    /// If the file has failed before.
+    pub(super) fn check(&self) -> Result<()> {
+        self.broken.clone().map_or(Ok(()), Err)
+    }
+
+    /// Appends the bill.
     pub(super) fn append(&mut self, bill: &Bill) -> Result<()> {
+        self.check()?;
+        self.write(bill).map_err(|error| {
+            let error = unwritable(error);
+            self.broken = Some(error.clone());
+            error
+        })
+    }
+
+    /// In one write, so that a killed process leaves the line whole or not at all, and
+    /// processes that share the file do not mix their lines.
+    fn write(&mut self, bill: &Bill) -> Result<()> {
         let Some(file) = &mut self.file else {
             return Ok(());
         };
@@ -225,15 +253,20 @@ impl Book {
         line.push(b'\n');
         let written = loop {
             match file.write(&line) {
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 other => break other?,
             }
         };
         if written < line.len() {
-            return Err(std::io::Error::from(ErrorKind::WriteZero).into());
+            return Err(io::Error::from(io::ErrorKind::WriteZero).into());
         }
         Ok(())
     }
+}
+
+fn unwritable(error: Error) -> Error {
+    let message = format!("the ledger file cannot be used: {}", error.message());
+    Error::new(ErrorKind::Io, message).with_source(error)
 }
 
 #[cfg(test)]
@@ -272,7 +305,7 @@ mod tests {
         let path = dir.path().join("ledger");
         assert_eq!(Ledger::read(&path).unwrap(), Ledger::default());
 
-        let mut book = Book::open(&path).unwrap();
+        let mut book = Book::open(&path);
         book.append(&bill(0, "a")).unwrap();
         book.append(&bill(1, "b")).unwrap();
         let whole = std::fs::read(&path).unwrap();
@@ -280,7 +313,7 @@ mod tests {
         let cut = Ledger::read(&path).unwrap();
         assert_eq!((cut.total.billed, cut.torn_lines), (1, 1));
 
-        let mut book = Book::open(&path).unwrap();
+        let mut book = Book::open(&path);
         assert_eq!(book.number(), 1);
         book.append(&bill(1, "b")).unwrap();
         let ledger = Ledger::read(&path).unwrap();

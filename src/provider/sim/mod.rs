@@ -73,7 +73,7 @@ use crate::digest::RequestDigest;
 use crate::error::{Error, ErrorKind, Result};
 use crate::reply::{Reply, ReplyStream};
 use crate::request::Request;
-use crate::usage::RateSnapshot;
+use crate::usage::{RateSnapshot, Usage};
 
 /// The simulated provider; see the [module](self). Clones share one account.
 #[derive(Clone)]
@@ -102,8 +102,7 @@ struct State {
     ledger: Ledger,
     /// How often each call was let in before.
     admitted: HashMap<(Arc<str>, RequestDigest), u64>,
-    /// The file, or why it is of no use.
-    book: Result<Book>,
+    book: Book,
 }
 
 impl Sim {
@@ -113,7 +112,6 @@ impl Sim {
     }
 
     fn new(limiter: Limiter, policy: Policy, model: Model, file: Option<PathBuf>) -> Self {
-        let open = |path: PathBuf| Book::open(&path).map_err(unwritable);
         Self(Arc::new(Inner {
             model,
             policy,
@@ -123,7 +121,7 @@ impl Sim {
                 unauthorized: false,
                 ledger: Ledger::default(),
                 admitted: HashMap::new(),
-                book: file.map_or_else(|| Ok(Book::default()), open),
+                book: file.map_or_else(Book::default, |path| Book::open(&path)),
             }),
         }))
     }
@@ -228,9 +226,7 @@ impl Inner {
     fn admit(&self, key: &Arc<str>, digest: RequestDigest, cost: Cost) -> Result<(u64, u64)> {
         let (now, mut state) = self.advanced();
         let state = &mut *state;
-        if let Err(broken) = &state.book {
-            return Err(broken.clone());
-        }
+        state.book.check()?;
         let spent = state.limiter.limits().total_calls;
         let denial = if state.unauthorized {
             let error = Error::new(ErrorKind::Unauthorized, "the key is not known");
@@ -299,31 +295,19 @@ impl Inner {
 }
 
 impl State {
-    fn bill(&mut self, call: &Call, ended: Ended, usage: crate::Usage) -> Result<()> {
-        let book = match &mut self.book {
-            Ok(book) => book,
-            Err(broken) => return Err(broken.clone()),
-        };
+    fn bill(&mut self, call: &Call, ended: Ended, usage: Usage) -> Result<()> {
         let bill = Bill {
             v: 1,
-            seq: book.number(),
+            seq: self.book.number(),
             key: call.key.clone(),
             digest: call.digest,
             usage,
             ended,
         };
-        let written = book.append(&bill).map_err(unwritable);
+        let written = self.book.append(&bill);
         self.ledger.enter(bill);
-        written.map_err(|error| {
-            self.book = Err(error.clone());
-            error.with_billed(Some(true))
-        })
+        written.map_err(|error| error.with_billed(Some(true)))
     }
-}
-
-fn unwritable(error: Error) -> Error {
-    let message = format!("the ledger file cannot be written: {}", error.message());
-    Error::new(ErrorKind::Io, message).with_source(error)
 }
 
 #[async_trait]
@@ -358,5 +342,44 @@ impl fmt::Debug for Sim {
             .field("model", &self.0.model)
             .field("in_flight", &state.ledger.in_flight)
             .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_bill_that_cannot_be_written_fails_its_call_and_all_that_follow() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let sim = Sim::builder().build();
+        let read_only = std::fs::File::open(file.path()).unwrap();
+        sim.0.lock().book = Book::over(read_only);
+
+        let request = Request::new("a");
+        let paid = sim.generate(&request).await.unwrap_err();
+        assert_eq!((paid.kind(), paid.billed()), (ErrorKind::Io, Some(true)));
+        let refused = sim.generate(&request).await.unwrap_err();
+        assert_eq!(
+            (refused.kind(), refused.billed()),
+            (ErrorKind::Io, Some(false))
+        );
+        let total = sim.ledger().total;
+        assert_eq!((total.admitted, total.billed), (1, 1));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_bill_nobody_waits_for_is_not_lost_silently_either() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let sim = Sim::builder().latency(Duration::from_secs(1)).build();
+        let read_only = std::fs::File::open(file.path()).unwrap();
+        sim.0.lock().book = Book::over(read_only);
+
+        let request = Request::new("a");
+        let limit = Duration::from_millis(1);
+        let cancelled = tokio::time::timeout(limit, sim.generate(&request)).await;
+        assert!(cancelled.is_err());
+        let next = sim.generate(&request).await.unwrap_err();
+        assert_eq!(next.kind(), ErrorKind::Io);
     }
 }
