@@ -3,6 +3,7 @@
 
 mod digest;
 mod error;
+mod pace;
 pub mod provider;
 mod reply;
 mod request;
