@@ -13,6 +13,7 @@ pub use async_trait::async_trait;
 
 pub use crate::digest::RequestDigest;
 pub use crate::error::{Error, ErrorKind, Persistence, Result};
+pub use crate::pace::{Binding, Lane, LaneSnapshot, Need, Outcome, Pace, Permit, Place};
 pub use crate::provider::{Capabilities, OutputCharge, Provider};
 pub use crate::reply::{Delta, FinishReason, Reply, ReplyStream};
 pub use crate::request::{Message, Request, ResponseFormat, Role};
