@@ -3,6 +3,7 @@
 
 mod digest;
 mod error;
+mod pace;
 pub mod provider;
 mod reply;
 mod request;
@@ -14,6 +15,7 @@ pub use async_trait::async_trait;
 
 pub use crate::digest::RequestDigest;
 pub use crate::error::{Error, ErrorKind, Persistence, Result};
+pub use crate::pace::{Binding, Lane, LaneSnapshot, Need, Outcome, Pace, Permit, Place};
 #[cfg(feature = "sim")]
 pub use crate::provider::sim::Sim;
 pub use crate::provider::{Capabilities, OutputCharge, Provider};

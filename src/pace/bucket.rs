@@ -1,0 +1,451 @@
+//! [`Bucket`]: one rate limit as pure arithmetic, time as an argument.
+//!
+//! The Generic Cell Rate Algorithm (ITU-T Recommendation I.371, Traffic control and
+//! congestion control in B-ISDN, Annex A; ATM Forum, Traffic Management Specification
+//! Version 4.0) in its continuous-state leaky-bucket form. Everything is counted as
+//! **time**: `n` units cost the time in which they flow in, and the state is one
+//! duration, the time until the bucket is full again. That makes it exact in whole
+//! nanoseconds, and makes a refund, a debt or a standstill an addition.
+//!
+//! Times are durations since any fixed instant of the caller's choice.
+
+use std::time::Duration;
+
+/// How fast a bucket fills: `units` in every `period`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Rate {
+    units: u64,
+    period_nanos: u64,
+}
+
+impl Rate {
+    /// `units` in every minute. The caller has checked that `units` is not zero.
+    pub(super) fn per_minute(units: u64) -> Self {
+        Self::new(units, Duration::from_secs(60))
+    }
+
+    /// One unit in every `period`. The caller has checked that `period` is not zero.
+    pub(super) fn every(period: Duration) -> Self {
+        Self::new(1, period)
+    }
+
+    fn new(units: u64, period: Duration) -> Self {
+        debug_assert!(units > 0 && !period.is_zero());
+        Self {
+            units,
+            period_nanos: saturating_nanos(period.as_nanos()),
+        }
+    }
+
+    /// The time in which `n` units flow in, rounded up once for all of them.
+    pub(super) fn time_for(self, n: u64) -> Duration {
+        let nanos = match n.checked_mul(self.period_nanos) {
+            Some(product) => product.div_ceil(self.units),
+            None => {
+                let product = u128::from(n) * u128::from(self.period_nanos);
+                saturating_nanos(product.div_ceil(self.units.into()))
+            }
+        };
+        Duration::from_nanos(nanos)
+    }
+
+    fn nanos_per_unit(self) -> f64 {
+        self.period_nanos as f64 / self.units as f64
+    }
+}
+
+/// 584 years are as good as for ever.
+fn saturating_nanos(nanos: u128) -> u64 {
+    u64::try_from(nanos).unwrap_or(u64::MAX)
+}
+
+/// One limit's bucket. It starts full.
+#[derive(Debug, Clone)]
+pub(super) struct Bucket {
+    rate: Rate,
+    /// What the bucket holds when full, as the time in which it fills.
+    capacity: Duration,
+    /// The time until it is full, as of `at`. Above `capacity` the bucket owes.
+    deficit: Duration,
+    /// When `deficit` was true. It lies in the future while the bucket stands still.
+    at: Duration,
+    /// When the bucket was made: what was granted earlier was not taken from it.
+    born: Duration,
+}
+
+impl Bucket {
+    /// A full bucket that holds `burst` of its rate, and one unit at least.
+    pub(super) fn new(rate: Rate, burst: Duration, now: Duration) -> Self {
+        Self {
+            rate,
+            capacity: burst.max(rate.time_for(1)),
+            deficit: Duration::ZERO,
+            at: now,
+            born: now,
+        }
+    }
+
+    /// When `n` units can be taken if nobody takes any before: `now`, or later.
+    ///
+    /// More than the bucket ever holds waits until it is full. Zero units wait
+    /// while the bucket owes, because a debt is paid by waiting.
+    pub(super) fn ready_at(&self, now: Duration, n: u64) -> Duration {
+        let spare = self.capacity.saturating_sub(self.rate.time_for(n));
+        let wait = self.deficit_at(now).saturating_sub(spare);
+        now.max(self.at).saturating_add(wait)
+    }
+
+    /// Takes `n` units, whether they are there or not.
+    pub(super) fn take(&mut self, now: Duration, n: u64) {
+        self.debit(now, self.rate.time_for(n));
+    }
+
+    /// Takes back what [`take`](Bucket::take) took at `taken_at`, for a call that never was.
+    ///
+    /// Only what has not flowed in again since comes back: the rest may long be
+    /// lost at the brim, and giving it out would put more into a window than the
+    /// limit allows. A refund at once is a full one.
+    pub(super) fn refund(&mut self, now: Duration, n: u64, taken_at: Duration) {
+        let refilled = now.saturating_sub(taken_at);
+        self.credit(now, self.rate.time_for(n).saturating_sub(refilled));
+    }
+
+    /// Replaces a charge of `charged` units by one of `actual`, as the provider does
+    /// when a reply is complete. Too small a charge becomes a debt.
+    pub(super) fn settle(&mut self, now: Duration, charged: u64, actual: u64) {
+        let (charged, actual) = (self.rate.time_for(charged), self.rate.time_for(actual));
+        if actual > charged {
+            self.debit(now, actual - charged);
+        } else {
+            self.credit(now, charged - actual);
+        }
+    }
+
+    /// Empties the bucket and lets it stand still until `until`; a debt stays.
+    ///
+    /// It is still empty at `until`, whatever is credited before.
+    pub(super) fn drain_until(&mut self, now: Duration, until: Duration) {
+        self.flow(now);
+        self.deficit = self.deficit.max(self.capacity);
+        self.at = self.at.max(until);
+    }
+
+    /// Changes rate and burst. The level stays in units, so far as the bucket holds it;
+    /// so does a debt.
+    pub(super) fn retune(&mut self, now: Duration, rate: Rate, burst: Duration) {
+        self.flow(now);
+        let capacity = burst.max(rate.time_for(1));
+        if rate != self.rate || capacity != self.capacity {
+            let stretch = rate.nanos_per_unit() / self.rate.nanos_per_unit();
+            let scaled =
+                |time: Duration| Duration::from_nanos((time.as_nanos() as f64 * stretch) as u64);
+            let level = scaled(self.capacity.saturating_sub(self.deficit));
+            let debt = scaled(self.deficit.saturating_sub(self.capacity));
+            self.deficit = capacity.saturating_sub(level).saturating_add(debt);
+            (self.rate, self.capacity) = (rate, capacity);
+        }
+    }
+
+    /// Whether what was granted at `granted_at` was taken from this bucket.
+    pub(super) fn knows(&self, granted_at: Duration) -> bool {
+        self.born <= granted_at
+    }
+
+    fn deficit_at(&self, now: Duration) -> Duration {
+        self.deficit.saturating_sub(now.saturating_sub(self.at))
+    }
+
+    fn flow(&mut self, now: Duration) {
+        self.deficit = self.deficit_at(now);
+        self.at = self.at.max(now);
+    }
+
+    fn debit(&mut self, now: Duration, time: Duration) {
+        self.flow(now);
+        self.deficit = self.deficit.saturating_add(time);
+    }
+
+    fn credit(&mut self, now: Duration, time: Duration) {
+        self.flow(now);
+        let standing_still = now < self.at;
+        let least = if standing_still {
+            self.capacity
+        } else {
+            Duration::ZERO
+        };
+        self.deficit = self.deficit.saturating_sub(time).max(least);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::num::NonZeroU32;
+
+    use governor::clock::FakeRelativeClock;
+    use governor::{Quota, RateLimiter};
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn ms(ms: u64) -> Duration {
+        Duration::from_millis(ms)
+    }
+
+    /// 10 units a second, 10 of burst.
+    fn bucket() -> Bucket {
+        Bucket::new(Rate::per_minute(600), SECOND, Duration::ZERO)
+    }
+
+    fn try_take(bucket: &mut Bucket, now: Duration, n: u64) -> bool {
+        let ready = bucket.ready_at(now, n) <= now;
+        if ready {
+            bucket.take(now, n);
+        }
+        ready
+    }
+
+    #[test]
+    fn cost_is_rounded_up_once_for_all_units() {
+        let rate = Rate::per_minute(7);
+        assert_eq!(rate.time_for(7), Duration::from_secs(60));
+        assert_eq!(rate.time_for(1), Duration::from_nanos(8_571_428_572));
+        assert_eq!(
+            rate.time_for(u64::MAX),
+            Duration::from_nanos(u64::MAX),
+            "it saturates"
+        );
+        let fast = Rate::per_minute(u64::MAX);
+        assert_eq!(fast.time_for(u64::MAX), Duration::from_secs(60));
+    }
+
+    #[test]
+    fn it_starts_full_and_fills_at_its_rate() {
+        let mut bucket = bucket();
+        bucket.take(ms(0), 10);
+        assert_eq!(bucket.ready_at(ms(0), 1), ms(100));
+        assert_eq!(bucket.ready_at(ms(0), 10), ms(1_000));
+        assert_eq!(bucket.ready_at(ms(999), 10), ms(1_000));
+    }
+
+    #[test]
+    fn it_holds_one_unit_at_least() {
+        let mut bucket = Bucket::new(Rate::per_minute(3), SECOND, ms(0));
+        assert!(try_take(&mut bucket, ms(0), 1));
+        assert_eq!(bucket.ready_at(ms(0), 1), ms(20_000));
+    }
+
+    #[test]
+    fn more_than_it_holds_waits_for_a_full_bucket_and_owes_the_rest() {
+        let mut bucket = bucket();
+        bucket.take(ms(0), 1);
+        assert_eq!(bucket.ready_at(ms(0), 25), ms(100));
+        bucket.take(ms(100), 25);
+        assert_eq!(bucket.ready_at(ms(100), 1), ms(100 + 1_600));
+        assert_eq!(
+            bucket.ready_at(ms(100), 0),
+            ms(100 + 1_500),
+            "a debt holds even those who take nothing"
+        );
+    }
+
+    #[test]
+    fn a_refund_at_once_is_full_and_a_late_one_only_what_has_not_flowed_in() {
+        let mut at_once = bucket();
+        at_once.take(ms(0), 10);
+        at_once.refund(ms(0), 10, ms(0));
+        assert!(try_take(&mut at_once, ms(0), 10));
+
+        // Had the ten never been taken, the bucket would have been full at 800 ms,
+        // and after these three it would hold seven.
+        let mut late = bucket();
+        late.take(ms(0), 10);
+        late.take(ms(800), 3);
+        late.refund(ms(800), 10, ms(0));
+        assert!(try_take(&mut late, ms(800), 7));
+        assert!(!try_take(&mut late, ms(800), 1));
+    }
+
+    #[test]
+    fn settling_refunds_up_to_full_and_debits_into_debt() {
+        let mut bucket = bucket();
+        bucket.take(ms(0), 10);
+        bucket.settle(ms(0), 10, 4);
+        assert_eq!(bucket.ready_at(ms(0), 6), ms(0));
+        bucket.settle(ms(0), 0, 16);
+        assert_eq!(bucket.ready_at(ms(0), 1), ms(1_100));
+        bucket.settle(ms(0), 1_000, 0);
+        bucket.take(ms(0), 10);
+        assert_eq!(bucket.ready_at(ms(0), 1), ms(100));
+    }
+
+    #[test]
+    fn drained_it_stands_still_and_resumes_empty() {
+        let mut bucket = bucket();
+        bucket.drain_until(ms(500), ms(5_000));
+        bucket.settle(ms(600), 10, 0);
+        bucket.refund(ms(600), 10, ms(600));
+        assert_eq!(bucket.ready_at(ms(700), 0), ms(5_000));
+        assert_eq!(bucket.ready_at(ms(700), 1), ms(5_100));
+        bucket.drain_until(ms(700), ms(2_000));
+        assert_eq!(
+            bucket.ready_at(ms(700), 1),
+            ms(5_100),
+            "never shorter than before"
+        );
+        assert_eq!(bucket.ready_at(ms(5_500), 5), ms(5_500));
+    }
+
+    #[test]
+    fn retuned_it_keeps_its_level_in_units() {
+        let faster = Rate::per_minute(6_000);
+        let mut half_full = bucket();
+        half_full.take(ms(0), 5);
+        half_full.retune(ms(0), faster, SECOND);
+        assert_eq!(half_full.ready_at(ms(0), 5), ms(0));
+        assert_eq!(half_full.ready_at(ms(0), 6), ms(10));
+
+        let mut in_debt = bucket();
+        in_debt.take(ms(0), 15);
+        in_debt.retune(ms(0), faster, SECOND);
+        assert_eq!(in_debt.ready_at(ms(0), 0), ms(50));
+
+        let mut full = bucket();
+        full.retune(ms(0), Rate::per_minute(60), SECOND);
+        assert!(try_take(&mut full, ms(0), 1));
+        assert_eq!(
+            full.ready_at(ms(0), 1),
+            ms(1_000),
+            "it holds what it can hold"
+        );
+    }
+
+    #[test]
+    fn what_was_granted_before_it_was_made_is_not_its_own() {
+        let bucket = Bucket::new(Rate::per_minute(1), SECOND, ms(10));
+        assert!(bucket.knows(ms(10)) && !bucket.knows(ms(9)));
+    }
+
+    /// A token bucket as everybody would write it: a level in units, in floating point.
+    struct Plain {
+        per_second: f64,
+        capacity: f64,
+        level: f64,
+        at: Duration,
+    }
+
+    impl Plain {
+        fn spare(&mut self, now: Duration, n: u64) -> f64 {
+            let elapsed = (now - self.at).as_secs_f64();
+            self.level = (self.level + elapsed * self.per_second).min(self.capacity);
+            self.at = now;
+            self.level - (n as f64).min(self.capacity)
+        }
+    }
+
+    /// Steps of (advance, n): many close to nothing, some long.
+    fn steps(largest: u64) -> impl Strategy<Value = Vec<(Duration, u64)>> {
+        let advance = prop_oneof![
+            Just(Duration::ZERO),
+            (0..5_000_000u64).prop_map(Duration::from_nanos),
+            (0..3_000u64).prop_map(Duration::from_millis),
+        ];
+        proptest::collection::vec((advance, 1..=largest), 1..200)
+    }
+
+    proptest! {
+        #[test]
+        fn it_decides_as_governor_does(
+            period in 1..2_000_000_000u64,
+            (burst, steps) in (1..50u32).prop_flat_map(|b| (Just(b), steps(b.into()))),
+        ) {
+            let period = Duration::from_nanos(period);
+            let clock = FakeRelativeClock::default();
+            let quota = Quota::with_period(period)
+                .unwrap()
+                .allow_burst(NonZeroU32::new(burst).unwrap());
+            let governor = RateLimiter::direct_with_clock(quota, clock.clone());
+            let mut ours = Bucket::new(Rate::every(period), period * burst, Duration::ZERO);
+            let mut now = Duration::ZERO;
+            for (advance, n) in steps {
+                clock.advance(advance);
+                now += advance;
+                let cells = NonZeroU32::new(u32::try_from(n).unwrap()).unwrap();
+                let theirs = governor.check_n(cells).unwrap().is_ok();
+                prop_assert_eq!(try_take(&mut ours, now, n), theirs);
+            }
+        }
+
+        #[test]
+        fn it_decides_as_a_plain_token_bucket_does(
+            limit in 1..10_000_000u64,
+            burst in 0..5_000u64,
+            steps in steps(2_000),
+        ) {
+            let rate = Rate::per_minute(limit);
+            let mut ours = Bucket::new(rate, ms(burst), Duration::ZERO);
+            let capacity = (limit as f64 * burst as f64 / 60_000.0).max(1.0);
+            let mut plain = Plain {
+                per_second: limit as f64 / 60.0,
+                capacity,
+                level: capacity,
+                at: Duration::ZERO,
+            };
+            let mut now = Duration::ZERO;
+            for (advance, n) in steps {
+                now += advance;
+                let spare = plain.spare(now, n);
+                let taken = try_take(&mut ours, now, n);
+                // Within rounding either answer is right: follow ours.
+                if spare.abs() > 1e-3 {
+                    prop_assert_eq!(taken, spare > 0.0, "spare {}", spare);
+                }
+                if taken {
+                    plain.level -= n as f64;
+                }
+            }
+        }
+
+        #[test]
+        fn no_window_holds_more_than_burst_and_rate_allow(
+            limit in 1..100_000u64,
+            burst in 0..3_000u64,
+            steps in steps(200),
+            kept in proptest::collection::vec(any::<bool>(), 200),
+            held in 0..2_000u64,
+        ) {
+            let rate = Rate::per_minute(limit);
+            let mut bucket = Bucket::new(rate, ms(burst), Duration::ZERO);
+            let mut now = Duration::ZERO;
+            let mut grants = Vec::new();
+            let mut refunds: Vec<(Duration, u64, Duration)> = Vec::new();
+            for ((advance, n), kept) in steps.into_iter().zip(kept) {
+                now += advance;
+                refunds.retain(|&(due, n, taken_at)| {
+                    if due <= now {
+                        bucket.refund(now, n, taken_at);
+                    }
+                    due > now
+                });
+                if try_take(&mut bucket, now, n) {
+                    if kept {
+                        grants.push((now, rate.time_for(n)));
+                    } else {
+                        refunds.push((now + ms(held), n, now));
+                    }
+                }
+            }
+            for first in 0..grants.len() {
+                let mut sum = Duration::ZERO;
+                for &(end, cost) in &grants[first..] {
+                    sum += cost;
+                    let window = end - grants[first].0;
+                    // One larger than the bucket goes through a full bucket.
+                    let most = bucket.capacity.max(cost);
+                    prop_assert!(sum <= most + window, "{sum:?} in {window:?}");
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,158 @@
+//! [`Gate`]: closed for everybody while the provider wants nothing.
+
+use std::time::Duration;
+
+use fastrand::Rng;
+
+/// The wait after a first refusal that names none; it doubles with each further one.
+const FIRST_WAIT: Duration = Duration::from_millis(500);
+const LONGEST_JITTER: Duration = Duration::from_secs(2);
+
+#[derive(Debug)]
+pub(super) struct Gate {
+    opens_at: Duration,
+    /// When the refusal came that counted last.
+    refused_at: Option<Duration>,
+    /// Refusals in a row, one for each cohort of calls.
+    refusals: u32,
+    jitter: Rng,
+}
+
+impl Gate {
+    pub(super) fn new(seed: u64) -> Self {
+        Self {
+            opens_at: Duration::ZERO,
+            refused_at: None,
+            refusals: 0,
+            jitter: Rng::with_seed(seed),
+        }
+    }
+
+    pub(super) fn opens_at(&self) -> Duration {
+        self.opens_at
+    }
+
+    /// Closes for the `wait` the provider asks for, or else for a time that doubles
+    /// from refusal to refusal up to `longest`. Never opens earlier than it would have.
+    ///
+    /// Calls that were on their way when the first of them was refused are one
+    /// cohort: their refusals say nothing new and do not double the wait.
+    pub(super) fn refuse(
+        &mut self,
+        now: Duration,
+        granted_at: Duration,
+        wait: Option<Duration>,
+        longest: Duration,
+    ) {
+        if self.is_news(granted_at) {
+            self.refusals = self.refusals.saturating_add(1);
+            self.refused_at = Some(now);
+        }
+        // A wait of zero is an unfilled header, not an invitation.
+        let wait = wait.filter(|wait| !wait.is_zero()).unwrap_or_else(|| {
+            let doublings = self.refusals.saturating_sub(1).min(16);
+            FIRST_WAIT.saturating_mul(1 << doublings).min(longest)
+        });
+        let opens_at = now.saturating_add(wait).saturating_add(self.jitter(wait));
+        self.opens_at = self.opens_at.max(opens_at);
+    }
+
+    /// A call came through: the next refusal is a first one again.
+    pub(super) fn welcome(&mut self, granted_at: Duration) {
+        if self.is_news(granted_at) {
+            self.refusals = 0;
+        }
+    }
+
+    /// Whether a call granted then was granted in the knowledge of the last refusal.
+    fn is_news(&self, granted_at: Duration) -> bool {
+        self.refused_at.is_none_or(|refused| granted_at > refused)
+    }
+
+    /// Added, never subtracted: processes that were told the same moment spread
+    /// out behind it, and none comes early.
+    fn jitter(&mut self, wait: Duration) -> Duration {
+        let most = (wait / 10).min(LONGEST_JITTER);
+        let nanos = u64::try_from(most.as_nanos()).unwrap_or(u64::MAX);
+        Duration::from_nanos(self.jitter.u64(0..=nanos))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+    const LONGEST: Duration = Duration::from_secs(30);
+
+    #[test]
+    fn jitter_is_added_and_bounded() {
+        for seed in 0..100 {
+            for wait in [SECOND / 100, SECOND, 60 * SECOND] {
+                let mut gate = Gate::new(seed);
+                gate.refuse(SECOND, SECOND, Some(wait), LONGEST);
+                let jitter = gate.opens_at() - SECOND - wait;
+                assert!(
+                    jitter <= wait / 10 && jitter <= 2 * SECOND,
+                    "{jitter:?} on {wait:?}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn the_same_seed_jitters_the_same() {
+        let opens_at = |seed| {
+            let mut gate = Gate::new(seed);
+            gate.refuse(SECOND, SECOND, Some(60 * SECOND), LONGEST);
+            gate.opens_at()
+        };
+        assert_eq!(opens_at(7), opens_at(7));
+        assert_ne!(opens_at(7), opens_at(8));
+    }
+
+    #[test]
+    fn waits_double_from_cohort_to_cohort_and_a_success_resets_them() {
+        let mut gate = Gate::new(0);
+        let wait_of = |gate: &mut Gate, now: u32, granted_at: u32| {
+            let now = now * SECOND;
+            gate.refuse(now, granted_at * SECOND, None, LONGEST);
+            let wait = gate.opens_at() - now;
+            // Without its jitter of up to a tenth.
+            [500, 1_000, 2_000, 30_000]
+                .into_iter()
+                .map(Duration::from_millis)
+                .find(|w| (*w..=*w * 11 / 10).contains(&wait))
+                .expect("one of the expected waits")
+        };
+        assert_eq!(wait_of(&mut gate, 10, 5), SECOND / 2);
+        assert_eq!(wait_of(&mut gate, 11, 6), SECOND / 2, "the same cohort");
+        assert_eq!(wait_of(&mut gate, 20, 15), SECOND);
+        assert_eq!(wait_of(&mut gate, 30, 25), 2 * SECOND);
+        gate.welcome(20 * SECOND);
+        gate.welcome(31 * SECOND);
+        assert_eq!(wait_of(&mut gate, 40, 35), SECOND / 2);
+        for n in 1..=40 {
+            gate.refuse(100 * n * SECOND, (100 * n - 1) * SECOND, None, LONGEST);
+        }
+        assert_eq!(wait_of(&mut gate, 5_000, 4_999), LONGEST);
+    }
+
+    #[test]
+    fn it_never_opens_earlier_than_promised() {
+        let mut gate = Gate::new(0);
+        gate.refuse(SECOND, SECOND, Some(60 * SECOND), LONGEST);
+        let promised = gate.opens_at();
+        gate.refuse(2 * SECOND, SECOND, Some(SECOND), LONGEST);
+        assert_eq!(gate.opens_at(), promised);
+        gate.refuse(2 * SECOND, SECOND, Some(Duration::MAX), LONGEST);
+        assert_eq!(gate.opens_at(), Duration::MAX);
+    }
+
+    #[test]
+    fn a_wait_of_zero_is_no_wait_named() {
+        let mut gate = Gate::new(0);
+        gate.refuse(SECOND, SECOND, Some(Duration::ZERO), LONGEST);
+        assert!(gate.opens_at() >= SECOND + FIRST_WAIT);
+    }
+}

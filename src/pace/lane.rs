@@ -1,0 +1,379 @@
+//! [`Lane`] and [`Permit`]: the asynchronous shell around the turnstile.
+
+use std::fmt;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Waker, ready};
+use std::time::Duration;
+
+use tokio::time::{Instant, Sleep};
+
+use super::limits::Pace;
+use super::queue::Key;
+use super::turnstile::{End, Entry, Errands, Grant, Turn, Turnstile};
+use super::words::{Charge, LaneSnapshot, Need, Outcome, Place};
+
+/// The queue in front of one provider account and group of models, and its limits.
+///
+/// Every call [acquires](Lane::acquire) a [`Permit`] first. Permits are granted in
+/// order of arrival, each when **all** it needs is there: a request, its tokens and
+/// a slot in flight. Nobody is refused and nobody overtakes, so large needs do not
+/// starve; one larger than a limit's burst waits until that limit is full, goes,
+/// and leaves a debt that those behind it wait for.
+///
+/// When the provider refuses a call ([`Outcome::Throttled`], [`Outcome::Overloaded`]),
+/// the lane closes for everybody, for the time the provider asks plus up to a tenth
+/// of it (2 s at most), so that nobody comes early and several processes do not
+/// come at once. Without such a time it is half a second, doubled with every
+/// refusal in a row, up to 30 s (5 s for overload). Then the lane resumes empty,
+/// at its rate: no herd. Only a lane without any rate has none to resume at.
+///
+/// A lane is a handle: clones share one queue. Give one to everything that shares
+/// an account's limits.
+///
+/// # Guarantee
+///
+/// In any window, the calls sent are at most the limit's burst plus its rate times
+/// the window (or one call that is larger than the burst). Tokens are booked when
+/// they are known, as providers do it: the estimate with the permit, the
+/// difference when the call [finishes](Permit::finish).
+///
+/// # Example
+///
+/// ```
+/// use throughline::{Lane, Need, Outcome, Pace, Usage};
+/// use tokio::time::{Duration, Instant};
+///
+/// # #[tokio::main(flavor = "current_thread", start_paused = true)]
+/// # async fn main() {
+/// let lane = Lane::new(Pace::per_minute(60).tokens(600_000));
+/// let start = Instant::now();
+/// for _ in 0..3 {
+///     let mut permit = lane.acquire(Need::new(1_000, 500)).await;
+///     permit.mark_sent();
+///     // ... the call ...
+///     permit.finish(Outcome::Done { usage: Some(Usage::new(990, 120)) });
+/// }
+/// // The first goes at once, then one goes every second.
+/// assert_eq!(start.elapsed(), Duration::from_secs(2));
+/// # }
+/// ```
+///
+/// # Example: the provider says not now
+///
+/// ```
+/// use throughline::{Binding, Lane, Need, Outcome, Pace};
+/// use tokio::time::{Duration, Instant};
+///
+/// # #[tokio::main(flavor = "current_thread", start_paused = true)]
+/// # async fn main() {
+/// let lane = Lane::new(Pace::per_minute(60));
+/// let permit = lane.acquire(Need::new(100, 100)).await;
+/// permit.finish(Outcome::Throttled { wait: Some(Duration::from_secs(20)) });
+/// assert_eq!(lane.snapshot().binding, Binding::Gate);
+///
+/// let start = Instant::now();
+/// let _permit = lane.acquire(Need::new(100, 100)).await;
+/// assert!(start.elapsed() >= Duration::from_secs(20));
+/// # }
+/// ```
+#[derive(Clone)]
+pub struct Lane {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    start: Instant,
+    turnstile: Mutex<Turnstile<Waker>>,
+}
+
+impl Lane {
+    /// A lane with the limits of `pace`, every one of them unused so far.
+    pub fn new(pace: Pace) -> Self {
+        Self::seeded(pace, fastrand::u64(..))
+    }
+
+    /// A lane whose jitter is reproducible, for tests and simulations.
+    pub fn seeded(pace: Pace, seed: u64) -> Self {
+        Self {
+            shared: Arc::new(Shared {
+                start: Instant::now(),
+                turnstile: Mutex::new(Turnstile::new(&pace, seed)),
+            }),
+        }
+    }
+
+    /// Waits for its turn and for all that `need` asks.
+    ///
+    /// The place in the queue is `need`'s ([`Need::at`]), or else taken when the
+    /// returned future is first polled.
+    ///
+    /// A future that waits must be polled when it is woken, or be dropped: the lane
+    /// spawns nothing, its next waiter keeps the time for those behind it.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future leaves the queue and gives back whatever it had been
+    /// granted. Nothing is lost but the place, and that only if it was not from
+    /// [`arrive`](Lane::arrive).
+    ///
+    /// # Panics
+    ///
+    /// If it must wait outside a Tokio runtime that has its timer enabled.
+    pub async fn acquire(&self, need: Need) -> Permit {
+        let charge = Charge::from(&need);
+        let entry = self
+            .shared
+            .step(|turnstile, now, errands| turnstile.enter(now, need.place, charge, errands));
+        match entry {
+            Entry::Granted(grant) => self.permit(grant),
+            Entry::Queued(key) => {
+                let waiting = Waiting {
+                    lane: self,
+                    key: Some(key),
+                    alarm: None,
+                };
+                waiting.await
+            }
+        }
+    }
+
+    /// A permit if one is to be had at once, and nobody waits for it.
+    pub fn try_acquire(&self, need: &Need) -> Option<Permit> {
+        let charge = Charge::from(need);
+        let grant = self
+            .shared
+            .step(|turnstile, now, _| turnstile.try_enter(now, charge));
+        grant.map(|grant| self.permit(grant))
+    }
+
+    /// Takes the next place in the order of arrival, for [`Need::at`].
+    ///
+    /// A call that keeps its place over its retries comes before all that arrived
+    /// after it first did, instead of behind them.
+    ///
+    /// ```
+    /// use throughline::{Lane, Need, Pace};
+    ///
+    /// # #[tokio::main(flavor = "current_thread", start_paused = true)]
+    /// # async fn main() {
+    /// let lane = Lane::new(Pace::normal());
+    /// let place = lane.arrive();
+    /// for _attempt in 0..3 {
+    ///     let permit = lane.acquire(Need::new(100, 100).at(place)).await;
+    /// #   drop(permit);
+    ///     // ... the call; leave the loop when it succeeds ...
+    /// }
+    /// # }
+    /// ```
+    pub fn arrive(&self) -> Place {
+        self.shared.lock().arrive()
+    }
+
+    /// Changes the limits, for those who wait already too.
+    ///
+    /// What is left of each limit stays as it is, in requests and tokens, and grows
+    /// at the new rate; a limit that was not there before starts unused. If there
+    /// are more calls in flight than now allowed, they end in their own time.
+    pub fn retune(&self, pace: Pace) {
+        self.shared
+            .step(|turnstile, now, errands| turnstile.retune(now, &pace, errands));
+    }
+
+    /// What the lane looks like now.
+    pub fn snapshot(&self) -> LaneSnapshot {
+        self.shared
+            .step(|turnstile, now, _| turnstile.snapshot(now))
+    }
+
+    fn permit(&self, grant: Grant) -> Permit {
+        Permit {
+            lane: self.clone(),
+            grant: Some(grant),
+            sent: false,
+        }
+    }
+}
+
+impl fmt::Debug for Lane {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Lane").field(&self.snapshot()).finish()
+    }
+}
+
+impl Shared {
+    /// A panic cannot leave the turnstile half changed: nothing it does between
+    /// two changes can fail. So whoever poisoned the lock, the lane goes on.
+    fn lock(&self) -> MutexGuard<'_, Turnstile<Waker>> {
+        self.turnstile
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// One step of the turnstile. The clock is read under the lock, so that the
+    /// turnstile's time never runs backwards; wakers run outside it.
+    fn step<R>(
+        &self,
+        step: impl FnOnce(&mut Turnstile<Waker>, Duration, &mut Errands<Waker>) -> R,
+    ) -> R {
+        let mut errands = Errands::default();
+        let result = {
+            let mut turnstile = self.lock();
+            step(&mut turnstile, self.start.elapsed(), &mut errands)
+        };
+        for waker in errands.wake {
+            waker.wake();
+        }
+        result
+    }
+}
+
+/// The future of one who waits.
+struct Waiting<'a> {
+    lane: &'a Lane,
+    /// `None` once the grant is collected.
+    key: Option<Key>,
+    /// Made when this is first the one to keep the time, which most never are.
+    alarm: Option<Pin<Box<Sleep>>>,
+}
+
+impl Waiting<'_> {
+    fn set_alarm(&mut self, at: Duration) -> Option<Pin<&mut Sleep>> {
+        let deadline = self.lane.shared.start.checked_add(at)?;
+        let alarm = match self.alarm.take() {
+            Some(mut alarm) => {
+                alarm.as_mut().reset(deadline);
+                alarm
+            }
+            None => Box::pin(tokio::time::sleep_until(deadline)),
+        };
+        Some(self.alarm.insert(alarm).as_mut())
+    }
+}
+
+impl Future for Waiting<'_> {
+    type Output = Permit;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Permit> {
+        let this = &mut *self;
+        loop {
+            let key = this.key.expect("not polled after it was ready");
+            let waker = cx.waker().clone();
+            let turn = this
+                .lane
+                .shared
+                .step(|turnstile, now, errands| turnstile.poll(now, key, waker, errands));
+            match turn {
+                Turn::Granted(grant) => {
+                    this.key = None;
+                    return Poll::Ready(this.lane.permit(grant));
+                }
+                Turn::Wait(None) => return Poll::Pending,
+                Turn::Wait(Some(at)) => match this.set_alarm(at) {
+                    Some(alarm) => ready!(alarm.poll(cx)),
+                    // Beyond the end of the clock's time.
+                    None => return Poll::Pending,
+                },
+            }
+        }
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        if let Some(key) = self.key.take() {
+            self.lane
+                .shared
+                .step(|turnstile, now, errands| turnstile.leave(now, key, errands));
+        }
+    }
+}
+
+/// The right to make one call now, from [`Lane::acquire`].
+///
+/// A permit settles with its lane exactly once, however it ends:
+///
+/// | ends by | request | tokens | slot in flight |
+/// |---|---|---|---|
+/// | drop before [`mark_sent`](Permit::mark_sent) | given back | given back | free |
+/// | drop after it | stays charged | stay charged | free |
+/// | [`finish`](Permit::finish) | stays charged | by [`Outcome`] | free |
+///
+/// What an unsent permit gives back is what has not flowed in again while it was
+/// held: all of it if it is dropped soon, nothing if that took longer than the
+/// limit needs to recover, for then nothing is missing.
+#[must_use = "dropping a permit gives it back at once"]
+pub struct Permit {
+    lane: Lane,
+    /// `None` once it has ended.
+    grant: Option<Grant>,
+    sent: bool,
+}
+
+impl Permit {
+    /// Says that the call is on its way, so that from here on a drop does not
+    /// give its charge back.
+    pub fn mark_sent(&mut self) {
+        self.sent = true;
+    }
+
+    /// Says how the call ended.
+    ///
+    /// - [`Done`](Outcome::Done): the tokens are settled to what was used. What was
+    ///   too much is free again; what was too little becomes a debt.
+    /// - [`Throttled`](Outcome::Throttled): the tokens are given back, the request
+    ///   stays charged, for providers count it. The lane closes for everybody.
+    /// - [`Overloaded`](Outcome::Overloaded): everything stays charged. The lane
+    ///   closes, more briefly.
+    /// - [`Failed`](Outcome::Failed): everything stays charged.
+    pub fn finish(mut self, outcome: Outcome) {
+        self.end(End::Finished(outcome));
+    }
+
+    fn end(&mut self, end: End) {
+        if let Some(grant) = self.grant.take() {
+            self.lane
+                .shared
+                .step(|turnstile, now, errands| turnstile.finish(now, grant, end, errands));
+        }
+    }
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        self.end(if self.sent {
+            End::Abandoned
+        } else {
+            End::Unsent
+        });
+    }
+}
+
+impl fmt::Debug for Permit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Permit")
+            .field("sent", &self.sent)
+            .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_poisoned_lock_is_recovered() {
+        let lane = Lane::new(Pace::per_minute(60));
+        let poisoner = lane.clone();
+        let panicked = std::thread::spawn(move || {
+            let _guard = poisoner.shared.turnstile.lock();
+            panic!("while holding the lock");
+        });
+        assert!(panicked.join().is_err());
+        assert!(lane.shared.turnstile.is_poisoned());
+        lane.acquire(Need::new(1, 1)).await.mark_sent();
+        lane.acquire(Need::new(1, 1)).await.mark_sent();
+        assert_eq!(lane.shared.start.elapsed(), Duration::from_secs(1));
+    }
+}

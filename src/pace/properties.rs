@@ -1,0 +1,420 @@
+//! What must hold of the turnstile whatever happens to it.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::time::Duration;
+
+use proptest::prelude::*;
+
+use super::buckets::Resource;
+use super::limits::Pace;
+use super::queue::Key;
+use super::turnstile::{End, Entry, Errands, Grant, Turn, Turnstile};
+use super::words::{Charge, Outcome, Place};
+use crate::usage::Usage;
+
+/// One thing that can happen to a lane. Indices count modulo what there is.
+#[derive(Debug, Clone)]
+enum Op {
+    Pass(Duration),
+    Arrive(Charge),
+    /// Arrives at the place of one that went before, as a retry does.
+    Return(usize, Charge),
+    Leave(usize),
+    End(usize, End),
+    Retune(Pace),
+}
+
+struct Waiter {
+    key: Key,
+    charge: Charge,
+}
+
+struct Held {
+    grant: Grant,
+    place: Option<Place>,
+    /// Where in the books this was entered.
+    entry: usize,
+}
+
+/// A line in the books.
+struct Booked {
+    at: Duration,
+    charge: Charge,
+    kind: Kind,
+}
+
+#[derive(PartialEq)]
+enum Kind {
+    /// A grant, of a call that was sent or not.
+    Grant { unsent: bool },
+    /// A grant given back, of what was taken then.
+    Refund { taken_at: Duration },
+    /// A charge in the place of another.
+    Settled { before: Charge },
+}
+
+/// The turnstile with everything around it that the shell and its users would be.
+struct World {
+    pace: Pace,
+    turnstile: Turnstile<u64>,
+    now: Duration,
+    closed_until: Duration,
+    waiting: BTreeMap<u64, Waiter>,
+    alarms: BTreeSet<(Duration, u64)>,
+    awake: VecDeque<u64>,
+    held: Vec<Held>,
+    places: Vec<Place>,
+    books: Vec<Booked>,
+    next_id: u64,
+}
+
+impl World {
+    fn new(pace: Pace) -> Self {
+        Self {
+            turnstile: Turnstile::new(&pace, 0),
+            pace,
+            now: Duration::ZERO,
+            closed_until: Duration::ZERO,
+            waiting: BTreeMap::new(),
+            alarms: BTreeSet::new(),
+            awake: VecDeque::new(),
+            held: Vec::new(),
+            places: Vec::new(),
+            books: Vec::new(),
+            next_id: 0,
+        }
+    }
+
+    fn apply(&mut self, op: Op) {
+        match op {
+            Op::Pass(time) => self.pass_until(self.now + time),
+            Op::Arrive(charge) => self.arrive(None, charge),
+            Op::Return(nth, charge) => {
+                let place = pick(nth, self.places.len()).map(|i| self.places[i]);
+                self.arrive(place, charge);
+            }
+            Op::Leave(nth) => {
+                if let Some(i) = pick(nth, self.waiting.len()) {
+                    let id = *self.waiting.keys().nth(i).unwrap();
+                    let waiter = self.waiting.remove(&id).unwrap();
+                    self.alarms.retain(|(_, of)| *of != id);
+                    self.step(|turnstile, now, errands| turnstile.leave(now, waiter.key, errands));
+                }
+            }
+            Op::End(nth, end) => {
+                if let Some(i) = pick(nth, self.held.len()) {
+                    let held = self.held.swap_remove(i);
+                    self.places.extend(held.place);
+                    self.end(held, end);
+                }
+            }
+            Op::Retune(pace) => {
+                self.pace = pace.clone();
+                self.step(|turnstile, now, errands| turnstile.retune(now, &pace, errands));
+            }
+        }
+    }
+
+    fn arrive(&mut self, place: Option<Place>, charge: Charge) {
+        let errands = &mut Errands::default();
+        let entry = self.turnstile.enter(self.now, place, charge, errands);
+        self.awake.extend(errands.wake.drain(..));
+        match entry {
+            Entry::Granted(grant) => self.granted(grant, None, charge),
+            Entry::Queued(key) => {
+                self.waiting.insert(self.next_id, Waiter { key, charge });
+                self.awake.push_back(self.next_id);
+                self.next_id += 1;
+            }
+        }
+        self.settle();
+    }
+
+    fn end(&mut self, held: Held, end: End) {
+        let granted = &mut self.books[held.entry];
+        let (before, taken_at) = (granted.charge, granted.at);
+        let mut charge = before;
+        let mut kind = Kind::Settled { before };
+        match end {
+            End::Unsent => {
+                granted.kind = Kind::Grant { unsent: true };
+                kind = Kind::Refund { taken_at };
+            }
+            End::Finished(Outcome::Done { usage: Some(usage) }) => charge = usage.into(),
+            End::Finished(Outcome::Throttled { wait }) => {
+                charge = Charge::default();
+                self.closed_until = self.closed_until.max(self.now + wait.unwrap_or_default());
+            }
+            _ => {}
+        }
+        let at = self.now;
+        self.books.push(Booked { at, charge, kind });
+        self.step(|turnstile, now, errands| turnstile.finish(now, held.grant, end, errands));
+    }
+
+    fn granted(&mut self, grant: Grant, place: Option<Place>, charge: Charge) {
+        assert!(
+            self.now >= self.closed_until,
+            "a grant through a closed gate"
+        );
+        self.held.push(Held {
+            grant,
+            place,
+            entry: self.books.len(),
+        });
+        self.books.push(Booked {
+            at: self.now,
+            charge,
+            kind: Kind::Grant { unsent: false },
+        });
+    }
+
+    fn step(&mut self, step: impl FnOnce(&mut Turnstile<u64>, Duration, &mut Errands<u64>)) {
+        let mut errands = Errands::default();
+        step(&mut self.turnstile, self.now, &mut errands);
+        self.awake.extend(errands.wake);
+        self.settle();
+    }
+
+    fn pass_until(&mut self, then: Duration) {
+        while let Some(&(at, id)) = self.alarms.first().filter(|(at, _)| *at <= then) {
+            self.alarms.pop_first();
+            self.now = self.now.max(at);
+            self.awake.push_back(id);
+            self.settle();
+        }
+        self.now = then;
+    }
+
+    /// Everybody who is awake looks, until all sleep; then the lane must be in order.
+    fn settle(&mut self) {
+        let mut last_granted = None;
+        while let Some(id) = self.awake.pop_front() {
+            let Some(waiter) = self.waiting.get(&id) else {
+                continue;
+            };
+            let (key, charge) = (waiter.key, waiter.charge);
+            let errands = &mut Errands::default();
+            let turn = self.turnstile.poll(self.now, key, id, errands);
+            self.awake.extend(errands.wake.drain(..));
+            match turn {
+                Turn::Granted(grant) => {
+                    last_granted = last_granted.max(Some(key));
+                    self.waiting.remove(&id);
+                    self.alarms.retain(|(_, of)| *of != id);
+                    self.granted(grant, Some(key.place), charge);
+                }
+                Turn::Wait(Some(at)) => {
+                    assert!(at > self.now, "an alarm in the past");
+                    self.alarms.retain(|(_, of)| *of != id);
+                    self.alarms.insert((at, id));
+                }
+                Turn::Wait(None) => {}
+            }
+        }
+        let first_waiting = self.waiting.values().map(|waiter| waiter.key).min();
+        if let (Some(granted), Some(waiting)) = (last_granted, first_waiting) {
+            assert!(granted < waiting, "overtaken");
+        }
+        let snapshot = self.turnstile.snapshot(self.now);
+        assert_eq!(snapshot.in_flight, self.held.len());
+        assert_eq!(snapshot.waiting, self.waiting.len());
+        if let Some(wait) = snapshot.head_wait {
+            let alarm = self.alarms.first().map(|(at, _)| *at);
+            assert!(
+                alarm.is_some_and(|at| at <= self.now + wait),
+                "nobody keeps the time"
+            );
+        }
+    }
+
+    /// Ends all calls and passes the time until nobody waits.
+    fn drain(&mut self) {
+        loop {
+            while let Some(held) = self.held.pop() {
+                self.end(held, End::Abandoned);
+            }
+            if self.waiting.is_empty() {
+                break;
+            }
+            let next = self
+                .alarms
+                .first()
+                .expect("somebody waits and nobody will come")
+                .0;
+            self.pass_until(next);
+        }
+        assert_eq!(self.turnstile.snapshot(self.now).in_flight, 0);
+    }
+
+    /// In every window that ends with a grant: burst + rate · window, or one need
+    /// larger than the burst.
+    fn check_windows(&self) {
+        for resource in Resource::ALL {
+            let Some((rate, burst)) = resource.limit(&self.pace) else {
+                continue;
+            };
+            let capacity = burst.max(rate.time_for(1)).as_nanos() as i128;
+            let cost = |charge| rate.time_for(resource.of(charge));
+            let nanos = |time: Duration| time.as_nanos() as i128;
+            // Tokens are booked when they are known; a request counts when it was sent.
+            let by_request = matches!(resource, Resource::Spacing | Resource::Requests);
+            let lines = self.books.iter().filter_map(|line| {
+                let full = cost(line.charge);
+                let booked = match line.kind {
+                    Kind::Grant { unsent } => (!(by_request && unsent)).then_some(nanos(full)),
+                    _ if by_request => None,
+                    Kind::Refund { taken_at } => {
+                        Some(-nanos(full.saturating_sub(line.at - taken_at)))
+                    }
+                    Kind::Settled { before } => Some(nanos(full) - nanos(cost(before))),
+                };
+                Some((line, booked?))
+            });
+            let lines: Vec<_> = lines.collect();
+            for (i, (first, _)) in lines.iter().enumerate() {
+                let mut sum = 0;
+                for (line, booked) in &lines[i..] {
+                    sum += booked;
+                    if matches!(line.kind, Kind::Grant { .. }) {
+                        let window = (line.at - first.at).as_nanos() as i128;
+                        let most = capacity.max(*booked) + window;
+                        assert!(sum <= most, "{resource:?}: {sum} ns in {window} ns");
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn pick(nth: usize, of: usize) -> Option<usize> {
+    nth.checked_rem(of)
+}
+
+fn charge() -> impl Strategy<Value = Charge> {
+    // Some are larger than any burst below.
+    let tokens = || prop_oneof![8 => 0..300u64, 1 => 0..5_000u64];
+    (tokens(), tokens()).prop_map(|(input, output)| Charge { input, output })
+}
+
+fn wait() -> impl Strategy<Value = Option<Duration>> {
+    proptest::option::of((0..20_000u64).prop_map(Duration::from_millis))
+}
+
+fn end() -> impl Strategy<Value = End> {
+    prop_oneof![
+        2 => Just(End::Unsent),
+        1 => Just(End::Abandoned),
+        1 => Just(End::Finished(Outcome::Failed)),
+        1 => Just(End::Finished(Outcome::Done { usage: None })),
+        8 => (0..400u64, 0..400u64).prop_map(|(input, output)| {
+            End::Finished(Outcome::Done { usage: Some(Usage::new(input, output)) })
+        }),
+        1 => wait().prop_map(|wait| End::Finished(Outcome::Throttled { wait })),
+        1 => wait().prop_map(|wait| End::Finished(Outcome::Overloaded { wait })),
+    ]
+}
+
+fn pace() -> impl Strategy<Value = Pace> {
+    use proptest::option::of;
+    (
+        of(prop_oneof![1..20u64, 1..100_000u64]),
+        of(1..1_000_000u64),
+        of(1..1_000_000u64),
+        of(1..1_000_000u64),
+        of(1..6usize),
+        of(1..3_000u64),
+        0..3_000u64,
+    )
+        .prop_map(
+            |(requests, tokens, input, output, in_flight, spacing, burst)| {
+                let mut pace = requests.map_or_else(Pace::unlimited, Pace::per_minute);
+                pace = pace.burst(Duration::from_millis(burst));
+                pace = tokens.into_iter().fold(pace, Pace::tokens);
+                pace = input.into_iter().fold(pace, Pace::input_tokens);
+                pace = output.into_iter().fold(pace, Pace::output_tokens);
+                pace = in_flight.into_iter().fold(pace, Pace::in_flight);
+                let spacing = spacing.map(Duration::from_millis);
+                spacing.into_iter().fold(pace, Pace::spacing)
+            },
+        )
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    let time = prop_oneof![
+        Just(Duration::ZERO),
+        (0..50_000_000u64).prop_map(Duration::from_nanos),
+        (0..5_000u64).prop_map(Duration::from_millis),
+    ];
+    prop_oneof![
+        4 => time.prop_map(Op::Pass),
+        6 => charge().prop_map(Op::Arrive),
+        1 => (any::<usize>(), charge()).prop_map(|(nth, charge)| Op::Return(nth, charge)),
+        1 => any::<usize>().prop_map(Op::Leave),
+        4 => (any::<usize>(), end()).prop_map(|(nth, end)| Op::End(nth, end)),
+    ]
+}
+
+proptest! {
+    /// Order, limits, gate and timekeeping hold at every step (see `World::settle`).
+    #[test]
+    fn whatever_happens_the_lane_is_in_order(
+        pace in pace(),
+        ops in proptest::collection::vec(op(), 1..200),
+    ) {
+        let most_in_flight = pace.in_flight.unwrap_or(usize::MAX);
+        let mut world = World::new(pace);
+        for op in ops {
+            world.apply(op);
+            prop_assert!(world.held.len() <= most_in_flight);
+        }
+        world.drain();
+        world.check_windows();
+    }
+
+    #[test]
+    fn retuning_strands_nobody(
+        first in pace(),
+        ops in proptest::collection::vec(
+            prop_oneof![10 => op(), 1 => pace().prop_map(Op::Retune)],
+            1..200,
+        ),
+    ) {
+        let mut world = World::new(first);
+        for op in ops {
+            let before = world.held.len();
+            world.apply(op);
+            let most = world.pace.in_flight.unwrap_or(usize::MAX);
+            prop_assert!(world.held.len() <= most.max(before));
+        }
+        world.drain();
+    }
+}
+
+#[test]
+fn a_hundred_thousand_waiters_go_one_by_one() {
+    let mut world = Turnstile::<u64>::new(&Pace::per_minute(60_000_000), 0);
+    let mut now = Duration::ZERO;
+    let mut errands = Errands::default();
+    let charge = Charge::default();
+    let mut keys = VecDeque::new();
+    let mut granted = 0;
+    for id in 0..1_100_000 {
+        match world.enter(now, None, charge, &mut errands) {
+            Entry::Granted(_) => granted += 1,
+            Entry::Queued(key) => {
+                let _ = world.poll(now, key, id, &mut errands);
+                keys.push_back((id, key));
+            }
+        }
+    }
+    assert_eq!((granted, keys.len()), (1_000_000, 100_000));
+    while let Some((id, key)) = keys.pop_front() {
+        now += Duration::from_micros(1);
+        match world.poll(now, key, id, &mut errands) {
+            Turn::Granted(_) => granted += 1,
+            Turn::Wait(_) => panic!("its time has come"),
+        }
+    }
+    assert_eq!(granted, 1_100_000);
+}
