@@ -12,7 +12,11 @@ pub use async_trait::async_trait;
 
 pub use crate::digest::RequestDigest;
 pub use crate::error::{Error, ErrorKind, Persistence, Result};
+#[cfg(feature = "anthropic")]
+pub use crate::provider::{Anthropic, AnthropicBuilder};
 pub use crate::provider::{Capabilities, OutputCharge, Provider};
+#[cfg(feature = "openai")]
+pub use crate::provider::{OpenAi, OpenAiBuilder};
 pub use crate::reply::{Delta, FinishReason, Reply, ReplyStream};
 pub use crate::request::{Message, Request, ResponseFormat, Role};
 pub use crate::usage::{Quota, RateSnapshot, Usage};

@@ -1,5 +1,23 @@
 //! [`Provider`]: the plug-in that turns a [`Request`] into a [`Reply`].
 
+#[cfg(feature = "anthropic")]
+mod anthropic;
+// On its own the feature adds nothing public, so nothing here is used then.
+#[cfg(feature = "http")]
+#[cfg_attr(
+    not(any(feature = "openai", feature = "anthropic")),
+    allow(dead_code, unused)
+)]
+mod http;
+#[cfg(feature = "openai")]
+mod openai;
+#[cfg(feature = "http")]
+#[cfg_attr(
+    not(any(feature = "openai", feature = "anthropic")),
+    allow(dead_code, unused)
+)]
+mod rate_headers;
+
 use std::fmt;
 use std::sync::Arc;
 
@@ -9,6 +27,11 @@ use futures::stream;
 use crate::error::Result;
 use crate::reply::{Delta, Reply, ReplyStream};
 use crate::request::Request;
+
+#[cfg(feature = "anthropic")]
+pub use self::anthropic::{Anthropic, AnthropicBuilder};
+#[cfg(feature = "openai")]
+pub use self::openai::{OpenAi, OpenAiBuilder};
 
 /// A model behind an API, a process or a function.
 ///
