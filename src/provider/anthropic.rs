@@ -7,7 +7,7 @@ use async_trait::async_trait;
 use secrecy::ExposeSecret as _;
 use serde_json::{Map, Value, json};
 
-use super::http::{self, Dialect, Http, Parts, Settings, Step};
+use super::http::{self, Dialect, Http, Parts, Settings};
 use super::{Capabilities, OutputCharge, Provider};
 use crate::error::{Error, ErrorKind, Result};
 use crate::reply::{FinishReason, Reply, ReplyStream};
@@ -255,19 +255,19 @@ impl Dialect for Messages {
         Ok(parts)
     }
 
-    fn frame(parts: &mut Parts, frame: &Value) -> Step {
+    fn frame(parts: &mut Parts, frame: &Value) -> String {
         match frame["type"].as_str().unwrap_or_default() {
             "message_start" => read(parts, &frame["message"], &frame["message"]),
             "message_delta" => read(parts, frame, &frame["delta"]),
-            "message_stop" => return Step::Done,
-            "content_block_delta" => {
-                let text = frame["delta"]["text"].as_str().unwrap_or_default();
-                return Step::Text(text.to_owned());
-            }
+            "message_stop" => parts.done = true,
             // `ping`, blocks' starts and stops, and what may come in later versions.
             _ => {}
         }
-        Step::Other
+        // Only a `content_block_delta` has one, and of those only a `text_delta`.
+        frame["delta"]["text"]
+            .as_str()
+            .unwrap_or_default()
+            .to_owned()
     }
 }
 

@@ -7,7 +7,7 @@ use async_trait::async_trait;
 use secrecy::ExposeSecret as _;
 use serde_json::{Map, Value, json};
 
-use super::http::{self, Dialect, Http, Parts, Settings, Step};
+use super::http::{self, Dialect, Http, Parts, Settings};
 use super::{Capabilities, Provider};
 use crate::error::{Error, ErrorKind, Result};
 use crate::reply::{FinishReason, Reply, ReplyStream};
@@ -303,12 +303,12 @@ impl Dialect for Chat {
         Ok(parts)
     }
 
-    fn frame(parts: &mut Parts, frame: &Value) -> Step {
+    fn frame(parts: &mut Parts, frame: &Value) -> String {
         // The frame with the usage has no choice.
         let choice = first_choice(frame).unwrap_or(&Value::Null);
         let text = content(parts, &choice["delta"]);
         read(parts, frame, choice);
-        Step::Text(text)
+        text
     }
 }
 
@@ -327,8 +327,6 @@ fn read(parts: &mut Parts, body: &Value, choice: &Value) {
     }
     if let Some(reason) = choice["finish_reason"].as_str() {
         parts.finish = Some(match reason {
-            // The API ends a refusal like any other text.
-            "stop" if parts.refused => FinishReason::ContentFilter,
             "stop" => FinishReason::Stop,
             "length" => FinishReason::Length,
             "content_filter" => FinishReason::ContentFilter,

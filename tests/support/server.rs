@@ -125,7 +125,7 @@ impl Server {
             scripts: Mutex::new(scripts.into_iter().collect()),
             ..Shared::default()
         });
-        Self::start(shared, |stream, shared| play(stream, shared)).await
+        Self::start(shared, play).await
     }
 
     /// Answers every request with the same bytes, keeps connections alive and records

@@ -20,8 +20,8 @@ pub(crate) trait Dialect: Send + 'static {
     /// Reads a whole reply; an `Err` says what is missing.
     fn whole(body: &Value) -> Result<Parts, &'static str>;
 
-    /// Takes in one frame of a stream.
-    fn frame(parts: &mut Parts, frame: &Value) -> Step;
+    /// Takes in one frame of a stream, but for its text, which is returned.
+    fn frame(parts: &mut Parts, frame: &Value) -> String;
 }
 
 /// A reply as far as it is known.
@@ -33,13 +33,8 @@ pub(crate) struct Parts {
     pub(crate) model: String,
     /// The text is a refusal, which the finish may not say.
     pub(crate) refused: bool,
-}
-
-/// What a frame brought.
-pub(crate) enum Step {
-    Text(String),
-    Other,
-    Done,
+    /// A frame said that it was the last.
+    pub(crate) done: bool,
 }
 
 /// The model a request names; without one there is nothing to send.
@@ -146,7 +141,11 @@ fn reply(head: &Head, parts: Parts, raw: String) -> Reply {
     let rate = head.rate(None);
     Reply {
         text: parts.text,
-        finish: parts.finish.unwrap_or(FinishReason::Stop),
+        finish: match parts.finish {
+            // OpenAI ends a refusal like any other text.
+            None | Some(FinishReason::Stop) if parts.refused => FinishReason::ContentFilter,
+            finish => finish.unwrap_or(FinishReason::Stop),
+        },
         usage: parts.usage,
         model: parts.model,
         request_id: head.request_id(),
@@ -190,19 +189,17 @@ impl<D: Dialect> Streaming<D> {
                 let error = classify::refusal(&self.head, data.as_bytes());
                 return Err(error.with_billed(None));
             }
-            let step = D::frame(&mut self.parts, &frame);
+            let text = D::frame(&mut self.parts, &frame);
             self.last = data;
-            match step {
-                Step::Text(text) if text.is_empty() => {}
-                Step::Text(text) if text.len() > self.max_text - self.parts.text.len() => {
-                    return Err(self.head.mark(too_large("text", self.max_text)));
-                }
-                Step::Text(text) => {
-                    self.parts.text.push_str(&text);
-                    return Ok(Delta::Text(text));
-                }
-                Step::Other => {}
-                Step::Done => return Ok(self.end()),
+            if self.parts.done {
+                return Ok(self.end());
+            }
+            if text.len() > self.max_text - self.parts.text.len() {
+                return Err(self.head.mark(too_large("text", self.max_text)));
+            }
+            if !text.is_empty() {
+                self.parts.text.push_str(&text);
+                return Ok(Delta::Text(text));
             }
         }
     }

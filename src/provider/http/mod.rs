@@ -33,7 +33,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::provider::rate_headers;
 use crate::usage::RateSnapshot;
 
-pub(crate) use self::exchange::{Dialect, Parts, Step, finish_body, model};
+pub(crate) use self::exchange::{Dialect, Parts, finish_body, model};
 pub(crate) use self::schema::enforceable;
 pub(crate) use self::setters::shared_setters;
 
