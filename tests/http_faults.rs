@@ -109,6 +109,34 @@ async fn nobody_there_costs_nothing() {
     assert!(!format!("{error:?}").contains("q-secret"), "{error:?}");
 }
 
+/// A server that accepts and then says nothing is not connected to before TLS is made.
+#[tokio::test]
+async fn no_connection_in_time_costs_nothing() {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("https://{}", listener.local_addr().unwrap());
+    let openai = OpenAi::builder().base_url(url).connect_timeout(SHORT);
+    let error = openai.build().unwrap().generate(&request()).await;
+    let error = error.unwrap_err();
+    assert_eq!(error.kind(), Timeout, "{error:?}");
+    assert_eq!(error.billed(), Some(false), "nothing was sent");
+}
+
+#[tokio::test]
+async fn a_server_without_tls_costs_nothing() {
+    use tokio::io::AsyncWriteExt as _;
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("https://{}", listener.local_addr().unwrap());
+    tokio::spawn(async move {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        let answer = stream.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n").await;
+        answer.unwrap();
+        std::future::pending::<()>().await; // the socket stays open
+    });
+    let openai = OpenAi::builder().base_url(url).build().unwrap();
+    let error = openai.generate(&request()).await.unwrap_err();
+    assert_eq!((error.kind(), error.billed()), (Connection, Some(false)));
+}
+
 #[tokio::test]
 async fn a_connection_that_breaks_may_have_been_paid_for() {
     let cut = b"HTTP/1.1 200 OK\r\ncontent-length: 999\r\n\r\n{\"choices\":";
@@ -266,6 +294,7 @@ async fn keys_are_never_shown() {
         Script::reply(200, &echo, KEY),
         Script::reply(200, &echo, format!("[{KEY}")),
         Script::reply(200, &echo, format!("\"{KEY}\"")),
+        Script::reply(200, &echo, &padded),
         Script::events(&[&frame]),
         Script::events(&[format!("data: {{\"{KEY}\": {KEY}}}\n\ndata: [DONE]\n\n")]),
         Script::new()

@@ -324,6 +324,12 @@ fn table() -> Vec<Case> {
         .code("429"),
         case(
             200,
+            "\u{feff}{\"error\":{\"code\":\"429\",\"message\":\"Rate limited upstream\"}}",
+            Throttled,
+        )
+        .code("429"),
+        case(
+            200,
             r#"{"error":{"code":"502","message":"bad gateway upstream"}}"#,
             Unavailable,
         )

@@ -41,6 +41,9 @@ const UNSUPPORTED: [&str; 12] = [
 /// It makes one call for each request and never retries; every reply and every error
 /// carries the rate limits the server sent. Cheap to clone: clones share connections.
 ///
+/// - An error's [kind](ErrorKind) says what can be done. A refusal and a connection that
+///   was not made cost nothing, a malformed reply did cost, and of a call that broke or
+///   timed out nobody knows ([`Error::billed`]).
 /// - System messages are joined and sent as the API's `system` field.
 /// - Without [`Request::max_tokens`], 4,096 is sent, as the API demands a number.
 /// - [`Request::seed`] is not sent: the API has none.

@@ -22,6 +22,9 @@ const BASE_URL: &str = "https://api.openai.com/v1";
 /// It makes one call for each request and never retries; every reply and every error
 /// carries the rate limits the server sent. Cheap to clone: clones share connections.
 ///
+/// - An error's [kind](ErrorKind) says what can be done. A refusal and a connection that
+///   was not made cost nothing, a malformed reply did cost, and of a call that broke or
+///   timed out nobody knows ([`Error::billed`]).
 /// - [`Request::max_tokens`] is sent as `max_completion_tokens` to OpenAI and Azure, whose
 ///   newer models refuse `max_tokens`, and as `max_tokens` to everyone else, as older
 ///   servers know no other ([`OpenAiBuilder::max_tokens_field`] decides otherwise).
@@ -265,7 +268,13 @@ impl OpenAiBuilder {
         }
         let http = Http::new(self.settings, "/chat/completions")?;
         let host = http.host();
-        let newest = host == "api.openai.com" || host.ends_with(".azure.com");
+        let newest = [
+            "api.openai.com",
+            ".openai.azure.com",
+            ".cognitiveservices.azure.com",
+        ]
+        .iter()
+        .any(|name| host.ends_with(name));
         let field = if newest {
             "max_completion_tokens"
         } else {

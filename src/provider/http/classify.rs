@@ -37,7 +37,10 @@ impl Complaint {
         let mut status = None;
         for name in ["code", "type", "status", "statusCode"] {
             match error.get(name) {
-                Some(Value::String(word)) if !word.is_empty() => codes.push(word.clone()),
+                Some(Value::String(word)) if !word.is_empty() => {
+                    status = status.or(word.parse().ok());
+                    codes.push(word.clone());
+                }
                 Some(Value::Number(number)) => {
                     status = status.or_else(|| u16::try_from(number.as_u64()?).ok());
                 }
@@ -83,7 +86,7 @@ impl Complaint {
         ];
         const PROSE: [&str; 5] = [
             "credit balance",
-            "usage limit",
+            "api usage limit",
             "spend limit",
             "spending limit",
             "spend cap",

@@ -115,16 +115,13 @@ impl Http {
 fn whole<D: Dialect>(head: &Head, body: Vec<u8>) -> Result<Reply> {
     let text = String::from_utf8(body)
         .map_err(|error| head.error(ErrorKind::MalformedReply, &error.to_string()))?;
-    let json: Value =
-        serde_json::from_str(text.trim_start_matches('\u{feff}')).map_err(|error| {
-            let start = classify::shorten(text.trim(), 200);
-            head.error(
-                ErrorKind::MalformedReply,
-                &format!("not JSON ({error}): {start}"),
-            )
-        })?;
+    let body = text.trim_start_matches('\u{feff}').trim();
+    let json: Value = serde_json::from_str(body).map_err(|error| {
+        let message = format!("not JSON ({error}): {body}");
+        head.error(ErrorKind::MalformedReply, &message)
+    })?;
     if is_error(&json) {
-        return Err(classify::refusal(head, text.as_bytes()));
+        return Err(classify::refusal(head, body.as_bytes()));
     }
     let parts =
         D::whole(&json).map_err(|missing| head.error(ErrorKind::MalformedReply, missing))?;

@@ -191,6 +191,7 @@ impl Http {
         let head = Head {
             status: response.status().as_u16(),
             headers: response.headers().clone(),
+            at: Timestamp::now(),
             secrets: Arc::clone(&self.secrets),
         };
         let secrets = Arc::clone(&self.secrets);
@@ -229,6 +230,7 @@ impl fmt::Debug for Http {
 pub(crate) struct Head {
     status: u16,
     headers: HeaderMap,
+    at: Timestamp,
     secrets: Arc<Secrets>,
 }
 
@@ -239,7 +241,7 @@ impl Head {
     }
 
     fn rate(&self, body: Option<&Value>) -> RateSnapshot {
-        rate_headers::snapshot(|name| self.get(name), body, Timestamp::now())
+        rate_headers::snapshot(|name| self.get(name), body, self.at)
     }
 
     fn request_id(&self) -> Option<String> {
