@@ -18,7 +18,11 @@ pub use crate::error::{Error, ErrorKind, Persistence, Result};
 pub use crate::pace::{Binding, Lane, LaneSnapshot, Need, Outcome, Pace, Permit, Place};
 #[cfg(feature = "sim")]
 pub use crate::provider::sim::Sim;
+#[cfg(feature = "anthropic")]
+pub use crate::provider::{Anthropic, AnthropicBuilder};
 pub use crate::provider::{Capabilities, OutputCharge, Provider};
+#[cfg(feature = "openai")]
+pub use crate::provider::{OpenAi, OpenAiBuilder};
 pub use crate::reply::{Delta, FinishReason, Reply, ReplyStream};
 pub use crate::request::{Message, Request, ResponseFormat, Role};
 pub use crate::usage::{Quota, RateSnapshot, Usage};

@@ -2,6 +2,23 @@
 
 #[cfg(feature = "sim")]
 pub mod sim;
+#[cfg(feature = "anthropic")]
+mod anthropic;
+// Each provider uses most of it, both use all: what neither needs shows with both on.
+#[cfg(feature = "http")]
+#[cfg_attr(
+    not(all(feature = "openai", feature = "anthropic")),
+    allow(dead_code, unused)
+)]
+mod http;
+#[cfg(feature = "openai")]
+mod openai;
+#[cfg(feature = "http")]
+#[cfg_attr(
+    not(all(feature = "openai", feature = "anthropic")),
+    allow(dead_code, unused)
+)]
+mod rate_headers;
 
 use std::fmt;
 use std::sync::Arc;
@@ -12,6 +29,11 @@ use futures::stream;
 use crate::error::Result;
 use crate::reply::{Delta, Reply, ReplyStream};
 use crate::request::Request;
+
+#[cfg(feature = "anthropic")]
+pub use self::anthropic::{Anthropic, AnthropicBuilder};
+#[cfg(feature = "openai")]
+pub use self::openai::{OpenAi, OpenAiBuilder};
 
 /// A model behind an API, a process or a function.
 ///

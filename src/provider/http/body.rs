@@ -1,0 +1,97 @@
+//! The body of a reply, read under its call's timeouts and bounds.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use reqwest::Response;
+
+use super::secrets::Secrets;
+use super::{Deadline, Limits, flatten, too_slow};
+use crate::error::{Error, ErrorKind, Persistence, Result};
+
+/// How much of a refusal's body is read, and how long for: the status alone says
+/// enough to go on with.
+const REFUSAL: (usize, Duration) = (64 << 10, Duration::from_secs(5));
+
+pub(super) struct Body {
+    response: Response,
+    secrets: Arc<Secrets>,
+    limits: Limits,
+    deadline: Deadline,
+    whole: Duration,
+}
+
+impl Body {
+    pub(super) fn new(
+        response: Response,
+        secrets: Arc<Secrets>,
+        limits: Limits,
+        deadline: Deadline,
+        whole: Duration,
+    ) -> Self {
+        Self {
+            response,
+            secrets,
+            limits,
+            deadline,
+            whole,
+        }
+    }
+
+    /// The next piece, `None` at the end.
+    pub(super) async fn chunk(&mut self) -> Result<Option<Bytes>> {
+        let idle = Deadline::after(self.limits.idle).min(self.deadline);
+        match idle.guard(self.response.chunk()).await {
+            Some(Ok(chunk)) => Ok(chunk),
+            Some(Err(error)) => {
+                let message = format!("the reply broke off: {}", flatten(&error));
+                Err(Error::new(
+                    ErrorKind::Connection,
+                    self.secrets.scrub(&message),
+                ))
+            }
+            None if idle == self.deadline => Err(too_slow("the call", self.whole)),
+            None => Err(too_slow("the next piece of the reply", self.limits.idle)),
+        }
+    }
+
+    /// The whole body.
+    pub(super) async fn all(&mut self) -> Result<Vec<u8>> {
+        let max = self.limits.max_body;
+        let announced = self.response.content_length().unwrap_or(0);
+        if announced > max as u64 {
+            return Err(too_large("body", max));
+        }
+        let mut all = Vec::with_capacity(announced as usize);
+        while let Some(chunk) = self.chunk().await? {
+            if chunk.len() > max - all.len() {
+                return Err(too_large("body", max));
+            }
+            all.extend_from_slice(&chunk);
+        }
+        Ok(all)
+    }
+
+    /// As much of a refusal's body as comes soon and whole. That it breaks off is no
+    /// error: the refusal is.
+    pub(super) async fn beginning(&mut self) -> Vec<u8> {
+        let (max, patience) = REFUSAL;
+        self.deadline = Deadline::after(patience).min(self.deadline);
+        let mut start = Vec::new();
+        while let Ok(Some(chunk)) = self.chunk().await {
+            start.extend_from_slice(&chunk[..chunk.len().min(max - start.len())]);
+            if start.len() == max {
+                break;
+            }
+        }
+        start
+    }
+}
+
+/// Permanent, unlike other malformed replies: the same answer would be as large
+/// again, and paid for again.
+pub(super) fn too_large(what: &str, max: usize) -> Error {
+    let message = format!("the reply's {what} is larger than the {max} bytes allowed");
+    Error::new(ErrorKind::MalformedReply, message).with_persistence(Persistence::Permanent)
+}

@@ -1,0 +1,214 @@
+//! One call from request to [`Reply`], whole or streamed; what is a dialect's own is
+//! behind [`Dialect`].
+
+use std::marker::PhantomData;
+use std::time::Duration;
+
+use futures::stream;
+use serde_json::{Map, Value};
+
+use super::body::too_large;
+use super::sse::Events;
+use super::{Head, Http, classify};
+use crate::error::{Error, ErrorKind, Result};
+use crate::reply::{Delta, FinishReason, Reply, ReplyStream};
+use crate::request::Request;
+use crate::usage::Usage;
+
+/// How a provider writes replies.
+pub(crate) trait Dialect: Send + 'static {
+    /// Reads a whole reply; an `Err` says what is missing.
+    fn whole(body: &Value) -> Result<Parts, &'static str>;
+
+    /// Takes in one frame of a stream, but for its text, which is returned.
+    fn frame(parts: &mut Parts, frame: &Value) -> String;
+}
+
+/// A reply as far as it is known.
+#[derive(Debug, Default)]
+pub(crate) struct Parts {
+    pub(crate) text: String,
+    pub(crate) finish: Option<FinishReason>,
+    pub(crate) usage: Usage,
+    pub(crate) model: String,
+    /// The text is a refusal, which the finish may not say.
+    pub(crate) refused: bool,
+    /// A frame said that it was the last.
+    pub(crate) done: bool,
+}
+
+/// The model a request names; without one there is nothing to send.
+pub(crate) fn model(request: &Request) -> Result<&str> {
+    request.model.as_deref().ok_or_else(|| {
+        let message = "the request names no model: set one with Request::model, or a default \
+                       for all requests of the context";
+        Error::new(ErrorKind::InvalidRequest, message)
+    })
+}
+
+/// Puts the provider's own fields over ours. Whether the reply is streamed is for the
+/// method that was called to say.
+pub(crate) fn finish_body(
+    mut body: Map<String, Value>,
+    request: &Request,
+    stream: bool,
+) -> Result<Vec<u8>> {
+    body.extend(request.extra.clone());
+    body.remove("stream");
+    if stream {
+        body.insert("stream".into(), true.into());
+    }
+    Ok(serde_json::to_vec(&body)?)
+}
+
+impl Http {
+    pub(crate) async fn generate<D: Dialect>(
+        &self,
+        body: Vec<u8>,
+        timeout: Option<Duration>,
+    ) -> Result<Reply> {
+        let (head, mut body) = self.post(body, timeout).await?;
+        let body = body.all().await.map_err(|error| head.mark(error))?;
+        whole::<D>(&head, body)
+    }
+
+    pub(crate) async fn stream<D: Dialect>(
+        &self,
+        body: Vec<u8>,
+        timeout: Option<Duration>,
+    ) -> Result<ReplyStream> {
+        let (head, mut body) = self.post(body, timeout).await?;
+        // Some servers cannot stream, and some answer so when they refuse after all.
+        let form = head.get("content-type").unwrap_or_default();
+        if ["application/json", "text/html"]
+            .iter()
+            .any(|document| form.starts_with(document))
+        {
+            let body = body.all().await.map_err(|error| head.mark(error))?;
+            let reply = whole::<D>(&head, body)?;
+            let text = Delta::Text(reply.text.clone());
+            return Ok(Box::pin(stream::iter([
+                Ok(text),
+                Ok(Delta::End(Box::new(reply))),
+            ])));
+        }
+        let streaming = Streaming::<D> {
+            head,
+            events: Events::new(body, self.limits.max_event),
+            parts: Parts::default(),
+            last: String::new(),
+            max_text: self.limits.max_body,
+            dialect: PhantomData,
+        };
+        Ok(Box::pin(stream::unfold(
+            Some(streaming),
+            |streaming| async {
+                let mut streaming = streaming?;
+                let delta = streaming.next().await;
+                let more = matches!(delta, Ok(Delta::Text(_)));
+                Some((delta, more.then_some(streaming)))
+            },
+        )))
+    }
+}
+
+fn whole<D: Dialect>(head: &Head, body: Vec<u8>) -> Result<Reply> {
+    let text = String::from_utf8(body)
+        .map_err(|error| head.error(ErrorKind::MalformedReply, &error.to_string()))?;
+    let body = text.trim_start_matches('\u{feff}').trim();
+    let json: Value = serde_json::from_str(body).map_err(|error| {
+        let message = format!("not JSON ({error}): {body}");
+        head.error(ErrorKind::MalformedReply, &message)
+    })?;
+    if is_error(&json) {
+        return Err(classify::refusal(head, body.as_bytes()));
+    }
+    let parts =
+        D::whole(&json).map_err(|missing| head.error(ErrorKind::MalformedReply, missing))?;
+    Ok(reply(head, parts, text))
+}
+
+/// Whether what came with a success says that it is none.
+fn is_error(json: &Value) -> bool {
+    let json = json.get(0).unwrap_or(json);
+    !json["error"].is_null() || json["object"] == "error"
+}
+
+fn reply(head: &Head, parts: Parts, raw: String) -> Reply {
+    let rate = head.rate(None);
+    Reply {
+        text: parts.text,
+        finish: match parts.finish {
+            // OpenAI ends a refusal like any other text.
+            None | Some(FinishReason::Stop) if parts.refused => FinishReason::ContentFilter,
+            finish => finish.unwrap_or(FinishReason::Stop),
+        },
+        usage: parts.usage,
+        model: parts.model,
+        request_id: head.request_id(),
+        raw: Some(raw.into()),
+        rate: (!rate.is_empty()).then(|| Box::new(rate)),
+    }
+}
+
+struct Streaming<D> {
+    head: Head,
+    events: Events,
+    parts: Parts,
+    last: String,
+    max_text: usize,
+    dialect: PhantomData<D>,
+}
+
+impl<D: Dialect> Streaming<D> {
+    /// More text, or the end.
+    async fn next(&mut self) -> Result<Delta> {
+        loop {
+            let data = match self.events.next().await {
+                Ok(Some(data)) if data.trim() == "[DONE]" => return Ok(self.end()),
+                Ok(Some(data)) => data,
+                // The text is whole once the model said why it stopped; what else
+                // was to come is not worth paying for again.
+                Ok(None) | Err(_) if self.parts.finish.is_some() => return Ok(self.end()),
+                Ok(None) => return Err(self.cut()),
+                Err(error) => return Err(self.head.mark(error)),
+            };
+            let frame: Value = match serde_json::from_str(&data) {
+                Ok(frame) => frame,
+                Err(_) if self.events.ended() => return Err(self.cut()),
+                Err(error) => {
+                    let message = format!("an event is not JSON: {error}");
+                    return Err(self.head.error(ErrorKind::MalformedReply, &message));
+                }
+            };
+            if is_error(&frame) {
+                // Nobody says what the text so far has cost.
+                let error = classify::refusal(&self.head, data.as_bytes());
+                return Err(error.with_billed(None));
+            }
+            let text = D::frame(&mut self.parts, &frame);
+            self.last = data;
+            if self.parts.done {
+                return Ok(self.end());
+            }
+            if text.len() > self.max_text - self.parts.text.len() {
+                return Err(self.head.mark(too_large("text", self.max_text)));
+            }
+            if !text.is_empty() {
+                self.parts.text.push_str(&text);
+                return Ok(Delta::Text(text));
+            }
+        }
+    }
+
+    fn end(&mut self) -> Delta {
+        let parts = std::mem::take(&mut self.parts);
+        let last = std::mem::take(&mut self.last);
+        Delta::End(Box::new(reply(&self.head, parts, last)))
+    }
+
+    fn cut(&self) -> Error {
+        let message = "the stream ended before the reply did";
+        self.head.error(ErrorKind::Connection, message)
+    }
+}

@@ -1,0 +1,358 @@
+//! What both HTTP providers stand on: one call, no retries, no surprises.
+//!
+//! - `mod` (here): the client, its settings, one call's head;
+//! - `body`: reading under the call's timeouts and bounds;
+//! - `sse`: server-sent events out of a body;
+//! - `exchange`: a call from request to [`Reply`](crate::Reply), whole or streamed;
+//! - `classify`: what a refusal means;
+//! - `schema`: JSON schemas in the subset that providers enforce;
+//! - `setters`: the builder methods both providers share;
+//! - `secrets`: what must never be shown.
+
+mod body;
+mod classify;
+mod exchange;
+mod schema;
+mod secrets;
+mod setters;
+mod sse;
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use jiff::Timestamp;
+use reqwest::header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue};
+use reqwest::redirect;
+use reqwest::{Client, Url};
+use secrecy::{ExposeSecret, SecretString};
+use serde_json::Value;
+use tokio::time::{Instant, timeout_at};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::provider::rate_headers;
+use crate::usage::RateSnapshot;
+
+pub(crate) use self::exchange::{Dialect, Parts, finish_body, model};
+pub(crate) use self::schema::enforceable;
+pub(crate) use self::setters::shared_setters;
+
+use self::body::Body;
+use self::secrets::Secrets;
+
+/// Everything a provider's builder can set that is not its dialect's own.
+#[derive(Clone)]
+pub(crate) struct Settings {
+    pub(crate) base_url: String,
+    pub(crate) api_key: Option<SecretString>,
+    /// Headers whose values are secrets: hidden in `Debug`, taken out of errors.
+    pub(crate) headers: Vec<(String, SecretString)>,
+    /// Headers of the protocol, secret to nobody.
+    pub(crate) plain: Vec<(&'static str, String)>,
+    pub(crate) query: Vec<(String, String)>,
+    pub(crate) limits: Limits,
+}
+
+/// Bounds of one call in time and size.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Limits {
+    pub(crate) connect: Duration,
+    pub(crate) first_byte: Duration,
+    pub(crate) idle: Duration,
+    pub(crate) whole: Duration,
+    pub(crate) max_body: usize,
+    pub(crate) max_event: usize,
+}
+
+impl Settings {
+    pub(crate) fn new(base_url: &str) -> Self {
+        Self {
+            base_url: base_url.to_owned(),
+            api_key: None,
+            headers: Vec::new(),
+            plain: Vec::new(),
+            query: Vec::new(),
+            limits: Limits {
+                connect: Duration::from_secs(10),
+                first_byte: Duration::from_secs(600),
+                idle: Duration::from_secs(300),
+                whole: Duration::from_secs(600),
+                max_body: 16 << 20,
+                max_event: 1 << 20,
+            },
+        }
+    }
+
+    /// Keys come out of files and environments with a newline at their end.
+    pub(crate) fn set_key(&mut self, key: String) {
+        let key = key.trim();
+        self.api_key = (!key.is_empty()).then(|| key.into());
+    }
+
+    pub(crate) fn header(&mut self, name: impl Into<String>, value: impl Into<String>) {
+        self.headers.push((name.into(), value.into().into()));
+    }
+}
+
+impl fmt::Debug for Settings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let names = |pairs: &mut dyn Iterator<Item = &String>| pairs.cloned().collect::<Vec<_>>();
+        // A base URL can be wrong in ways that hide a password or a key in it.
+        let base_url = Secrets::default().scrub(&self.base_url);
+        f.debug_struct("Settings")
+            .field("base_url", &base_url.rsplit('@').next())
+            .field("api_key", &self.api_key.as_ref().map(|_| "[secret]"))
+            .field(
+                "headers",
+                &names(&mut self.headers.iter().map(|(name, _)| name)),
+            )
+            .field(
+                "query",
+                &names(&mut self.query.iter().map(|(name, _)| name)),
+            )
+            .field("limits", &self.limits)
+            .finish()
+    }
+}
+
+/// A client for one endpoint. Cheap to clone: the connections are shared.
+#[derive(Clone)]
+pub(crate) struct Http {
+    client: Client,
+    url: Url,
+    headers: HeaderMap,
+    secrets: Arc<Secrets>,
+    limits: Limits,
+}
+
+impl Http {
+    /// A client that posts to `path` under the base URL.
+    pub(crate) fn new(settings: Settings, path: &str) -> Result<Self> {
+        let mut secrets = Secrets::default();
+        let mut headers = HeaderMap::new();
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        for (name, value) in &settings.plain {
+            headers.insert(*name, header_value(name, value)?);
+        }
+        for (name, value) in &settings.headers {
+            let text = value.expose_secret();
+            secrets.add(text);
+            // The word for the scheme is no part of the secret: `Bearer sk-…`.
+            secrets.add(text.split_once(' ').map_or("", |(_, token)| token));
+            let mut value = header_value(name, text)?;
+            value.set_sensitive(true);
+            let header: HeaderName = name
+                .parse()
+                .map_err(|_| config(&format!("{name:?} is not a header's name")))?;
+            headers.insert(header, value);
+        }
+        let client = Client::builder()
+            .user_agent(concat!("throughline/", env!("CARGO_PKG_VERSION")))
+            .connect_timeout(settings.limits.connect)
+            // The guard above counts and paces every call, so none is made behind its
+            // back. (What hyper still does by itself: a request that found its pooled
+            // connection closed before a byte of it was written takes another one.)
+            .retry(reqwest::retry::never())
+            .redirect(redirect::Policy::none())
+            .referer(false)
+            .build()
+            .map_err(|error| config(&secrets.scrub(&flatten(&error))))?;
+        Ok(Self {
+            client,
+            url: endpoint(&settings, path)?,
+            headers,
+            secrets: secrets.into(),
+            limits: settings.limits,
+        })
+    }
+
+    pub(crate) fn host(&self) -> &str {
+        self.url.host_str().unwrap_or_default()
+    }
+
+    /// Posts a body and waits for the head of the reply; a refusal is an error.
+    async fn post(&self, body: Vec<u8>, timeout: Option<Duration>) -> Result<(Head, Body)> {
+        let whole = timeout.map_or(self.limits.whole, |asked| asked.min(self.limits.whole));
+        let deadline = Deadline::after(whole);
+        let first_byte = Deadline::after(self.limits.first_byte).min(deadline);
+
+        let request = self
+            .client
+            .post(self.url.clone())
+            .headers(self.headers.clone())
+            .body(body);
+        let response = match first_byte.guard(request.send()).await {
+            Some(Ok(response)) => response,
+            Some(Err(error)) => return Err(self.unsent(&error)),
+            None if first_byte == deadline => return Err(too_slow("the call", whole)),
+            None => return Err(too_slow("the reply's first byte", self.limits.first_byte)),
+        };
+
+        let head = Head {
+            status: response.status().as_u16(),
+            headers: response.headers().clone(),
+            at: Timestamp::now(),
+            secrets: Arc::clone(&self.secrets),
+        };
+        let secrets = Arc::clone(&self.secrets);
+        let mut body = Body::new(response, secrets, self.limits, deadline, whole);
+        if (200..300).contains(&head.status) {
+            return Ok((head, body));
+        }
+        let text = body.beginning().await;
+        Err(classify::refusal(&head, &text))
+    }
+
+    fn unsent(&self, error: &reqwest::Error) -> Error {
+        let connecting = error.is_connect();
+        let kind = match error.is_timeout() {
+            true => ErrorKind::Timeout,
+            false => ErrorKind::Connection,
+        };
+        let message = self.secrets.scrub(&flatten(error));
+        // Nothing was sent where no connection was made.
+        Error::new(kind, message).with_billed(connecting.then_some(false))
+    }
+}
+
+impl fmt::Debug for Http {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut url = self.url.clone();
+        url.set_query(None);
+        f.debug_struct("Http")
+            .field("url", &url.as_str())
+            .field("limits", &self.limits)
+            .finish_non_exhaustive()
+    }
+}
+
+/// The first part of a reply, with what is needed to speak of it in errors.
+pub(crate) struct Head {
+    status: u16,
+    headers: HeaderMap,
+    at: Timestamp,
+    secrets: Arc<Secrets>,
+}
+
+impl Head {
+    fn get(&self, name: &str) -> Option<&str> {
+        // Not `to_str`, which takes only ASCII: Go writes microseconds with a µ.
+        std::str::from_utf8(self.headers.get(name)?.as_bytes()).ok()
+    }
+
+    fn rate(&self, body: Option<&Value>) -> RateSnapshot {
+        rate_headers::snapshot(|name| self.get(name), body, self.at)
+    }
+
+    fn request_id(&self) -> Option<String> {
+        ["x-request-id", "request-id", "apim-request-id"]
+            .iter()
+            .find_map(|name| self.get(name))
+            .map(|id| classify::shorten(&self.scrub(id), 200))
+    }
+
+    fn scrub(&self, text: &str) -> String {
+        self.secrets.scrub(text)
+    }
+
+    /// An error that carries what the head tells.
+    fn error(&self, kind: ErrorKind, message: &str) -> Error {
+        self.mark(Error::new(kind, classify::shown(self, message)))
+    }
+
+    fn mark(&self, error: Error) -> Error {
+        let mut error = error.with_http_status(self.status);
+        if let Some(id) = self.request_id() {
+            error = error.with_request_id(id);
+        }
+        let rate = self.rate(None);
+        if rate.is_empty() {
+            error
+        } else {
+            error.with_rate(rate)
+        }
+    }
+}
+
+/// A point in time that may be too far away to be one.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Deadline(Option<Instant>);
+
+impl Deadline {
+    fn after(duration: Duration) -> Self {
+        Self(Instant::now().checked_add(duration))
+    }
+
+    fn min(self, other: Self) -> Self {
+        match (self.0, other.0) {
+            (Some(a), Some(b)) => Self(Some(a.min(b))),
+            (a, b) => Self(a.or(b)),
+        }
+    }
+
+    /// `None` when the deadline came first.
+    async fn guard<F: Future>(self, future: F) -> Option<F::Output> {
+        match self.0 {
+            Some(at) => timeout_at(at, future).await.ok(),
+            None => Some(future.await),
+        }
+    }
+}
+
+fn too_slow(what: &str, after: Duration) -> Error {
+    Error::new(
+        ErrorKind::Timeout,
+        format!("{what} took longer than {after:?}"),
+    )
+}
+
+/// An error and its causes in one line. The causes are not kept as a source: they
+/// are another crate's types, and could hold a URL.
+fn flatten(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    text
+}
+
+/// An environment variable that is set to something.
+pub(crate) fn env(name: &str) -> Option<String> {
+    std::env::var(name)
+        .ok()
+        .filter(|value| !value.trim().is_empty())
+}
+
+fn config(message: &str) -> Error {
+    Error::new(ErrorKind::Config, message)
+}
+
+fn header_value(name: &str, value: &str) -> Result<HeaderValue> {
+    HeaderValue::from_str(value).map_err(|_| {
+        config(&format!(
+            "the value of the header {name} has characters that no header may have"
+        ))
+    })
+}
+
+fn endpoint(settings: &Settings, path: &str) -> Result<Url> {
+    let wrong = |why: &str| config(&format!("the base URL cannot be used: {why}"));
+    let mut url =
+        Url::parse(settings.base_url.trim()).map_err(|error| wrong(&error.to_string()))?;
+    if !matches!(url.scheme(), "http" | "https") {
+        return Err(wrong("it does not begin with http:// or https://"));
+    }
+    if !url.username().is_empty() || url.password().is_some() {
+        return Err(wrong("it holds a user or password; send those in a header"));
+    }
+    let full = format!("{}{path}", url.path().trim_end_matches('/'));
+    url.set_path(&full);
+    url.set_fragment(None);
+    for (name, value) in &settings.query {
+        url.query_pairs_mut().append_pair(name, value);
+    }
+    Ok(url)
+}

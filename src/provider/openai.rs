@@ -1,0 +1,478 @@
+//! [`OpenAi`]: chat completions, at OpenAI and at everyone who speaks its language.
+
+use std::fmt;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use secrecy::ExposeSecret as _;
+use serde_json::{Map, Value, json};
+
+use super::http::{self, Dialect, Http, Parts, Settings};
+use super::{Capabilities, Provider};
+use crate::error::{Error, ErrorKind, Result};
+use crate::reply::{FinishReason, Reply, ReplyStream};
+use crate::request::{Request, ResponseFormat, Role};
+use crate::usage::Usage;
+
+const BASE_URL: &str = "https://api.openai.com/v1";
+
+/// A provider that speaks OpenAI's chat completions: OpenAI itself, Azure, Groq,
+/// OpenRouter, vLLM, Ollama, llama.cpp and others, by their base URL.
+///
+/// It makes one call for each request and never retries; every reply and every error
+/// carries the rate limits the server sent. Cheap to clone: clones share connections.
+///
+/// - An error's [kind](ErrorKind) says what can be done. A refusal and a connection that
+///   was not made cost nothing, a malformed reply did cost, and of a call that broke or
+///   timed out nobody knows ([`Error::billed`]).
+/// - [`Request::max_tokens`] is sent as `max_completion_tokens` to OpenAI and Azure, whose
+///   newer models refuse `max_tokens`, and as `max_tokens` to everyone else, as older
+///   servers know no other ([`OpenAiBuilder::max_tokens_field`] decides otherwise).
+/// - A JSON schema is sent with `strict: true` if strict mode can take it: closed objects,
+///   every property required. Otherwise it is sent with `strict: false` and only guides.
+/// - A refusal by the model is a reply: its text is the refusal and its finish
+///   [`ContentFilter`](FinishReason::ContentFilter).
+/// - With `extra("n", …)` only the first choice is read; [`Reply::raw`] has them all.
+///
+/// # Example
+///
+/// ```no_run
+/// use throughline::{OpenAi, Provider, Request};
+///
+/// # async fn example() -> throughline::Result<()> {
+/// let openai = OpenAi::from_env()?;
+/// let reply = openai
+///     .generate(&Request::new("Name a river.").model("gpt-4.1-mini"))
+///     .await?;
+/// println!("{} ({} tokens)", reply.text, reply.usage.total());
+/// # Ok(())
+/// # }
+/// ```
+///
+/// # Example: Azure
+///
+/// ```
+/// use throughline::OpenAi;
+///
+/// let azure = OpenAi::builder()
+///     .base_url("https://example.openai.azure.com/openai/deployments/gpt-4.1")
+///     .api_key("0123456789abcdef")
+///     .key_header("api-key")
+///     .query("api-version", "2024-10-21")
+///     .build()?;
+/// # Ok::<(), throughline::Error>(())
+/// ```
+///
+/// # Example: a local server, without a key
+///
+/// ```
+/// use throughline::OpenAi;
+///
+/// let local = OpenAi::builder().base_url("http://localhost:11434/v1").build()?;
+/// # Ok::<(), throughline::Error>(())
+/// ```
+#[derive(Clone)]
+pub struct OpenAi {
+    http: Http,
+    max_tokens_field: String,
+}
+
+impl OpenAi {
+    /// A client of OpenAI with this key and the defaults of [`OpenAi::builder`].
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Config`] if the key has characters that no header may have.
+    pub fn new(key: impl Into<String>) -> Result<Self> {
+        Self::builder().api_key(key).build()
+    }
+
+    /// A client with the key in `OPENAI_API_KEY` at the base URL in `OPENAI_BASE_URL`,
+    /// or at OpenAI's own if that is not set.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Config`] if neither is set (a base URL may do without a key, as
+    /// local servers want none), or if one cannot be used.
+    pub fn from_env() -> Result<Self> {
+        OpenAiBuilder::from_vars(http::env)?.build()
+    }
+
+    /// A builder, for everything that can be set.
+    pub fn builder() -> OpenAiBuilder {
+        OpenAiBuilder {
+            settings: Settings::new(BASE_URL),
+            key_header: None,
+            max_tokens_field: None,
+        }
+    }
+
+    fn body(&self, request: &Request, stream: bool) -> Result<Vec<u8>> {
+        let messages: Vec<Value> = request
+            .messages
+            .iter()
+            .map(|message| {
+                let role = match message.role {
+                    Role::System => "system",
+                    Role::User => "user",
+                    Role::Assistant => "assistant",
+                };
+                json!({"role": role, "content": message.content})
+            })
+            .collect();
+        let mut body = Map::new();
+        body.insert("model".into(), http::model(request)?.into());
+        body.insert("messages".into(), messages.into());
+        if let Some(max_tokens) = request.max_tokens {
+            body.insert(self.max_tokens_field.clone(), max_tokens.into());
+        }
+        if let Some(temperature) = request.temperature {
+            body.insert("temperature".into(), temperature.into());
+        }
+        if !request.stop.is_empty() {
+            body.insert("stop".into(), request.stop.clone().into());
+        }
+        if let Some(seed) = request.seed {
+            body.insert("seed".into(), seed.into());
+        }
+        if let Some(format) = response_format(&request.response_format) {
+            body.insert("response_format".into(), format);
+        }
+        if stream {
+            body.insert("stream_options".into(), json!({"include_usage": true}));
+        }
+        http::finish_body(body, request, stream)
+    }
+}
+
+fn response_format(format: &ResponseFormat) -> Option<Value> {
+    match format {
+        ResponseFormat::Text => None,
+        ResponseFormat::Json => Some(json!({"type": "json_object"})),
+        ResponseFormat::JsonSchema { name, schema } => {
+            let fit = http::enforceable(schema, &[]);
+            let strict = fit.closed && fit.all_required;
+            let schema = if strict { &fit.schema } else { schema };
+            // Generic types have names that the API does not take: `List<Item>`.
+            let name: String = name
+                .chars()
+                .map(|c| {
+                    if c.is_ascii_alphanumeric() || c == '-' {
+                        c
+                    } else {
+                        '_'
+                    }
+                })
+                .take(64)
+                .collect();
+            let json_schema = json!({"name": name, "schema": schema, "strict": strict});
+            Some(json!({"type": "json_schema", "json_schema": json_schema}))
+        }
+    }
+}
+
+#[async_trait]
+impl Provider for OpenAi {
+    fn name(&self) -> &str {
+        "openai"
+    }
+
+    /// # Cancel safety
+    ///
+    /// Dropping the future closes the connection; nothing more is sent. The server may
+    /// still finish the reply and charge for it.
+    async fn generate(&self, request: &Request) -> Result<Reply> {
+        let body = self.body(request, false)?;
+        self.http.generate::<Chat>(body, request.timeout).await
+    }
+
+    /// # Cancel safety
+    ///
+    /// Dropping the future or the stream closes the connection; nothing more is sent.
+    /// The server may still finish the reply and charge for it.
+    async fn stream(&self, request: &Request) -> Result<ReplyStream> {
+        let body = self.body(request, true)?;
+        self.http.stream::<Chat>(body, request.timeout).await
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities::default().with_streaming().with_json(true)
+    }
+}
+
+impl fmt::Debug for OpenAi {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("OpenAi")
+            .field("http", &self.http)
+            .field("max_tokens_field", &self.max_tokens_field)
+            .finish()
+    }
+}
+
+/// Builds an [`OpenAi`]. Its `Debug` shows no key and no header's value.
+#[derive(Debug, Clone)]
+pub struct OpenAiBuilder {
+    settings: Settings,
+    key_header: Option<String>,
+    max_tokens_field: Option<String>,
+}
+
+impl OpenAiBuilder {
+    http::shared_setters!();
+
+    /// Sends the key by itself in this header, as Azure wants it in `api-key`, instead
+    /// of as `authorization: Bearer …`.
+    #[must_use]
+    pub fn key_header(mut self, name: impl Into<String>) -> Self {
+        self.key_header = Some(name.into());
+        self
+    }
+
+    /// Says which organization pays (`openai-organization`).
+    #[must_use]
+    pub fn organization(mut self, id: impl Into<String>) -> Self {
+        self.settings.plain.push(("openai-organization", id.into()));
+        self
+    }
+
+    /// Says which project pays (`openai-project`).
+    #[must_use]
+    pub fn project(mut self, id: impl Into<String>) -> Self {
+        self.settings.plain.push(("openai-project", id.into()));
+        self
+    }
+
+    /// Sets the name of the field that [`Request::max_tokens`] is sent in.
+    ///
+    /// The default is `max_completion_tokens` for OpenAI and Azure, else `max_tokens`.
+    #[must_use]
+    pub fn max_tokens_field(mut self, name: impl Into<String>) -> Self {
+        self.max_tokens_field = Some(name.into());
+        self
+    }
+
+    /// Builds the client. It connects with its first call.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Config`] if the base URL, the key or a header cannot be used.
+    pub fn build(mut self) -> Result<OpenAi> {
+        if let Some(key) = &self.settings.api_key {
+            let key = key.expose_secret().to_owned();
+            match self.key_header {
+                Some(name) => self.settings.header(name, key),
+                None => self
+                    .settings
+                    .header("authorization", format!("Bearer {key}")),
+            }
+        }
+        let http = Http::new(self.settings, "/chat/completions")?;
+        let host = http.host();
+        let newest = [
+            "api.openai.com",
+            ".openai.azure.com",
+            ".cognitiveservices.azure.com",
+        ]
+        .iter()
+        .any(|name| host.ends_with(name));
+        let field = if newest {
+            "max_completion_tokens"
+        } else {
+            "max_tokens"
+        };
+        Ok(OpenAi {
+            max_tokens_field: self.max_tokens_field.unwrap_or_else(|| field.into()),
+            http,
+        })
+    }
+
+    fn from_vars(var: impl Fn(&str) -> Option<String>) -> Result<Self> {
+        let (key, url) = (var("OPENAI_API_KEY"), var("OPENAI_BASE_URL"));
+        if key.is_none() && url.is_none() {
+            return Err(Error::new(
+                ErrorKind::Config,
+                "OPENAI_API_KEY is not set, nor OPENAI_BASE_URL for a server without keys",
+            ));
+        }
+        let builder = OpenAi::builder().base_url(url.unwrap_or_else(|| BASE_URL.into()));
+        Ok(builder.api_key(key.unwrap_or_default()))
+    }
+}
+
+/// The dialect of chat completions.
+struct Chat;
+
+impl Dialect for Chat {
+    fn whole(body: &Value) -> Result<Parts, &'static str> {
+        let choice = first_choice(body).ok_or("the reply has no choices")?;
+        let message = choice.get("message").ok_or("the choice has no message")?;
+        let mut parts = Parts::default();
+        parts.text = content(&mut parts, message);
+        read(&mut parts, body, choice);
+        Ok(parts)
+    }
+
+    fn frame(parts: &mut Parts, frame: &Value) -> String {
+        // The frame with the usage has no choice.
+        let choice = first_choice(frame).unwrap_or(&Value::Null);
+        let text = content(parts, &choice["delta"]);
+        read(parts, frame, choice);
+        text
+    }
+}
+
+/// The frames of a stream with `n` above one hold other choices too.
+fn first_choice(body: &Value) -> Option<&Value> {
+    let mut choices = body["choices"].as_array()?.iter();
+    choices.find(|choice| choice["index"].as_u64().unwrap_or(0) == 0)
+}
+
+fn read(parts: &mut Parts, body: &Value, choice: &Value) {
+    if let Some(model) = body["model"].as_str() {
+        model.clone_into(&mut parts.model);
+    }
+    if let Some(usage) = usage(&body["usage"]) {
+        parts.usage = usage;
+    }
+    if let Some(reason) = choice["finish_reason"].as_str() {
+        parts.finish = Some(match reason {
+            "stop" => FinishReason::Stop,
+            "length" => FinishReason::Length,
+            "content_filter" => FinishReason::ContentFilter,
+            "tool_calls" | "function_call" => FinishReason::ToolCalls,
+            other => FinishReason::Other(other.to_owned()),
+        });
+    }
+}
+
+/// The text of a message or a delta: a string, or with some servers a list of parts.
+fn content(parts: &mut Parts, message: &Value) -> String {
+    let text = match &message["content"] {
+        Value::String(text) => text.clone(),
+        Value::Array(pieces) => pieces.iter().filter_map(|p| p["text"].as_str()).collect(),
+        _ => String::new(),
+    };
+    match message["refusal"].as_str() {
+        Some(refusal) if text.is_empty() && !refusal.is_empty() => {
+            parts.refused = true;
+            refusal.to_owned()
+        }
+        _ => text,
+    }
+}
+
+fn usage(usage: &Value) -> Option<Usage> {
+    usage.is_object().then(|| {
+        let count = |value: &Value| value.as_u64().unwrap_or(0);
+        Usage {
+            input_tokens: count(&usage["prompt_tokens"]),
+            output_tokens: count(&usage["completion_tokens"]),
+            cached_input_tokens: count(&usage["prompt_tokens_details"]["cached_tokens"]),
+            reasoning_tokens: count(&usage["completion_tokens_details"]["reasoning_tokens"]),
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn vars<'a>(vars: &'a [(&str, &str)]) -> impl Fn(&str) -> Option<String> + 'a {
+        |name| {
+            let pair = vars.iter().find(|(key, _)| *key == name);
+            pair.map(|(_, value)| (*value).to_owned())
+        }
+    }
+
+    fn sent(openai: &OpenAi, request: &Request, stream: bool) -> Value {
+        serde_json::from_slice(&openai.body(request, stream).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn a_base_url_may_do_without_a_key_but_not_the_other_api() {
+        let error = OpenAiBuilder::from_vars(vars(&[])).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Config);
+        assert!(error.message().contains("OPENAI_API_KEY"));
+        let local = vars(&[("OPENAI_BASE_URL", "http://localhost:1/v1/")]);
+        let local = OpenAiBuilder::from_vars(local).unwrap().build().unwrap();
+        assert!(format!("{local:?}").contains("http://localhost:1/v1/chat/completions"));
+        assert!(
+            OpenAiBuilder::from_vars(vars(&[("OPENAI_API_KEY", "sk-1\n")]))
+                .unwrap()
+                .build()
+                .is_ok()
+        );
+    }
+
+    #[test]
+    fn the_field_for_max_tokens_depends_on_the_server() {
+        let request = Request::new("a").model("m").max_tokens(5);
+        let field = |url: &str, name: Option<&str>| {
+            let mut builder = OpenAi::builder().base_url(url);
+            if let Some(name) = name {
+                builder = builder.max_tokens_field(name);
+            }
+            let body = sent(&builder.build().unwrap(), &request, false);
+            body.as_object()
+                .unwrap()
+                .keys()
+                .find(|key| key.starts_with("max"))
+                .unwrap()
+                .clone()
+        };
+        assert_eq!(field(BASE_URL, None), "max_completion_tokens");
+        assert_eq!(
+            field("https://x.openai.azure.com/openai", None),
+            "max_completion_tokens"
+        );
+        assert_eq!(field("http://localhost:8000/v1", None), "max_tokens");
+        assert_eq!(field(BASE_URL, Some("max_tokens")), "max_tokens");
+    }
+
+    #[test]
+    fn extra_overwrites_all_but_whether_it_streams() {
+        let request = Request::new("a")
+            .system("s")
+            .model("m")
+            .temperature(0.5)
+            .seed(7)
+            .stop("x")
+            .extra("temperature", 0.9)
+            .extra("stream", true);
+        let openai = OpenAi::new("sk-test").unwrap();
+        assert_eq!(
+            sent(&openai, &request, false),
+            json!({
+                "model": "m",
+                "messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}],
+                "temperature": 0.9,
+                "seed": 7,
+                "stop": ["x"],
+            })
+        );
+        let streamed = sent(&openai, &request, true);
+        assert_eq!(streamed["stream"], true);
+        assert_eq!(streamed["stream_options"], json!({"include_usage": true}));
+    }
+
+    #[test]
+    fn a_schema_is_strict_only_where_strict_mode_can_take_it() {
+        let format = |schema: Value| {
+            let name = "List<Item>".to_owned();
+            response_format(&ResponseFormat::JsonSchema { name, schema }).unwrap()["json_schema"]
+                .take()
+        };
+        let strict = format(
+            json!({"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}),
+        );
+        assert_eq!(strict["strict"], true);
+        assert_eq!(strict["name"], "List_Item_");
+        assert_eq!(strict["schema"]["additionalProperties"], false);
+        let optional = json!({"type": "object", "properties": {"a": {"type": "string"}}});
+        let guided = format(optional.clone());
+        assert_eq!(
+            (&guided["strict"], &guided["schema"]),
+            (&json!(false), &optional)
+        );
+    }
+}

@@ -1,0 +1,399 @@
+//! What a reply's headers and body say of the provider's rate limits: pure
+//! functions from text to [`RateSnapshot`].
+//!
+//! One function reads all dialects, because gateways mix them: OpenAI and those who
+//! copy it (`x-ratelimit-…`, resets as Go durations, on Azure as bare seconds) and
+//! Anthropic (`anthropic-ratelimit-…`, resets as RFC 3339 times).
+
+use std::time::Duration;
+
+use jiff::Timestamp;
+use jiff::civil;
+use jiff::fmt::rfc2822;
+use jiff::tz::TimeZone;
+use serde_json::Value;
+
+use crate::usage::{Quota, RateSnapshot};
+
+/// The longest wait or reset believed. What is longer is cut to it: a day is as
+/// long as any documented window, and a lane that waits so long is parked anyway.
+pub(crate) const LONGEST: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// Reads the limits and the wait the server asks for: `retry-after-ms`, else
+/// `retry-after`, else the `google.rpc.RetryInfo` of an error's body.
+///
+/// `header` looks a lower-case name up. Dates count from the reply's own `Date`, so
+/// that a wrong local clock does no harm, and from `clock` when there is none.
+pub(crate) fn snapshot<'a>(
+    header: impl Fn(&str) -> Option<&'a str>,
+    body: Option<&Value>,
+    clock: Timestamp,
+) -> RateSnapshot {
+    let now = header("date").and_then(http_date).unwrap_or(clock);
+    let quota = |resource: &str| {
+        let read = |field: &str| {
+            header(&format!("anthropic-ratelimit-{resource}-{field}"))
+                .or_else(|| header(&format!("x-ratelimit-{field}-{resource}")))
+        };
+        let limit = read("limit").map(count);
+        // Azure says -1 or 0 for a limit it does not know; what stands beside it
+        // then means as little.
+        if matches!(limit, Some(None | Some(0))) {
+            return Quota::default();
+        }
+        Quota {
+            limit: limit.flatten(),
+            remaining: read("remaining").and_then(count),
+            reset: read("reset").and_then(|text| reset(text, now)),
+        }
+    };
+    RateSnapshot {
+        requests: quota("requests"),
+        tokens: quota("tokens"),
+        input_tokens: quota("input-tokens"),
+        output_tokens: quota("output-tokens"),
+        retry_after: header("retry-after-ms")
+            .and_then(|text| seconds(text, 1e-3))
+            .or_else(|| header("retry-after").and_then(|text| retry_after(text, now)))
+            .or_else(|| retry_info(body?)),
+    }
+}
+
+/// The last resort for a refused call without a wait: when all that is used up is
+/// back. Providers count a reset until the quota is *full*, so this errs on the safe side.
+pub(crate) fn exhausted_reset(rate: &RateSnapshot) -> Option<Duration> {
+    [
+        rate.requests,
+        rate.tokens,
+        rate.input_tokens,
+        rate.output_tokens,
+    ]
+    .iter()
+    .filter(|quota| quota.remaining == Some(0))
+    .filter_map(|quota| quota.reset)
+    .max()
+}
+
+/// The entries of a Google error's `details`, wherever a compatible server puts them.
+pub(crate) fn details(body: &Value) -> impl Iterator<Item = &Value> {
+    let first = body.get(0).unwrap_or(body);
+    let error = first.get("error").unwrap_or(first);
+    error
+        .get("details")
+        .and_then(Value::as_array)
+        .into_iter()
+        .flatten()
+}
+
+fn retry_info(body: &Value) -> Option<Duration> {
+    details(body).find_map(|detail| go_duration(detail.get("retryDelay")?.as_str()?))
+}
+
+fn count(text: &str) -> Option<u64> {
+    text.trim().parse().ok()
+}
+
+fn reset(text: &str, now: Timestamp) -> Option<Duration> {
+    go_duration(text)
+        .or_else(|| seconds(text, 1.0))
+        .or_else(|| Some(until(text.trim().parse().ok()?, now)))
+}
+
+fn retry_after(text: &str, now: Timestamp) -> Option<Duration> {
+    seconds(text, 1.0).or_else(|| Some(until(http_date(text)?, now)))
+}
+
+/// A decimal number of `unit` seconds. Negative numbers, NaN and infinities say nothing.
+fn seconds(text: &str, unit: f64) -> Option<Duration> {
+    let value: f64 = text.trim().parse().ok()?;
+    bounded(value * unit)
+}
+
+fn bounded(seconds: f64) -> Option<Duration> {
+    (seconds.is_finite() && seconds >= 0.0)
+        .then(|| Duration::from_secs_f64(seconds.min(LONGEST.as_secs_f64())))
+}
+
+/// `17ms`, `6m0s`, `2m59.56s`, `1h2m3s`: what Go's `time.Duration` prints.
+fn go_duration(text: &str) -> Option<Duration> {
+    const UNITS: [(&str, f64); 8] = [
+        ("ns", 1.0),
+        ("us", 1e3),
+        ("\u{b5}s", 1e3),  // micro sign
+        ("\u{3bc}s", 1e3), // Greek mu: Go reads both
+        ("ms", 1e6),
+        ("s", 1e9),
+        ("m", 60e9),
+        ("h", 3600e9),
+    ];
+    let mut rest = text.trim();
+    let mut nanos = 0.0;
+    if rest.is_empty() {
+        return None;
+    }
+    while !rest.is_empty() {
+        let unit_at = rest.find(|c: char| !c.is_ascii_digit() && c != '.')?;
+        let (number, after) = rest.split_at(unit_at);
+        let unit_end = after
+            .find(|c: char| c.is_ascii_digit() || c == '.')
+            .unwrap_or(after.len());
+        let (unit, after) = after.split_at(unit_end);
+        let (_, scale) = UNITS.iter().find(|(name, _)| *name == unit)?;
+        // Whole nanoseconds below 2^53 are exact in an f64: three months of them.
+        nanos += (number.parse::<f64>().ok()? * scale).round();
+        rest = after;
+    }
+    let longest = LONGEST.as_nanos() as f64;
+    Some(Duration::from_nanos(nanos.min(longest) as u64))
+}
+
+/// The three forms of RFC 9110: the one in use, and two that recipients must still read.
+fn http_date(text: &str) -> Option<Timestamp> {
+    let text = text.trim();
+    let parser = rfc2822::DateTimeParser::new().relaxed_weekday(true);
+    parser.parse_timestamp(text).ok().or_else(|| {
+        ["%A, %d-%b-%y %H:%M:%S GMT", "%a %b %e %H:%M:%S %Y"]
+            .iter()
+            .find_map(|form| civil::DateTime::strptime(form, text).ok())
+            .and_then(|date| date.to_zoned(TimeZone::UTC).ok())
+            .map(|date| date.timestamp())
+    })
+}
+
+/// The time from `now` to `then`, zero for the past.
+fn until(then: Timestamp, now: Timestamp) -> Duration {
+    Duration::try_from(then.duration_since(now))
+        .unwrap_or_default()
+        .min(LONGEST)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    use super::*;
+
+    const DATE: &str = "Tue, 03 Jun 2025 10:00:00 GMT";
+
+    fn read(headers: &[(&str, &str)]) -> RateSnapshot {
+        read_with(headers, None)
+    }
+
+    fn read_with(headers: &[(&str, &str)], body: Option<&Value>) -> RateSnapshot {
+        let header = |name: &str| {
+            let pair = headers.iter().find(|(key, _)| *key == name);
+            pair.map(|(_, value)| *value)
+        };
+        snapshot(header, body, Timestamp::UNIX_EPOCH)
+    }
+
+    fn quota(limit: u64, remaining: u64, reset: Duration) -> Quota {
+        Quota {
+            limit: Some(limit),
+            remaining: Some(remaining),
+            reset: Some(reset),
+        }
+    }
+
+    #[test]
+    fn go_durations() {
+        let cases = [
+            ("17ms", Some(Duration::from_millis(17))),
+            ("1s", Some(Duration::from_secs(1))),
+            ("6m0s", Some(Duration::from_secs(360))),
+            ("2m59.56s", Some(Duration::from_millis(179_560))),
+            ("1h2m3s", Some(Duration::from_secs(3723))),
+            ("250\u{b5}s", Some(Duration::from_micros(250))),
+            ("250\u{3bc}s", Some(Duration::from_micros(250))),
+            ("250us", Some(Duration::from_micros(250))),
+            ("1.5ns", Some(Duration::from_nanos(2))),
+            ("0s", Some(Duration::ZERO)),
+            (" 45.8s ", Some(Duration::from_millis(45_800))),
+            ("9999999h", Some(LONGEST)),
+            ("", None),
+            ("-1s", None),
+            ("1", None),
+            ("s", None),
+            ("1.2.3s", None),
+            ("1d", None),
+            ("1s?", None),
+        ];
+        for (text, expected) in cases {
+            assert_eq!(go_duration(text), expected, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn openai_and_groq() {
+        let rate = read(&[
+            ("x-ratelimit-limit-requests", "14400"),
+            ("x-ratelimit-remaining-requests", "14399"),
+            ("x-ratelimit-reset-requests", "2m59.56s"),
+            ("x-ratelimit-limit-tokens", "18000"),
+            ("x-ratelimit-remaining-tokens", "0"),
+            ("x-ratelimit-reset-tokens", "17ms"),
+        ]);
+        let tokens = quota(18_000, 0, Duration::from_millis(17));
+        assert_eq!(
+            rate.requests,
+            quota(14_400, 14_399, Duration::from_millis(179_560))
+        );
+        assert_eq!(rate.tokens, tokens);
+        assert_eq!(rate.retry_after, None);
+        assert_eq!(exhausted_reset(&rate), tokens.reset);
+    }
+
+    #[test]
+    fn azure_resets_are_bare_seconds_and_unknown_limits_say_nothing() {
+        let rate = read(&[
+            ("x-ratelimit-limit-requests", "60"),
+            ("x-ratelimit-remaining-requests", "59"),
+            ("x-ratelimit-reset-requests", "10"),
+            ("x-ratelimit-limit-tokens", "-1"),
+            ("x-ratelimit-remaining-tokens", "0"),
+            ("x-ratelimit-reset-tokens", "60"),
+        ]);
+        assert_eq!(rate.requests, quota(60, 59, Duration::from_secs(10)));
+        assert_eq!(rate.tokens, Quota::default());
+        assert_eq!(exhausted_reset(&rate), None);
+        assert!(read(&[("x-ratelimit-limit-tokens", "0")]).is_empty());
+    }
+
+    #[test]
+    fn anthropic_resets_count_from_the_replys_date() {
+        let rate = read(&[
+            ("date", DATE),
+            ("anthropic-ratelimit-requests-limit", "50"),
+            ("anthropic-ratelimit-requests-remaining", "49"),
+            ("anthropic-ratelimit-requests-reset", "2025-06-03T10:00:02Z"),
+            ("anthropic-ratelimit-tokens-limit", "40000"),
+            ("anthropic-ratelimit-input-tokens-remaining", "0"),
+            (
+                "anthropic-ratelimit-input-tokens-reset",
+                "2025-06-03T12:00:30.5+02:00",
+            ),
+            ("anthropic-ratelimit-output-tokens-remaining", "0"),
+            (
+                "anthropic-ratelimit-output-tokens-reset",
+                "2025-06-03T09:00:00Z",
+            ),
+        ]);
+        assert_eq!(rate.requests, quota(50, 49, Duration::from_secs(2)));
+        assert_eq!(rate.tokens.limit, Some(40_000));
+        assert_eq!(rate.input_tokens.reset, Some(Duration::from_millis(30_500)));
+        assert_eq!(rate.output_tokens.reset, Some(Duration::ZERO), "past");
+        assert_eq!(exhausted_reset(&rate), Some(Duration::from_millis(30_500)));
+    }
+
+    #[test]
+    fn a_reset_without_date_counts_from_the_local_clock() {
+        let reset = ("anthropic-ratelimit-requests-reset", "1970-01-01T00:00:05Z");
+        let rate = read(&[reset]);
+        assert_eq!(rate.requests.reset, Some(Duration::from_secs(5)));
+    }
+
+    #[test]
+    fn retry_after_in_all_its_forms() {
+        let cases = [
+            ("2", Some(Duration::from_secs(2))),
+            ("0", Some(Duration::ZERO)),
+            ("0.25", Some(Duration::from_millis(250))),
+            (
+                "Tue, 03 Jun 2025 10:01:30 GMT",
+                Some(Duration::from_secs(90)),
+            ),
+            (
+                "Tuesday, 03-Jun-25 10:01:30 GMT",
+                Some(Duration::from_secs(90)),
+            ),
+            ("Tue Jun  3 10:01:30 2025", Some(Duration::from_secs(90))),
+            ("Tue, 03 Jun 2025 09:00:00 GMT", Some(Duration::ZERO)),
+            ("Tue, 03 Jun 2125 10:00:00 GMT", Some(LONGEST)),
+            ("1e300", Some(LONGEST)),
+            ("-1", None),
+            ("NaN", None),
+            ("inf", None),
+            ("soon", None),
+        ];
+        for (text, expected) in cases {
+            let rate = read(&[("date", DATE), ("retry-after", text)]);
+            assert_eq!(rate.retry_after, expected, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn the_most_precise_word_wins() {
+        let body = json!([{"error": {"details": [
+            {"@type": "type.googleapis.com/google.rpc.QuotaFailure"},
+            {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "45.8s"},
+        ]}}]);
+        let ms = ("retry-after-ms", "1500");
+        let s = ("retry-after", "2");
+        let wait = |headers: &[_], body| read_with(headers, body).retry_after;
+        assert_eq!(
+            wait(&[s, ms], Some(&body)),
+            Some(Duration::from_millis(1500))
+        );
+        assert_eq!(wait(&[s], Some(&body)), Some(Duration::from_secs(2)));
+        assert_eq!(wait(&[], Some(&body)), Some(Duration::from_millis(45_800)));
+        assert_eq!(
+            wait(&[("retry-after-ms", "?"), s], None),
+            Some(Duration::from_secs(2))
+        );
+        assert_eq!(wait(&[], None), None);
+    }
+
+    /// As Go prints it: the largest units first, a fraction in the last one.
+    fn print_go(duration: Duration) -> String {
+        let (s, nanos) = (duration.as_secs(), duration.subsec_nanos());
+        let fraction = format!("{}.{nanos:09}s", s % 60);
+        match (s / 3600, s / 60 % 60) {
+            (0, 0) if s == 0 && nanos < 1_000_000 => format!("{}\u{b5}s", f64::from(nanos) / 1e3),
+            (0, 0) if s == 0 => format!("{}ms", f64::from(nanos) / 1e6),
+            (0, 0) => fraction,
+            (0, m) => format!("{m}m{fraction}"),
+            (h, m) => format!("{h}h{m}m{fraction}"),
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_is_read_without_panic(text in ".{0,40}", number in "[-+]?[0-9.eE]{1,30}(ms|s|m|h)?") {
+            for text in [&text, &number] {
+                for name in [
+                    "date", "retry-after", "retry-after-ms", "x-ratelimit-limit-tokens",
+                    "x-ratelimit-remaining-tokens", "x-ratelimit-reset-tokens",
+                    "anthropic-ratelimit-requests-reset",
+                ] {
+                    let rate = read(&[(name, text)]);
+                    for found in [rate.retry_after, rate.tokens.reset, rate.requests.reset] {
+                        prop_assert!(found.unwrap_or_default() <= LONGEST);
+                    }
+                }
+                let body = json!({"error": {"details": [{"retryDelay": text}]}});
+                prop_assert!(read_with(&[], Some(&body)).retry_after.unwrap_or_default() <= LONGEST);
+            }
+        }
+
+        #[test]
+        fn what_is_printed_is_read_back(nanos in 0..=LONGEST.as_nanos() as u64) {
+            let duration = Duration::from_nanos(nanos);
+            let now = Timestamp::from_second(1_700_000_000).unwrap();
+            let then = now + jiff::SignedDuration::try_from(duration).unwrap();
+            prop_assert_eq!(go_duration(&print_go(duration)), Some(duration));
+            prop_assert_eq!(reset(&then.to_string(), now), Some(duration));
+            let bare = format!("{}.{:09}", duration.as_secs(), duration.subsec_nanos());
+            prop_assert_eq!(reset(&bare, now), Some(duration));
+            prop_assert_eq!(retry_after(&bare, now), Some(duration));
+        }
+
+        #[test]
+        fn an_http_date_is_read_back(seconds in 0_i64..=86_400) {
+            let now = Timestamp::from_second(1_700_000_000).unwrap();
+            let then = now + jiff::SignedDuration::from_secs(seconds);
+            let text = then.strftime("%a, %d %b %Y %H:%M:%S GMT").to_string();
+            prop_assert_eq!(retry_after(&text, now), Some(Duration::from_secs(seconds as u64)));
+        }
+    }
+}

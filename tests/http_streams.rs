@@ -1,0 +1,308 @@
+//! Streamed replies over a real socket: however the bytes are cut, and wherever they end.
+#![cfg(all(feature = "openai", feature = "anthropic"))]
+
+mod support;
+
+use throughline::ErrorKind::{self, *};
+use throughline::{FinishReason, OpenAi, Provider};
+
+use support::server::{Act, Script, Server};
+use support::{OPENAI_BODY, anthropic, both, collect, openai};
+
+/// A stream as OpenAI writes it.
+fn chat(words: &[&str]) -> String {
+    let mut wire = String::from(
+        "data: {\"model\":\"gpt-x-1\",\"choices\":[{\"index\":0,\"delta\":{\"role\":\"assistant\",\"content\":\"\"}}]}\n\n",
+    );
+    for word in words {
+        wire += &format!(
+            "data: {{\"choices\":[{{\"index\":0,\"delta\":{{\"content\":\"{word}\"}},\"finish_reason\":null}}],\"usage\":null}}\n\n"
+        );
+    }
+    wire += "data: {\"choices\":[{\"index\":0,\"delta\":{},\"finish_reason\":\"length\"}]}\n\n";
+    wire += "data: {\"choices\":[],\"usage\":{\"prompt_tokens\":12,\"completion_tokens\":7,\"prompt_tokens_details\":{\"cached_tokens\":4},\"completion_tokens_details\":{\"reasoning_tokens\":5}}}\n\n";
+    wire + "data: [DONE]\n\n"
+}
+
+/// A stream as Anthropic writes it.
+fn messages(words: &[&str]) -> String {
+    let mut wire = String::from(
+        "event: message_start\ndata: {\"type\":\"message_start\",\"message\":{\"model\":\"claude-x-1\",\"content\":[],\"stop_reason\":null,\"usage\":{\"input_tokens\":5,\"cache_read_input_tokens\":4,\"cache_creation_input_tokens\":3,\"output_tokens\":1}}}\n\n\
+         event: content_block_start\ndata: {\"type\":\"content_block_start\",\"index\":0,\"content_block\":{\"type\":\"text\",\"text\":\"\"}}\n\n\
+         event: ping\ndata: {\"type\": \"ping\"}\n\n",
+    );
+    for word in words {
+        wire += &format!(
+            "event: content_block_delta\ndata: {{\"type\":\"content_block_delta\",\"index\":0,\"delta\":{{\"type\":\"text_delta\",\"text\":\"{word}\"}}}}\n\n"
+        );
+    }
+    wire += "event: content_block_stop\ndata: {\"type\":\"content_block_stop\",\"index\":0}\n\n";
+    wire += "event: message_delta\ndata: {\"type\":\"message_delta\",\"delta\":{\"stop_reason\":\"max_tokens\"},\"usage\":{\"output_tokens\":7}}\n\n";
+    wire + "event: message_stop\ndata: {\"type\":\"message_stop\"}\n\n"
+}
+
+const WORDS: [&str; 3] = ["Rhône ", "και ", "🏞 長江"];
+
+async fn check_whole(provider: &dyn Provider, what: &str) {
+    let (texts, end) = collect(provider).await;
+    let reply = end.unwrap_or_else(|error| panic!("{what}: {error:?}"));
+    assert_eq!(texts, WORDS, "{what}");
+    assert_eq!(reply.text, WORDS.concat(), "{what}");
+    assert_eq!(reply.finish, FinishReason::Length, "{what}");
+    assert_eq!(reply.usage.input_tokens, 12, "{what}");
+    assert_eq!(reply.usage.output_tokens, 7, "{what}");
+    assert_eq!(reply.usage.cached_input_tokens, 4, "{what}");
+    assert!(reply.model.ends_with("x-1"), "{what}");
+    assert_eq!(reply.request_id.as_deref(), Some("req_1"), "{what}");
+    assert!(reply.raw.unwrap().contains('{'), "{what}");
+}
+
+#[tokio::test]
+async fn every_line_ending_and_every_cut_gives_the_same_reply() {
+    for ending in ["\n", "\r\n", "\r"] {
+        for bom in ["", "\u{feff}"] {
+            for size in [1, 7, 100, 1 << 20] {
+                let wire = |text: String| format!("{bom}{}", text.replace('\n', ending));
+                let chat = wire(chat(&WORDS));
+                let messages = wire(messages(&WORDS));
+                let pieces = |wire: &str| {
+                    wire.as_bytes()
+                        .chunks(size)
+                        .map(<[u8]>::to_vec)
+                        .collect::<Vec<_>>()
+                };
+                let scripts = [&chat, &messages].map(|wire| Script::events(&pieces(wire)));
+                let server = Server::scripted(scripts).await;
+                for provider in both(&server) {
+                    let what = format!("{} {ending:?} {bom:?} {size}", provider.name());
+                    check_whole(provider.as_ref(), &what).await;
+                }
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn the_last_event_counts_even_without_its_blank_line() {
+    let wires = [chat(&WORDS), messages(&WORDS)];
+    for cut in 0..3 {
+        let scripts = wires
+            .each_ref()
+            .map(|wire| Script::events(&[&wire[..wire.len() - cut]]));
+        let server = Server::scripted(scripts).await;
+        for provider in both(&server) {
+            check_whole(provider.as_ref(), &format!("{} -{cut}", provider.name())).await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_is_asked_for() {
+    let server = Server::scripted([
+        Script::events(&[chat(&WORDS)]),
+        Script::events(&[messages(&WORDS)]),
+    ])
+    .await;
+    for provider in both(&server) {
+        collect(provider.as_ref()).await.1.unwrap();
+    }
+    let requests = server.requests();
+    assert_eq!(requests[0].json()["stream_options"]["include_usage"], true);
+    assert!(
+        requests
+            .iter()
+            .all(|request| request.json()["stream"] == true)
+    );
+}
+
+/// Wherever a stream is cut before the model said why it stopped, the error says that
+/// trying again may help and that nobody knows whether it was paid for.
+#[tokio::test]
+async fn a_stream_cut_short_is_a_broken_connection() {
+    let wires = [chat(&WORDS), messages(&WORDS)];
+    let ends = ["\"length\"", "\"max_tokens\""];
+    for (endings, how) in [(Act::Close, "close"), (Act::Reset, "reset")] {
+        for tenth in 0..10 {
+            let scripts = [0, 1].map(|i| {
+                let before = wires[i].find(ends[i]).unwrap();
+                let cut = before * tenth / 10;
+                Script::event_head()
+                    .send(&wires[i].as_bytes()[..cut])
+                    .then(endings.clone())
+            });
+            let server = Server::scripted(scripts).await;
+            for provider in both(&server) {
+                let (_, end) = collect(provider.as_ref()).await;
+                let error = end.unwrap_err();
+                let what = format!("{} {how} {tenth}: {error:?}", provider.name());
+                assert_eq!(error.kind(), Connection, "{what}");
+                assert!(error.is_temporary(), "{what}");
+                assert_eq!(error.billed(), None, "{what}");
+            }
+            assert_eq!(server.requests().len(), 2, "no call is repeated");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_chunked_stream_that_lacks_its_end_is_cut_too() {
+    let head =
+        "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n";
+    let event = "data: {\"choices\":[{\"delta\":{\"content\":\"a\"}}]}\n\n";
+    let chunk = format!("{:x}\r\n{event}\r\n", event.len());
+    let server = Server::scripted([Script::new().send(head).send(chunk).then(Act::Close)]).await;
+    let (texts, end) = collect(&openai(&server)).await;
+    let error = end.unwrap_err();
+    assert_eq!(texts, ["a"]);
+    assert_eq!((error.kind(), error.billed()), (Connection, None));
+}
+
+#[tokio::test]
+async fn a_text_that_is_whole_is_kept_when_the_rest_breaks() {
+    for act in [Act::Close, Act::Reset] {
+        let wires = [chat(&WORDS), messages(&WORDS)];
+        let ends = ["data: {\"choices\":[],", "event: message_stop"];
+        let scripts = [0, 1].map(|i| {
+            let end = wires[i].find(ends[i]).unwrap();
+            let wait = std::time::Duration::from_millis(20); // let it be read before the reset
+            Script::event_head()
+                .send(&wires[i].as_bytes()[..end])
+                .then(Act::Wait(wait))
+                .then(act.clone())
+        });
+        let server = Server::scripted(scripts).await;
+        for provider in both(&server) {
+            let reply = collect(provider.as_ref()).await.1.unwrap();
+            assert_eq!(reply.text, WORDS.concat());
+        }
+    }
+}
+
+#[tokio::test]
+async fn errors_may_come_after_text_has_begun() {
+    let text = "data: {\"choices\":[{\"delta\":{\"content\":\"a\"}}]}\n\n";
+    let block = "data: {\"type\":\"content_block_delta\",\"delta\":{\"type\":\"text_delta\",\"text\":\"a\"}}\n\n";
+    let cases: [(&str, ErrorKind, Option<&str>); 5] = [
+        (
+            r#"{"error":{"message":"busy","code":502}}"#,
+            Unavailable,
+            Some("502"),
+        ),
+        (
+            r#"{"error":{"message":"later","code":"rate_limit_exceeded"},"choices":[{"delta":{"content":""},"finish_reason":"error"}]}"#,
+            Throttled,
+            Some("rate_limit_exceeded"),
+        ),
+        (
+            r#"{"type":"error","error":{"type":"overloaded_error","message":"Overloaded"}}"#,
+            Overloaded,
+            Some("overloaded_error"),
+        ),
+        (
+            r#"{"type":"error","error":{"type":"api_error","message":"x"}}"#,
+            Unavailable,
+            Some("api_error"),
+        ),
+        (r#"{"error":"llama runner died"}"#, Unavailable, None),
+    ];
+    for (frame, kind, code) in cases {
+        let scripts = [text, block]
+            .map(|text| Script::events(&[format!("{text}event: error\ndata: {frame}\n\n")]));
+        let server = Server::scripted(scripts).await;
+        for provider in both(&server) {
+            let (texts, end) = collect(provider.as_ref()).await;
+            let error = end.unwrap_err();
+            assert_eq!(texts, ["a"]);
+            assert_eq!((error.kind(), error.code()), (kind, code), "{frame}");
+            assert_eq!(error.billed(), None, "nobody says what the text has cost");
+            assert_eq!(error.request_id(), Some("req_1"));
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_refusal_by_the_model_is_a_reply() {
+    let wire = "data: {\"choices\":[{\"delta\":{\"refusal\":\"I cannot.\"}}]}\n\n\
+                data: {\"choices\":[{\"delta\":{},\"finish_reason\":\"stop\"}]}\n\ndata: [DONE]\n\n";
+    let server = Server::scripted([Script::events(&[wire])]).await;
+    let reply = collect(&openai(&server)).await.1.unwrap();
+    assert_eq!(
+        (reply.text.as_str(), reply.finish),
+        ("I cannot.", FinishReason::ContentFilter)
+    );
+}
+
+#[tokio::test]
+async fn only_the_first_of_several_choices_is_read() {
+    let wire = "data: {\"choices\":[{\"index\":0,\"delta\":{\"content\":\"a\"}}]}\n\n\
+                data: {\"choices\":[{\"index\":1,\"delta\":{\"content\":\"b\"},\"finish_reason\":\"length\"}]}\n\n\
+                data: {\"choices\":[{\"index\":0,\"delta\":{},\"finish_reason\":\"stop\"}]}\n\ndata: [DONE]\n\n";
+    let server = Server::scripted([Script::events(&[wire])]).await;
+    let reply = collect(&openai(&server)).await.1.unwrap();
+    assert_eq!(
+        (reply.text.as_str(), reply.finish),
+        ("a", FinishReason::Stop)
+    );
+}
+
+#[tokio::test]
+async fn a_server_that_does_not_stream_is_understood() {
+    let server = Server::scripted([Script::json(200, OPENAI_BODY)]).await;
+    let (texts, end) = collect(&openai(&server)).await;
+    assert_eq!(texts, ["Rhône"]);
+    assert_eq!(end.unwrap().usage.output_tokens, 7);
+}
+
+#[tokio::test]
+async fn frames_that_make_no_sense_are_a_malformed_reply() {
+    let server = Server::scripted([Script::events(&["data: {nonsense\n\ndata: [DONE]\n\n"])]).await;
+    for provider in both(&server) {
+        let error = collect(provider.as_ref()).await.1.unwrap_err();
+        assert_eq!((error.kind(), error.billed()), (MalformedReply, Some(true)));
+    }
+    let server = Server::scripted([Script::event_head()
+        .send(b"data: \xff\xfe\n\n")
+        .then(Act::Hang)])
+    .await;
+    let error = collect(&anthropic(&server)).await.1.unwrap_err();
+    assert_eq!(error.kind(), MalformedReply);
+}
+
+#[tokio::test]
+async fn events_and_texts_are_bounded() {
+    let long = format!(
+        "data: {{\"choices\":[{{\"delta\":{{\"content\":\"{}\"}}}}]}}\n\n",
+        "x".repeat(400)
+    );
+    let server =
+        Server::scripted([Script::event_head().send(long.repeat(20)).then(Act::Hang)]).await;
+    let with = |max_event, max_body| {
+        let builder = OpenAi::builder()
+            .base_url(server.url())
+            .max_event(max_event);
+        builder.max_body(max_body).build().unwrap()
+    };
+    for (openai, what, texts) in [
+        (with(300, 1 << 20), "event", 0),
+        (with(1000, 1000), "text", 2),
+    ] {
+        let (got, end) = collect(&openai).await;
+        let error = end.unwrap_err();
+        assert_eq!(got.len(), texts);
+        assert_eq!(error.kind(), MalformedReply);
+        assert!(error.is_permanent(), "it would be as large again");
+        assert!(error.message().contains(what), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn text_comes_as_it_is_written() {
+    use futures::StreamExt as _;
+    let text = "data: {\"choices\":[{\"delta\":{\"content\":\"a\"}}]}\n\n";
+    let server = Server::scripted([Script::event_head().send(text).then(Act::Hang)]).await;
+    let mut stream = openai(&server).stream(&support::request()).await.unwrap();
+    assert_eq!(
+        stream.next().await.unwrap().unwrap(),
+        throughline::Delta::Text("a".into())
+    );
+}
