@@ -157,11 +157,12 @@ pub enum Persistence {
 /// assert!(words("").unwrap_err().to_string().contains("the reply is empty"));
 /// assert_eq!(words("12").unwrap(), 12);
 /// ```
-#[derive(Clone, Serialize, Deserialize)]
+#[derive(Clone, thiserror::Error, Serialize, Deserialize)]
+#[error(transparent)]
 #[serde(transparent)]
 pub struct Error(Box<Inner>);
 
-#[derive(Clone, Serialize, Deserialize)]
+#[derive(Clone, thiserror::Error, Serialize, Deserialize)]
 struct Inner {
     kind: ErrorKind,
     persistence: Persistence,
@@ -405,53 +406,50 @@ impl Error {
     }
 }
 
-impl fmt::Display for Error {
+impl fmt::Debug for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.0.kind.describe())?;
-        match (self.0.http_status, &self.0.code) {
+        fmt::Debug::fmt(&self.0, f)
+    }
+}
+
+impl fmt::Display for Inner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.kind.describe())?;
+        match (self.http_status, &self.code) {
             (Some(status), Some(code)) => write!(f, " (HTTP {status}, {code})")?,
             (Some(status), None) => write!(f, " (HTTP {status})")?,
             (None, Some(code)) => write!(f, " ({code})")?,
             (None, None) => {}
         }
-        if !self.0.message.is_empty() {
-            write!(f, ": {}", self.0.message)?;
+        if !self.message.is_empty() {
+            write!(f, ": {}", self.message)?;
         }
-        if let Some(wait) = self.0.wait {
+        if let Some(wait) = self.wait {
             write!(f, "; the server asks to wait {wait:?}")?;
         }
-        if self.0.attempts > 1 {
-            write!(f, "; after {} attempts", self.0.attempts)?;
+        if self.attempts > 1 {
+            write!(f, "; after {} attempts", self.attempts)?;
         }
         Ok(())
     }
 }
 
-impl fmt::Debug for Error {
+impl fmt::Debug for Inner {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut out = f.debug_struct("Error");
-        out.field("kind", &self.0.kind)
-            .field("persistence", &self.0.persistence)
-            .field("message", &self.0.message);
-        if let Some(source) = &self.0.source {
+        out.field("kind", &self.kind)
+            .field("persistence", &self.persistence)
+            .field("message", &self.message);
+        if let Some(source) = &self.source {
             out.field("source", &source.to_string());
         }
-        out.field("http_status", &self.0.http_status)
-            .field("code", &self.0.code)
-            .field("request_id", &self.0.request_id)
-            .field("wait", &self.0.wait)
-            .field("attempts", &self.0.attempts)
-            .field("billed", &self.0.billed)
+        out.field("http_status", &self.http_status)
+            .field("code", &self.code)
+            .field("request_id", &self.request_id)
+            .field("wait", &self.wait)
+            .field("attempts", &self.attempts)
+            .field("billed", &self.billed)
             .finish()
-    }
-}
-
-impl StdError for Error {
-    fn source(&self) -> Option<&(dyn StdError + 'static)> {
-        self.0
-            .source
-            .as_deref()
-            .map(|source| source as &(dyn StdError + 'static))
     }
 }
 

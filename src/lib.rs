@@ -1,21 +1,94 @@
-//! throughline
+//! Batched, rate-limited LLM generation: run at the full rate the provider allows, never
+//! above it, and lose nothing.
+//!
+//! - Write the work as a [`Pipeline`]: one async function from an input to an output, in ordinary Rust.
+//! - Give it a [`Context`]: a [`Provider`] behind a [`Pace`], with [retries](Retry), a deadline,
+//!   cancellation and [observers](Observer).
+//! - Run it for many inputs as a [`Batch`], nested as you like, and get one
+//!   [`Outcome`] for each: [`Settled`].
+//!
+//! ```
+//! use std::time::Duration;
+//! use throughline::{Context, Pace, Sim};
+//!
+//! #[tokio::main(flavor = "current_thread", start_paused = true)]
+//! async fn main() -> throughline::Result<()> {
+//!     // A simulated account that allows 600 requests a minute; its clock is Tokio's.
+//!     let provider = Sim::builder()
+//!         .requests_per_minute(600)
+//!         .latency(Duration::from_secs(2))
+//!         .build();
+//!     let cx = Context::builder(provider)
+//!         .pace(Pace::per_minute(600).in_flight(32))
+//!         .build();
+//!
+//!     let rivers = ["Danube", "Rhine", "Po"];
+//!     let settled = cx
+//!         .fan_out("river", rivers)
+//!         .key(|name| name.to_string())
+//!         .settle(|cx, name| async move { cx.generate(format!("Describe the {name}.")).await })
+//!         .await;
+//!     assert_eq!(settled.tally().throttled, 0);
+//!     assert_eq!(settled.all()?.len(), 3);
+//!     Ok(())
+//! }
+//! ```
+//!
+//! # Features
+//!
+//! None is on by default; the core pulls in neither HTTP nor SQL.
+//!
+//! - `openai`: [`OpenAi`], chat completions at any base URL.
+//! - `anthropic`: [`Anthropic`], the Messages API.
+//! - `sim`: [`Sim`], a provider that enforces limits on Tokio's clock and bills a ledger.
+//! - `testing`: [`testing::Scripted`] and `sim`, for tests of your own code.
+//! - `bar`: [`bar::Bar`], a terminal progress bar.
+//! - `full`: `openai`, `anthropic`, `sim` and `bar`.
+//!
+//! [`design`] tells the decisions behind it and their reasons.
+
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
+#[cfg(feature = "bar")]
+pub mod bar;
+mod batch;
+mod context;
 mod digest;
 mod error;
+mod event;
+mod guard;
 mod pace;
+mod pipeline;
 pub mod provider;
 mod reply;
 mod request;
+mod retry;
+mod scope;
+mod settled;
 #[cfg(feature = "testing")]
 pub mod testing;
 mod usage;
 
-pub use async_trait::async_trait;
+#[doc = include_str!("../DESIGN.md")]
+pub mod design {}
 
+/// The README's examples, run as doc-tests.
+#[cfg(all(doctest, feature = "sim"))]
+#[doc = include_str!("../README.md")]
+mod readme {}
+
+pub use async_trait::async_trait;
+pub use tokio_util::sync::CancellationToken;
+
+pub use crate::batch::{Batch, IntoInputs, Outcomes, Over, Progress};
+pub use crate::context::{Context, ContextBuilder, Snapshot};
 pub use crate::digest::RequestDigest;
 pub use crate::error::{Error, ErrorKind, Persistence, Result};
-pub use crate::pace::{Binding, Lane, LaneSnapshot, Need, Outcome, Pace, Permit, Place};
+pub use crate::event::{Event, Observer};
+pub use crate::pace::{Binding, CallOutcome, Lane, LaneSnapshot, Need, Pace, Permit, Place};
+pub use crate::pipeline::{
+    BoxPipeline, FnPipeline, Map, OrElse, Pipeline, PipelineExt, Then, Timeout, pipeline,
+};
 #[cfg(feature = "sim")]
 pub use crate::provider::sim::Sim;
 #[cfg(feature = "anthropic")]
@@ -25,4 +98,7 @@ pub use crate::provider::{Capabilities, OutputCharge, Provider};
 pub use crate::provider::{OpenAi, OpenAiBuilder};
 pub use crate::reply::{Delta, FinishReason, Reply, ReplyStream};
 pub use crate::request::{Message, Request, ResponseFormat, Role};
+pub use crate::retry::Retry;
+pub use crate::scope::Tally;
+pub use crate::settled::{Outcome, Settled};
 pub use crate::usage::{Quota, RateSnapshot, Usage};

@@ -9,7 +9,7 @@ use std::task::{Context, Poll, Wake, Waker};
 use futures::FutureExt;
 use futures::future::join_all;
 use static_assertions::assert_impl_all;
-use throughline::{Binding, Lane, LaneSnapshot, Need, Outcome, Pace, Permit, Place, Usage};
+use throughline::{Binding, CallOutcome, Lane, LaneSnapshot, Need, Pace, Permit, Place, Usage};
 use tokio::time::{Duration, Instant, sleep, timeout};
 
 assert_impl_all!(Lane: Send, Sync, Unpin, Clone);
@@ -29,8 +29,8 @@ fn secs(secs: u64) -> Duration {
     Duration::from_secs(secs)
 }
 
-fn done(input: u64, output: u64) -> Outcome {
-    Outcome::Done {
+fn done(input: u64, output: u64) -> CallOutcome {
+    CallOutcome::Done {
         usage: Some(Usage::new(input, output)),
     }
 }
@@ -195,7 +195,7 @@ async fn a_reply_settles_the_estimate() {
     too_much.finish(done(200, 100));
     let as_estimated = lane.acquire(Need::new(500, 200)).await;
     assert_eq!(start.elapsed(), Duration::ZERO, "700 came back");
-    as_estimated.finish(Outcome::Done { usage: None });
+    as_estimated.finish(CallOutcome::Done { usage: None });
 
     let too_little = lane.acquire(Need::new(10, 0)).await;
     assert_eq!(start.elapsed(), ms(10));
@@ -216,7 +216,7 @@ async fn what_was_not_sent_is_given_back_and_what_was_sent_is_not() {
     assert_eq!(lane.snapshot().in_flight, 0);
 
     let start = Instant::now();
-    lane.acquire(need).await.finish(Outcome::Failed);
+    lane.acquire(need).await.finish(CallOutcome::Failed);
     assert_eq!(start.elapsed(), secs(60));
     assert!(lane.try_acquire(&need).is_none(), "failed calls count");
 }
@@ -237,7 +237,7 @@ async fn a_permit_held_for_long_gives_back_only_what_is_missing() {
 async fn a_throttled_call_closes_the_lane_and_it_resumes_empty() {
     let lane = Lane::seeded(Pace::per_minute(600).tokens(60_000), 1);
     let first = lane.acquire(small()).await;
-    first.finish(Outcome::Throttled {
+    first.finish(CallOutcome::Throttled {
         wait: Some(secs(10)),
     });
     let snapshot = lane.snapshot();
@@ -257,7 +257,7 @@ async fn credits_while_closed_make_no_herd() {
     let lane = Lane::new(Pace::unlimited().tokens(60_000));
     let need = Need::new(100, 0);
     let mut burst = join_all((0..10).map(|_| lane.acquire(need))).await;
-    burst.pop().unwrap().finish(Outcome::Throttled {
+    burst.pop().unwrap().finish(CallOutcome::Throttled {
         wait: Some(secs(5)),
     });
     for permit in burst {
@@ -273,7 +273,7 @@ async fn without_a_wait_from_the_server_the_lane_closes_for_longer_each_time() {
     for expected in [500, 1_000, 2_000, 4_000, 8_000, 16_000, 30_000, 30_000] {
         let permit = lane.acquire(small()).await;
         sleep(ms(1)).await;
-        permit.finish(Outcome::Throttled { wait: None });
+        permit.finish(CallOutcome::Throttled { wait: None });
         let closed_for = lane.snapshot().closed_for.unwrap();
         let expected = ms(expected);
         assert!(
@@ -285,7 +285,7 @@ async fn without_a_wait_from_the_server_the_lane_closes_for_longer_each_time() {
     sleep(ms(1)).await;
     lane.acquire(small())
         .await
-        .finish(Outcome::Overloaded { wait: None });
+        .finish(CallOutcome::Overloaded { wait: None });
     let snapshot = lane.snapshot();
     assert!(snapshot.closed_for.unwrap() <= ms(550));
     assert_eq!(snapshot.overloaded, 1);

@@ -37,6 +37,11 @@ impl Rate {
         }
     }
 
+    /// The units of a period.
+    pub(super) fn units(self) -> u64 {
+        self.units
+    }
+
     /// The time in which `n` units flow in, rounded up once for all of them.
     pub(super) fn time_for(self, n: u64) -> Duration {
         let nanos = match n.checked_mul(self.period_nanos) {

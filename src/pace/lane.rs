@@ -12,7 +12,7 @@ use tokio::time::{Instant, Sleep};
 use super::limits::Pace;
 use super::queue::Key;
 use super::turnstile::{End, Entry, Errands, Grant, Turn, Turnstile};
-use super::words::{Charge, LaneSnapshot, Need, Outcome, Place};
+use super::words::{CallOutcome, Charge, LaneSnapshot, Need, Place};
 
 /// The queue in front of one provider account and group of models, and its limits.
 ///
@@ -22,7 +22,7 @@ use super::words::{Charge, LaneSnapshot, Need, Outcome, Place};
 /// starve; one larger than a limit's burst waits until that limit is full, goes,
 /// and leaves a debt that those behind it wait for.
 ///
-/// When the provider refuses a call ([`Outcome::Throttled`], [`Outcome::Overloaded`]),
+/// When the provider refuses a call ([`CallOutcome::Throttled`], [`CallOutcome::Overloaded`]),
 /// the lane closes for everybody, for the time the provider asks plus up to a tenth
 /// of it (2 s at most), so that nobody comes early and several processes do not
 /// come at once. Without such a time it is half a second, doubled with every
@@ -42,7 +42,7 @@ use super::words::{Charge, LaneSnapshot, Need, Outcome, Place};
 /// # Example
 ///
 /// ```
-/// use throughline::{Lane, Need, Outcome, Pace, Usage};
+/// use throughline::{Lane, Need, CallOutcome, Pace, Usage};
 /// use tokio::time::{Duration, Instant};
 ///
 /// # #[tokio::main(flavor = "current_thread", start_paused = true)]
@@ -53,7 +53,7 @@ use super::words::{Charge, LaneSnapshot, Need, Outcome, Place};
 ///     let mut permit = lane.acquire(Need::new(1_000, 500)).await;
 ///     permit.mark_sent();
 ///     // ... the call ...
-///     permit.finish(Outcome::Done { usage: Some(Usage::new(990, 120)) });
+///     permit.finish(CallOutcome::Done { usage: Some(Usage::new(990, 120)) });
 /// }
 /// // The first goes at once, then one goes every second.
 /// assert_eq!(start.elapsed(), Duration::from_secs(2));
@@ -63,14 +63,14 @@ use super::words::{Charge, LaneSnapshot, Need, Outcome, Place};
 /// # Example: the provider says not now
 ///
 /// ```
-/// use throughline::{Binding, Lane, Need, Outcome, Pace};
+/// use throughline::{Binding, Lane, Need, CallOutcome, Pace};
 /// use tokio::time::{Duration, Instant};
 ///
 /// # #[tokio::main(flavor = "current_thread", start_paused = true)]
 /// # async fn main() {
 /// let lane = Lane::new(Pace::per_minute(60));
 /// let permit = lane.acquire(Need::new(100, 100)).await;
-/// permit.finish(Outcome::Throttled { wait: Some(Duration::from_secs(20)) });
+/// permit.finish(CallOutcome::Throttled { wait: Some(Duration::from_secs(20)) });
 /// assert_eq!(lane.snapshot().binding, Binding::Gate);
 ///
 /// let start = Instant::now();
@@ -298,7 +298,7 @@ impl Drop for Waiting<'_> {
 /// |---|---|---|---|
 /// | drop before [`mark_sent`](Permit::mark_sent) | given back | given back | free |
 /// | drop after it | stays charged | stay charged | free |
-/// | [`finish`](Permit::finish) | stays charged | by [`Outcome`] | free |
+/// | [`finish`](Permit::finish) | stays charged | by [`CallOutcome`] | free |
 ///
 /// What an unsent permit gives back is what has not flowed in again while it was
 /// held: all of it if it is dropped soon, nothing if that took longer than the
@@ -320,14 +320,14 @@ impl Permit {
 
     /// Says how the call ended.
     ///
-    /// - [`Done`](Outcome::Done): the tokens are settled to what was used. What was
+    /// - [`Done`](CallOutcome::Done): the tokens are settled to what was used. What was
     ///   too much is free again; what was too little becomes a debt.
-    /// - [`Throttled`](Outcome::Throttled): the tokens are given back, the request
+    /// - [`Throttled`](CallOutcome::Throttled): the tokens are given back, the request
     ///   stays charged, for providers count it. The lane closes for everybody.
-    /// - [`Overloaded`](Outcome::Overloaded): everything stays charged. The lane
+    /// - [`Overloaded`](CallOutcome::Overloaded): everything stays charged. The lane
     ///   closes, more briefly.
-    /// - [`Failed`](Outcome::Failed): everything stays charged.
-    pub fn finish(mut self, outcome: Outcome) {
+    /// - [`Failed`](CallOutcome::Failed): everything stays charged.
+    pub fn finish(mut self, outcome: CallOutcome) {
         self.end(End::Finished(outcome));
     }
 

@@ -167,6 +167,10 @@ impl Pace {
         self
     }
 
+    pub(super) fn requests_per_minute(&self) -> Option<u64> {
+        self.requests.map(Rate::units)
+    }
+
     /// How often to retry a call, where the mode suggests it ([`safe`](Pace::safe),
     /// [`normal`](Pace::normal), [`fast`](Pace::fast)). The lane does not retry: this
     /// is a hint for whoever does.

@@ -20,4 +20,4 @@ mod words;
 
 pub use self::lane::{Lane, Permit};
 pub use self::limits::Pace;
-pub use self::words::{Binding, LaneSnapshot, Need, Outcome, Place};
+pub use self::words::{Binding, CallOutcome, LaneSnapshot, Need, Place};

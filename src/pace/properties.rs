@@ -9,7 +9,7 @@ use super::buckets::Resource;
 use super::limits::Pace;
 use super::queue::Key;
 use super::turnstile::{End, Entry, Errands, Grant, Turn, Turnstile};
-use super::words::{Charge, Outcome, Place};
+use super::words::{CallOutcome, Charge, Place};
 use crate::usage::Usage;
 
 /// One thing that can happen to a lane. Indices count modulo what there is.
@@ -140,8 +140,8 @@ impl World {
                 granted.kind = Kind::Grant { unsent: true };
                 kind = Kind::Refund { taken_at };
             }
-            End::Finished(Outcome::Done { usage: Some(usage) }) => charge = usage.into(),
-            End::Finished(Outcome::Throttled { wait }) => {
+            End::Finished(CallOutcome::Done { usage: Some(usage) }) => charge = usage.into(),
+            End::Finished(CallOutcome::Throttled { wait }) => {
                 charge = Charge::default();
                 self.closed_until = self.closed_until.max(self.now + wait.unwrap_or_default());
             }
@@ -305,13 +305,13 @@ fn end() -> impl Strategy<Value = End> {
     prop_oneof![
         2 => Just(End::Unsent),
         1 => Just(End::Abandoned),
-        1 => Just(End::Finished(Outcome::Failed)),
-        1 => Just(End::Finished(Outcome::Done { usage: None })),
+        1 => Just(End::Finished(CallOutcome::Failed)),
+        1 => Just(End::Finished(CallOutcome::Done { usage: None })),
         8 => (0..400u64, 0..400u64).prop_map(|(input, output)| {
-            End::Finished(Outcome::Done { usage: Some(Usage::new(input, output)) })
+            End::Finished(CallOutcome::Done { usage: Some(Usage::new(input, output)) })
         }),
-        1 => wait().prop_map(|wait| End::Finished(Outcome::Throttled { wait })),
-        1 => wait().prop_map(|wait| End::Finished(Outcome::Overloaded { wait })),
+        1 => wait().prop_map(|wait| End::Finished(CallOutcome::Throttled { wait })),
+        1 => wait().prop_map(|wait| End::Finished(CallOutcome::Overloaded { wait })),
     ]
 }
 

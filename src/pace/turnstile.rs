@@ -14,7 +14,7 @@ use super::buckets::Buckets;
 use super::gate::Gate;
 use super::limits::Pace;
 use super::queue::{Key, Queue};
-use super::words::{Binding, Charge, LaneSnapshot, Outcome, Place};
+use super::words::{Binding, CallOutcome, Charge, LaneSnapshot, Place};
 
 /// The longest wait after a refusal that names none.
 const LONGEST_THROTTLE: Duration = Duration::from_secs(30);
@@ -68,7 +68,7 @@ pub(super) enum End {
     Unsent,
     /// It was sent, and nobody waited for how it ended.
     Abandoned,
-    Finished(Outcome),
+    Finished(CallOutcome),
 }
 
 /// What keeps a call from going.
@@ -82,6 +82,8 @@ struct Obstacle {
 pub(super) struct Turnstile<W> {
     buckets: Buckets,
     gate: Gate,
+    /// For snapshots.
+    requests_per_minute: Option<u64>,
     most_in_flight: usize,
     in_flight: usize,
     queue: Queue<W>,
@@ -101,6 +103,7 @@ impl<W> Turnstile<W> {
         Self {
             buckets: Buckets::new(pace, Duration::ZERO),
             gate: Gate::new(seed),
+            requests_per_minute: pace.requests_per_minute(),
             most_in_flight: pace.in_flight.unwrap_or(usize::MAX),
             in_flight: 0,
             queue: Queue::new(),
@@ -203,19 +206,19 @@ impl<W> Turnstile<W> {
         self.in_flight -= 1;
         match end {
             End::Unsent => self.buckets.refund(now, charge, at),
-            End::Abandoned | End::Finished(Outcome::Failed) => {}
-            End::Finished(Outcome::Done { usage }) => {
+            End::Abandoned | End::Finished(CallOutcome::Failed) => {}
+            End::Finished(CallOutcome::Done { usage }) => {
                 self.gate.welcome(at);
                 if let Some(usage) = usage {
                     self.buckets.settle(now, charge, usage.into(), at);
                 }
             }
-            End::Finished(Outcome::Throttled { wait }) => {
+            End::Finished(CallOutcome::Throttled { wait }) => {
                 self.throttled += 1;
                 self.buckets.settle(now, charge, Charge::default(), at);
                 self.close(now, at, wait, LONGEST_THROTTLE);
             }
-            End::Finished(Outcome::Overloaded { wait }) => {
+            End::Finished(CallOutcome::Overloaded { wait }) => {
                 self.overloaded += 1;
                 self.close(now, at, wait, LONGEST_OVERLOAD);
             }
@@ -226,6 +229,7 @@ impl<W> Turnstile<W> {
     /// Changes the limits under those who wait and those in flight.
     pub(super) fn retune(&mut self, now: Duration, pace: &Pace, errands: &mut Errands<W>) {
         self.buckets.retune(now, pace, self.gate.opens_at());
+        self.requests_per_minute = pace.requests_per_minute();
         self.most_in_flight = pace.in_flight.unwrap_or(usize::MAX);
         self.pump(now, errands);
     }
@@ -242,6 +246,7 @@ impl<W> Turnstile<W> {
             None => (Binding::Nothing, None),
         };
         LaneSnapshot {
+            requests_per_minute: self.requests_per_minute,
             in_flight: self.in_flight,
             waiting: self.queue.len(),
             granted: self.granted,

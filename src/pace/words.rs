@@ -1,4 +1,4 @@
-//! The words of the lane: [`Need`], [`Place`], [`Outcome`], [`LaneSnapshot`], [`Binding`].
+//! The words of the lane: [`Need`], [`Place`], [`CallOutcome`], [`LaneSnapshot`], [`Binding`].
 
 use std::fmt;
 use std::time::Duration;
@@ -50,7 +50,7 @@ pub struct Place(pub(super) u64);
 /// How a call ended, as far as the lane must know.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
-pub enum Outcome {
+pub enum CallOutcome {
     /// A reply came.
     Done {
         /// What it used: the estimate is settled to its input and output tokens.
@@ -76,6 +76,8 @@ pub enum Outcome {
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct LaneSnapshot {
+    /// The limit on requests per minute, if there is one.
+    pub requests_per_minute: Option<u64>,
     /// Calls that hold a permit.
     pub in_flight: usize,
     /// Calls that wait for one.

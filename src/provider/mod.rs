@@ -1,9 +1,9 @@
 //! [`Provider`]: the plug-in that turns a [`Request`] into a [`Reply`].
 
-#[cfg(feature = "sim")]
-pub mod sim;
 #[cfg(feature = "anthropic")]
 mod anthropic;
+#[cfg(feature = "sim")]
+pub mod sim;
 // Each provider uses most of it, both use all: what neither needs shows with both on.
 #[cfg(feature = "http")]
 #[cfg_attr(

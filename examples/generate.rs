@@ -1,0 +1,245 @@
+//! The main job: JSON lines in, a prompt for each record, generated text out.
+//!
+//! ```sh
+//! cargo run --release --example generate --features full -- examples/data/earthquakes.jsonl
+//! ```
+//!
+//! Offline it runs on the simulated provider. With `OPENAI_API_KEY` (and `OPENAI_BASE_URL`) or
+//! `ANTHROPIC_API_KEY` in the environment, the same command runs on the real one.
+//!
+//! Each line of the output carries a record's id, and the text or the failure. Ctrl-C stops
+//! sending and keeps what is paid; starting again does only what is missing, also after kill -9.
+//!
+//! Exit status: 0 everything has its text; 1 something failed or a line was unusable, each
+//! named; 2 it could not run; 130 it was stopped, and starting it again goes on.
+
+#[path = "generate/output.rs"]
+mod output;
+#[path = "generate/providers.rs"]
+mod providers;
+#[path = "generate/records.rs"]
+mod records;
+#[path = "generate/report.rs"]
+mod report;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use clap::Parser;
+use futures::StreamExt as _;
+use throughline::bar::Bar;
+use throughline::{Context, Error, Outcome, Pace, Reply, Request};
+use tokio::sync::mpsc;
+use tokio::time::{MissedTickBehavior, interval};
+
+use crate::output::Output;
+use crate::providers::ProviderArgs;
+use crate::records::{Record, Records, Template};
+use crate::report::Report;
+
+#[derive(Parser)]
+#[command(about = "Generate a text for each record of a JSON-lines file.")]
+struct Args {
+    /// The records: one JSON object a line
+    input: PathBuf,
+
+    /// Where the results go, one JSON object a line; what is there already is kept
+    #[arg(long, short, default_value = "generated.jsonl")]
+    output: PathBuf,
+
+    /// The prompt; {name} stands for a field of the record
+    #[arg(
+        long,
+        default_value = "Write one plain sentence about the earthquake near {place} on {time}: \
+                         magnitude {magnitude}, {depth_km} km deep."
+    )]
+    prompt: Template,
+
+    /// The field that names a record
+    #[arg(long, default_value = "id")]
+    id: String,
+
+    /// Do only the first so many of the missing records
+    #[arg(long)]
+    limit: Option<usize>,
+
+    /// Requests per minute; 6,000 on the simulated provider, else 60
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
+    rpm: Option<u64>,
+
+    /// Input and output tokens per minute
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
+    tpm: Option<u64>,
+
+    /// Calls in flight at one time
+    #[arg(long, default_value = "64", value_parser = clap::value_parser!(u32).range(1..))]
+    in_flight: u32,
+
+    /// The most tokens of an answer
+    #[arg(long, default_value = "200", value_parser = clap::value_parser!(u64).range(1..))]
+    max_tokens: u64,
+
+    /// Seconds that one call may take
+    #[arg(long, default_value = "120", value_parser = clap::value_parser!(u64).range(1..))]
+    timeout: u64,
+
+    #[command(flatten)]
+    provider: ProviderArgs,
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    match run(Args::parse()).await {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+async fn run(args: Args) -> Result<ExitCode, Error> {
+    let open = || Records::open(&args.input, &args.id, &args.prompt);
+    let limit = args.limit.unwrap_or(usize::MAX);
+
+    // The first pass names what is wrong with the input before anything is paid.
+    let mut unusable = 0;
+    let mut ids = Vec::new();
+    for record in open()? {
+        match record {
+            Ok(record) => ids.push(record.id),
+            Err(problem) => {
+                unusable += 1;
+                eprintln!("{}:{problem}", args.input.display());
+            }
+        }
+    }
+    let mut output = Output::resume(&args.output)?;
+    let done_before = ids.iter().filter(|id| output.has(id)).count();
+    let missing = (ids.len() - done_before).min(limit);
+    drop(ids);
+
+    let chosen = args.provider.choose()?;
+    let rpm = args
+        .rpm
+        .unwrap_or(if chosen.simulated { 6_000 } else { 60 });
+    let mut pace = Pace::per_minute(rpm).in_flight(args.in_flight as usize);
+    if let Some(tpm) = args.tpm {
+        pace = pace.tokens(tpm);
+    }
+    eprintln!(
+        "{missing} records on {} ({}), {done_before} done before, at {rpm} requests a minute -> {}",
+        chosen.provider.name(),
+        chosen.model,
+        args.output.display()
+    );
+
+    let report = Arc::new(Report::new(rpm));
+    let cx = Context::builder(chosen.provider)
+        .model(chosen.model)
+        .pace(pace)
+        .call_timeout(Duration::from_secs(args.timeout))
+        .on_event({
+            let report = Arc::clone(&report);
+            move |event| report.observe(event)
+        })
+        .build();
+    let max_tokens = args.max_tokens;
+    let finished = output.finished();
+    let todo = open()?.filter_map(Result::ok);
+    let todo = todo
+        .filter(move |record| !finished.contains(&record.id))
+        .take(limit);
+    let mut outcomes = cx
+        .fan_out("record", todo)
+        .key(|record: &Record| record.id.clone())
+        .buffer_unordered(4 * args.in_flight as usize)
+        .stream(move |cx, record| async move {
+            let request = Request::new(record.prompt).max_tokens(max_tokens);
+            Ok((record.line, cx.generate(request).await?))
+        });
+
+    let mut bar = Bar::new(missing as u64);
+    let mut tick = interval(Duration::from_millis(100));
+    tick.set_missed_tick_behavior(MissedTickBehavior::Skip);
+    let mut interrupts = interrupts()?;
+    let mut stopped = None;
+    loop {
+        tokio::select! {
+            outcome = outcomes.next() => {
+                let Some(outcome) = outcome else { break };
+                if let Some(error) = outcome.error() {
+                    if error.is_cancelled() {
+                        continue; // Never sent: it is missing, and the next start does it.
+                    }
+                    if error.is_account_wide() && stopped.is_none() {
+                        stopped = Some(format!("no call can succeed any more: {error}"));
+                        cx.drain();
+                    }
+                    bar.println(format!("{}: {error}", name(&outcome)));
+                }
+                report.count(&outcome);
+                if let Err(error) = output.write(&outcome) {
+                    bar.finish();
+                    return Err(error);
+                }
+            }
+            Some(()) = interrupts.recv() => {
+                if stopped.is_none() {
+                    bar.println("stopping: waiting for the calls in flight (again: drop them)");
+                    stopped = Some("interrupted".to_owned());
+                    cx.drain();
+                } else {
+                    cx.cancel();
+                }
+            }
+            _ = tick.tick() => {}
+        }
+        bar.update(&cx.snapshot());
+    }
+    bar.finish();
+
+    let failed = report.print(&cx, &args.output, unusable, done_before);
+    Ok(match stopped {
+        Some(reason) => {
+            eprintln!("stopped: {reason}; start again to go on with what is missing");
+            ExitCode::from(if reason == "interrupted" { 130 } else { 1 })
+        }
+        None if failed + unusable > 0 => ExitCode::FAILURE,
+        None => ExitCode::SUCCESS,
+    })
+}
+
+/// The record's id, for messages.
+fn name(outcome: &Outcome<(usize, Reply)>) -> &str {
+    outcome.key.as_deref().unwrap_or("?")
+}
+
+/// Ctrl-C, or the polite kill of a process manager, as often as it comes.
+fn interrupts() -> std::io::Result<mpsc::UnboundedReceiver<()>> {
+    let (tell, interrupts) = mpsc::unbounded_channel();
+    #[cfg(unix)]
+    {
+        use tokio::signal::unix::{SignalKind, signal};
+        let mut ctrl_c = signal(SignalKind::interrupt())?;
+        let mut terminate = signal(SignalKind::terminate())?;
+        tokio::spawn(async move {
+            loop {
+                tokio::select! {
+                    _ = ctrl_c.recv() => {}
+                    _ = terminate.recv() => {}
+                }
+                let _ = tell.send(());
+            }
+        });
+    }
+    #[cfg(not(unix))]
+    tokio::spawn(async move {
+        while tokio::signal::ctrl_c().await.is_ok() {
+            let _ = tell.send(());
+        }
+    });
+    Ok(interrupts)
+}

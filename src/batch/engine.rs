@@ -1,0 +1,329 @@
+//! What runs the items of a batch, and the stream of their outcomes.
+
+use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::{self, Poll, ready};
+use std::time::Duration;
+
+use futures::stream::{BoxStream, FuturesUnordered};
+use futures::{FutureExt as _, Stream, StreamExt as _, future};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+
+use super::{Batch, Parallelism, ProgressFn};
+use crate::context::Context;
+use crate::error::{Error, Result};
+use crate::event::Event;
+use crate::settled::Outcome;
+
+/// The place of an outcome in the window of a stream, free again when the consumer takes it.
+type Room = Option<OwnedSemaphorePermit>;
+
+impl<T: Send, S: Stream<Item = T> + Send> Batch<Context, S> {
+    /// The outcomes as they come.
+    ///
+    /// Once `stop` ends, inputs that were not taken yet are left alone; without it, they are
+    /// all taken and end as cancelled. With `room`, an input is taken when there is some.
+    pub(super) fn run<'a, O, F, Fut>(
+        self,
+        work: F,
+        stop: Option<Context>,
+        room: Option<Arc<Semaphore>>,
+    ) -> BoxStream<'a, (Outcome<O>, Room)>
+    where
+        F: Fn(Context, T) -> Fut + Send + 'a,
+        Fut: Future<Output = Result<O>> + Send + 'a,
+        O: Send + 'a,
+        S: 'a,
+        T: 'a,
+    {
+        let parallelism = self.parallelism;
+        let batch = self.work;
+        let tracker = Arc::new(Tracker::new(
+            &batch,
+            Arc::clone(&self.label),
+            exact_len(&self.inputs),
+            self.on_progress,
+        ));
+
+        let inputs = match stop {
+            Some(stop) => self.inputs.take_until(stop.stopped()).boxed(),
+            None => self.inputs.boxed(),
+        };
+        let inputs = match room {
+            Some(room) => inputs
+                .then(move |input| {
+                    let room = Arc::clone(&room).acquire_owned();
+                    room.map(|room| (input, room.ok()))
+                })
+                .boxed(),
+            None => inputs.map(|input| (input, None)).boxed(),
+        };
+
+        let (key, label) = (self.key, self.label);
+        let start = move |(index, (input, room)): (usize, (T, Room))| {
+            let key = key
+                .as_ref()
+                .map(|key| caught(|| key(&input)).map(Arc::from))
+                .transpose();
+            let cx = batch.item(
+                Arc::clone(&label),
+                index,
+                key.as_ref().ok().cloned().flatten(),
+            );
+            cx.item_started();
+            let started = Instant::now();
+            let item = cx
+                .check()
+                .and(key)
+                .and_then(|_| caught(|| work(cx.clone(), input)));
+            let tracker = Arc::clone(&tracker);
+            async move {
+                let result = match item {
+                    Ok(item) => AssertUnwindSafe(item)
+                        .catch_unwind()
+                        .await
+                        .unwrap_or_else(|panic| Err(Error::panicked(panic))),
+                    Err(error) => Err(error),
+                };
+                (tracker.settle(&cx, index, started, result), room)
+            }
+        };
+
+        let inputs = inputs.enumerate();
+        match parallelism {
+            Parallelism::JoinAll => inputs.map(start).buffer_unordered(usize::MAX).boxed(),
+            Parallelism::Unordered(n) => inputs.map(start).buffer_unordered(n).boxed(),
+            Parallelism::Buffered(n) => inputs.map(start).buffered(n).boxed(),
+            Parallelism::Chunks(n) => inputs
+                .chunks(n)
+                .flat_map(move |chunk| {
+                    chunk
+                        .into_iter()
+                        .map(&start)
+                        .collect::<FuturesUnordered<_>>()
+                })
+                .boxed(),
+        }
+    }
+}
+
+fn caught<T>(f: impl FnOnce() -> T) -> Result<T> {
+    catch_unwind(AssertUnwindSafe(f)).map_err(Error::panicked)
+}
+
+fn exact_len(inputs: &impl Stream) -> Option<usize> {
+    match inputs.size_hint() {
+        (lower, Some(upper)) if lower == upper => Some(upper),
+        _ => None,
+    }
+}
+
+/// Counts the items of one batch and tells of each.
+struct Tracker {
+    batch: Context,
+    began: Instant,
+    label: Arc<str>,
+    total: Option<usize>,
+    done: AtomicUsize,
+    failed: AtomicUsize,
+    on_progress: Option<ProgressFn>,
+}
+
+impl Tracker {
+    fn new(
+        batch: &Context,
+        label: Arc<str>,
+        total: Option<usize>,
+        on_progress: Option<ProgressFn>,
+    ) -> Self {
+        Self {
+            batch: batch.clone(),
+            began: Instant::now(),
+            label,
+            total,
+            done: AtomicUsize::new(0),
+            failed: AtomicUsize::new(0),
+            on_progress,
+        }
+    }
+
+    fn settle<O>(
+        &self,
+        cx: &Context,
+        index: usize,
+        started: Instant,
+        result: Result<O>,
+    ) -> Outcome<O> {
+        let elapsed = started.elapsed();
+        cx.item_settled(result.is_ok());
+        cx.observers().tell(|| Event::ItemSettled {
+            path: cx.path(),
+            elapsed,
+            error: result.as_ref().err().cloned(),
+        });
+        let counter = if result.is_ok() {
+            &self.done
+        } else {
+            &self.failed
+        };
+        counter.fetch_add(1, Ordering::Relaxed);
+        if let Some(on_progress) = &self.on_progress {
+            let progress = Progress {
+                label: Arc::clone(&self.label),
+                total: self.total,
+                done: self.done.load(Ordering::Relaxed),
+                failed: self.failed.load(Ordering::Relaxed),
+                index,
+                key: cx.key(),
+                ok: result.is_ok(),
+                elapsed: self.began.elapsed(),
+            };
+            self.batch.observers().shield(|| on_progress(&progress));
+        }
+        Outcome {
+            index,
+            key: cx.key(),
+            result,
+            tally: cx.tally(),
+            started: started.duration_since(self.began),
+            elapsed,
+        }
+    }
+}
+
+/// How a batch stands when one of its items has just ended ([`Batch::on_progress`]).
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct Progress {
+    /// The batch's label: of a fan-out its own, of a pipeline the pipeline's name.
+    pub label: Arc<str>,
+    /// How many items there are, where the inputs know.
+    pub total: Option<usize>,
+    /// Items that ended well, this one included.
+    pub done: usize,
+    /// Items that failed, this one included.
+    pub failed: usize,
+    /// The item that has just ended: its place among the inputs.
+    pub index: usize,
+    /// The item that has just ended: its key.
+    pub key: Option<Arc<str>>,
+    /// Whether it ended well.
+    pub ok: bool,
+    /// How long the batch has been running.
+    pub elapsed: Duration,
+}
+
+impl fmt::Display for Progress {
+    /// `river: 3 of 12 done, 1 failed, 2.5s`
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.label, self.done)?;
+        if let Some(total) = self.total {
+            write!(f, " of {total}")?;
+        }
+        f.write_str(" done")?;
+        if self.failed > 0 {
+            write!(f, ", {} failed", self.failed)?;
+        }
+        write!(f, ", {:.1?}", self.elapsed)
+    }
+}
+
+/// The outcomes of a batch as they come (`stream`).
+///
+/// The items run in a task of their own, so calls in flight go on while the consumer is
+/// busy. With a parallelism of n, at most 2n items are under way or waiting to be taken; then no
+/// new one starts until the consumer takes some. [`join_all`](Batch::join_all) knows no such bound.
+///
+/// When the context drains, is cancelled or meets its deadline, the stream ends: items that
+/// have started yield their outcome, inputs that were not taken are left alone.
+///
+/// # Cancel safety
+/// Dropping the stream cancels its items: nothing more is sent, permits go back, and the
+/// task is gone the next time the runtime gets to it. What is in flight may be billed.
+///
+/// # Panics
+/// A panic of the iterator or stream of inputs comes out of `poll_next`.
+#[must_use = "a stream does nothing unless polled"]
+pub struct Outcomes<T> {
+    receiver: mpsc::UnboundedReceiver<(Outcome<T>, Room)>,
+    /// The one task that drives the items; a set, because a set aborts its tasks when dropped.
+    driver: JoinSet<()>,
+    cx: Context,
+}
+
+impl<T: Send + 'static> Outcomes<T> {
+    /// Drives `running` in a task; `cx` is the context it all runs in.
+    pub(super) fn spawn(cx: Context, mut running: BoxStream<'static, (Outcome<T>, Room)>) -> Self {
+        let (sender, receiver) = mpsc::unbounded_channel();
+        let mut driver = JoinSet::new();
+        driver.spawn(async move {
+            while let Some(outcome) = running.next().await {
+                if sender.send(outcome).is_err() {
+                    break;
+                }
+            }
+        });
+        Self {
+            receiver,
+            driver,
+            cx,
+        }
+    }
+}
+
+impl<T> Stream for Outcomes<T> {
+    type Item = Outcome<T>;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut task::Context<'_>) -> Poll<Option<Outcome<T>>> {
+        if let Some((outcome, _room)) = ready!(self.receiver.poll_recv(cx)) {
+            return Poll::Ready(Some(outcome));
+        }
+        match ready!(self.driver.poll_join_next(cx)) {
+            Some(Err(error)) if error.is_panic() => resume_unwind(error.into_panic()),
+            _ => Poll::Ready(None),
+        }
+    }
+}
+
+impl<T> Drop for Outcomes<T> {
+    fn drop(&mut self) {
+        // At once, while the abort below waits for the runtime.
+        self.cx.cancel();
+    }
+}
+
+impl<T> fmt::Debug for Outcomes<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Outcomes")
+            .field("cx", &self.cx)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Context {
+    /// Ready when nothing new may start any more.
+    fn stopped(&self) -> impl Future<Output = ()> + Send + 'static {
+        let bounds = self.bounds();
+        let deadline = bounds.deadline;
+        let ends = [bounds.cancel.clone(), bounds.drain.clone()];
+        async move {
+            let [cancel, drain] = &ends;
+            let deadline = async {
+                match deadline {
+                    Some(deadline) => tokio::time::sleep_until(deadline).await,
+                    None => future::pending().await,
+                }
+            };
+            tokio::select! {
+                () = cancel.cancelled() => {}
+                () = drain.cancelled() => {}
+                () = deadline => {}
+            }
+        }
+    }
+}

@@ -1,0 +1,326 @@
+//! [`Batch`]: many inputs through one piece of work, with a parallelism and a collection rule.
+
+mod engine;
+mod inputs;
+
+use std::sync::Arc;
+
+use futures::{Stream, StreamExt as _};
+use tokio::sync::Semaphore;
+use tokio::time::Instant;
+
+pub use self::engine::{Outcomes, Progress};
+pub use self::inputs::IntoInputs;
+use crate::context::Context;
+use crate::error::Result;
+use crate::pipeline::Pipeline;
+use crate::settled::Settled;
+
+/// How many items run at a time unless the batch says otherwise: enough that the lane,
+/// which paces the calls, is what limits most accounts.
+const DEFAULT_PARALLELISM: usize = 64;
+
+impl Context {
+    /// Many inputs through one closure, each item in a context of its own under `label`.
+    ///
+    /// See [`Batch`] for how many run at a time and how they are collected.
+    pub fn fan_out<M, I: IntoInputs<M>>(
+        &self,
+        label: impl Into<Arc<str>>,
+        inputs: I,
+    ) -> Batch<Self, I::Stream> {
+        Batch::new(self.clone(), label.into(), inputs.into_inputs())
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Parallelism {
+    JoinAll,
+    Buffered(usize),
+    Unordered(usize),
+    Chunks(usize),
+}
+
+impl Parallelism {
+    /// How many outcomes of a stream may wait for the consumer or be under way.
+    fn window(self) -> usize {
+        match self {
+            Self::JoinAll => Semaphore::MAX_PERMITS,
+            // As many again as run, so that a slow consumer does not idle the lane.
+            Self::Buffered(n) | Self::Unordered(n) | Self::Chunks(n) => {
+                n.saturating_mul(2).min(Semaphore::MAX_PERMITS)
+            }
+        }
+    }
+}
+
+/// The work of [`PipelineExt::batch`](crate::PipelineExt::batch): a pipeline whose context comes
+/// with the collecting call.
+#[derive(Debug)]
+pub struct Over<P>(pub(crate) P);
+
+/// Many inputs through one piece of work: choose how many run at a time, then how to collect.
+///
+/// | parallelism | runs | a stream yields |
+/// |---|---|---|
+/// | [`join_all`](Self::join_all) | all at once | as they end |
+/// | [`buffer_unordered(n)`](Self::buffer_unordered) | n at a time (64 unless set) | as they end |
+/// | [`buffered(n)`](Self::buffered) | n at a time | in input order |
+/// | [`chunks(n)`](Self::chunks) | n together, then the next n | as they end |
+/// | [`sequential`](Self::sequential) | one at a time | in input order |
+///
+/// | collection | gives |
+/// |---|---|
+/// | `settle` | [`Settled`]: every outcome, in input order; never fails |
+/// | `try_all` | all values, or the first failure, after which nothing new is sent |
+/// | `stream` | [`Outcomes`]: each outcome as it comes, in memory O(in flight) |
+///
+/// Items hold no permits, only the calls inside them do, so fan-outs can be nested
+/// without deadlock. A panic in an item is that item's failure; a panic of the iterator
+/// that makes the inputs is the caller's own and goes through.
+///
+/// A batch of a pipeline collects with `settle(&cx)`, a fan-out of a context with
+/// `settle(|cx, input| async move { .. })`.
+///
+/// ```
+/// use throughline::{Context, testing::Scripted};
+///
+/// # #[tokio::main(flavor = "current_thread")] async fn main() -> throughline::Result<()> {
+/// # let cx = Context::builder(Scripted::new().reply("a").reply("b").reply("c")).build();
+/// let rivers = cx
+///     .fan_out("river", ["Danube", "Rhine", "Po"])
+///     .key(|name| name.to_string())
+///     .buffer_unordered(2)
+///     .on_progress(|progress| eprintln!("{progress}"))
+///     .settle(|cx, name| async move { cx.generate(format!("Describe the {name}.")).await });
+/// assert_eq!(rivers.await.all()?.len(), 3);
+/// # Ok(()) }
+/// ```
+#[must_use = "a batch does nothing until it is collected: `settle`, `try_all` or `stream`"]
+pub struct Batch<W, S: Stream> {
+    work: W,
+    label: Arc<str>,
+    inputs: S,
+    parallelism: Parallelism,
+    key: Option<KeyFn<S::Item>>,
+    on_progress: Option<ProgressFn>,
+}
+
+pub(crate) type KeyFn<T> = Box<dyn Fn(&T) -> String + Send>;
+pub(crate) type ProgressFn = Box<dyn Fn(&Progress) + Send + Sync>;
+
+impl<W, S: Stream> Batch<W, S> {
+    pub(crate) fn new(work: W, label: Arc<str>, inputs: S) -> Self {
+        Self {
+            work,
+            label,
+            inputs,
+            parallelism: Parallelism::Unordered(DEFAULT_PARALLELISM),
+            key: None,
+            on_progress: None,
+        }
+    }
+
+    fn parallelism(mut self, parallelism: Parallelism) -> Self {
+        self.parallelism = parallelism;
+        self
+    }
+
+    /// Starts every item at once. Memory grows with the inputs; the lane still paces the calls.
+    pub fn join_all(self) -> Self {
+        self.parallelism(Parallelism::JoinAll)
+    }
+
+    /// Runs `n` items at a time and yields in input order. An item that ends before its
+    /// predecessors keeps its place until they have ended.
+    ///
+    /// # Panics
+    /// If `n` is 0.
+    #[track_caller]
+    pub fn buffered(self, n: usize) -> Self {
+        assert!(n > 0, "Batch::buffered: no item would ever run with n = 0");
+        self.parallelism(Parallelism::Buffered(n))
+    }
+
+    /// Runs `n` items at a time and yields as they end.
+    ///
+    /// # Panics
+    /// If `n` is 0.
+    #[track_caller]
+    pub fn buffer_unordered(self, n: usize) -> Self {
+        assert!(
+            n > 0,
+            "Batch::buffer_unordered: no item would ever run with n = 0"
+        );
+        self.parallelism(Parallelism::Unordered(n))
+    }
+
+    /// Runs `n` items together, and the next `n` when all of them have ended.
+    ///
+    /// # Panics
+    /// If `n` is 0.
+    #[track_caller]
+    pub fn chunks(self, n: usize) -> Self {
+        assert!(n > 0, "Batch::chunks: no item would ever run with n = 0");
+        self.parallelism(Parallelism::Chunks(n))
+    }
+
+    /// Runs one item at a time.
+    pub fn sequential(self) -> Self {
+        self.buffered(1)
+    }
+
+    /// Names each item: outcomes, events and ledgers then say the key in the place of the
+    /// index. Keys need not be unique; a panic in `f` fails the item.
+    pub fn key(mut self, f: impl Fn(&S::Item) -> String + Send + 'static) -> Self {
+        self.key = Some(Box::new(f));
+        self
+    }
+
+    /// Calls `f` each time an item has its outcome. A panic in it is caught and counted.
+    pub fn on_progress(mut self, f: impl Fn(&Progress) + Send + Sync + 'static) -> Self {
+        self.on_progress = Some(Box::new(f));
+        self
+    }
+}
+
+/// Collecting a batch of a pipeline.
+impl<P, S> Batch<Over<P>, S>
+where
+    P: Pipeline,
+    S: Stream<Item = P::Input> + Send,
+{
+    /// Runs every item and gives every outcome, in input order. Never fails.
+    ///
+    /// # Cancel safety
+    /// Dropping it drops the items: nothing more is sent, and what is in flight may be billed.
+    pub async fn settle(self, cx: &Context) -> Settled<P::Output> {
+        let (pipeline, batch) = self.split(cx);
+        let work = |cx: Context, input| {
+            let pipeline = &pipeline.0;
+            async move { pipeline.run(&cx, input).await }
+        };
+        batch.settle(work).await
+    }
+
+    /// All values in input order, or the first failure.
+    ///
+    /// # Errors
+    /// The first failure. From then on nothing new is sent; calls in flight are paid
+    /// already, so they are waited for.
+    ///
+    /// # Cancel safety
+    /// As [`settle`](Self::settle).
+    pub async fn try_all(self, cx: &Context) -> Result<Vec<P::Output>> {
+        let (pipeline, batch) = self.split(cx);
+        let work = |cx: Context, input| {
+            let pipeline = &pipeline.0;
+            async move { pipeline.run(&cx, input).await }
+        };
+        batch.try_all(work).await
+    }
+
+    /// The outcomes as they come. See [`Outcomes`].
+    ///
+    /// # Panics
+    /// Outside a Tokio runtime.
+    pub fn stream(self, cx: &Context) -> Outcomes<P::Output>
+    where
+        P: 'static,
+        S: 'static,
+        P::Input: 'static,
+        P::Output: 'static,
+    {
+        let (pipeline, batch) = self.split(cx);
+        let pipeline = Arc::new(pipeline.0);
+        batch.stream(move |cx, input| {
+            let pipeline = Arc::clone(&pipeline);
+            async move { pipeline.run(&cx, input).await }
+        })
+    }
+
+    fn split(self, cx: &Context) -> (Over<P>, Batch<Context, S>) {
+        let batch = Batch {
+            work: cx.clone(),
+            label: self.label,
+            inputs: self.inputs,
+            parallelism: self.parallelism,
+            key: self.key,
+            on_progress: self.on_progress,
+        };
+        (self.work, batch)
+    }
+}
+
+/// Collecting a fan-out of a context.
+impl<T: Send, S: Stream<Item = T> + Send> Batch<Context, S> {
+    /// Runs `work` on every item and gives every outcome, in input order. Never fails.
+    ///
+    /// # Cancel safety
+    /// Dropping it drops the items: nothing more is sent, and what is in flight may be billed.
+    pub async fn settle<O, F, Fut>(self, work: F) -> Settled<O>
+    where
+        F: Fn(Context, T) -> Fut + Send,
+        Fut: Future<Output = Result<O>> + Send,
+        O: Send,
+    {
+        let began = Instant::now();
+        let running = self.run(work, None, None);
+        let outcomes = running.map(|(outcome, _)| outcome).collect().await;
+        Settled::new(outcomes, began.elapsed())
+    }
+
+    /// Runs `work` on every item and gives all values in input order, or the first failure.
+    ///
+    /// # Errors
+    /// The first failure. From then on nothing new is sent; calls in flight are paid
+    /// already, so they are waited for.
+    ///
+    /// # Cancel safety
+    /// As [`settle`](Self::settle).
+    pub async fn try_all<O, F, Fut>(mut self, work: F) -> Result<Vec<O>>
+    where
+        F: Fn(Context, T) -> Fut + Send,
+        Fut: Future<Output = Result<O>> + Send,
+        O: Send,
+    {
+        let began = Instant::now();
+        let cx = self.work.child("");
+        self.work = cx.clone();
+        let mut failure = None;
+        let mut outcomes = Vec::new();
+        let mut running = self.run(work, Some(cx.clone()), None);
+        while let Some((outcome, _)) = running.next().await {
+            if failure.is_none() {
+                failure = outcome.error().cloned();
+                if failure.is_some() {
+                    cx.drain();
+                }
+            }
+            outcomes.push(outcome);
+        }
+        match failure {
+            Some(error) => Err(error),
+            None => Settled::new(outcomes, began.elapsed()).all(),
+        }
+    }
+
+    /// Runs `work` on every item and yields the outcomes as they come. See [`Outcomes`].
+    ///
+    /// # Panics
+    /// Outside a Tokio runtime.
+    pub fn stream<O, F, Fut>(mut self, work: F) -> Outcomes<O>
+    where
+        F: Fn(Context, T) -> Fut + Send + 'static,
+        Fut: Future<Output = Result<O>> + Send + 'static,
+        S: 'static,
+        T: 'static,
+        O: Send + 'static,
+    {
+        let cx = self.work.child("");
+        self.work = cx.clone();
+        let room = Arc::new(Semaphore::new(self.parallelism.window()));
+        let stop = cx.clone();
+        Outcomes::spawn(cx, self.run(work, Some(stop), Some(room)))
+    }
+}

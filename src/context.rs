@@ -1,0 +1,411 @@
+//! [`Context`]: what a run works with.
+
+use std::fmt;
+use std::panic::AssertUnwindSafe;
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use futures::{FutureExt as _, future};
+use tokio::time::{Instant, timeout};
+use tokio_util::sync::CancellationToken;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::event::{Event, Observer, Observers};
+use crate::guard::Guard;
+use crate::pace::{Lane, LaneSnapshot, Pace};
+use crate::provider::Provider;
+use crate::reply::Reply;
+use crate::request::Request;
+use crate::retry::Retry;
+use crate::scope::{Bounds, Scope, Tally};
+
+/// What a run works with: the provider behind its lane and retries, observers, the
+/// deadline, cancellation, and the path of labels so far. Cheap to clone.
+///
+/// ```
+/// use throughline::{Context, Pace, Reply, testing::Scripted};
+///
+/// # #[tokio::main(flavor = "current_thread")] async fn main() -> throughline::Result<()> {
+/// let provider = Scripted::new().reply("The Danube.");
+/// let cx = Context::builder(provider)
+///     .pace(Pace::per_minute(60).in_flight(4))
+///     .model("some-model")
+///     .build();
+/// assert_eq!(cx.generate("Name a river.").await?.text, "The Danube.");
+/// # Ok(()) }
+/// ```
+#[derive(Clone)]
+pub struct Context {
+    shared: Arc<Shared>,
+    scope: Arc<Scope>,
+}
+
+struct Shared {
+    guard: Guard,
+    observers: Arc<Observers>,
+    model: Option<Arc<str>>,
+    grace: Duration,
+    items: Items,
+}
+
+/// Items of all batches of a context.
+#[derive(Default)]
+struct Items {
+    started: AtomicU64,
+    done: AtomicU64,
+    failed: AtomicU64,
+}
+
+impl Context {
+    /// Starts a context around `provider`, with no limits and default retries.
+    pub fn builder(provider: impl Provider) -> ContextBuilder {
+        ContextBuilder {
+            provider: Arc::new(provider),
+            pace: Pace::unlimited(),
+            lane: None,
+            retry: None,
+            model: None,
+            call_timeout: Duration::from_secs(600),
+            grace: Duration::from_secs(1),
+            cancel: CancellationToken::new(),
+            deadline: None,
+            observers: Observers::default(),
+        }
+    }
+
+    /// Asks the provider: waits for the lane, sends, tries again as the retry policy says.
+    ///
+    /// # Errors
+    /// What the provider answered in the end; [`Error::attempts`] says after how many calls.
+    /// [`ErrorKind::Cancelled`] and [`ErrorKind::DeadlineExceeded`] when the context ended
+    /// first; [`Error::billed`] says whether the call may have been paid for by then.
+    ///
+    /// # Cancel safety
+    /// Dropped before the call was sent, nothing is paid and the permit goes back whole.
+    /// Dropped after, the provider may bill a reply that nobody receives.
+    pub async fn generate(&self, request: impl Into<Request>) -> Result<Reply> {
+        let mut request = request.into();
+        if request.model.is_none() {
+            request.model.clone_from(&self.shared.model);
+        }
+        if request.item_key.is_none() {
+            request.item_key = self.scope.item_key().cloned();
+        }
+        self.shared.guard.call(&self.scope, &request).await
+    }
+
+    /// A context one label further down the path, with a tally and a cancellation of its own.
+    pub fn child(&self, label: impl Into<Arc<str>>) -> Self {
+        self.narrowed(label.into(), self.scope.bounds.child())
+    }
+
+    /// A context that ends at `deadline`, or at this one's if that comes first.
+    pub fn with_deadline(&self, deadline: Instant) -> Self {
+        let mut bounds = self.scope.bounds.child();
+        bounds.deadline = Some(bounds.deadline.map_or(deadline, |ours| ours.min(deadline)));
+        self.narrowed("".into(), bounds)
+    }
+
+    /// A context that ends `after` this long from now, or with this one if that comes first.
+    pub fn with_timeout(&self, after: Duration) -> Self {
+        self.with_deadline(Instant::now() + after)
+    }
+
+    fn narrowed(&self, label: Arc<str>, bounds: Bounds) -> Self {
+        Self {
+            shared: Arc::clone(&self.shared),
+            scope: Arc::new(Scope::child(&self.scope, label, Arc::new(bounds))),
+        }
+    }
+
+    /// The context of one item of a batch whose context is `self`.
+    pub(crate) fn item(&self, label: Arc<str>, index: usize, key: Option<Arc<str>>) -> Self {
+        Self {
+            shared: Arc::clone(&self.shared),
+            scope: Arc::new(Scope::item(&self.scope, label, index, key)),
+        }
+    }
+
+    /// Runs `update` beside `work`, as "working on it" beside the work itself.
+    ///
+    /// Both start together. The result of `work` is never failed by the update, not even
+    /// by a panic in it, and never delayed by more than a grace
+    /// ([`ContextBuilder::alongside_grace`], 1 s unless set): an update that is
+    /// not done by then is dropped and its result is an [`ErrorKind::Timeout`].
+    ///
+    /// ```
+    /// # use throughline::{Context, Result, testing::Scripted};
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<()> {
+    /// # let cx = Context::builder(Scripted::new().reply("hello")).build();
+    /// let update = async { Err::<(), _>(throughline::Error::other("the socket is closed")) };
+    /// let (reply, update) = cx.alongside(update, cx.generate("hi")).await;
+    /// assert_eq!(reply?.text, "hello");
+    /// assert!(update.is_err());
+    /// # Ok(()) }
+    /// ```
+    ///
+    /// # Cancel safety
+    /// Dropping it drops both.
+    pub async fn alongside<U, W>(
+        &self,
+        update: impl Future<Output = Result<U>>,
+        work: impl Future<Output = W>,
+    ) -> (W, Result<U>) {
+        let grace = self.shared.grace;
+        let update = AssertUnwindSafe(update).catch_unwind();
+        let (work, update) = match future::select(pin!(work), pin!(update)).await {
+            future::Either::Left((work, update)) => (work, timeout(grace, update).await),
+            future::Either::Right((update, work)) => (work.await, Ok(update)),
+        };
+        let update = match update {
+            Ok(Ok(result)) => result,
+            Ok(Err(panic)) => Err(Error::panicked(panic)),
+            Err(_) => Err(Error::new(
+                ErrorKind::Timeout,
+                format!("the update was not done {grace:?} after the work"),
+            )),
+        };
+        (work, update)
+    }
+
+    /// Ends this context and all below it: what waits is not sent, calls in flight are dropped.
+    /// An item's context shares its batch's cancellation.
+    pub fn cancel(&self) {
+        self.scope.bounds.cancel.cancel();
+    }
+
+    /// Sends nothing new in this context and all below it; calls in flight finish and their
+    /// results are kept. For a clean stop.
+    pub fn drain(&self) {
+        self.scope.bounds.drain.cancel();
+    }
+
+    /// Whether [`cancel`](Self::cancel) was called here or above.
+    pub fn is_cancelled(&self) -> bool {
+        self.scope.bounds.cancel.is_cancelled()
+    }
+
+    /// Whether [`drain`](Self::drain) was called here or above.
+    pub fn is_draining(&self) -> bool {
+        self.scope.bounds.drain.is_cancelled()
+    }
+
+    /// When this context ends by itself.
+    pub fn deadline(&self) -> Option<Instant> {
+        self.scope.bounds.deadline
+    }
+
+    /// Why nothing new may start, if so.
+    pub(crate) fn check(&self) -> Result<()> {
+        self.scope.bounds.check()
+    }
+
+    /// The labels, keys and indices that lead here: `week-plan[3]/routine[0]`.
+    pub fn path(&self) -> Arc<str> {
+        self.scope.path()
+    }
+
+    /// What this context and all below it have cost so far.
+    pub fn tally(&self) -> Tally {
+        self.scope.tally()
+    }
+
+    /// The lane of the provider.
+    pub fn lane(&self) -> &Lane {
+        self.shared.guard.lane()
+    }
+
+    /// The bare provider, without lane and retries.
+    pub fn provider(&self) -> &Arc<dyn Provider> {
+        self.shared.guard.provider()
+    }
+
+    /// How the work stands, to poll as often as you like.
+    pub fn snapshot(&self) -> Snapshot {
+        let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let items = &self.shared.items;
+        // Settled first, started last: a reader never sees more settled than started.
+        let (items_done, items_failed) = (count(&items.done), count(&items.failed));
+        Snapshot {
+            items_started: count(&items.started),
+            items_done,
+            items_failed,
+            tally: self.tally(),
+            lane: self.lane().snapshot(),
+            observer_panics: self.observers().panics(),
+        }
+    }
+
+    /// The key of the item this context belongs to.
+    pub(crate) fn key(&self) -> Option<Arc<str>> {
+        self.scope.key.clone()
+    }
+
+    pub(crate) fn bounds(&self) -> &Bounds {
+        &self.scope.bounds
+    }
+
+    pub(crate) fn observers(&self) -> &Observers {
+        &self.shared.observers
+    }
+
+    pub(crate) fn item_started(&self) {
+        self.shared.items.started.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn item_settled(&self, ok: bool) {
+        let items = &self.shared.items;
+        let counter = if ok { &items.done } else { &items.failed };
+        counter.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+impl fmt::Debug for Context {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Context")
+            .field("provider", &self.provider().name())
+            .field("path", &self.path())
+            .field("tally", &self.tally())
+            .finish_non_exhaustive()
+    }
+}
+
+/// How the work of a context stands ([`Context::snapshot`]).
+///
+/// Items and panics are counted over the whole context, the tally from the asking
+/// context downwards, and the lane over everybody who shares it.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct Snapshot {
+    /// Items of batches that have started.
+    pub items_started: u64,
+    /// Items that ended well.
+    pub items_done: u64,
+    /// Items that failed.
+    pub items_failed: u64,
+    /// What the work has cost so far.
+    pub tally: Tally,
+    /// The lane: in flight, waiting, and what binds now.
+    pub lane: LaneSnapshot,
+    /// Panics in observers and progress callbacks, caught.
+    pub observer_panics: u64,
+}
+
+impl Snapshot {
+    /// Items that are under way.
+    pub fn items_running(&self) -> u64 {
+        self.items_started
+            .saturating_sub(self.items_done + self.items_failed)
+    }
+}
+
+/// Builds a [`Context`].
+#[must_use = "a builder does nothing until `build`"]
+pub struct ContextBuilder {
+    provider: Arc<dyn Provider>,
+    pace: Pace,
+    lane: Option<Lane>,
+    retry: Option<Retry>,
+    model: Option<Arc<str>>,
+    call_timeout: Duration,
+    grace: Duration,
+    cancel: CancellationToken,
+    deadline: Option<Instant>,
+    observers: Observers,
+}
+
+impl ContextBuilder {
+    /// The limits of the account; the context gets a lane of its own. Unlimited unless set.
+    /// A pace that brings a number of retries ([`Pace::safe`]) sets them, unless
+    /// [`retry`](Self::retry) does.
+    pub fn pace(mut self, pace: Pace) -> Self {
+        self.pace = pace;
+        self.lane = None;
+        self
+    }
+
+    /// A lane that several contexts share, because the account is the same.
+    pub fn lane(mut self, lane: Lane) -> Self {
+        self.lane = Some(lane);
+        self
+    }
+
+    /// How often failing calls are tried again.
+    pub fn retry(mut self, retry: Retry) -> Self {
+        self.retry = Some(retry);
+        self
+    }
+
+    /// The model of requests that name none.
+    pub fn model(mut self, model: impl Into<Arc<str>>) -> Self {
+        self.model = Some(model.into());
+        self
+    }
+
+    /// The longest one call may take, from sending to the last byte; 10 minutes unless
+    /// set. [`Request::timeout`] overrules it.
+    pub fn call_timeout(mut self, timeout: Duration) -> Self {
+        self.call_timeout = timeout;
+        self
+    }
+
+    /// How long a finished piece of work waits for the update beside it
+    /// ([`Context::alongside`]); 1 s unless set.
+    pub fn alongside_grace(mut self, grace: Duration) -> Self {
+        self.grace = grace;
+        self
+    }
+
+    /// When everything ends.
+    pub fn deadline(mut self, deadline: Instant) -> Self {
+        self.deadline = Some(deadline);
+        self
+    }
+
+    /// A token that cancels everything, for an application that has one already.
+    pub fn cancellation(mut self, token: CancellationToken) -> Self {
+        self.cancel = token;
+        self
+    }
+
+    /// A closure that is told of every event; see [`Observer`].
+    pub fn on_event(self, observer: impl Fn(&Event) + Send + Sync + 'static) -> Self {
+        self.observer(observer)
+    }
+
+    /// An observer that is told of every event.
+    pub fn observer(mut self, observer: impl Observer) -> Self {
+        self.observers.add(observer);
+        self
+    }
+
+    /// The context.
+    pub fn build(self) -> Context {
+        let retry = self.retry.unwrap_or_else(|| match self.pace.retries() {
+            Some(retries) => Retry::default().attempts(retries + 1),
+            None => Retry::default(),
+        });
+        let lane = self.lane.unwrap_or_else(|| Lane::new(self.pace));
+        let observers = Arc::new(self.observers);
+        let mut bounds = Bounds::new(self.cancel);
+        bounds.deadline = self.deadline;
+        Context {
+            shared: Arc::new(Shared {
+                guard: Guard::new(
+                    self.provider,
+                    lane,
+                    retry,
+                    self.call_timeout,
+                    Arc::clone(&observers),
+                ),
+                observers,
+                model: self.model,
+                grace: self.grace,
+                items: Items::default(),
+            }),
+            scope: Arc::new(Scope::root(Arc::new(bounds))),
+        }
+    }
+}

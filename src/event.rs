@@ -1,0 +1,196 @@
+//! [`Event`]: what happens while work runs. [`Observer`]: who is told.
+
+use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use crate::error::Error;
+use crate::usage::Usage;
+
+/// Something that happened while work ran. `Display` gives one line for a person.
+///
+/// A path says where: the labels of fan-outs with the key or index of each item,
+/// as in `week-plan[3]/routine[0]`.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub enum Event {
+    /// A call leaves for the provider.
+    #[non_exhaustive]
+    CallStarted {
+        /// Where.
+        path: Arc<str>,
+        /// The how-manieth call for the same request, from 1.
+        attempt: u32,
+    },
+    /// The provider answered a call.
+    #[non_exhaustive]
+    CallSucceeded {
+        /// Where.
+        path: Arc<str>,
+        /// The how-manieth call for the same request, from 1.
+        attempt: u32,
+        /// How long the call took, waiting for the lane not included.
+        elapsed: Duration,
+        /// The tokens it used.
+        usage: Usage,
+    },
+    /// The provider's rate limit refused a call. It will be sent again by itself.
+    #[non_exhaustive]
+    CallThrottled {
+        /// Where.
+        path: Arc<str>,
+        /// What the provider said, its wait included.
+        error: Error,
+    },
+    /// A call failed and will be tried again.
+    #[non_exhaustive]
+    CallRetried {
+        /// Where.
+        path: Arc<str>,
+        /// Which attempt failed, from 1.
+        attempt: u32,
+        /// How long until the next one may go.
+        delay: Duration,
+        /// Why it failed.
+        error: Error,
+    },
+    /// A call failed for good.
+    #[non_exhaustive]
+    CallFailed {
+        /// Where.
+        path: Arc<str>,
+        /// Why, after how many attempts.
+        error: Error,
+    },
+    /// An item of a batch has its outcome.
+    #[non_exhaustive]
+    ItemSettled {
+        /// Where.
+        path: Arc<str>,
+        /// How long the item took.
+        elapsed: Duration,
+        /// Why it failed, if it did.
+        error: Option<Error>,
+    },
+}
+
+impl fmt::Display for Event {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::CallStarted { path, attempt } => write!(f, "{path}: call {attempt} sent"),
+            Self::CallSucceeded {
+                path,
+                attempt,
+                elapsed,
+                usage,
+            } => write!(
+                f,
+                "{path}: call {attempt} answered in {elapsed:.1?}, {} + {} tokens",
+                usage.input_tokens, usage.output_tokens
+            ),
+            Self::CallThrottled { path, error } => write!(f, "{path}: {error}"),
+            Self::CallRetried {
+                path,
+                attempt,
+                delay,
+                error,
+            } => write!(
+                f,
+                "{path}: call {attempt} failed, again in {delay:.1?}: {error}"
+            ),
+            Self::CallFailed { path, error } => write!(f, "{path}: failed: {error}"),
+            Self::ItemSettled {
+                path,
+                elapsed,
+                error: None,
+            } => write!(f, "{path}: done in {elapsed:.1?}"),
+            Self::ItemSettled {
+                path,
+                elapsed,
+                error: Some(error),
+            } => write!(f, "{path}: failed in {elapsed:.1?}: {error}"),
+        }
+    }
+}
+
+/// Who is told of [`Event`]s. A closure `Fn(&Event)` is one.
+///
+/// Observers run on the path of the calls, so they must be quick: hand slow work to a
+/// channel. A panic in one is caught and counted
+/// ([`Snapshot::observer_panics`](crate::Snapshot::observer_panics)); it never fails work.
+pub trait Observer: Send + Sync + 'static {
+    /// Called once for each event, from whichever task it happened in.
+    fn on_event(&self, event: &Event);
+}
+
+impl<F: Fn(&Event) + Send + Sync + 'static> Observer for F {
+    fn on_event(&self, event: &Event) {
+        self(event);
+    }
+}
+
+/// The observers of a context.
+#[derive(Default)]
+pub(crate) struct Observers {
+    list: Vec<Box<dyn Observer>>,
+    panics: AtomicU64,
+}
+
+impl Observers {
+    pub(crate) fn add(&mut self, observer: impl Observer) {
+        self.list.push(Box::new(observer));
+    }
+
+    /// Tells everybody; the event is not even made when nobody listens.
+    pub(crate) fn tell(&self, event: impl FnOnce() -> Event) {
+        if self.list.is_empty() {
+            return;
+        }
+        let event = event();
+        for observer in &self.list {
+            self.shield(|| observer.on_event(&event));
+        }
+    }
+
+    /// Runs a callback of the user's; a panic in it is counted and goes no further.
+    pub(crate) fn shield(&self, callback: impl FnOnce()) {
+        if catch_unwind(AssertUnwindSafe(callback)).is_err() {
+            self.panics.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    pub(crate) fn panics(&self) -> u64 {
+        self.panics.load(Ordering::Relaxed)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panicking_observer_is_counted_and_the_others_are_told() {
+        let told = Arc::new(AtomicU64::new(0));
+        let mut observers = Observers::default();
+        observers.add(|_: &Event| panic!("observer"));
+        let count = Arc::clone(&told);
+        observers.add(move |_: &Event| {
+            count.fetch_add(1, Ordering::Relaxed);
+        });
+        for _ in 0..2 {
+            observers.tell(|| Event::CallStarted {
+                path: "a".into(),
+                attempt: 1,
+            });
+        }
+        assert_eq!(observers.panics(), 2);
+        assert_eq!(told.load(Ordering::Relaxed), 2);
+    }
+
+    #[test]
+    fn nobody_listening_makes_no_event() {
+        Observers::default().tell(|| unreachable!("no observer asked for it"));
+    }
+}

@@ -1,0 +1,147 @@
+//! The adapters: each a pipeline around one or two others.
+
+use std::time::Duration;
+
+use tokio::time::timeout;
+
+use super::Pipeline;
+use crate::context::Context;
+use crate::error::{Error, ErrorKind, Result};
+
+/// One pipeline after the other ([`PipelineExt::then`](super::PipelineExt::then)).
+#[derive(Debug, Clone)]
+#[must_use = "a pipeline does nothing until it is run"]
+pub struct Then<A, B> {
+    first: A,
+    next: B,
+    name: String,
+}
+
+impl<A: Pipeline, B: Pipeline> Then<A, B> {
+    pub(super) fn new(first: A, next: B) -> Self {
+        let name = format!("{}>{}", first.name(), next.name());
+        Self { first, next, name }
+    }
+}
+
+impl<A: Pipeline, B: Pipeline<Input = A::Output>> Pipeline for Then<A, B> {
+    type Input = A::Input;
+    type Output = B::Output;
+
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    async fn run(&self, cx: &Context, input: A::Input) -> Result<B::Output> {
+        let between = self.first.run(cx, input).await?;
+        self.next.run(cx, between).await
+    }
+}
+
+/// A pipeline with its output changed ([`PipelineExt::map`](super::PipelineExt::map)).
+#[derive(Debug, Clone)]
+#[must_use = "a pipeline does nothing until it is run"]
+pub struct Map<P, F> {
+    inner: P,
+    f: F,
+}
+
+impl<P, F> Map<P, F> {
+    pub(super) fn new(inner: P, f: F) -> Self {
+        Self { inner, f }
+    }
+}
+
+impl<P, T, F> Pipeline for Map<P, F>
+where
+    P: Pipeline,
+    T: Send,
+    F: Fn(P::Output) -> T + Send + Sync,
+{
+    type Input = P::Input;
+    type Output = T;
+
+    fn name(&self) -> &str {
+        self.inner.name()
+    }
+
+    async fn run(&self, cx: &Context, input: P::Input) -> Result<T> {
+        self.inner.run(cx, input).await.map(&self.f)
+    }
+}
+
+/// A pipeline with a fallback ([`PipelineExt::or_else`](super::PipelineExt::or_else)).
+#[derive(Debug, Clone)]
+#[must_use = "a pipeline does nothing until it is run"]
+pub struct OrElse<P, Q> {
+    inner: P,
+    fallback: Q,
+}
+
+impl<P, Q> OrElse<P, Q> {
+    pub(super) fn new(inner: P, fallback: Q) -> Self {
+        Self { inner, fallback }
+    }
+}
+
+impl<P, Q> Pipeline for OrElse<P, Q>
+where
+    P: Pipeline,
+    P::Input: Clone,
+    Q: Pipeline<Input = P::Input, Output = P::Output>,
+{
+    type Input = P::Input;
+    type Output = P::Output;
+
+    fn name(&self) -> &str {
+        self.inner.name()
+    }
+
+    async fn run(&self, cx: &Context, input: P::Input) -> Result<P::Output> {
+        match self.inner.run(cx, input.clone()).await {
+            Err(error) if cx.check().is_ok() => {
+                tracing::debug!(pipeline = self.name(), %error, "falling back");
+                self.fallback.run(cx, input).await
+            }
+            result => result,
+        }
+    }
+}
+
+/// A pipeline that may take so long ([`PipelineExt::timeout`](super::PipelineExt::timeout)).
+#[derive(Debug, Clone)]
+#[must_use = "a pipeline does nothing until it is run"]
+pub struct Timeout<P> {
+    inner: P,
+    limit: Duration,
+}
+
+impl<P> Timeout<P> {
+    pub(super) fn new(inner: P, limit: Duration) -> Self {
+        Self { inner, limit }
+    }
+}
+
+impl<P: Pipeline> Pipeline for Timeout<P> {
+    type Input = P::Input;
+    type Output = P::Output;
+
+    fn name(&self) -> &str {
+        self.inner.name()
+    }
+
+    async fn run(&self, cx: &Context, input: P::Input) -> Result<P::Output> {
+        // The context's deadline tells the calls, which then say whether they were paid for;
+        // the timer ends whatever else the pipeline may be waiting for.
+        let bounded = cx.with_timeout(self.limit);
+        match timeout(self.limit, self.inner.run(&bounded, input)).await {
+            Ok(result) => result,
+            Err(_) => {
+                let message = format!("{} took longer than {:?}", self.name(), self.limit);
+                let paid = (bounded.tally().attempts > 0).then_some(true);
+                Err(Error::new(ErrorKind::DeadlineExceeded, message)
+                    .with_billed(paid.or(Some(false))))
+            }
+        }
+    }
+}

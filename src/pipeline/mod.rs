@@ -1,0 +1,251 @@
+//! [`Pipeline`]: the one trait users implement, and the few adapters that earn their place.
+
+mod adapters;
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::future::BoxFuture;
+
+pub use self::adapters::{Map, OrElse, Then, Timeout};
+use crate::batch::{Batch, IntoInputs, Over};
+use crate::context::Context;
+use crate::error::Result;
+
+/// One async function from `Input` to `Output`, given a [`Context`].
+///
+/// Inside it is ordinary Rust: `?`, `if`, `join!`, loops. Every call that goes through
+/// the context is paced, retried and counted; [`Context::fan_out`] runs many of something.
+///
+/// Implement it with a plain `async fn`, or make one of a closure with [`pipeline`].
+///
+/// ```
+/// use throughline::{Context, Pipeline, PipelineExt as _, Result, testing::Scripted};
+///
+/// struct Translate {
+///     language: &'static str,
+/// }
+///
+/// impl Pipeline for Translate {
+///     type Input = String;
+///     type Output = String;
+///
+///     fn name(&self) -> &str {
+///         "translate"
+///     }
+///
+///     async fn run(&self, cx: &Context, text: String) -> Result<String> {
+///         let prompt = format!("Translate into {}: {text}", self.language);
+///         Ok(cx.generate(prompt).await?.text)
+///     }
+/// }
+///
+/// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<()> {
+/// let cx = Context::builder(Scripted::new().reply("Fluss").reply("Berg")).build();
+/// let texts = ["river".to_owned(), "mountain".to_owned()];
+/// let german = Translate { language: "German" }.batch(texts).sequential().settle(&cx).await;
+/// assert_eq!(german.all()?, ["Fluss", "Berg"]);
+/// # Ok(()) }
+/// ```
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` is not a `Pipeline`",
+    label = "this is not a `Pipeline`",
+    note = "implement `Pipeline` with `async fn run(&self, cx: &Context, input: Input) -> Result<Output>`,",
+    note = "or wrap a closure: `pipeline(\"name\", |cx: Context, input: Input| async move {{ .. }})`"
+)]
+pub trait Pipeline: Send + Sync {
+    /// What one run takes.
+    type Input: Send;
+    /// What one run gives.
+    type Output: Send;
+
+    /// A short, stable name: paths, logs and stores know the pipeline by it.
+    fn name(&self) -> &str;
+
+    /// Runs the pipeline on one input.
+    ///
+    /// # Errors
+    /// Whatever the work inside fails with; errors of your own come in by
+    /// [`Error::other`](crate::Error::other).
+    fn run(
+        &self,
+        cx: &Context,
+        input: Self::Input,
+    ) -> impl Future<Output = Result<Self::Output>> + Send;
+}
+
+/// What every [`Pipeline`] can do besides running.
+pub trait PipelineExt: Pipeline + Sized {
+    /// Many inputs, from anything that iterates or streams.
+    ///
+    /// By value, as iterators do it: batch `&pipeline` to keep the pipeline, and
+    /// `Arc<pipeline>` to keep it and still [`stream`](Batch::stream).
+    fn batch<M, I>(self, inputs: I) -> Batch<Over<Self>, I::Stream>
+    where
+        I: IntoInputs<M, Item = Self::Input>,
+    {
+        let label = self.name().into();
+        Batch::new(Over(self), label, inputs.into_inputs())
+    }
+
+    /// Feeds the output into `next`. The name is `first>next`.
+    fn then<P: Pipeline<Input = Self::Output>>(self, next: P) -> Then<Self, P> {
+        Then::new(self, next)
+    }
+
+    /// Applies `f` to the output.
+    fn map<T: Send, F>(self, f: F) -> Map<Self, F>
+    where
+        F: Fn(Self::Output) -> T + Send + Sync,
+    {
+        Map::new(self, f)
+    }
+
+    /// Runs `fallback` on the same input when this pipeline fails, be it by a
+    /// cheaper model or a fixed answer. A cancelled or timed-out context is not a reason
+    /// to try: that error is passed on.
+    fn or_else<P>(self, fallback: P) -> OrElse<Self, P>
+    where
+        P: Pipeline<Input = Self::Input, Output = Self::Output>,
+        Self::Input: Clone,
+    {
+        OrElse::new(self, fallback)
+    }
+
+    /// Fails a run that takes longer than `limit`
+    /// with [`ErrorKind::DeadlineExceeded`](crate::ErrorKind::DeadlineExceeded).
+    fn timeout(self, limit: Duration) -> Timeout<Self> {
+        Timeout::new(self, limit)
+    }
+
+    /// Hides the type, for lists and registries of pipelines.
+    fn boxed(self) -> BoxPipeline<Self::Input, Self::Output>
+    where
+        Self: 'static,
+    {
+        BoxPipeline(Arc::new(self))
+    }
+}
+
+impl<P: Pipeline> PipelineExt for P {}
+
+macro_rules! forward {
+    ($($(#[$allow:meta])* [$($generics:tt)*] $holder:ty),+) => {$(
+        impl<$($generics)*> Pipeline for $holder {
+            type Input = P::Input;
+            type Output = P::Output;
+
+            fn name(&self) -> &str {
+                (**self).name()
+            }
+
+            async fn run(&self, cx: &Context, input: P::Input) -> Result<P::Output> {
+                (**self).run(cx, input).await
+            }
+        }
+    )+};
+}
+forward!([P: Pipeline + ?Sized] &P, [P: Pipeline + ?Sized] Arc<P>, [P: Pipeline + ?Sized] Box<P>);
+
+/// A pipeline of a closure from a context and an input to a future.
+///
+/// ```
+/// use throughline::{Context, PipelineExt as _, pipeline};
+///
+/// let count_words = pipeline("count-words", |cx: Context, text: String| async move {
+///     let reply = cx.generate(format!("How many words? {text}")).await?;
+///     reply.text.parse::<u32>().map_err(throughline::Error::other)
+/// });
+/// let guarded = count_words.timeout(std::time::Duration::from_secs(60)).boxed();
+/// # let _ = guarded;
+/// ```
+pub fn pipeline<I, O, F, Fut>(name: impl Into<Arc<str>>, run: F) -> FnPipeline<I, F>
+where
+    F: Fn(Context, I) -> Fut + Send + Sync,
+    Fut: Future<Output = Result<O>> + Send,
+    I: Send,
+    O: Send,
+{
+    FnPipeline {
+        name: name.into(),
+        run,
+        input: std::marker::PhantomData,
+    }
+}
+
+/// The pipeline that [`pipeline`] makes.
+#[must_use = "a pipeline does nothing until it is run"]
+pub struct FnPipeline<I, F> {
+    name: Arc<str>,
+    run: F,
+    input: std::marker::PhantomData<fn(I)>,
+}
+
+impl<I, O, F, Fut> Pipeline for FnPipeline<I, F>
+where
+    F: Fn(Context, I) -> Fut + Send + Sync,
+    Fut: Future<Output = Result<O>> + Send,
+    I: Send,
+    O: Send,
+{
+    type Input = I;
+    type Output = O;
+
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    async fn run(&self, cx: &Context, input: I) -> Result<O> {
+        (self.run)(cx.clone(), input).await
+    }
+}
+
+/// A pipeline whose type is hidden; cheap to clone ([`PipelineExt::boxed`]).
+pub struct BoxPipeline<I, O>(Arc<dyn ErasedPipeline<I, O>>);
+
+impl<I, O> Clone for BoxPipeline<I, O> {
+    fn clone(&self) -> Self {
+        Self(Arc::clone(&self.0))
+    }
+}
+
+impl<I, O> fmt::Debug for BoxPipeline<I, O> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("BoxPipeline").field(&self.0.name()).finish()
+    }
+}
+
+impl<I: Send, O: Send> Pipeline for BoxPipeline<I, O> {
+    type Input = I;
+    type Output = O;
+
+    fn name(&self) -> &str {
+        self.0.name()
+    }
+
+    async fn run(&self, cx: &Context, input: I) -> Result<O> {
+        self.0.run(cx, input).await
+    }
+}
+
+/// The dyn twin of [`Pipeline`], whose `run` returns a type that a vtable cannot name.
+trait ErasedPipeline<I, O>: Send + Sync {
+    fn name(&self) -> &str;
+    fn run<'a>(&'a self, cx: &'a Context, input: I) -> BoxFuture<'a, Result<O>>
+    where
+        I: 'a;
+}
+
+impl<P: Pipeline> ErasedPipeline<P::Input, P::Output> for P {
+    fn name(&self) -> &str {
+        Pipeline::name(self)
+    }
+
+    fn run<'a>(&'a self, cx: &'a Context, input: P::Input) -> BoxFuture<'a, Result<P::Output>>
+    where
+        P::Input: 'a,
+    {
+        Box::pin(Pipeline::run(self, cx, input))
+    }
+}

@@ -1,0 +1,338 @@
+//! Where in the work a call stands: its path, what bounds it, and what it has cost.
+
+use std::fmt::{self, Write as _};
+use std::ops::AddAssign;
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::Poll;
+use std::time::Duration;
+
+use futures::poll;
+use serde::{Deserialize, Serialize};
+use tokio::time::{Instant, sleep_until};
+use tokio_util::sync::CancellationToken;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::usage::Usage;
+
+/// What some work has cost so far.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct Tally {
+    /// Requests that were answered or have failed for good.
+    pub calls: u64,
+    /// Calls that reached the provider, refused ones not counted.
+    pub attempts: u64,
+    /// Calls that the provider's rate limit refused. They are not attempts.
+    pub throttled: u64,
+    /// Attempts that ended without anybody knowing whether they were paid for:
+    /// a broken connection, a timeout, a cancelled call.
+    pub ambiguous: u64,
+    /// The tokens of all answers.
+    pub usage: Usage,
+}
+
+impl AddAssign for Tally {
+    fn add_assign(&mut self, other: Self) {
+        self.calls += other.calls;
+        self.attempts += other.attempts;
+        self.throttled += other.throttled;
+        self.ambiguous += other.ambiguous;
+        self.usage += other.usage;
+    }
+}
+
+/// A [`Tally`] that many tasks add to.
+#[derive(Default)]
+struct Meter {
+    calls: AtomicU64,
+    attempts: AtomicU64,
+    throttled: AtomicU64,
+    ambiguous: AtomicU64,
+    input_tokens: AtomicU64,
+    output_tokens: AtomicU64,
+    cached_input_tokens: AtomicU64,
+    reasoning_tokens: AtomicU64,
+}
+
+impl Meter {
+    fn pairs<'a>(&'a self, tally: &'a mut Tally) -> [(&'a AtomicU64, &'a mut u64); 8] {
+        let usage = &mut tally.usage;
+        [
+            (&self.calls, &mut tally.calls),
+            (&self.attempts, &mut tally.attempts),
+            (&self.throttled, &mut tally.throttled),
+            (&self.ambiguous, &mut tally.ambiguous),
+            (&self.input_tokens, &mut usage.input_tokens),
+            (&self.output_tokens, &mut usage.output_tokens),
+            (&self.cached_input_tokens, &mut usage.cached_input_tokens),
+            (&self.reasoning_tokens, &mut usage.reasoning_tokens),
+        ]
+    }
+
+    fn add(&self, mut tally: Tally) {
+        for (counter, amount) in self.pairs(&mut tally) {
+            if *amount > 0 {
+                counter.fetch_add(*amount, Ordering::Relaxed);
+            }
+        }
+    }
+
+    fn read(&self) -> Tally {
+        let mut tally = Tally::default();
+        for (counter, amount) in self.pairs(&mut tally) {
+            *amount = counter.load(Ordering::Relaxed);
+        }
+        tally
+    }
+}
+
+/// What ends work early.
+#[derive(Clone)]
+pub(crate) struct Bounds {
+    /// Everything stops, calls in flight too.
+    pub(crate) cancel: CancellationToken,
+    /// Nothing new is sent; calls in flight finish.
+    pub(crate) drain: CancellationToken,
+    pub(crate) deadline: Option<Instant>,
+}
+
+impl Bounds {
+    pub(crate) fn new(cancel: CancellationToken) -> Self {
+        Self {
+            cancel,
+            drain: CancellationToken::new(),
+            deadline: None,
+        }
+    }
+
+    /// Bounds that can be drawn tighter without touching these.
+    pub(crate) fn child(&self) -> Self {
+        Self {
+            cancel: self.cancel.child_token(),
+            drain: self.drain.child_token(),
+            deadline: self.deadline,
+        }
+    }
+
+    /// Whether new work may still start.
+    pub(crate) fn check(&self) -> Result<()> {
+        if self.cancel.is_cancelled() {
+            Err(Error::cancelled(
+                "the context was cancelled before the call was sent",
+            ))
+        } else if self.drain.is_cancelled() {
+            Err(Error::cancelled(
+                "the context is draining: nothing new is sent",
+            ))
+        } else if self
+            .deadline
+            .is_some_and(|deadline| deadline <= Instant::now())
+        {
+            Err(Error::new(
+                ErrorKind::DeadlineExceeded,
+                "the deadline passed before the call was sent",
+            ))
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Waits for something that comes before a call is sent: cancel, drain and
+    /// the deadline all end it, and nothing was paid.
+    pub(crate) async fn before_send<F: Future>(&self, wait: F) -> Result<F::Output> {
+        self.check()?;
+        let mut wait = pin!(wait);
+        if let Poll::Ready(done) = poll!(wait.as_mut()) {
+            return Ok(done);
+        }
+        tokio::select! {
+            biased;
+            () = self.cancel.cancelled() => {}
+            () = self.drain.cancelled() => {}
+            () = sleep_until(self.deadline.unwrap_or_else(Instant::now)), if self.deadline.is_some() => {}
+            done = wait => return Ok(done),
+        }
+        Err(self.check().err().unwrap_or_else(|| Error::cancelled("")))
+    }
+
+    /// Runs a call that has been sent: cancel, the deadline and `limit` end it,
+    /// and nobody can know whether it is paid for.
+    pub(crate) async fn in_flight<F: Future>(&self, limit: Duration, call: F) -> Result<F::Output> {
+        let mut call = pin!(call);
+        // A provider that answers at once (a cache, a test) need not arm a timer.
+        if let Poll::Ready(done) = poll!(call.as_mut()) {
+            return Ok(done);
+        }
+        let end = Instant::now() + limit;
+        let error = tokio::select! {
+            biased;
+            done = call => return Ok(done),
+            () = self.cancel.cancelled() => Error::cancelled("cancelled while the call was in flight"),
+            () = sleep_until(self.deadline.map_or(end, |deadline| deadline.min(end))) => {
+                if self.deadline.is_some_and(|deadline| deadline < end) {
+                    Error::new(
+                        ErrorKind::DeadlineExceeded,
+                        "the deadline passed while the call was in flight",
+                    )
+                } else {
+                    Error::new(ErrorKind::Timeout, format!("no reply within {limit:?}"))
+                }
+            }
+        };
+        Err(error.with_billed(None))
+    }
+}
+
+/// A place in the tree of work. What is added to its tally is added to its parents'.
+pub(crate) struct Scope {
+    parent: Option<Arc<Scope>>,
+    label: Arc<str>,
+    index: Option<usize>,
+    pub(crate) key: Option<Arc<str>>,
+    pub(crate) bounds: Arc<Bounds>,
+    meter: Meter,
+}
+
+impl Scope {
+    pub(crate) fn root(bounds: Arc<Bounds>) -> Self {
+        Self {
+            parent: None,
+            label: "".into(),
+            index: None,
+            key: None,
+            bounds,
+            meter: Meter::default(),
+        }
+    }
+
+    pub(crate) fn child(parent: &Arc<Self>, label: Arc<str>, bounds: Arc<Bounds>) -> Self {
+        Self {
+            parent: Some(Arc::clone(parent)),
+            label,
+            index: None,
+            key: None,
+            bounds,
+            meter: Meter::default(),
+        }
+    }
+
+    /// The scope of one item of a batch.
+    pub(crate) fn item(
+        batch: &Arc<Self>,
+        label: Arc<str>,
+        index: usize,
+        key: Option<Arc<str>>,
+    ) -> Self {
+        Self {
+            index: Some(index),
+            key,
+            ..Self::child(batch, label, Arc::clone(&batch.bounds))
+        }
+    }
+
+    pub(crate) fn add(&self, tally: Tally) {
+        let mut scope = self;
+        loop {
+            scope.meter.add(tally);
+            match &scope.parent {
+                Some(parent) => scope = parent,
+                None => break,
+            }
+        }
+    }
+
+    pub(crate) fn tally(&self) -> Tally {
+        self.meter.read()
+    }
+
+    /// The key of the innermost item that has one.
+    pub(crate) fn item_key(&self) -> Option<&Arc<str>> {
+        self.key
+            .as_ref()
+            .or_else(|| self.parent.as_ref()?.item_key())
+    }
+
+    pub(crate) fn path(&self) -> Arc<str> {
+        self.to_string().into()
+    }
+}
+
+impl fmt::Display for Scope {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(parent) = &self.parent {
+            fmt::Display::fmt(parent, f)?;
+            if !parent.label.is_empty() && !self.label.is_empty() {
+                f.write_char('/')?;
+            }
+        }
+        f.write_str(&self.label)?;
+        match (&self.key, self.index) {
+            (Some(key), _) => write!(f, "[{key}]"),
+            (None, Some(index)) => write!(f, "[{index}]"),
+            (None, None) => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn nested() -> (Arc<Scope>, Arc<Scope>) {
+        let root = Arc::new(Scope::root(Arc::new(Bounds::new(CancellationToken::new()))));
+        let item = Arc::new(Scope::item(&root, "plan".into(), 3, Some("k".into())));
+        let inner = Arc::new(Scope::item(&item, "etude".into(), 0, None));
+        (root, inner)
+    }
+
+    #[test]
+    fn paths_name_labels_keys_and_indices() {
+        let (root, inner) = nested();
+        assert_eq!(root.to_string(), "");
+        assert_eq!(inner.to_string(), "plan[k]/etude[0]");
+        assert_eq!(inner.item_key().map(|key| &**key), Some("k"));
+    }
+
+    #[test]
+    fn tallies_add_up_to_the_root() {
+        let (root, inner) = nested();
+        let cost = Tally {
+            attempts: 2,
+            usage: Usage::new(5, 7),
+            ..Tally::default()
+        };
+        inner.add(cost);
+        root.add(cost);
+        assert_eq!(inner.tally(), cost);
+        assert_eq!(root.tally().attempts, 4);
+        assert_eq!(root.tally().usage, Usage::new(10, 14));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn draining_stops_what_waits_but_not_what_is_in_flight() {
+        let bounds = Bounds::new(CancellationToken::new());
+        bounds.drain.cancel();
+        let waiting = bounds.before_send(std::future::ready(())).await;
+        assert!(waiting.unwrap_err().is_cancelled());
+        let call = tokio::time::sleep(Duration::from_secs(1));
+        assert!(bounds.in_flight(Duration::from_secs(2), call).await.is_ok());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_nearer_of_deadline_and_limit_ends_a_call() {
+        let mut bounds = Bounds::new(CancellationToken::new());
+        let forever = || std::future::pending::<()>();
+        let limit = Duration::from_secs(2);
+        let error = bounds.in_flight(limit, forever()).await.unwrap_err();
+        assert!(error.is_timeout() && error.billed().is_none());
+        bounds.deadline = Some(Instant::now() + Duration::from_secs(1));
+        let started = Instant::now();
+        let error = bounds.in_flight(limit, forever()).await.unwrap_err();
+        assert!(error.is_deadline_exceeded());
+        assert_eq!(started.elapsed(), Duration::from_secs(1));
+        let error = bounds.before_send(forever()).await.unwrap_err();
+        assert!(error.is_deadline_exceeded() && error.billed() == Some(false));
+    }
+}

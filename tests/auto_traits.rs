@@ -1,0 +1,64 @@
+//! What callers may send, share and move, pinned: losing one of these is a breaking change.
+
+use static_assertions::{assert_impl_all, assert_not_impl_any, assert_obj_safe};
+use throughline::{
+    Batch, BoxPipeline, Context, ContextBuilder, Error, Event, Lane, LaneSnapshot, Observer,
+    Outcome, Outcomes, Pace, Permit, Progress, Provider, Reply, ReplyStream, Request,
+    RequestDigest, Retry, Settled, Snapshot, Tally, Usage,
+};
+
+type Iter = futures::stream::Iter<std::vec::IntoIter<u8>>;
+
+assert_impl_all!(Error: std::error::Error, Clone, Send, Sync, Unpin);
+assert_impl_all!(Request: Clone, Send, Sync, Unpin);
+assert_impl_all!(Reply: Clone, Send, Sync, Unpin);
+assert_impl_all!(RequestDigest: Copy, Ord, std::hash::Hash, Send, Sync, Unpin);
+assert_impl_all!(Usage: Copy, Send, Sync, Unpin);
+assert_impl_all!(Tally: Copy, Send, Sync, Unpin);
+assert_impl_all!(Event: Clone, Send, Sync, Unpin);
+assert_impl_all!(Retry: Clone, Send, Sync, Unpin);
+assert_impl_all!(Pace: Clone, Send, Sync, Unpin);
+assert_impl_all!(Lane: Clone, Send, Sync, Unpin);
+assert_impl_all!(LaneSnapshot: Clone, Send, Sync, Unpin);
+assert_impl_all!(Permit: Send, Sync, Unpin);
+assert_not_impl_any!(Permit: Clone);
+assert_impl_all!(Context: Clone, Send, Sync, Unpin);
+assert_impl_all!(ContextBuilder: Send, Sync);
+assert_impl_all!(Snapshot: Clone, Send, Sync, Unpin);
+assert_impl_all!(Batch<Context, Iter>: Send);
+assert_impl_all!(BoxPipeline<u8, u8>: Clone, Send, Sync, Unpin);
+assert_impl_all!(Progress: Clone, Send, Sync, Unpin);
+assert_impl_all!(Outcome<u8>: Clone, Send, Sync, Unpin);
+assert_impl_all!(Outcomes<u8>: Send, Unpin);
+assert_impl_all!(Settled<u8>: Clone, Send, Sync, Unpin);
+assert_impl_all!(ReplyStream: Send, Unpin);
+assert_obj_safe!(Provider, Observer);
+
+fn send<T: Send>(_: &T) {}
+
+/// The futures of the crate go into `tokio::spawn`.
+#[tokio::test]
+async fn futures_are_send() {
+    struct Silent;
+    #[throughline::async_trait]
+    impl Provider for Silent {
+        fn name(&self) -> &str {
+            "silent"
+        }
+        async fn generate(&self, _: &Request) -> throughline::Result<Reply> {
+            Ok(Reply::new("", Usage::default()))
+        }
+    }
+    let cx = Context::builder(Silent).build();
+    send(&cx.generate("a"));
+    send(&cx.lane().acquire(throughline::Need::new(1, 1)));
+    send(&cx.alongside(async { Ok(()) }, cx.generate("a")));
+    let nested = cx.fan_out("a", [1]).settle(|cx, _| async move {
+        let inner = cx
+            .fan_out("b", [2])
+            .settle(|cx, _| async move { cx.generate("c").await });
+        inner.await.all()
+    });
+    send(&nested);
+    assert_eq!(tokio::spawn(nested).await.unwrap().len(), 1);
+}

@@ -1,0 +1,533 @@
+//! Batches under the paused clock: how long, in what order, and what is left when it ends early.
+
+use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use futures::{FutureExt as _, StreamExt as _, stream};
+use throughline::{
+    Batch, Context, Error, ErrorKind, Pipeline, PipelineExt as _, Provider, Reply, Request, Result,
+    Usage, async_trait, pipeline,
+};
+use tokio::time::{Instant, sleep};
+
+const LATENCY: Duration = Duration::from_millis(100);
+
+/// Answers after [`LATENCY`], counts what it sees, refuses prompts that say so.
+#[derive(Clone, Default)]
+struct Echo(Arc<Counts>);
+
+#[derive(Default)]
+struct Counts {
+    sent: AtomicUsize,
+    running: AtomicUsize,
+    peak: AtomicUsize,
+}
+
+/// Counts a call as running until it is answered or dropped.
+struct Running<'a>(&'a Counts);
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        self.0.running.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+#[async_trait]
+impl Provider for Echo {
+    fn name(&self) -> &str {
+        "echo"
+    }
+
+    async fn generate(&self, request: &Request) -> Result<Reply> {
+        let counts = &*self.0;
+        counts.sent.fetch_add(1, Ordering::SeqCst);
+        let running = counts.running.fetch_add(1, Ordering::SeqCst) + 1;
+        counts.peak.fetch_max(running, Ordering::SeqCst);
+        let _running = Running(counts);
+        sleep(LATENCY).await;
+        match request.last_text() {
+            "refuse" => Err(Error::new(ErrorKind::InvalidRequest, "refused")),
+            text => Ok(Reply::new(text, Usage::new(1, 2))),
+        }
+    }
+}
+
+impl Echo {
+    fn sent(&self) -> usize {
+        self.0.sent.load(Ordering::SeqCst)
+    }
+
+    fn running(&self) -> usize {
+        self.0.running.load(Ordering::SeqCst)
+    }
+
+    fn peak(&self) -> usize {
+        self.0.peak.load(Ordering::SeqCst)
+    }
+}
+
+fn setup() -> (Echo, Context) {
+    let echo = Echo::default();
+    (echo.clone(), Context::builder(echo).build())
+}
+
+async fn ask(cx: Context, prompt: impl ToString) -> Result<String> {
+    Ok(cx.generate(prompt.to_string()).await?.text)
+}
+
+/// Runs twelve calls in the given way; says how long they took and how many ran at once.
+async fn twelve(
+    choose: impl FnOnce(
+        Batch<Context, stream::Iter<std::ops::Range<usize>>>,
+    ) -> Batch<Context, stream::Iter<std::ops::Range<usize>>>,
+) -> (u128, usize) {
+    let (echo, cx) = setup();
+    let began = Instant::now();
+    let settled = choose(cx.fan_out("n", 0..12)).settle(ask).await;
+    let order: Vec<_> = settled.oks().cloned().collect();
+    assert_eq!(order, (0..12).map(|n| n.to_string()).collect::<Vec<_>>());
+    (began.elapsed().as_millis(), echo.peak())
+}
+
+#[tokio::test(start_paused = true)]
+async fn each_parallelism_takes_exactly_its_time() {
+    assert_eq!(twelve(|batch| batch.join_all()).await, (100, 12));
+    assert_eq!(twelve(|batch| batch.buffer_unordered(4)).await, (300, 4));
+    assert_eq!(twelve(|batch| batch.buffered(4)).await, (300, 4));
+    assert_eq!(twelve(|batch| batch.chunks(3)).await, (400, 3));
+    assert_eq!(twelve(|batch| batch.sequential()).await, (1200, 1));
+    assert_eq!(twelve(|batch| batch).await, (100, 12));
+}
+
+#[tokio::test(start_paused = true)]
+async fn streams_yield_as_they_end_or_in_order() {
+    let delays = [300, 100, 200];
+    let indices = async |ordered: bool| {
+        let (_, cx) = setup();
+        let batch = cx.fan_out("delay", delays);
+        let batch = if ordered {
+            batch.buffered(3)
+        } else {
+            batch.buffer_unordered(3)
+        };
+        let outcomes = batch.stream(|_, ms| async move {
+            sleep(Duration::from_millis(ms)).await;
+            Ok(())
+        });
+        outcomes
+            .map(|outcome| outcome.index)
+            .collect::<Vec<_>>()
+            .await
+    };
+    assert_eq!(indices(false).await, [1, 2, 0]);
+    assert_eq!(indices(true).await, [0, 1, 2]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn chunks_wait_for_the_slowest_of_each() {
+    let (_, cx) = setup();
+    let began = Instant::now();
+    let settled = cx
+        .fan_out("delay", [5, 1, 1, 1])
+        .chunks(2)
+        .settle(|_, s| async move {
+            sleep(Duration::from_secs(s)).await;
+            Ok(())
+        });
+    let starts: Vec<_> = settled
+        .await
+        .outcomes()
+        .iter()
+        .map(|o| o.started.as_secs())
+        .collect();
+    assert_eq!(starts, [0, 0, 5, 5]);
+    assert_eq!(began.elapsed(), Duration::from_secs(6));
+}
+
+#[tokio::test(start_paused = true)]
+async fn empty_batches_end_at_once() {
+    let (echo, cx) = setup();
+    let none: [u8; 0] = [];
+    assert!(cx.fan_out("n", none).settle(ask).await.is_empty());
+    assert_eq!(
+        cx.fan_out("n", none).chunks(3).try_all(ask).await.unwrap(),
+        [""; 0]
+    );
+    assert!(cx.fan_out("n", none).stream(ask).next().await.is_none());
+    assert_eq!(echo.sent(), 0);
+}
+
+/// Invariant 2: every input ends as exactly one outcome.
+#[tokio::test(start_paused = true)]
+async fn nothing_is_lost_whatever_happens_to_an_item() {
+    let (_, cx) = setup();
+    let settled = cx
+        .fan_out("n", 0..20)
+        .key(|n| {
+            if *n == 7 {
+                panic!("key")
+            } else {
+                format!("k{n}")
+            }
+        })
+        .on_progress(|_| panic!("progress"))
+        .buffer_unordered(4)
+        .settle(|cx, n| {
+            assert!(n != 3, "before the future");
+            async move {
+                assert!(n != 5, "inside the future");
+                ask(
+                    cx,
+                    if n % 4 == 0 {
+                        "refuse".to_owned()
+                    } else {
+                        n.to_string()
+                    },
+                )
+                .await
+            }
+        })
+        .await;
+    let indices: Vec<_> = settled.outcomes().iter().map(|o| o.index).collect();
+    assert_eq!(indices, (0..20).collect::<Vec<_>>());
+    let kind = |n: usize| settled.outcomes()[n].error().map(Error::kind);
+    for n in 0..20 {
+        let expected = match n {
+            3 | 5 | 7 => Some(ErrorKind::Panicked),
+            n if n % 4 == 0 => Some(ErrorKind::InvalidRequest),
+            _ => None,
+        };
+        assert_eq!(kind(n), expected, "{n}");
+    }
+    assert_eq!(
+        settled.outcomes()[5].error().unwrap().message(),
+        "inside the future"
+    );
+    assert_eq!(settled.outcomes()[7].key, None);
+    assert_eq!(settled.outcomes()[8].key.as_deref(), Some("k8"));
+    // The failure says after how many attempts, and whether it cost anything.
+    let refused = &settled.outcomes()[8];
+    assert_eq!(refused.error().unwrap().attempts(), 1);
+    assert_eq!(refused.error().unwrap().billed(), Some(false));
+    assert_eq!(refused.tally.usage, Usage::default());
+    assert_eq!(settled.outcomes()[9].tally.usage, Usage::new(1, 2));
+    let snapshot = cx.snapshot();
+    assert_eq!((snapshot.items_done, snapshot.items_failed), (12, 8));
+    assert_eq!(snapshot.observer_panics, 20);
+    assert_eq!(cx.tally(), settled.tally());
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_summary_says_what_failed() {
+    let (_, cx) = setup();
+    let prompts = ["a", "refuse", "b", "refuse"];
+    let settled = cx
+        .fan_out("p", prompts)
+        .key(|p| format!("<{p}>"))
+        .settle(ask)
+        .await;
+    assert_eq!(
+        settled.to_string(),
+        "2 of 4 succeeded in 100.0ms; 2 invalid_request (first: <refuse>: request refused: refused)"
+    );
+    let json = serde_json::to_string(&settled).unwrap();
+    let back: throughline::Settled<String> = serde_json::from_str(&json).unwrap();
+    assert_eq!(back.to_string(), settled.to_string());
+    let error = settled.at_least(3).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::TooFew);
+    let source = std::error::Error::source(&error).unwrap();
+    assert_eq!(source.to_string(), "request refused: refused");
+}
+
+#[tokio::test(start_paused = true)]
+async fn try_all_stops_sending_at_the_first_failure_and_keeps_what_is_in_flight() {
+    let (echo, cx) = setup();
+    let finished = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&finished);
+    let prompts = (0..100).map(|n| {
+        if n == 1 {
+            "refuse".to_owned()
+        } else {
+            n.to_string()
+        }
+    });
+    let result = cx
+        .fan_out("p", prompts)
+        .buffer_unordered(4)
+        .try_all(move |cx, prompt| {
+            let count = Arc::clone(&count);
+            async move {
+                let first = ask(cx.clone(), prompt).await?;
+                count.fetch_add(1, Ordering::SeqCst);
+                ask(cx, first).await
+            }
+        })
+        .await;
+    assert_eq!(result.unwrap_err().kind(), ErrorKind::InvalidRequest);
+    assert_eq!(echo.running(), 0);
+    // The first four were sent together; at most what they had already begun came after.
+    assert!(echo.sent() <= 5, "{} sent", echo.sent());
+    assert_eq!(finished.load(Ordering::SeqCst), 3);
+    assert!(!cx.is_draining(), "only the batch drains");
+    let all = cx.fan_out("p", ["a", "b"]).try_all(ask).await;
+    assert_eq!(all.unwrap(), ["a", "b"]);
+}
+
+/// Invariant 5: dropping a future or stream sends nothing more.
+#[tokio::test(start_paused = true)]
+async fn dropping_sends_nothing_more() {
+    let (echo, cx) = setup();
+    let batch = cx.fan_out("n", 0..100).buffer_unordered(4).settle(ask);
+    assert!(
+        tokio::time::timeout(Duration::from_millis(150), batch)
+            .await
+            .is_err()
+    );
+    assert_eq!((echo.sent(), echo.running()), (8, 0));
+
+    let mut outcomes = cx.fan_out("n", 0..100).buffer_unordered(4).stream(ask);
+    assert!(outcomes.next().await.is_some());
+    drop(outcomes);
+    let sent = echo.sent();
+    sleep(Duration::from_secs(10)).await;
+    assert_eq!((echo.sent(), echo.running()), (sent, 0));
+    assert_eq!(cx.lane().snapshot().in_flight, 0);
+}
+
+/// Invariant 7: a slow consumer never stalls calls in flight.
+#[tokio::test(start_paused = true)]
+async fn calls_in_flight_go_on_while_the_consumer_sleeps() {
+    let (echo, cx) = setup();
+    let mut outcomes = cx.fan_out("n", 0..100).buffer_unordered(4).stream(ask);
+    assert!(outcomes.next().await.is_some());
+    sleep(Duration::from_secs(60)).await;
+    assert_eq!(echo.running(), 0, "nothing hangs half done");
+    // Invariant 4: and it has not run ahead either: 2n, and the one that was taken.
+    assert_eq!(echo.sent(), 9);
+    assert_eq!(outcomes.count().await, 99);
+    assert_eq!(echo.peak(), 4);
+}
+
+/// Invariant 4: inputs are taken when there is room for them.
+#[tokio::test(start_paused = true)]
+async fn inputs_are_taken_lazily() {
+    for chunks in [false, true] {
+        let (_, cx) = setup();
+        let taken = Arc::new(AtomicUsize::new(0));
+        let count = Arc::clone(&taken);
+        let inputs = (0..).inspect(move |_| {
+            count.fetch_add(1, Ordering::SeqCst);
+        });
+        let batch = cx.fan_out("n", inputs);
+        let batch = if chunks {
+            batch.chunks(10)
+        } else {
+            batch.buffer_unordered(10)
+        };
+        let mut outcomes = batch.stream(ask);
+        for n in 1..=50 {
+            outcomes.next().await.unwrap();
+            let ahead = taken.load(Ordering::SeqCst) - n;
+            assert!(ahead <= 21, "{ahead} taken ahead of the consumer");
+        }
+    }
+}
+
+/// Invariant 6: items hold no permits, so nested fan-outs cannot deadlock.
+#[tokio::test(start_paused = true)]
+async fn nested_fan_outs_share_one_slot() {
+    let echo = Echo::default();
+    let pace = throughline::Pace::unlimited().in_flight(1);
+    let cx = Context::builder(echo.clone()).pace(pace).build();
+    let began = Instant::now();
+    let settled = cx
+        .fan_out("outer", 0..3)
+        .join_all()
+        .settle(|cx, outer| async move {
+            let inner = cx.fan_out("inner", 0..3).join_all();
+            let inner = inner
+                .settle(move |cx, inner| ask(cx, format!("{outer}.{inner}")))
+                .await;
+            ask(cx, inner.all()?.join(" ")).await
+        });
+    let values = settled.await.all().unwrap();
+    assert_eq!(values[2], "2.0 2.1 2.2");
+    assert_eq!(echo.peak(), 1);
+    assert_eq!(began.elapsed(), 12 * LATENCY);
+}
+
+#[tokio::test(start_paused = true)]
+async fn streams_of_inputs_start_work_as_they_arrive() {
+    let (_, cx) = setup();
+    let arriving = stream::unfold(0, |n| async move {
+        (n < 4).then_some(())?;
+        sleep(Duration::from_secs(1)).await;
+        Some((n, n + 1))
+    });
+    let settled = cx
+        .fan_out("n", arriving.boxed())
+        .join_all()
+        .settle(ask)
+        .await;
+    let starts: Vec<_> = settled
+        .outcomes()
+        .iter()
+        .map(|o| o.started.as_secs())
+        .collect();
+    assert_eq!(starts, [1, 2, 3, 4]);
+    assert_eq!(settled.elapsed(), Duration::from_millis(4100));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_panic_of_the_inputs_is_the_callers_own() {
+    let (_, cx) = setup();
+    let inputs = || (0..10).inspect(|n| assert!(*n != 2, "inputs"));
+    let stream = cx.fan_out("n", inputs()).sequential().stream(ask);
+    let panic = std::panic::AssertUnwindSafe(stream.count())
+        .catch_unwind()
+        .await;
+    let message = panic.unwrap_err();
+    assert_eq!(message.downcast_ref::<&str>(), Some(&"inputs"));
+
+    let settle = cx.fan_out("n", inputs()).sequential().settle(ask);
+    let panic = std::panic::AssertUnwindSafe(settle).catch_unwind().await;
+    assert_eq!(panic.err().unwrap().downcast_ref::<&str>(), Some(&"inputs"));
+}
+
+#[test]
+fn no_parallelism_of_zero() {
+    let (_, cx) = setup();
+    for choose in [
+        |batch: Batch<Context, stream::Iter<_>>| drop(batch.buffered(0)),
+        |batch: Batch<Context, stream::Iter<_>>| drop(batch.buffer_unordered(0)),
+        |batch: Batch<Context, stream::Iter<_>>| drop(batch.chunks(0)),
+    ] {
+        let batch = cx.fan_out("n", [1].into_iter());
+        let panic = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| choose(batch)));
+        let message = *panic.unwrap_err().downcast::<&str>().unwrap();
+        assert!(message.contains("no item would ever run"), "{message}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn progress_tells_of_each_item_as_it_ends() {
+    let (_, cx) = setup();
+    let lines = Arc::new(Mutex::new(Vec::new()));
+    let sink = Arc::clone(&lines);
+    let settled = cx
+        .fan_out("river", ["Po", "refuse", "Rhine"])
+        .sequential()
+        .on_progress(move |progress| sink.lock().unwrap().push(progress.to_string()))
+        .settle(ask);
+    assert_eq!(settled.await.failures().count(), 1);
+    assert_eq!(
+        *lines.lock().unwrap(),
+        [
+            "river: 1 of 3 done, 100.0ms",
+            "river: 1 of 3 done, 1 failed, 200.0ms",
+            "river: 2 of 3 done, 1 failed, 300.0ms"
+        ]
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn events_name_the_path() {
+    let echo = Echo::default();
+    let paths = Arc::new(Mutex::new(BTreeSet::new()));
+    let sink = Arc::clone(&paths);
+    let cx = Context::builder(echo)
+        .on_event(move |event| {
+            sink.lock().unwrap().insert(event.to_string());
+        })
+        .build();
+    let outer = cx
+        .child("week")
+        .fan_out("plan", ["a"])
+        .key(|k| k.to_string());
+    let settled =
+        outer.settle(|cx, _| async move { cx.fan_out("etude", ["x"]).settle(ask).await.all() });
+    settled.await.all().unwrap();
+    let expected = [
+        "week/plan[a]/etude[0]: call 1 answered in 100.0ms, 1 + 2 tokens",
+        "week/plan[a]/etude[0]: call 1 sent",
+        "week/plan[a]/etude[0]: done in 100.0ms",
+        "week/plan[a]: done in 100.0ms",
+    ];
+    assert_eq!(*paths.lock().unwrap(), expected.map(str::to_owned).into());
+}
+
+struct Shout;
+
+impl Pipeline for Shout {
+    type Input = String;
+    type Output = String;
+
+    fn name(&self) -> &str {
+        "shout"
+    }
+
+    async fn run(&self, cx: &Context, text: String) -> Result<String> {
+        Ok(ask(cx.clone(), text).await?.to_uppercase())
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn pipelines_batch_by_value_by_reference_and_shared() {
+    let (_, cx) = setup();
+    let texts = || ["a".to_owned(), "b".to_owned()];
+    let shout = Arc::new(Shout);
+    assert_eq!(
+        (&*shout).batch(texts()).settle(&cx).await.all().unwrap(),
+        ["A", "B"]
+    );
+    assert_eq!(
+        Arc::clone(&shout).batch(texts()).stream(&cx).count().await,
+        2
+    );
+    assert_eq!(
+        Shout.boxed().batch(texts()).try_all(&cx).await.unwrap(),
+        ["A", "B"]
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn adapters() {
+    let (_, cx) = setup();
+    let slow = Arc::new(pipeline("slow", |cx: Context, text: String| async move {
+        sleep(Duration::from_secs(5)).await;
+        ask(cx, text).await
+    }));
+    let chain = Shout
+        .then(pipeline(
+            "len",
+            |_, text: String| async move { Ok(text.len()) },
+        ))
+        .map(|n| n * 2);
+    assert_eq!(chain.name(), "shout>len");
+    assert_eq!(chain.run(&cx, "abc".into()).await.unwrap(), 6);
+
+    let began = Instant::now();
+    let timed = Arc::clone(&slow).timeout(Duration::from_secs(1));
+    let error = timed.run(&cx, "a".into()).await.unwrap_err();
+    assert!(
+        error.is_deadline_exceeded() && error.billed() == Some(false),
+        "{error:?}"
+    );
+    assert_eq!(began.elapsed(), Duration::from_secs(1));
+
+    let fallback = Arc::clone(&slow)
+        .timeout(Duration::from_secs(1))
+        .or_else(Shout)
+        .boxed();
+    assert_eq!(fallback.run(&cx, "a".into()).await.unwrap(), "A");
+
+    let cancelled = cx.child("cancelled");
+    cancelled.cancel();
+    let guarded = Shout.or_else(pipeline("never", |_, _| async move {
+        panic!("a cancelled context needs no fallback")
+    }));
+    let error = guarded.run(&cancelled, "a".into()).await.unwrap_err();
+    assert!(error.is_cancelled() && error.billed() == Some(false));
+}

@@ -1,0 +1,437 @@
+//! One call through the guard: attempts, waits, cancellation, and what each failure says.
+
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use throughline::testing::Scripted;
+use throughline::{
+    CancellationToken, Context, Error, ErrorKind, Event, Lane, Pace, Persistence, Provider, Reply,
+    Request, Result, Retry, Usage, async_trait,
+};
+use tokio::time::{Instant, sleep, timeout};
+
+fn error(kind: ErrorKind) -> Error {
+    Error::new(kind, "as scripted")
+}
+
+fn throttled(seconds: u64) -> Error {
+    error(ErrorKind::Throttled).with_wait(Duration::from_secs(seconds))
+}
+
+async fn elapsed<T>(work: impl Future<Output = T>) -> (T, Duration) {
+    let began = Instant::now();
+    (work.await, began.elapsed())
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_transient_failure_is_tried_again_within_its_ceiling() {
+    let script = Scripted::new()
+        .error(error(ErrorKind::Unavailable))
+        .error(error(ErrorKind::Connection))
+        .reply("third");
+    let cx = Context::builder(script.clone()).build();
+    let (reply, took) = elapsed(cx.generate("a")).await;
+    assert_eq!(reply.unwrap().text, "third");
+    assert_eq!(script.requests().len(), 3);
+    // U(0, 0.5 s) and U(0, 1 s), with a millisecond of the timer's grain for each.
+    assert!(took <= Duration::from_millis(1502), "{took:?}");
+    let tally = cx.tally();
+    assert_eq!((tally.calls, tally.attempts, tally.throttled), (1, 3, 0));
+    assert_eq!(tally.ambiguous, 1, "nobody knows of the broken connection");
+}
+
+#[tokio::test(start_paused = true)]
+async fn giving_up_says_after_how_many_attempts_and_forbids_another_layer() {
+    let mut script = Scripted::new();
+    for _ in 0..9 {
+        script = script.error(error(ErrorKind::Unavailable));
+    }
+    let cx = Context::builder(script.clone()).build();
+    let error = cx.generate("a").await.unwrap_err();
+    assert_eq!(error.attempts(), 5);
+    assert!(error.is_exhausted() && !error.is_temporary());
+    assert_eq!(script.requests().len(), 5);
+    assert!(error.to_string().ends_with("after 5 attempts"), "{error}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_cannot_pass_is_tried_once() {
+    for kind in [
+        ErrorKind::InvalidRequest,
+        ErrorKind::Unauthorized,
+        ErrorKind::QuotaExhausted,
+    ] {
+        let script = Scripted::new().error(error(kind)).reply("never");
+        let cx = Context::builder(script.clone()).build();
+        let error = cx.generate("a").await.unwrap_err();
+        assert_eq!((error.kind(), error.attempts()), (kind, 1));
+        assert_eq!(script.lines_left(), 1);
+    }
+    let overruled = error(ErrorKind::Unavailable).with_persistence(Persistence::Permanent);
+    let cx = Context::builder(Scripted::new().error(overruled).reply("never")).build();
+    assert_eq!(cx.generate("a").await.unwrap_err().attempts(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_servers_wait_is_never_undercut() {
+    let script = Scripted::new()
+        .error(error(ErrorKind::Unavailable).with_wait(Duration::from_secs(40)))
+        .reply("after it");
+    let cx = Context::builder(script).build();
+    let (reply, took) = elapsed(cx.generate("a")).await;
+    assert!(reply.is_ok());
+    assert!(took >= Duration::from_secs(40), "{took:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_refusal_by_the_rate_limit_costs_no_attempt_and_closes_the_gate_for_all() {
+    let script = Scripted::new()
+        .error(throttled(10))
+        .error(throttled(10))
+        .reply("one")
+        .reply("two");
+    let cx = Context::builder(script)
+        .retry(Retry::none())
+        .pace(Pace::unlimited().in_flight(1))
+        .build();
+    let second = cx.clone();
+    let late = tokio::spawn(async move {
+        sleep(Duration::from_secs(1)).await;
+        elapsed(second.generate("late")).await
+    });
+    let (first, took) = elapsed(cx.generate("a")).await;
+    let first = first.unwrap();
+    assert_eq!(
+        first.text, "one",
+        "the refused call kept its place in the queue"
+    );
+    // Twice the server's delay, and jitter of at most a tenth on top.
+    assert!(took >= Duration::from_secs(20), "{took:?}");
+    assert!(took <= Duration::from_millis(22_010), "{took:?}");
+    let (late, took) = late.await.unwrap();
+    assert_eq!(late.unwrap().text, "two");
+    assert!(
+        took >= Duration::from_secs(9),
+        "the gate is everybody's: {took:?}"
+    );
+    let tally = cx.tally();
+    assert_eq!((tally.calls, tally.attempts, tally.throttled), (2, 2, 2));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_limit_that_lets_nobody_through_ends_in_exhaustion() {
+    struct Closed(AtomicU32);
+    #[async_trait]
+    impl Provider for Closed {
+        fn name(&self) -> &str {
+            "closed"
+        }
+        async fn generate(&self, _: &Request) -> Result<Reply> {
+            self.0.fetch_add(1, Ordering::SeqCst);
+            Err(throttled(60))
+        }
+    }
+    let cx = Context::builder(Closed(AtomicU32::new(0))).build();
+    let (result, took) = elapsed(cx.generate("a")).await;
+    let error = result.unwrap_err();
+    assert!(error.is_throttled() && error.is_exhausted());
+    assert_eq!(error.attempts(), 0);
+    assert!(took >= Duration::from_secs(15 * 60), "{took:?}");
+    assert!(took <= Duration::from_secs(17 * 60), "{took:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_call_that_hangs_ends_with_its_timeout() {
+    let hang = || Scripted::new().delay(Duration::MAX / 4).reply("never");
+    let cx = Context::builder(hang()).retry(Retry::none()).build();
+    let (result, took) = elapsed(cx.generate("a")).await;
+    assert!(result.unwrap_err().is_timeout());
+    assert_eq!(took, Duration::from_secs(600));
+
+    let cx = Context::builder(hang()).retry(Retry::none()).build();
+    let request = Request::new("a").timeout(Duration::from_secs(3));
+    let (result, took) = elapsed(cx.generate(request)).await;
+    let error = result.unwrap_err();
+    assert!(error.is_timeout() && error.billed().is_none());
+    assert_eq!(took, Duration::from_secs(3));
+    assert_eq!(cx.tally().ambiguous, 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_deadline_ends_a_call_in_flight_and_forbids_a_retry_behind_it() {
+    let script = Scripted::new()
+        .delay(Duration::from_secs(60))
+        .reply("never");
+    let cx = Context::builder(script)
+        .build()
+        .with_timeout(Duration::from_secs(5));
+    let (result, took) = elapsed(cx.generate("a")).await;
+    assert!(result.unwrap_err().is_deadline_exceeded());
+    assert_eq!(took, Duration::from_secs(5));
+
+    let wait = Duration::from_secs(30);
+    let script = Scripted::new()
+        .error(error(ErrorKind::Unavailable).with_wait(wait))
+        .reply("never");
+    let cx = Context::builder(script.clone()).build();
+    let (result, took) = elapsed(cx.with_timeout(wait).generate("a")).await;
+    let error = result.unwrap_err();
+    assert!(error.is_deadline_exceeded());
+    assert_eq!((took, error.attempts()), (Duration::ZERO, 1));
+    let source = std::error::Error::source(&error).unwrap().to_string();
+    assert!(source.starts_with("provider unavailable"), "{source}");
+    assert_eq!(script.lines_left(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn cancelling_reaches_calls_that_wait_and_calls_in_flight() {
+    let token = CancellationToken::new();
+    let script = Scripted::new()
+        .delay(Duration::from_secs(60))
+        .reply("never")
+        .reply("never");
+    let cx = Context::builder(script.clone())
+        .pace(Pace::unlimited().in_flight(1))
+        .cancellation(token.clone())
+        .build();
+    let canceller = async {
+        sleep(Duration::from_secs(1)).await;
+        token.cancel();
+    };
+    let ((in_flight, waiting, ()), took) =
+        elapsed(async { tokio::join!(cx.generate("a"), cx.generate("b"), canceller) }).await;
+    let (in_flight, waiting) = (in_flight.unwrap_err(), waiting.unwrap_err());
+    assert_eq!(took, Duration::from_secs(1));
+    assert!(in_flight.is_cancelled() && in_flight.billed().is_none());
+    assert!(waiting.is_cancelled() && waiting.billed() == Some(false));
+    assert_eq!(waiting.attempts(), 0);
+    assert_eq!(script.requests().len(), 1);
+    assert!(cx.generate("c").await.unwrap_err().is_cancelled());
+    assert_eq!(cx.lane().snapshot().in_flight, 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn draining_finishes_what_is_in_flight_and_sends_nothing_more() {
+    let script = Scripted::new()
+        .delay(Duration::from_secs(60))
+        .reply("paid")
+        .reply("never");
+    let cx = Context::builder(script.clone())
+        .pace(Pace::unlimited().in_flight(1))
+        .build();
+    let drainer = async {
+        sleep(Duration::from_secs(1)).await;
+        cx.drain();
+    };
+    let (in_flight, waiting, ()) = tokio::join!(cx.generate("a"), cx.generate("b"), drainer);
+    assert_eq!(in_flight.unwrap().text, "paid");
+    assert!(waiting.unwrap_err().is_cancelled());
+    assert_eq!(script.lines_left(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_child_is_cancelled_alone() {
+    let cx = Context::builder(Scripted::new().reply("parent")).build();
+    let child = cx.child("stage");
+    child.cancel();
+    assert!(child.generate("a").await.unwrap_err().is_cancelled());
+    assert!(cx.generate("a").await.is_ok());
+    assert_eq!(child.tally().attempts, 0);
+    assert_eq!(cx.tally().attempts, 1);
+}
+
+/// Invariant 5: a dropped call gives its permit back.
+#[tokio::test(start_paused = true)]
+async fn dropping_a_call_frees_its_slot() {
+    let script = Scripted::new()
+        .delay(Duration::from_secs(60))
+        .reply("dropped")
+        .reply("b");
+    let cx = Context::builder(script)
+        .pace(Pace::unlimited().in_flight(1))
+        .build();
+    assert!(
+        timeout(Duration::from_secs(1), cx.generate("a"))
+            .await
+            .is_err()
+    );
+    assert_eq!(cx.lane().snapshot().in_flight, 0);
+    assert_eq!(cx.generate("b").await.unwrap().text, "b");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_retry_holds_no_slot_while_it_waits() {
+    let script = Scripted::new()
+        .error(error(ErrorKind::Unavailable).with_wait(Duration::from_secs(30)))
+        .reply("other")
+        .reply("again");
+    let cx = Context::builder(script)
+        .pace(Pace::unlimited().in_flight(1))
+        .build();
+    let other = async {
+        sleep(Duration::from_millis(1)).await;
+        elapsed(cx.generate("other")).await
+    };
+    let (again, (other, took)) = tokio::join!(cx.generate("again"), other);
+    assert_eq!(
+        (&*again.unwrap().text, &*other.unwrap().text),
+        ("again", "other")
+    );
+    assert_eq!(took, Duration::ZERO);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_pace_brings_its_retries_unless_told_otherwise() {
+    let attempts = async |builder: throughline::ContextBuilder, script: Scripted| {
+        let error = builder.build().generate("a").await.unwrap_err();
+        assert_eq!(error.attempts() as usize, script.requests().len());
+        error.attempts()
+    };
+    let script = || {
+        (0..9).fold(Scripted::new(), |s, _| {
+            s.error(error(ErrorKind::Unavailable))
+        })
+    };
+    for (pace, expected) in [(Pace::safe(), 4), (Pace::normal(), 3), (Pace::fast(), 3)] {
+        let script = script();
+        let builder = Context::builder(script.clone()).pace(pace);
+        assert_eq!(attempts(builder, script).await, expected);
+    }
+    let script = script();
+    let builder = Context::builder(script.clone())
+        .pace(Pace::safe())
+        .retry(Retry::none());
+    assert_eq!(attempts(builder, script).await, 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn contexts_of_one_account_share_a_lane() {
+    let lane = Lane::new(Pace::per_minute(60));
+    let script = Scripted::new().reply("a").reply("b");
+    let [one, two] = [0, 1].map(|_| Context::builder(script.clone()).lane(lane.clone()).build());
+    let (_, took) = elapsed(async { tokio::join!(one.generate("a"), two.generate("b")) }).await;
+    assert_eq!(took, Duration::from_secs(1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_context_fills_in_the_model_and_the_item_key() {
+    let script = Scripted::new().reply("a").reply("b");
+    let cx = Context::builder(script.clone()).model("m-1").build();
+    let batch = cx
+        .fan_out("n", ["x", "y"])
+        .key(|n| format!("key-{n}"))
+        .sequential();
+    let settled = batch.settle(|cx, n| async move {
+        let request = Request::new(n);
+        cx.generate(if n == "y" {
+            request.model("m-2")
+        } else {
+            request
+        })
+        .await
+    });
+    settled.await.all().unwrap();
+    let seen = script.requests();
+    assert_eq!(seen[0].model.as_deref(), Some("m-1"));
+    assert_eq!(seen[1].model.as_deref(), Some("m-2"));
+    assert_eq!(seen[1].item_key.as_deref(), Some("key-y"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn events_tell_the_story_of_a_call_and_a_panic_in_an_observer_changes_nothing() {
+    let script = Scripted::new()
+        .error(throttled(1))
+        .error(error(ErrorKind::Unavailable))
+        .reply("done")
+        .error(error(ErrorKind::InvalidRequest));
+    let story = Arc::new(Mutex::new(Vec::new()));
+    let sink = Arc::clone(&story);
+    let cx = Context::builder(script)
+        .on_event(|_| panic!("an observer"))
+        .on_event(move |event| {
+            sink.lock().unwrap().push(match event {
+                Event::CallStarted { attempt, .. } => format!("started {attempt}"),
+                Event::CallThrottled { .. } => "throttled".to_owned(),
+                Event::CallRetried { attempt, .. } => format!("retried {attempt}"),
+                Event::CallSucceeded { attempt, .. } => format!("succeeded {attempt}"),
+                Event::CallFailed { error, .. } => format!("failed {}", error.kind()),
+                other => other.to_string(),
+            });
+        })
+        .build();
+    assert_eq!(cx.generate("a").await.unwrap().text, "done");
+    assert!(cx.generate("b").await.is_err());
+    let expected = [
+        "started 1",
+        "throttled",
+        "started 1",
+        "retried 1",
+        "started 2",
+        "succeeded 2",
+        "started 1",
+        "failed invalid_request",
+    ];
+    assert_eq!(*story.lock().unwrap(), expected);
+    assert_eq!(cx.snapshot().observer_panics, expected.len() as u64);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_update_beside_the_work_never_fails_or_delays_it() {
+    let cx = Context::builder(Scripted::new()).build();
+    let work = || async {
+        sleep(Duration::from_secs(2)).await;
+        "work"
+    };
+    let after = |seconds| async move {
+        sleep(Duration::from_secs(seconds)).await;
+        Ok(seconds)
+    };
+    let ((done, update), took) = elapsed(cx.alongside(after(1), work())).await;
+    assert_eq!((done, update.unwrap()), ("work", 1));
+    assert_eq!(took, Duration::from_secs(2), "they start together");
+
+    let ((done, update), took) = elapsed(cx.alongside(after(9), work())).await;
+    assert_eq!(done, "work");
+    assert!(update.unwrap_err().is_timeout());
+    assert_eq!(took, Duration::from_secs(3), "the work, and the grace");
+
+    let failing = async { Err::<(), _>(Error::other("socket closed")) };
+    let (done, update) = cx.alongside(failing, work()).await;
+    assert_eq!(
+        (done, update.unwrap_err().message()),
+        ("work", "socket closed")
+    );
+
+    let panicking = async { panic!("in the update") };
+    let (done, update) = cx.alongside::<(), _>(panicking, work()).await;
+    assert_eq!(done, "work");
+    assert!(update.unwrap_err().is_panic());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_panic_in_a_provider_gives_its_permit_back() {
+    struct Panics;
+    #[async_trait]
+    impl Provider for Panics {
+        fn name(&self) -> &str {
+            "panics"
+        }
+        async fn generate(&self, request: &Request) -> Result<Reply> {
+            assert!(request.last_text() != "a", "in the provider");
+            Ok(Reply::new("fine", Usage::default()))
+        }
+    }
+    let cx = Context::builder(Panics)
+        .pace(Pace::unlimited().in_flight(1))
+        .build();
+    let settled = cx.fan_out("n", ["a", "b"]).sequential();
+    let settled = settled
+        .settle(|cx, n| async move { cx.generate(n).await })
+        .await;
+    let first = settled.outcomes()[0].error().unwrap();
+    assert!(first.is_panic());
+    assert_eq!(first.message(), "in the provider");
+    assert!(settled.outcomes()[1].is_ok());
+    assert_eq!(cx.lane().snapshot().in_flight, 0);
+}
