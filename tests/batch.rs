@@ -328,6 +328,8 @@ async fn inputs_are_taken_lazily() {
         };
         let mut outcomes = batch.stream(ask);
         for n in 1..=50 {
+            // Long enough for everything that may start to start.
+            sleep(Duration::from_secs(1)).await;
             outcomes.next().await.unwrap();
             let ahead = taken.load(Ordering::SeqCst) - n;
             assert!(ahead <= 21, "{ahead} taken ahead of the consumer");
@@ -352,7 +354,8 @@ async fn nested_fan_outs_share_one_slot() {
                 .await;
             ask(cx, inner.all()?.join(" ")).await
         });
-    let values = settled.await.all().unwrap();
+    let settled = tokio::time::timeout(Duration::from_secs(3600), settled).await;
+    let values = settled.expect("no deadlock").all().unwrap();
     assert_eq!(values[2], "2.0 2.1 2.2");
     assert_eq!(echo.peak(), 1);
     assert_eq!(began.elapsed(), 12 * LATENCY);

@@ -80,7 +80,9 @@ impl<T: Send, S: Stream<Item = T> + Send> Batch<Context, S> {
             let item = cx
                 .check()
                 .and(key)
-                .and_then(|_| caught(|| work(cx.clone(), input)));
+                // Boxed here, because on its way into the set of running items it is moved
+                // a dozen times, and it is as large as everything the work awaits.
+                .and_then(|_| caught(|| Box::pin(work(cx.clone(), input))));
             let tracker = Arc::clone(&tracker);
             async move {
                 let result = match item {
