@@ -12,6 +12,9 @@ use crate::context::Snapshot;
 /// The rate is taken over this much of the recent past.
 const RATE_WINDOW: Duration = Duration::from_secs(10);
 
+/// No rate is shown for the start, which is the lane's burst.
+const START: Duration = Duration::from_secs(1);
+
 /// A bar that says how far the work is, how fast it goes, and what holds it up.
 ///
 /// It draws to standard error, and nothing at all when that is not a terminal. Feed it
@@ -35,9 +38,11 @@ const RATE_WINDOW: Duration = Duration::from_secs(10);
 /// # }
 /// ```
 #[derive(Debug)]
+#[must_use = "a bar shows what it is fed"]
 pub struct Bar {
     bar: ProgressBar,
     total: u64,
+    began: Instant,
     /// When, how many calls had been granted, how many items had ended.
     history: VecDeque<(Instant, u64, u64)>,
 }
@@ -55,6 +60,7 @@ impl Bar {
         Self {
             bar: ProgressBar::with_draw_target(Some(total), target).with_style(style),
             total,
+            began: Instant::now(),
             history: VecDeque::new(),
         }
     }
@@ -70,11 +76,14 @@ impl Bar {
     fn message(&mut self, snapshot: &Snapshot) -> String {
         let now = Instant::now();
         let ended = snapshot.items_done + snapshot.items_failed;
-        self.history.push_back((now, snapshot.lane.granted, ended));
+        if now - self.began >= START {
+            self.history.push_back((now, snapshot.lane.granted, ended));
+        }
         while self.history.len() > 2 && now - self.history[1].0 >= RATE_WINDOW {
             self.history.pop_front();
         }
-        let (since, granted, ended_then) = self.history[0];
+        let first = self.history.front().copied();
+        let (since, granted, ended_then) = first.unwrap_or((now, 0, 0));
         let minutes = (now - since).as_secs_f64() / 60.0;
         let per_minute = |count: u64| (minutes > 0.0).then(|| count as f64 / minutes);
 
@@ -124,4 +133,41 @@ fn grouped(number: u64) -> String {
         out.push(digit);
     }
     out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::context::Context;
+    use crate::pace::Pace;
+    use crate::provider::sim::Sim;
+
+    #[test]
+    fn thousands_are_grouped() {
+        let grouped = [0, 999, 1_000, 1_234_567].map(super::grouped);
+        assert_eq!(grouped, ["0", "999", "1,000", "1,234,567"]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_message_says_how_fast_it_goes_and_why_not_faster() {
+        let latency = Duration::from_millis(100);
+        let cx = Context::builder(Sim::builder().latency(latency).build())
+            .pace(Pace::per_minute(600))
+            .build();
+        let mut bar = Bar::drawn_to(300, ProgressDrawTarget::hidden());
+        let work = cx
+            .fan_out("n", 0..300)
+            .settle(|cx, n| async move { cx.generate(format!("{n}")).await });
+        let mut work = std::pin::pin!(work);
+        for _ in 0..60 {
+            let second = tokio::time::timeout(Duration::from_millis(100), work.as_mut());
+            assert!(second.await.is_err());
+            bar.update(&cx.snapshot());
+        }
+        let message = bar.message(&cx.snapshot());
+        assert_eq!(
+            message,
+            "1 in flight  600/600 rpm  bound by requests  ETA 24s"
+        );
+    }
 }

@@ -97,6 +97,19 @@ impl Context {
     }
 
     /// A context one label further down the path, with a tally and a cancellation of its own.
+    ///
+    /// ```
+    /// # use throughline::{Context, testing::Scripted};
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> throughline::Result<()> {
+    /// let cx = Context::builder(Scripted::new().reply("a").reply("b")).build();
+    /// let (draft, review) = (cx.child("draft"), cx.child("review"));
+    /// draft.generate("write").await?;
+    /// review.cancel();
+    /// assert!(review.generate("read").await.unwrap_err().is_cancelled());
+    /// assert_eq!((&*draft.path(), draft.tally().attempts), ("draft", 1));
+    /// assert_eq!(cx.tally().attempts, 1);
+    /// # Ok(()) }
+    /// ```
     pub fn child(&self, label: impl Into<Arc<str>>) -> Self {
         self.narrowed(label.into(), self.scope.bounds.child())
     }
@@ -109,6 +122,18 @@ impl Context {
     }
 
     /// A context that ends `after` this long from now, or with this one if that comes first.
+    ///
+    /// ```
+    /// # use std::time::Duration;
+    /// # use throughline::{Context, testing::Scripted};
+    /// # #[tokio::main(flavor = "current_thread", start_paused = true)] async fn main() {
+    /// let slow = Scripted::new().delay(Duration::from_secs(9)).reply("late");
+    /// let cx = Context::builder(slow).build();
+    /// let error = cx.with_timeout(Duration::from_secs(5)).generate("hi").await.unwrap_err();
+    /// assert!(error.is_deadline_exceeded());
+    /// assert_eq!(error.billed(), None); // it was sent, and nobody knows
+    /// # }
+    /// ```
     pub fn with_timeout(&self, after: Duration) -> Self {
         self.with_deadline(Instant::now() + after)
     }
@@ -178,6 +203,25 @@ impl Context {
 
     /// Sends nothing new in this context and all below it; calls in flight finish and their
     /// results are kept. For a clean stop.
+    ///
+    /// ```
+    /// # use std::time::Duration;
+    /// # use throughline::{Context, Sim};
+    /// # #[tokio::main(flavor = "current_thread", start_paused = true)] async fn main() {
+    /// let cx = Context::builder(Sim::builder().latency(Duration::from_secs(2)).build()).build();
+    /// let stop = async {
+    ///     tokio::time::sleep(Duration::from_secs(3)).await;
+    ///     cx.drain();
+    /// };
+    /// let work = cx
+    ///     .fan_out("page", 0..10)
+    ///     .sequential()
+    ///     .settle(|cx, page| async move { cx.generate(format!("page {page}")).await });
+    /// let (settled, ()) = tokio::join!(work, stop);
+    /// assert_eq!(settled.oks().count(), 2); // the one in flight is kept
+    /// assert!(settled.failures().all(|failed| failed.error().unwrap().is_cancelled()));
+    /// # }
+    /// ```
     pub fn drain(&self) {
         self.scope.bounds.drain.cancel();
     }

@@ -76,6 +76,34 @@ pub trait Pipeline: Send + Sync {
 }
 
 /// What every [`Pipeline`] can do besides running.
+///
+/// ```
+/// use std::time::Duration;
+/// use throughline::{Context, Error, Pipeline as _, PipelineExt as _, pipeline};
+/// # use throughline::testing::Scripted;
+///
+/// # #[tokio::main(flavor = "current_thread", start_paused = true)]
+/// # async fn main() -> throughline::Result<()> {
+/// let count = pipeline("count", |cx: Context, text: String| async move {
+///     let reply = cx.generate(format!("How many words? {text}")).await?;
+///     reply.text.parse::<usize>().map_err(Error::other)
+/// });
+/// let by_hand = pipeline("by-hand", |_cx, text: String| async move {
+///     Ok(text.split_whitespace().count())
+/// });
+/// let double = pipeline("double", |_cx, n: usize| async move { Ok(2 * n) });
+///
+/// let chain = count
+///     .timeout(Duration::from_secs(60))
+///     .or_else(by_hand)
+///     .then(double)
+///     .map(|n| format!("{n} words"));
+/// assert_eq!(chain.name(), "count>double");
+///
+/// let cx = Context::builder(Scripted::new().reply("two or three")).build();
+/// assert_eq!(chain.run(&cx, "one two".to_owned()).await?, "4 words");
+/// # Ok(()) }
+/// ```
 pub trait PipelineExt: Pipeline + Sized {
     /// Many inputs, from anything that iterates or streams.
     ///
