@@ -6,6 +6,7 @@ use std::io::{BufRead as _, BufReader, BufWriter, ErrorKind as IoKind, Write as 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 use throughline::{Error, ErrorKind, FinishReason, Outcome, Reply};
 
@@ -26,12 +27,12 @@ struct Line<'a> {
     output_tokens: u64,
 }
 
-/// What of a result says that its record is done.
+/// What of a result says whether its record is done.
 #[derive(Deserialize)]
-struct Done {
+struct Found {
     id: String,
-    #[serde(rename = "text")]
-    _text: String,
+    text: Option<IgnoredAny>,
+    error: Option<IgnoredAny>,
 }
 
 /// The results file. Each result is one write, so a crash can cut the last line only.
@@ -43,7 +44,8 @@ pub struct Output {
 
 impl Output {
     /// Opens the file and keeps what it holds of whole results with a text. Failures and a line
-    /// that was cut in half are taken out, so that their records are done again.
+    /// that was cut in half are taken out, so that their records are done again. A file of
+    /// something else is refused and left as it is.
     pub fn resume(path: &Path) -> Result<Self, Error> {
         let failed = |error: std::io::Error| unwritable(path, error);
         let mut finished = HashSet::new();
@@ -54,13 +56,21 @@ impl Output {
                 // The kept lines go into a new file that takes the old one's place in one step.
                 let beside = path.with_extension("jsonl.resuming");
                 let mut kept = BufWriter::new(File::create(&beside).map_err(failed)?);
-                for line in BufReader::new(old).split(b'\n') {
+                for (number, line) in BufReader::new(old).split(b'\n').enumerate() {
                     let line = line.map_err(failed)?;
-                    if let Ok(done) = serde_json::from_slice::<Done>(&line)
-                        && finished.insert(done.id)
-                    {
-                        kept.write_all(&line).map_err(failed)?;
-                        kept.write_all(b"\n").map_err(failed)?;
+                    match serde_json::from_slice::<Found>(&line) {
+                        Ok(found) if found.text.is_some() => {
+                            if finished.insert(found.id) {
+                                kept.write_all(&line).map_err(failed)?;
+                                kept.write_all(b"\n").map_err(failed)?;
+                            }
+                        }
+                        Ok(found) if found.error.is_some() => {}
+                        Err(_) if cut(&line) => {}
+                        _ => {
+                            let _ = std::fs::remove_file(&beside);
+                            return Err(foreign(path, number + 1));
+                        }
                     }
                 }
                 let kept = kept
@@ -105,6 +115,21 @@ impl Output {
         let written = self.file.write_all(&line);
         written.map_err(|error| unwritable(&self.path, error))
     }
+}
+
+/// Whether a line that is no result is a part of one: its beginning.
+fn cut(line: &[u8]) -> bool {
+    let beginning = br#"{"id":""#;
+    let known = line.len().min(beginning.len());
+    line[..known] == beginning[..known] && serde_json::from_slice::<IgnoredAny>(line).is_err()
+}
+
+fn foreign(path: &Path, line: usize) -> Error {
+    let message = format!(
+        "{}:{line}: not a result of this program; give it another --output",
+        path.display()
+    );
+    Error::new(ErrorKind::Config, message)
 }
 
 fn unwritable(path: &Path, error: std::io::Error) -> Error {

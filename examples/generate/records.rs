@@ -33,7 +33,7 @@ impl fmt::Display for Problem {
 
 /// The records of a file in turn, in memory O(ids).
 pub struct Records {
-    lines: std::io::Split<BufReader<File>>,
+    lines: Option<std::io::Split<BufReader<File>>>,
     line: usize,
     id_field: String,
     template: Template,
@@ -42,12 +42,17 @@ pub struct Records {
 
 impl Records {
     pub fn open(path: &Path, id_field: &str, template: &Template) -> Result<Self, Error> {
-        let file = File::open(path).map_err(|error| {
+        let open = || {
+            let mut file = BufReader::new(File::open(path)?);
+            file.fill_buf()?; // A directory opens well and cannot be read.
+            Ok(file)
+        };
+        let file = open().map_err(|error: std::io::Error| {
             let message = format!("cannot read {}: {error}", path.display());
             Error::new(ErrorKind::Io, message).with_source(error)
         })?;
         Ok(Self {
-            lines: BufReader::new(file).split(b'\n'),
+            lines: Some(file.split(b'\n')),
             line: 0,
             id_field: id_field.to_owned(),
             template: template.clone(),
@@ -56,8 +61,11 @@ impl Records {
     }
 
     fn record(&mut self, line: &str) -> Result<Record, String> {
-        let record: Map<String, Value> =
-            serde_json::from_str(line).map_err(|error| format!("not a JSON object: {error}"))?;
+        let record: Map<String, Value> = serde_json::from_str(line).map_err(|error| {
+            // Its line is always the first: ours is named in front of the message.
+            let error = error.to_string().replace("line 1 column", "column");
+            format!("not a JSON object: {error}")
+        })?;
         let id = match record.get(&self.id_field) {
             Some(Value::String(id)) if !id.is_empty() => id.clone(),
             Some(Value::Number(id)) => id.to_string(),
@@ -88,13 +96,16 @@ impl Iterator for Records {
 
     fn next(&mut self) -> Option<Self::Item> {
         loop {
-            let bytes = self.lines.next()?;
+            let bytes = self.lines.as_mut()?.next()?;
             self.line += 1;
             let result = match bytes.map(String::from_utf8) {
                 Ok(Ok(line)) if line.trim_start_matches('\u{feff}').trim().is_empty() => continue,
                 Ok(Ok(line)) => self.record(line.trim_start_matches('\u{feff}')),
                 Ok(Err(error)) => Err(format!("not UTF-8: {error}")),
-                Err(error) => Err(format!("cannot be read: {error}")),
+                Err(error) => {
+                    self.lines = None; // It would fail again, without end.
+                    Err(format!("the rest cannot be read: {error}"))
+                }
             };
             let line = self.line;
             return Some(result.map_err(|what| Problem { line, what }));
