@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use secrecy::ExposeSecret as _;
-use serde_json::{Map, Value, json};
+use serde_json::json;
 
-use super::http::{self, Dialect, Http, Parts, Settings};
+use super::http::{self, Dialect, Field, Fields, Http, Json, Parts, Settings};
 use super::{Capabilities, OutputCharge, Provider};
 use crate::error::{Error, ErrorKind, Result};
 use crate::reply::{FinishReason, Reply, ReplyStream};
@@ -103,43 +103,29 @@ impl Anthropic {
     }
 
     fn body(request: &Request, stream: bool) -> Result<Vec<u8>> {
-        let mut system: Vec<&str> = Vec::new();
-        let mut messages: Vec<Value> = Vec::new();
-        for message in &request.messages {
-            let role = match message.role {
-                Role::System => {
-                    system.push(&message.content);
-                    continue;
-                }
-                Role::User => "user",
-                Role::Assistant => "assistant",
-            };
-            messages.push(json!({"role": role, "content": message.content}));
-        }
-        let mut body = Map::new();
-        body.insert("model".into(), http::model(request)?.into());
-        body.insert(
-            "max_tokens".into(),
-            request.max_tokens.unwrap_or(MAX_TOKENS).into(),
-        );
-        body.insert("messages".into(), messages.into());
-        if !system.is_empty() {
-            body.insert("system".into(), system.join("\n\n").into());
-        }
-        if let Some(temperature) = request.temperature {
-            body.insert("temperature".into(), temperature.into());
-        }
-        if !request.stop.is_empty() {
-            body.insert("stop_sequences".into(), request.stop.clone().into());
-        }
+        let (system, messages): (Vec<_>, Vec<_>) = request
+            .messages
+            .iter()
+            .partition(|message| message.role == Role::System);
+        let system: Vec<&str> = system.iter().map(|message| &*message.content).collect();
+        let mut body = Fields::new(request, stream);
+        body.put("model", Field::Text(http::model(request)?));
+        body.put_json("max_tokens", Some(request.max_tokens.unwrap_or(MAX_TOKENS)));
+        // The other two roles are named here as in the dialect.
+        body.put("messages", Field::Messages(messages));
+        let system = (!system.is_empty()).then(|| system.join("\n\n"));
+        body.put_json("system", system);
+        body.put_json("temperature", request.temperature);
+        let stop = (!request.stop.is_empty()).then(|| request.stop.clone());
+        body.put_json("stop_sequences", stop);
         if let ResponseFormat::JsonSchema { schema, .. } = &request.response_format {
             let fit = http::enforceable(schema, &UNSUPPORTED);
             if fit.closed {
                 let format = json!({"type": "json_schema", "schema": fit.schema});
-                body.insert("output_config".into(), json!({ "format": format }));
+                body.put_json("output_config", Some(json!({ "format": format })));
             }
         }
-        http::finish_body(body, request, stream)
+        body.to_json()
     }
 }
 
@@ -244,13 +230,13 @@ impl AnthropicBuilder {
 struct Messages;
 
 impl Dialect for Messages {
-    fn whole(body: &Value) -> Result<Parts, &'static str> {
-        let blocks = body["content"].as_array();
+    fn whole(body: &Json<'_>) -> Result<Parts, &'static str> {
+        let blocks = body.get("content").as_array();
         let blocks = blocks.ok_or("the reply has no content")?;
         let mut parts = Parts {
             text: blocks
                 .iter()
-                .filter_map(|block| block["text"].as_str())
+                .filter_map(|block| block.get("text").as_str())
                 .collect(),
             ..Parts::default()
         };
@@ -258,16 +244,18 @@ impl Dialect for Messages {
         Ok(parts)
     }
 
-    fn frame(parts: &mut Parts, frame: &Value) -> String {
-        match frame["type"].as_str().unwrap_or_default() {
-            "message_start" => read(parts, &frame["message"], &frame["message"]),
-            "message_delta" => read(parts, frame, &frame["delta"]),
+    fn frame(parts: &mut Parts, frame: &Json<'_>) -> String {
+        match frame.get("type").as_str().unwrap_or_default() {
+            "message_start" => read(parts, &frame.get("message"), &frame.get("message")),
+            "message_delta" => read(parts, frame, &frame.get("delta")),
             "message_stop" => parts.done = true,
             // `ping`, blocks' starts and stops, and what may come in later versions.
             _ => {}
         }
         // Only a `content_block_delta` has one, and of those only a `text_delta`.
-        frame["delta"]["text"]
+        frame
+            .get("delta")
+            .get("text")
             .as_str()
             .unwrap_or_default()
             .to_owned()
@@ -275,12 +263,12 @@ impl Dialect for Messages {
 }
 
 /// Takes in what stands beside the text; `delta` is where a stop reason would be.
-fn read(parts: &mut Parts, message: &Value, delta: &Value) {
-    if let Some(model) = message["model"].as_str() {
+fn read(parts: &mut Parts, message: &Json<'_>, delta: &Json<'_>) {
+    if let Some(model) = message.get("model").as_str() {
         model.clone_into(&mut parts.model);
     }
-    usage(&mut parts.usage, &message["usage"]);
-    if let Some(reason) = delta["stop_reason"].as_str() {
+    usage(&mut parts.usage, &message.get("usage"));
+    if let Some(reason) = delta.get("stop_reason").as_str() {
         parts.finish = Some(match reason {
             "end_turn" | "stop_sequence" => FinishReason::Stop,
             "max_tokens" | "model_context_window_exceeded" => FinishReason::Length,
@@ -292,8 +280,8 @@ fn read(parts: &mut Parts, message: &Value, delta: &Value) {
 }
 
 /// A stream counts its output cumulatively, and its input mostly in the first frame only.
-fn usage(usage: &mut Usage, counts: &Value) {
-    let count = |name: &str| counts[name].as_u64();
+fn usage(usage: &mut Usage, counts: &Json<'_>) {
+    let count = |name: &str| counts.get(name).as_u64();
     if let Some(fresh) = count("input_tokens") {
         let read = count("cache_read_input_tokens").unwrap_or(0);
         let written = count("cache_creation_input_tokens").unwrap_or(0);
@@ -307,6 +295,8 @@ fn usage(usage: &mut Usage, counts: &Value) {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::Value;
+
     use super::*;
 
     fn sent(request: &Request, stream: bool) -> Value {

@@ -5,13 +5,13 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use secrecy::ExposeSecret as _;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
-use super::http::{self, Dialect, Http, Parts, Settings};
+use super::http::{self, Dialect, Field, Fields, Http, Json, Parts, Settings};
 use super::{Capabilities, Provider};
 use crate::error::{Error, ErrorKind, Result};
 use crate::reply::{FinishReason, Reply, ReplyStream};
-use crate::request::{Request, ResponseFormat, Role};
+use crate::request::{Request, ResponseFormat};
 use crate::usage::Usage;
 
 const BASE_URL: &str = "https://api.openai.com/v1";
@@ -108,40 +108,23 @@ impl OpenAi {
     }
 
     fn body(&self, request: &Request, stream: bool) -> Result<Vec<u8>> {
-        let messages: Vec<Value> = request
-            .messages
-            .iter()
-            .map(|message| {
-                let role = match message.role {
-                    Role::System => "system",
-                    Role::User => "user",
-                    Role::Assistant => "assistant",
-                };
-                json!({"role": role, "content": message.content})
-            })
-            .collect();
-        let mut body = Map::new();
-        body.insert("model".into(), http::model(request)?.into());
-        body.insert("messages".into(), messages.into());
-        if let Some(max_tokens) = request.max_tokens {
-            body.insert(self.max_tokens_field.clone(), max_tokens.into());
-        }
-        if let Some(temperature) = request.temperature {
-            body.insert("temperature".into(), temperature.into());
-        }
-        if !request.stop.is_empty() {
-            body.insert("stop".into(), request.stop.clone().into());
-        }
-        if let Some(seed) = request.seed {
-            body.insert("seed".into(), seed.into());
-        }
-        if let Some(format) = response_format(&request.response_format) {
-            body.insert("response_format".into(), format);
-        }
+        let mut body = Fields::new(request, stream);
+        body.put("model", Field::Text(http::model(request)?));
+        // Roles are named here as in the dialect.
+        body.put(
+            "messages",
+            Field::Messages(request.messages.iter().collect()),
+        );
+        body.put_json(&self.max_tokens_field, request.max_tokens);
+        body.put_json("temperature", request.temperature);
+        let stop = (!request.stop.is_empty()).then(|| request.stop.clone());
+        body.put_json("stop", stop);
+        body.put_json("seed", request.seed);
+        body.put_json("response_format", response_format(&request.response_format));
         if stream {
-            body.insert("stream_options".into(), json!({"include_usage": true}));
+            body.put_json("stream_options", Some(json!({"include_usage": true})));
         }
-        http::finish_body(body, request, stream)
+        body.to_json()
     }
 }
 
@@ -303,38 +286,41 @@ impl OpenAiBuilder {
 struct Chat;
 
 impl Dialect for Chat {
-    fn whole(body: &Value) -> Result<Parts, &'static str> {
+    fn whole(body: &Json<'_>) -> Result<Parts, &'static str> {
         let choice = first_choice(body).ok_or("the reply has no choices")?;
-        let message = choice.get("message").ok_or("the choice has no message")?;
+        let message = choice.get("message");
+        if message.is_null() {
+            return Err("the choice has no message");
+        }
         let mut parts = Parts::default();
         parts.text = content(&mut parts, message);
         read(&mut parts, body, choice);
         Ok(parts)
     }
 
-    fn frame(parts: &mut Parts, frame: &Value) -> String {
+    fn frame(parts: &mut Parts, frame: &Json<'_>) -> String {
         // The frame with the usage has no choice.
-        let choice = first_choice(frame).unwrap_or(&Value::Null);
-        let text = content(parts, &choice["delta"]);
+        let choice = first_choice(frame).unwrap_or(&Json::Null);
+        let text = content(parts, &choice.get("delta"));
         read(parts, frame, choice);
         text
     }
 }
 
 /// The frames of a stream with `n` above one hold other choices too.
-fn first_choice(body: &Value) -> Option<&Value> {
-    let mut choices = body["choices"].as_array()?.iter();
-    choices.find(|choice| choice["index"].as_u64().unwrap_or(0) == 0)
+fn first_choice<'a>(body: &'a Json<'a>) -> Option<&'a Json<'a>> {
+    let mut choices = body.get("choices").as_array()?.iter();
+    choices.find(|choice| choice.get("index").as_u64().unwrap_or(0) == 0)
 }
 
-fn read(parts: &mut Parts, body: &Value, choice: &Value) {
-    if let Some(model) = body["model"].as_str() {
+fn read(parts: &mut Parts, body: &Json<'_>, choice: &Json<'_>) {
+    if let Some(model) = body.get("model").as_str() {
         model.clone_into(&mut parts.model);
     }
-    if let Some(usage) = usage(&body["usage"]) {
+    if let Some(usage) = usage(&body.get("usage")) {
         parts.usage = usage;
     }
-    if let Some(reason) = choice["finish_reason"].as_str() {
+    if let Some(reason) = choice.get("finish_reason").as_str() {
         parts.finish = Some(match reason {
             "stop" => FinishReason::Stop,
             "length" => FinishReason::Length,
@@ -346,13 +332,16 @@ fn read(parts: &mut Parts, body: &Value, choice: &Value) {
 }
 
 /// The text of a message or a delta: a string, or with some servers a list of parts.
-fn content(parts: &mut Parts, message: &Value) -> String {
-    let text = match &message["content"] {
-        Value::String(text) => text.clone(),
-        Value::Array(pieces) => pieces.iter().filter_map(|p| p["text"].as_str()).collect(),
+fn content(parts: &mut Parts, message: &Json<'_>) -> String {
+    let text = match message.get("content") {
+        Json::Str(text) => text.to_string(),
+        Json::Array(pieces) => pieces
+            .iter()
+            .filter_map(|p| p.get("text").as_str())
+            .collect(),
         _ => String::new(),
     };
-    match message["refusal"].as_str() {
+    match message.get("refusal").as_str() {
         Some(refusal) if text.is_empty() && !refusal.is_empty() => {
             parts.refused = true;
             refusal.to_owned()
@@ -361,14 +350,18 @@ fn content(parts: &mut Parts, message: &Value) -> String {
     }
 }
 
-fn usage(usage: &Value) -> Option<Usage> {
+fn usage(usage: &Json<'_>) -> Option<Usage> {
     usage.is_object().then(|| {
-        let count = |value: &Value| value.as_u64().unwrap_or(0);
+        let count = |value: &Json<'_>| value.as_u64().unwrap_or(0);
         Usage {
-            input_tokens: count(&usage["prompt_tokens"]),
-            output_tokens: count(&usage["completion_tokens"]),
-            cached_input_tokens: count(&usage["prompt_tokens_details"]["cached_tokens"]),
-            reasoning_tokens: count(&usage["completion_tokens_details"]["reasoning_tokens"]),
+            input_tokens: count(&usage.get("prompt_tokens")),
+            output_tokens: count(&usage.get("completion_tokens")),
+            cached_input_tokens: count(&usage.get("prompt_tokens_details").get("cached_tokens")),
+            reasoning_tokens: count(
+                &usage
+                    .get("completion_tokens_details")
+                    .get("reasoning_tokens"),
+            ),
         }
     })
 }

@@ -22,20 +22,81 @@ pub(crate) const LONGEST: Duration = Duration::from_secs(24 * 60 * 60);
 /// Reads the limits and the wait the server asks for: `retry-after-ms`, else
 /// `retry-after`, else the `google.rpc.RetryInfo` of an error's body.
 ///
-/// `header` looks a lower-case name up. Dates count from the reply's own `Date`, so
-/// that a wrong local clock does no harm, and from `clock` when there is none.
+/// `headers` have lower-case names; of several with one name the first counts. Dates
+/// count from the reply's own `Date`, so that a wrong local clock does no harm, and from
+/// `clock` when there is none.
 pub(crate) fn snapshot<'a>(
-    header: impl Fn(&str) -> Option<&'a str>,
+    headers: impl Iterator<Item = (&'a str, &'a str)>,
     body: Option<&Value>,
     clock: Timestamp,
 ) -> RateSnapshot {
-    let now = header("date").and_then(http_date).unwrap_or(clock);
-    let quota = |resource: &str| {
-        let read = |field: &str| {
-            header(&format!("anthropic-ratelimit-{resource}-{field}"))
-                .or_else(|| header(&format!("x-ratelimit-{field}-{resource}")))
+    let (mut date, mut retry_after_ms, mut retry_after) = (None, None, None);
+    let [mut requests, mut tokens, mut input, mut output] = [Texts::default(); 4];
+    // One pass: every reply comes through here, and a look-up for each name that a
+    // dialect might use costs more than reading the body.
+    for (name, value) in headers {
+        let slot = match name {
+            "date" => &mut date,
+            "retry-after-ms" => &mut retry_after_ms,
+            "retry-after" => &mut retry_after,
+            _ => {
+                let Some((resource, field)) = quota_name(name) else {
+                    continue;
+                };
+                let texts = match resource {
+                    "requests" => &mut requests,
+                    "tokens" => &mut tokens,
+                    "input-tokens" => &mut input,
+                    "output-tokens" => &mut output,
+                    _ => continue,
+                };
+                match field {
+                    "limit" => &mut texts.limit,
+                    "remaining" => &mut texts.remaining,
+                    "reset" => &mut texts.reset,
+                    _ => continue,
+                }
+            }
         };
-        let limit = read("limit").map(count);
+        slot.get_or_insert(value);
+    }
+    // Only when asked: most replies have no date to count from it.
+    let now = || date.and_then(http_date).unwrap_or(clock);
+    RateSnapshot {
+        requests: requests.quota(now),
+        tokens: tokens.quota(now),
+        input_tokens: input.quota(now),
+        output_tokens: output.quota(now),
+        retry_after: retry_after_ms
+            .and_then(|text| seconds(text, 1e-3))
+            .or_else(|| retry_after.and_then(|text| wait(text, now)))
+            .or_else(|| retry_info(body?)),
+    }
+}
+
+/// The resource and the field that a header is about: Anthropic names them in this
+/// order, OpenAI in the other.
+fn quota_name(header: &str) -> Option<(&str, &str)> {
+    match header.strip_prefix("anthropic-ratelimit-") {
+        Some(rest) => rest.rsplit_once('-'),
+        None => {
+            let (field, resource) = header.strip_prefix("x-ratelimit-")?.split_once('-')?;
+            Some((resource, field))
+        }
+    }
+}
+
+/// One limit as it is written.
+#[derive(Clone, Copy, Default)]
+struct Texts<'a> {
+    limit: Option<&'a str>,
+    remaining: Option<&'a str>,
+    reset: Option<&'a str>,
+}
+
+impl Texts<'_> {
+    fn quota(self, now: impl Fn() -> Timestamp) -> Quota {
+        let limit = self.limit.map(count);
         // Azure says -1 or 0 for a limit it does not know; what stands beside it
         // then means as little.
         if matches!(limit, Some(None | Some(0))) {
@@ -43,19 +104,9 @@ pub(crate) fn snapshot<'a>(
         }
         Quota {
             limit: limit.flatten(),
-            remaining: read("remaining").and_then(count),
-            reset: read("reset").and_then(|text| reset(text, now)),
+            remaining: self.remaining.and_then(count),
+            reset: self.reset.and_then(|text| reset(text, now)),
         }
-    };
-    RateSnapshot {
-        requests: quota("requests"),
-        tokens: quota("tokens"),
-        input_tokens: quota("input-tokens"),
-        output_tokens: quota("output-tokens"),
-        retry_after: header("retry-after-ms")
-            .and_then(|text| seconds(text, 1e-3))
-            .or_else(|| header("retry-after").and_then(|text| retry_after(text, now)))
-            .or_else(|| retry_info(body?)),
     }
 }
 
@@ -93,14 +144,14 @@ fn count(text: &str) -> Option<u64> {
     text.trim().parse().ok()
 }
 
-fn reset(text: &str, now: Timestamp) -> Option<Duration> {
+fn reset(text: &str, now: impl Fn() -> Timestamp) -> Option<Duration> {
     go_duration(text)
         .or_else(|| seconds(text, 1.0))
-        .or_else(|| Some(until(text.trim().parse().ok()?, now)))
+        .or_else(|| Some(until(text.trim().parse().ok()?, now())))
 }
 
-fn retry_after(text: &str, now: Timestamp) -> Option<Duration> {
-    seconds(text, 1.0).or_else(|| Some(until(http_date(text)?, now)))
+fn wait(text: &str, now: impl Fn() -> Timestamp) -> Option<Duration> {
+    seconds(text, 1.0).or_else(|| Some(until(http_date(text)?, now())))
 }
 
 /// A decimal number of `unit` seconds. Negative numbers, NaN and infinities say nothing.
@@ -181,11 +232,7 @@ mod tests {
     }
 
     fn read_with(headers: &[(&str, &str)], body: Option<&Value>) -> RateSnapshot {
-        let header = |name: &str| {
-            let pair = headers.iter().find(|(key, _)| *key == name);
-            pair.map(|(_, value)| *value)
-        };
-        snapshot(header, body, Timestamp::UNIX_EPOCH)
+        snapshot(headers.iter().copied(), body, Timestamp::UNIX_EPOCH)
     }
 
     fn quota(limit: u64, remaining: u64, reset: Duration) -> Quota {
@@ -382,10 +429,10 @@ mod tests {
             let now = Timestamp::from_second(1_700_000_000).unwrap();
             let then = now + jiff::SignedDuration::try_from(duration).unwrap();
             prop_assert_eq!(go_duration(&print_go(duration)), Some(duration));
-            prop_assert_eq!(reset(&then.to_string(), now), Some(duration));
+            prop_assert_eq!(reset(&then.to_string(), || now), Some(duration));
             let bare = format!("{}.{:09}", duration.as_secs(), duration.subsec_nanos());
-            prop_assert_eq!(reset(&bare, now), Some(duration));
-            prop_assert_eq!(retry_after(&bare, now), Some(duration));
+            prop_assert_eq!(reset(&bare, || now), Some(duration));
+            prop_assert_eq!(wait(&bare, || now), Some(duration));
         }
 
         #[test]
@@ -393,7 +440,7 @@ mod tests {
             let now = Timestamp::from_second(1_700_000_000).unwrap();
             let then = now + jiff::SignedDuration::from_secs(seconds);
             let text = then.strftime("%a, %d %b %Y %H:%M:%S GMT").to_string();
-            prop_assert_eq!(retry_after(&text, now), Some(Duration::from_secs(seconds as u64)));
+            prop_assert_eq!(wait(&text, || now), Some(Duration::from_secs(seconds as u64)));
         }
     }
 }

@@ -7,7 +7,7 @@ use bytes::Bytes;
 use reqwest::Response;
 
 use super::secrets::Secrets;
-use super::{Deadline, Limits, flatten, too_slow};
+use super::{Alarm, Deadline, Limits, flatten, too_slow};
 use crate::error::{Error, ErrorKind, Persistence, Result};
 
 /// How much of a refusal's body is read, and how long for: the status alone says
@@ -18,6 +18,7 @@ pub(super) struct Body {
     response: Response,
     secrets: Arc<Secrets>,
     limits: Limits,
+    alarm: Alarm,
     deadline: Deadline,
     whole: Duration,
 }
@@ -27,6 +28,7 @@ impl Body {
         response: Response,
         secrets: Arc<Secrets>,
         limits: Limits,
+        alarm: Alarm,
         deadline: Deadline,
         whole: Duration,
     ) -> Self {
@@ -34,6 +36,7 @@ impl Body {
             response,
             secrets,
             limits,
+            alarm,
             deadline,
             whole,
         }
@@ -42,7 +45,7 @@ impl Body {
     /// The next piece, `None` at the end.
     pub(super) async fn chunk(&mut self) -> Result<Option<Bytes>> {
         let idle = Deadline::after(self.limits.idle).min(self.deadline);
-        match idle.guard(self.response.chunk()).await {
+        match self.alarm.guard(idle, self.response.chunk()).await {
             Some(Ok(chunk)) => Ok(chunk),
             Some(Err(error)) => {
                 let message = format!("the reply broke off: {}", flatten(&error));

@@ -5,23 +5,26 @@ use std::marker::PhantomData;
 use std::time::Duration;
 
 use futures::stream;
-use serde_json::{Map, Value};
+use serde::ser::{Serialize, SerializeMap as _, Serializer};
+use serde_json::Value;
+/// A tree that borrows from the text it was read from: every reply is read once.
+pub(crate) use serde_json_borrow::Value as Json;
 
 use super::body::too_large;
 use super::sse::Events;
 use super::{Head, Http, classify};
 use crate::error::{Error, ErrorKind, Result};
 use crate::reply::{Delta, FinishReason, Reply, ReplyStream};
-use crate::request::Request;
+use crate::request::{Message, Request};
 use crate::usage::Usage;
 
 /// How a provider writes replies.
 pub(crate) trait Dialect: Send + 'static {
     /// Reads a whole reply; an `Err` says what is missing.
-    fn whole(body: &Value) -> Result<Parts, &'static str>;
+    fn whole(body: &Json<'_>) -> Result<Parts, &'static str>;
 
     /// Takes in one frame of a stream, but for its text, which is returned.
-    fn frame(parts: &mut Parts, frame: &Value) -> String;
+    fn frame(parts: &mut Parts, frame: &Json<'_>) -> String;
 }
 
 /// A reply as far as it is known.
@@ -46,19 +49,68 @@ pub(crate) fn model(request: &Request) -> Result<&str> {
     })
 }
 
-/// Puts the provider's own fields over ours. Whether the reply is streamed is for the
-/// method that was called to say.
-pub(crate) fn finish_body(
-    mut body: Map<String, Value>,
-    request: &Request,
+/// A request's body: our fields, borrowed where they are large, and the provider's own
+/// ([`Request::extra`]) in the place of ours where the names are the same.
+pub(crate) struct Fields<'a> {
+    ours: Vec<(&'a str, Field<'a>)>,
+    request: &'a Request,
     stream: bool,
-) -> Result<Vec<u8>> {
-    body.extend(request.extra.clone());
-    body.remove("stream");
-    if stream {
-        body.insert("stream".into(), true.into());
+}
+
+#[derive(serde::Serialize)]
+#[serde(untagged)]
+pub(crate) enum Field<'a> {
+    Text(&'a str),
+    Messages(Vec<&'a Message>),
+    Json(Value),
+}
+
+impl<'a> Fields<'a> {
+    pub(crate) fn new(request: &'a Request, stream: bool) -> Self {
+        Self {
+            ours: Vec::with_capacity(8),
+            request,
+            stream,
+        }
     }
-    Ok(serde_json::to_vec(&body)?)
+
+    pub(crate) fn put(&mut self, name: &'a str, field: Field<'a>) {
+        if !self.request.extra.contains_key(name) {
+            self.ours.push((name, field));
+        }
+    }
+
+    pub(crate) fn put_json(&mut self, name: &'a str, value: Option<impl Into<Value>>) {
+        if let Some(value) = value {
+            self.put(name, Field::Json(value.into()));
+        }
+    }
+
+    pub(crate) fn to_json(&self) -> Result<Vec<u8>> {
+        Ok(serde_json::to_vec(self)?)
+    }
+}
+
+impl Serialize for Fields<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut map = serializer.serialize_map(None)?;
+        for (name, field) in &self.ours {
+            map.serialize_entry(name, field)?;
+        }
+        // Whether the reply is streamed is for the method that was called to say.
+        for (name, value) in self
+            .request
+            .extra
+            .iter()
+            .filter(|(name, _)| *name != "stream")
+        {
+            map.serialize_entry(name, value)?;
+        }
+        if self.stream {
+            map.serialize_entry("stream", &true)?;
+        }
+        map.end()
+    }
 }
 
 impl Http {
@@ -116,7 +168,7 @@ fn whole<D: Dialect>(head: &Head, body: Vec<u8>) -> Result<Reply> {
     let text = String::from_utf8(body)
         .map_err(|error| head.error(ErrorKind::MalformedReply, &error.to_string()))?;
     let body = text.trim_start_matches('\u{feff}').trim();
-    let json: Value = serde_json::from_str(body).map_err(|error| {
+    let json: Json<'_> = serde_json::from_str(body).map_err(|error| {
         let message = format!("not JSON ({error}): {body}");
         head.error(ErrorKind::MalformedReply, &message)
     })?;
@@ -129,9 +181,12 @@ fn whole<D: Dialect>(head: &Head, body: Vec<u8>) -> Result<Reply> {
 }
 
 /// Whether what came with a success says that it is none.
-fn is_error(json: &Value) -> bool {
-    let json = json.get(0).unwrap_or(json);
-    !json["error"].is_null() || json["object"] == "error"
+fn is_error(json: &Json<'_>) -> bool {
+    let json = match json {
+        Json::Array(items) => items.first().unwrap_or(json),
+        _ => json,
+    };
+    !json.get("error").is_null() || json.get("object").as_str() == Some("error")
 }
 
 fn reply(head: &Head, parts: Parts, raw: String) -> Reply {
@@ -173,7 +228,7 @@ impl<D: Dialect> Streaming<D> {
                 Ok(None) => return Err(self.cut()),
                 Err(error) => return Err(self.head.mark(error)),
             };
-            let frame: Value = match serde_json::from_str(&data) {
+            let frame: Json<'_> = match serde_json::from_str(&data) {
                 Ok(frame) => frame,
                 Err(_) if self.events.ended() => return Err(self.cut()),
                 Err(error) => {

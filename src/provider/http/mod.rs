@@ -18,22 +18,25 @@ mod setters;
 mod sse;
 
 use std::fmt;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::Duration;
 
+use futures::poll;
 use jiff::Timestamp;
 use reqwest::header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue};
 use reqwest::redirect;
 use reqwest::{Client, Url};
 use secrecy::{ExposeSecret, SecretString};
 use serde_json::Value;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, Sleep, sleep_until};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::provider::rate_headers;
 use crate::usage::RateSnapshot;
 
-pub(crate) use self::exchange::{Dialect, Parts, finish_body, model};
+pub(crate) use self::exchange::{Dialect, Field, Fields, Json, Parts, model};
 pub(crate) use self::schema::enforceable;
 pub(crate) use self::setters::shared_setters;
 
@@ -181,7 +184,8 @@ impl Http {
             .post(self.url.clone())
             .headers(self.headers.clone())
             .body(body);
-        let response = match first_byte.guard(request.send()).await {
+        let mut alarm = Alarm::default();
+        let mut response = match alarm.guard(first_byte, request.send()).await {
             Some(Ok(response)) => response,
             Some(Err(error)) => return Err(self.unsent(&error)),
             None if first_byte == deadline => return Err(too_slow("the call", whole)),
@@ -190,12 +194,12 @@ impl Http {
 
         let head = Head {
             status: response.status().as_u16(),
-            headers: response.headers().clone(),
+            headers: std::mem::take(response.headers_mut()),
             at: Timestamp::now(),
             secrets: Arc::clone(&self.secrets),
         };
         let secrets = Arc::clone(&self.secrets);
-        let mut body = Body::new(response, secrets, self.limits, deadline, whole);
+        let mut body = Body::new(response, secrets, self.limits, alarm, deadline, whole);
         if (200..300).contains(&head.status) {
             return Ok((head, body));
         }
@@ -236,12 +240,13 @@ pub(crate) struct Head {
 
 impl Head {
     fn get(&self, name: &str) -> Option<&str> {
-        // Not `to_str`, which takes only ASCII: Go writes microseconds with a µ.
-        std::str::from_utf8(self.headers.get(name)?.as_bytes()).ok()
+        text(self.headers.get(name)?)
     }
 
     fn rate(&self, body: Option<&Value>) -> RateSnapshot {
-        rate_headers::snapshot(|name| self.get(name), body, self.at)
+        let headers = self.headers.iter();
+        let headers = headers.filter_map(|(name, value)| Some((name.as_str(), text(value)?)));
+        rate_headers::snapshot(headers, body, self.at)
     }
 
     fn request_id(&self) -> Option<String> {
@@ -274,6 +279,11 @@ impl Head {
     }
 }
 
+/// Not `to_str`, which takes only ASCII: Go writes microseconds with a µ.
+fn text(value: &HeaderValue) -> Option<&str> {
+    std::str::from_utf8(value.as_bytes()).ok()
+}
+
 /// A point in time that may be too far away to be one.
 #[derive(Debug, Clone, Copy, PartialEq)]
 struct Deadline(Option<Instant>);
@@ -289,12 +299,31 @@ impl Deadline {
             (a, b) => Self(a.or(b)),
         }
     }
+}
 
-    /// `None` when the deadline came first.
-    async fn guard<F: Future>(self, future: F) -> Option<F::Output> {
-        match self.0 {
-            Some(at) => timeout_at(at, future).await.ok(),
-            None => Some(future.await),
+/// The one timer of a call, moved from deadline to deadline. Setting a timer and taking it
+/// back costs more than moving it, and what is ready at once needs none.
+#[derive(Default)]
+struct Alarm(Option<Pin<Box<Sleep>>>);
+
+impl Alarm {
+    /// Waits for `future`; `None` when the deadline came first.
+    async fn guard<F: Future>(&mut self, deadline: Deadline, future: F) -> Option<F::Output> {
+        let mut future = pin!(future);
+        if let Poll::Ready(output) = poll!(future.as_mut()) {
+            return Some(output);
+        }
+        let Some(at) = deadline.0 else {
+            return Some(future.await);
+        };
+        let alarm = self.0.get_or_insert_with(|| Box::pin(sleep_until(at)));
+        if alarm.deadline() != at {
+            alarm.as_mut().reset(at);
+        }
+        tokio::select! {
+            biased;
+            output = future => Some(output),
+            () = alarm.as_mut() => None,
         }
     }
 }
