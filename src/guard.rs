@@ -11,13 +11,13 @@ use tracing::{Instrument, Span, field};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::{Event, Observers};
-use crate::pace::{CallOutcome, Lane, Need};
+use crate::pace::{CallOutcome, Lane, LaneChange, Need, Permit};
 use crate::provider::{OutputCharge, Provider};
 use crate::reply::Reply;
 use crate::request::Request;
 use crate::retry::{Class, Retry};
 use crate::scope::{Scope, Tally};
-use crate::usage::Usage;
+use crate::usage::{RateSnapshot, Usage};
 
 /// Output tokens assumed for a request that does not limit them, until its reply says.
 const ASSUMED_OUTPUT_TOKENS: u64 = 512;
@@ -89,14 +89,14 @@ impl Guard {
         let mut throttled_since = None;
         loop {
             let permit = bounds.before_send(self.lane.acquire(need(request).at(place)));
-            let mut permit = permit.await.map_err(|error| error.exhausted(attempt))?;
+            let permit = permit.await.and_then(|permit| permit);
+            let mut permit = permit.map_err(|error| error.exhausted(attempt))?;
             attempt += 1;
             permit.mark_sent();
             let error = match self.attempt(scope, request, attempt).await {
                 Ok(reply) => {
-                    permit.finish(CallOutcome::Done {
-                        usage: Some(self.charged(request, reply.usage)),
-                    });
+                    let usage = Some(self.charged(request, reply.usage));
+                    self.conclude(permit, reply.rate.as_deref(), CallOutcome::Done { usage });
                     *self
                         .last_answer
                         .lock()
@@ -105,11 +105,19 @@ impl Guard {
                 }
                 Err(error) => error,
             };
-            permit.finish(match error.kind() {
+            if error.is_account_wide() {
+                // Before the slot is free again: nobody else must go.
+                self.lane.stop(error.clone());
+                self.observers.tell(|| Event::LaneStopped {
+                    error: error.clone(),
+                });
+            }
+            let outcome = match error.kind() {
                 ErrorKind::Throttled => CallOutcome::Throttled { wait: error.wait() },
                 ErrorKind::Overloaded => CallOutcome::Overloaded { wait: error.wait() },
-                _ => CallOutcome::Failed,
-            });
+                _ => CallOutcome::Failed { usage: None },
+            };
+            self.conclude(permit, error.rate(), outcome);
             match Class::of(&error) {
                 Class::Final => return Err(error.exhausted(attempt)),
                 Class::Throttle => {
@@ -151,6 +159,27 @@ impl Guard {
                         .map_err(|error| error.exhausted(attempt))?;
                 }
             }
+        }
+    }
+
+    /// Gives the permit back with all the lane can learn from the call.
+    fn conclude(&self, mut permit: Permit, said: Option<&RateSnapshot>, outcome: CallOutcome) {
+        let mut changes = said.map_or_else(Vec::new, |said| permit.listen(said));
+        changes.extend(permit.conclude(outcome));
+        for change in changes {
+            self.observers.tell(|| match change {
+                LaneChange::Closed { wait } => Event::LaneClosed { wait },
+                LaneChange::Slowed { limit, scale } => Event::LaneSlowed {
+                    limit: limit.as_str(),
+                    scale,
+                },
+                LaneChange::Eased { in_flight } => Event::LaneEased { in_flight },
+                LaneChange::Adopted { limit, per_minute } => Event::LaneRetuned {
+                    limit: limit.as_str(),
+                    per_minute,
+                },
+                LaneChange::Stopped { why } => Event::LaneStopped { error: why },
+            });
         }
     }
 

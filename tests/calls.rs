@@ -353,6 +353,7 @@ async fn events_tell_the_story_of_a_call_and_a_panic_in_an_observer_changes_noth
             sink.lock().unwrap().push(match event {
                 Event::CallStarted { attempt, .. } => format!("started {attempt}"),
                 Event::CallThrottled { .. } => "throttled".to_owned(),
+                Event::LaneClosed { .. } => "closed".to_owned(),
                 Event::CallRetried { attempt, .. } => format!("retried {attempt}"),
                 Event::CallSucceeded { attempt, .. } => format!("succeeded {attempt}"),
                 Event::CallFailed { error, .. } => format!("failed {}", error.kind()),
@@ -364,6 +365,8 @@ async fn events_tell_the_story_of_a_call_and_a_panic_in_an_observer_changes_noth
     assert!(cx.generate("b").await.is_err());
     let expected = [
         "started 1",
+        "the lane uses 78 % of the limit on requests",
+        "closed",
         "throttled",
         "started 1",
         "retried 1",
@@ -434,4 +437,57 @@ async fn a_panic_in_a_provider_gives_its_permit_back() {
     assert_eq!(first.message(), "in the provider");
     assert!(settled.outcomes()[1].is_ok());
     assert_eq!(cx.lane().snapshot().in_flight, 0);
+}
+
+/// Nothing is sent once the account is refused, not by those who wait either, until somebody acts.
+#[tokio::test(start_paused = true)]
+async fn a_refused_account_stops_everybody_until_the_lane_is_reopened() {
+    let script = Scripted::new()
+        .delay(Duration::from_secs(1))
+        .error(error(ErrorKind::Unauthorized))
+        .reply("after it");
+    let stopped = Arc::new(AtomicU32::new(0));
+    let count = Arc::clone(&stopped);
+    let cx = Context::builder(script.clone())
+        .pace(Pace::unlimited().in_flight(1))
+        .on_event(move |event| {
+            if let Event::LaneStopped { error, .. } = event {
+                assert!(error.is_account_wide());
+                count.fetch_add(1, Ordering::Relaxed);
+            }
+        })
+        .build();
+    let (refused, waiting) = tokio::join!(cx.generate("a"), cx.generate("b"));
+    let (refused, waiting) = (refused.unwrap_err(), waiting.unwrap_err());
+    assert_eq!((refused.attempts(), waiting.attempts()), (1, 0));
+    for error in [waiting, cx.generate("c").await.unwrap_err()] {
+        assert_eq!(error.kind(), ErrorKind::Unauthorized);
+    }
+    assert_eq!(cx.snapshot().lane.binding, throughline::Binding::Stopped);
+    assert_eq!(
+        (script.requests().len(), stopped.load(Ordering::Relaxed)),
+        (1, 1)
+    );
+    cx.lane().reopen();
+    assert_eq!(cx.generate("d").await.unwrap().text, "after it");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_long_wait_parks_the_lane_instead_of_everybody_in_it() {
+    let script = Scripted::new()
+        .error(throttled(3_600))
+        .reply("an hour later");
+    let cx = Context::builder(script).build();
+    let (result, took) = elapsed(cx.generate("a")).await;
+    let error = result.unwrap_err();
+    assert!(error.is_throttled() && error.is_exhausted(), "{error}");
+    assert_eq!(
+        (error.wait(), took),
+        (Some(Duration::from_secs(3_600)), Duration::ZERO)
+    );
+    assert!(cx.lane().stopped().is_some());
+    // The wait, and the jitter of the gate.
+    sleep(Duration::from_secs(3_602)).await;
+    assert!(cx.lane().stopped().is_none());
+    assert_eq!(cx.generate("b").await.unwrap().text, "an hour later");
 }

@@ -7,6 +7,7 @@ use proptest::prelude::*;
 
 use super::buckets::Resource;
 use super::limits::Pace;
+use super::meter::Burst;
 use super::queue::Key;
 use super::turnstile::{End, Entry, Errands, Grant, Turn, Turnstile};
 use super::words::{CallOutcome, Charge, Place};
@@ -121,6 +122,7 @@ impl World {
         self.awake.extend(errands.wake.drain(..));
         match entry {
             Entry::Granted(grant) => self.granted(grant, None, charge),
+            Entry::Stopped(_) => {}
             Entry::Queued(key) => {
                 self.waiting.insert(self.next_id, Waiter { key, charge });
                 self.awake.push_back(self.next_id);
@@ -149,7 +151,9 @@ impl World {
         }
         let at = self.now;
         self.books.push(Booked { at, charge, kind });
-        self.step(|turnstile, now, errands| turnstile.finish(now, held.grant, end, errands));
+        self.step(|turnstile, now, errands| {
+            turnstile.finish(now, held.grant, end, errands);
+        });
     }
 
     fn granted(&mut self, grant: Grant, place: Option<Place>, charge: Charge) {
@@ -210,6 +214,10 @@ impl World {
                     self.alarms.insert((at, id));
                 }
                 Turn::Wait(None) => {}
+                Turn::Stopped(_) => {
+                    self.waiting.remove(&id);
+                    self.alarms.retain(|(_, of)| *of != id);
+                }
             }
         }
         let first_waiting = self.waiting.values().map(|waiter| waiter.key).min();
@@ -251,7 +259,7 @@ impl World {
     /// larger than the burst.
     fn check_windows(&self) {
         for resource in Resource::ALL {
-            let Some((rate, burst)) = resource.limit(&self.pace) else {
+            let Some((rate, Burst { time: burst, .. })) = resource.limit(&self.pace) else {
                 continue;
             };
             let capacity = burst.max(rate.time_for(1)).as_nanos() as i128;
@@ -305,7 +313,7 @@ fn end() -> impl Strategy<Value = End> {
     prop_oneof![
         2 => Just(End::Unsent),
         1 => Just(End::Abandoned),
-        1 => Just(End::Finished(CallOutcome::Failed)),
+        1 => Just(End::Finished(CallOutcome::Failed { usage: None })),
         1 => Just(End::Finished(CallOutcome::Done { usage: None })),
         8 => (0..400u64, 0..400u64).prop_map(|(input, output)| {
             End::Finished(CallOutcome::Done { usage: Some(Usage::new(input, output)) })
@@ -393,7 +401,10 @@ proptest! {
 
 #[test]
 fn a_hundred_thousand_waiters_go_one_by_one() {
-    let mut world = Turnstile::<u64>::new(&Pace::per_minute(60_000_000), 0);
+    let mut world = Turnstile::<u64>::new(
+        &Pace::per_minute(60_000_000).burst(Duration::from_secs(1)),
+        0,
+    );
     let mut now = Duration::ZERO;
     let mut errands = Errands::default();
     let charge = Charge::default();
@@ -406,6 +417,7 @@ fn a_hundred_thousand_waiters_go_one_by_one() {
                 let _ = world.poll(now, key, id, &mut errands);
                 keys.push_back((id, key));
             }
+            Entry::Stopped(_) => panic!("nobody stopped it"),
         }
     }
     assert_eq!((granted, keys.len()), (1_000_000, 100_000));
@@ -413,7 +425,7 @@ fn a_hundred_thousand_waiters_go_one_by_one() {
         now += Duration::from_micros(1);
         match world.poll(now, key, id, &mut errands) {
             Turn::Granted(_) => granted += 1,
-            Turn::Wait(_) => panic!("its time has come"),
+            _ => panic!("its time has come"),
         }
     }
     assert_eq!(granted, 1_100_000);

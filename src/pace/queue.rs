@@ -60,6 +60,11 @@ impl<W> Queue<W> {
         self.waiters.get_mut(&key)
     }
 
+    /// Takes everybody out.
+    pub(super) fn clear(&mut self) -> impl Iterator<Item = Waiter<W>> {
+        std::mem::take(&mut self.waiters).into_values()
+    }
+
     pub(super) fn remove(&mut self, key: Key) -> Option<Waiter<W>> {
         self.waiters.remove(&key)
     }

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::time::Duration;
 
+use crate::error::Error;
 use crate::usage::Usage;
 
 /// What one call needs: a request, and its tokens as far as they can be foreseen.
@@ -68,16 +69,25 @@ pub enum CallOutcome {
         /// How long it asks to wait.
         wait: Option<Duration>,
     },
-    /// The call failed in any other way. The charge stays.
-    Failed,
+    /// The call failed in any other way.
+    Failed {
+        /// What the provider charged all the same, where that is known. `None`
+        /// leaves the charge as estimated.
+        usage: Option<Usage>,
+    },
 }
 
 /// What a lane looks like at one moment.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct LaneSnapshot {
-    /// The limit on requests per minute, if there is one.
+    /// The rate of requests per minute that the lane keeps now, if there is one: the
+    /// limit, or less of it after a refusal.
     pub requests_per_minute: Option<u64>,
+    /// The smallest share of a limit that is used: 1.0, or less after a refusal.
+    pub scale: f64,
+    /// The limit on calls in flight now, if there is one.
+    pub most_in_flight: Option<usize>,
     /// Calls that hold a permit.
     pub in_flight: usize,
     /// Calls that wait for one.
@@ -117,11 +127,17 @@ pub enum Binding {
     InFlight,
     /// The provider refused a call; the lane is closed for a while.
     Gate,
+    /// So many calls fail that the retries of a context wait
+    /// ([`Retry`](crate::Retry)). A lane does not know of it.
+    Budget,
+    /// The lane was stopped: no call can succeed until somebody acts, or for long.
+    Stopped,
 }
 
-impl fmt::Display for Binding {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
+impl Binding {
+    /// The binding as words for a person.
+    pub fn as_str(self) -> &'static str {
+        match self {
             Self::Nothing => "nothing",
             Self::Requests => "requests",
             Self::Tokens => "tokens",
@@ -130,8 +146,31 @@ impl fmt::Display for Binding {
             Self::Spacing => "spacing",
             Self::InFlight => "calls in flight",
             Self::Gate => "closed by the provider",
-        })
+            Self::Budget => "retry budget",
+            Self::Stopped => "stopped",
+        }
     }
+}
+
+impl fmt::Display for Binding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// What one call's end changed for all calls of a lane.
+#[derive(Debug, Clone)]
+pub(crate) enum LaneChange {
+    /// The gate closed, or for longer than before.
+    Closed { wait: Duration },
+    /// A limit is used more slowly.
+    Slowed { limit: Binding, scale: f64 },
+    /// Fewer calls in flight are allowed.
+    Eased { in_flight: usize },
+    /// A limit that headers speak of is kept from now on.
+    Adopted { limit: Binding, per_minute: u64 },
+    /// Nothing goes any more.
+    Stopped { why: Error },
 }
 
 /// The tokens a call is charged.
