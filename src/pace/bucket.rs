@@ -99,6 +99,12 @@ impl Bucket {
         now.saturating_add(self.deficit_at(now).saturating_sub(spare))
     }
 
+    /// The whole units that are there.
+    pub(super) fn level(&self, now: Duration) -> u64 {
+        let level = self.capacity.saturating_sub(self.deficit_at(now));
+        (level.as_nanos() as f64 / self.rate.nanos_per_unit()) as u64
+    }
+
     /// How full it is, from 1.0 down to 0.0 and below that in debt.
     pub(super) fn fullness(&self, now: Duration) -> f64 {
         1.0 - self.deficit_at(now).as_secs_f64() / self.capacity.as_secs_f64()

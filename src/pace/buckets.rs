@@ -106,7 +106,7 @@ impl Named {
 #[derive(Debug)]
 pub(super) struct Buckets([Option<Meter>; Resource::ALL.len()]);
 
-/// How much of each limit had been taken at some moment.
+/// How much was left of each limit when a call had been granted.
 pub(super) type Mark = [u64; Resource::ALL.len()];
 
 impl Buckets {
@@ -143,9 +143,9 @@ impl Buckets {
         }
     }
 
-    pub(super) fn mark(&self) -> Mark {
-        let taken = |meter: &Option<Meter>| meter.as_ref().map_or(0, Meter::taken);
-        std::array::from_fn(|i| taken(&self.0[i]))
+    pub(super) fn mark(&self, now: Duration) -> Mark {
+        let level = |meter: &Option<Meter>| meter.as_ref().map_or(0, |meter| meter.level(now));
+        std::array::from_fn(|i| level(&self.0[i]))
     }
 
     /// Takes everything back, for a call that was never sent.
@@ -174,13 +174,13 @@ impl Buckets {
         }
     }
 
-    /// What a reply says of the limits, to a call sent when `mark` was taken: levels are
+    /// What a reply says of the limits, to a call granted when `mark` was left: levels are
     /// lowered, and limits that nobody has named are adopted. Says which were adopted.
     pub(super) fn observe(
         &mut self,
         now: Duration,
         said: &RateSnapshot,
-        mark: &Mark,
+        (granted_at, mark): (Duration, &Mark),
         burst: Burst,
         closed_until: Duration,
     ) -> Vec<(Resource, Rate)> {
@@ -210,8 +210,7 @@ impl Buckets {
                 adopted.push((resource, rate));
             }
             if let (Some(meter), Some(left)) = (slot, quota.remaining) {
-                let sent_since = meter.taken().saturating_sub(mark[i]);
-                meter.lower_to(now, left.saturating_sub(sent_since));
+                meter.lower(now, left, granted_at, mark[i]);
             }
         }
         adopted

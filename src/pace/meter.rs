@@ -51,6 +51,8 @@ pub(super) struct Meter {
     before: (u64, u64),
     /// How long somebody has waited for more since the last refusal.
     busy: Duration,
+    /// When headers lowered it last: what they told earlier calls is in that.
+    lowered_at: Duration,
 }
 
 impl Meter {
@@ -74,6 +76,7 @@ impl Meter {
             calls: 0,
             before: (0, 0),
             busy: Duration::ZERO,
+            lowered_at: Duration::ZERO,
         }
     }
 
@@ -89,8 +92,9 @@ impl Meter {
         self.scale.value()
     }
 
-    pub(super) fn taken(&self) -> u64 {
-        self.taken
+    /// The whole units that are there.
+    pub(super) fn level(&self, now: Duration) -> u64 {
+        self.bucket.level(self.clock_at(now))
     }
 
     /// Whether what was granted at `granted_at` was taken from this limit.
@@ -147,9 +151,22 @@ impl Meter {
         self.keep_empty_while_closed(now);
     }
 
-    /// What the provider says is left; a limit that has more than that is lowered to it.
-    pub(super) fn lower_to(&mut self, now: Duration, n: u64) {
-        self.bucket.lower_to(self.clock_at(now), n);
+    /// What the provider says is left, to a call granted at `granted_at` that left `level` here.
+    ///
+    /// Nobody says whether that was true when the call was let in or when it was
+    /// answered. In the first case what was sent since has been taken here too,
+    /// in the second it is known to the provider as well: so the limit is lowered by
+    /// what it had too much in either case, and never raised.
+    pub(super) fn lower(&mut self, now: Duration, left: u64, granted_at: Duration, level: u64) {
+        if granted_at < self.lowered_at {
+            return;
+        }
+        let here = self.level(now);
+        let excess = level.min(here).saturating_sub(left);
+        if excess > 0 {
+            self.bucket.lower_to(self.clock_at(now), here - excess);
+            self.lowered_at = now;
+        }
     }
 
     /// Empties the limit and lets it stand still until `until`; a debt stays. It is
@@ -245,17 +262,17 @@ mod tests {
     #[test]
     fn a_slower_clock_is_a_lower_rate_and_a_smaller_burst() {
         let mut meter = meter(Source::Configured);
-        let half = Rate::per_minute(300);
-        assert!(meter.refuse(Duration::ZERO, Duration::ZERO, Some(half)));
+        let part = Rate::per_minute(450);
+        assert!(meter.refuse(Duration::ZERO, Duration::ZERO, Some(part)));
         meter.close_until(Duration::ZERO, SECOND);
-        assert!((meter.scale() - 0.4).abs() < 1e-9);
+        assert!((meter.scale() - 0.6).abs() < 1e-9);
         let wait = meter.ready_at(SECOND, 1) - SECOND;
         assert!(
-            wait.abs_diff(SECOND / 4) < Duration::from_micros(1),
+            wait.abs_diff(SECOND / 6) < Duration::from_micros(1),
             "{wait:?}"
         );
         let wait = meter.ready_at(SECOND, 10) - SECOND;
-        assert!(wait.abs_diff(5 * SECOND / 2) < Duration::from_micros(1));
+        assert!(wait.abs_diff(5 * SECOND / 3) < Duration::from_micros(1));
     }
 
     #[test]
@@ -299,7 +316,7 @@ mod tests {
         let tried = meter.scale();
         meter.refuse(now, now, None);
         // 50 passed in 10.2 s of a limit of 102: so little is believed down to a part.
-        let expected = 0.8 * 0.6 * tried;
+        let expected = 0.8 * 0.7 * tried;
         assert!(tried > 0.97, "one refused call says nothing of what passes");
         assert!(
             (meter.scale() - expected).abs() < 1e-6,

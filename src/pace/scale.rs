@@ -10,6 +10,8 @@ use std::time::Duration;
 /// The share never drops below this by itself: 50 times too much is not a mistake, it
 /// is another account.
 const FLOOR: f64 = 0.02;
+/// A guess may be that wrong.
+const FLOOR_OF_A_GUESS: f64 = 1e-4;
 /// Upwards without end means up to here.
 const UNBOUNDED: f64 = 1e6;
 /// What a refusal leaves of the share that the recovery aims at.
@@ -18,12 +20,15 @@ const CUT: f64 = 0.8;
 /// own, aiming at it is refused again before the curve is flat.
 const AIM: f64 = 0.98;
 /// What was let through since the last refusal counts as the truth if it is
-/// clearly less than what was tried, and is believed down to this part of it.
-const BELIEVED: f64 = 0.6;
+/// clearly less than what was tried, and so does what the headers say. Either is believed
+/// down to this part of what was tried: they may be wrong.
+const BELIEVED: f64 = 0.7;
+const BELIEVED_OF_A_GUESS: f64 = 0.1;
 /// The unit of the recovery: this long, or the time of that many calls if that is
-/// longer. A slow account would otherwise be refused every few calls.
+/// longer, up to a minute. A slow account would otherwise be refused every few calls.
 const UNIT: Duration = Duration::from_secs(15);
 const UNIT_CALLS: u32 = 50;
+const LONGEST_UNIT: Duration = Duration::from_secs(60);
 
 #[derive(Debug, Clone)]
 pub(super) struct Scale {
@@ -60,13 +65,17 @@ impl Scale {
         }
     }
 
+    fn is_of_a_guess(&self) -> bool {
+        self.ceiling == UNBOUNDED
+    }
+
     pub(super) fn value(&self) -> f64 {
         self.value
     }
 
     /// Whether time alone changes nothing.
     pub(super) fn is_settled(&self) -> bool {
-        self.value >= self.ceiling || (self.decreased_at.is_none() && self.ceiling == 1.0)
+        self.value >= self.ceiling || (self.decreased_at.is_none() && !self.is_of_a_guess())
     }
 
     /// Somebody waited for `time` at an open gate: only then more is wanted.
@@ -78,7 +87,9 @@ impl Scale {
         } else if x <= 1.5 {
             self.aim
         } else {
-            self.aim * ((x - 1.5) / 2.0).min(64.0).exp2()
+            // Faster than that where nothing has been refused for long: the trouble is over.
+            let doublings = (x - 1.5) / 2.0;
+            self.aim * doublings.max(doublings.powi(2)).min(64.0).exp2()
         };
         self.value = share.min(self.ceiling);
     }
@@ -101,16 +112,19 @@ impl Scale {
             return false;
         }
         let tried = self.value;
-        let mut aim = AIM * tried;
-        if let Some(passed) = passed.filter(|passed| *passed < CUT * tried) {
-            aim = passed.max(BELIEVED * tried);
-        }
-        if let Some(told) = told {
-            aim = aim.min(told);
-        }
-        self.aim = aim.max(FLOOR);
-        self.from = (CUT * self.aim).max(FLOOR);
-        self.unit = UNIT.max((call * UNIT_CALLS).div_f64(self.aim));
+        let (believed, floor) = match self.is_of_a_guess() {
+            true => (BELIEVED_OF_A_GUESS, FLOOR_OF_A_GUESS),
+            false => (BELIEVED, FLOOR),
+        };
+        // Headers that speak of less than what has passed are wrong.
+        let told = told.filter(|told| passed.is_none_or(|passed| *told >= 0.9 * passed));
+        let passed = passed.filter(|passed| *passed < CUT * tried);
+        let aim = passed.into_iter().chain(told).fold(AIM * tried, f64::min);
+        self.aim = aim.max(believed * tried).max(floor);
+        self.from = (CUT * self.aim).max(floor);
+        self.unit = (call * UNIT_CALLS)
+            .div_f64(self.aim)
+            .clamp(UNIT, LONGEST_UNIT);
         self.grown = Duration::ZERO;
         self.value = self.from;
         self.decreased_at = Some(now);
@@ -168,24 +182,24 @@ mod tests {
     #[test]
     fn what_was_let_through_and_what_headers_say_lower_the_aim() {
         let mut scale = Scale::whole();
-        scale.refuse(SECOND, SECOND, Some(0.7), None, Duration::ZERO);
-        assert!((at(&scale, 1.0) - 0.7).abs() < 1e-9);
+        scale.refuse(SECOND, SECOND, Some(0.75), None, Duration::ZERO);
+        assert!((at(&scale, 1.0) - 0.75).abs() < 1e-9);
         let mut scale = Scale::whole();
         scale.refuse(SECOND, SECOND, Some(0.1), None, Duration::ZERO);
         assert!((at(&scale, 1.0) - BELIEVED).abs() < 1e-9);
         let mut scale = Scale::whole();
-        scale.refuse(SECOND, SECOND, None, Some(0.25), Duration::ZERO);
-        assert!((at(&scale, 1.0) - 0.25).abs() < 1e-9);
+        scale.refuse(SECOND, SECOND, None, Some(0.7), Duration::ZERO);
+        assert!((at(&scale, 1.0) - 0.7).abs() < 1e-9);
     }
 
     #[test]
     fn a_slow_account_recovers_by_calls() {
         let mut scale = Scale::whole();
-        scale.refuse(SECOND, SECOND, None, Some(0.5), 20 * SECOND);
-        scale.grow(2_000 * SECOND - SECOND);
-        assert!(scale.value() < 0.5, "50 calls at 40 s each");
+        scale.refuse(SECOND, SECOND, None, Some(0.8), SECOND * 4 / 5);
+        scale.grow(50 * SECOND - SECOND);
+        assert!(scale.value() < 0.8, "50 calls at a second each");
         scale.grow(SECOND);
-        assert!((scale.value() - 0.5).abs() < 1e-9);
+        assert!((scale.value() - 0.8).abs() < 1e-9);
     }
 
     #[test]

@@ -287,9 +287,9 @@ impl<W> Turnstile<W> {
         self.advance(now);
         self.observed = grant.at;
         let closed_until = self.gate.opens_at();
-        let adopted = self
-            .buckets
-            .observe(now, said, &grant.mark, self.burst, closed_until);
+        let adopted =
+            self.buckets
+                .observe(now, said, (grant.at, &grant.mark), self.burst, closed_until);
         self.pump(now, errands);
         let told = adopted
             .into_iter()
@@ -494,7 +494,7 @@ impl<W> Turnstile<W> {
         Grant {
             charge,
             at: now,
-            mark: self.buckets.mark(),
+            mark: self.buckets.mark(now),
             named: None,
         }
     }
