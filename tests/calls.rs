@@ -491,3 +491,89 @@ async fn a_long_wait_parks_the_lane_instead_of_everybody_in_it() {
     assert!(cx.lane().stopped().is_none());
     assert_eq!(cx.generate("b").await.unwrap().text, "an hour later");
 }
+
+#[tokio::test(start_paused = true)]
+async fn an_empty_retry_budget_slows_and_fails_nobody() {
+    let mut script = Scripted::new();
+    for _ in 0..101 {
+        script = script.error(error(ErrorKind::Connection)).reply("again");
+    }
+    // Each request costs a retry and earns a success: 4 of 500 are lost a time.
+    let cx = Context::builder(script).build();
+    let settled = cx.fan_out("n", 0..101).sequential();
+    let settled = settled.settle(|cx, n| async move { cx.generate(n.to_string()).await });
+    assert_eq!(settled.await.failures().count(), 0);
+    let tally = cx.tally();
+    assert_eq!((tally.retries, tally.transient), (101, 101));
+
+    let mut script = Scripted::new();
+    for _ in 0..200 {
+        script = script.error(error(ErrorKind::Connection));
+    }
+    let cx = Context::builder(script.reply("again"))
+        .retry(Retry::default().attempts(300))
+        .build();
+    let long = Retry::default()
+        .attempts(300)
+        .max_delay(Duration::from_secs(1));
+    let cx = Context::builder(cx.provider().clone()).retry(long).build();
+    let (reply, took) = elapsed(cx.generate("a")).await;
+    assert!(reply.is_ok());
+    // A hundred at random waits below a second, then a hundred of a whole one.
+    let hundred = Duration::from_secs(100);
+    assert!((hundred..hundred * 2).contains(&took), "{took:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_retry_that_could_not_be_answered_in_time_fails_now() {
+    let latency = Duration::from_secs(10);
+    let mut script = Scripted::new();
+    for _ in 0..8 {
+        script = script.delay(latency).reply("warm");
+    }
+    let unavailable = error(ErrorKind::Unavailable).with_wait(Duration::from_secs(5));
+    let script = script.delay(latency).error(unavailable).reply("never");
+    let cx = Context::builder(script).build();
+    for _ in 0..8 {
+        cx.generate("warm").await.unwrap();
+    }
+    let (result, took) = elapsed(cx.with_timeout(Duration::from_secs(22)).generate("a")).await;
+    let error = result.unwrap_err();
+    assert!(error.is_deadline_exceeded(), "{error}");
+    assert_eq!(
+        (took, error.attempts()),
+        (Duration::from_secs(10), 1),
+        "10 + 5 + 10 > 22"
+    );
+}
+
+/// What fails three times in the same way while others succeed will fail a fourth time.
+#[tokio::test(start_paused = true)]
+async fn a_request_that_fails_identically_while_others_succeed_is_given_up() {
+    struct Picky;
+    #[async_trait]
+    impl Provider for Picky {
+        fn name(&self) -> &str {
+            "picky"
+        }
+        async fn generate(&self, request: &Request) -> Result<Reply> {
+            match request.last_text() {
+                "poison" => Err(error(ErrorKind::Unavailable)),
+                _ => Ok(Reply::new("fine", Usage::default())),
+            }
+        }
+    }
+    let alone = Context::builder(Picky).build();
+    assert_eq!(alone.generate("poison").await.unwrap_err().attempts(), 5);
+    let cx = Context::builder(Picky).build();
+    let others = async {
+        for _ in 0..100 {
+            cx.generate("other").await.unwrap();
+            sleep(Duration::from_millis(100)).await;
+        }
+    };
+    let (poison, ()) = tokio::join!(cx.generate("poison"), others);
+    let poison = poison.unwrap_err();
+    assert!(poison.is_permanent(), "{poison}");
+    assert_eq!(poison.attempts(), 3);
+}
