@@ -15,7 +15,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::estimate::TokenCounter;
 use crate::event::{Event, Observer, Observers};
 use crate::guard::Guard;
-use crate::pace::{Binding, Lane, LaneSnapshot, Pace};
+use crate::pace::{Binding, Lane, LaneSnapshot, Pace, Priority, Tenant, Who};
 use crate::provider::Provider;
 use crate::reply::Reply;
 use crate::request::Request;
@@ -113,6 +113,26 @@ impl Context {
     /// A context that ends `after` this long from now, or with this one if that comes first.
     pub fn with_timeout(&self, after: Duration) -> Self {
         self.with_deadline(Instant::now() + after)
+    }
+
+    /// A context whose calls wait in the line of that tenant, and of that priority below
+    /// it: see [`Tenant`] for what each gets of the lane.
+    pub fn with_tenant(&self, tenant: Tenant) -> Self {
+        self.in_line(|who| who.tenant = Some(tenant))
+    }
+
+    /// A context whose calls have that priority.
+    pub fn with_priority(&self, priority: Priority) -> Self {
+        self.in_line(|who| who.priority = priority)
+    }
+
+    fn in_line(&self, change: impl FnOnce(&mut Who)) -> Self {
+        let mut scope = Scope::child(&self.scope, "".into(), Arc::clone(&self.scope.bounds));
+        change(&mut scope.who);
+        Self {
+            shared: Arc::clone(&self.shared),
+            scope: Arc::new(scope),
+        }
     }
 
     fn narrowed(&self, label: Arc<str>, bounds: Bounds) -> Self {

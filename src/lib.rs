@@ -88,7 +88,9 @@ pub use crate::digest::RequestDigest;
 pub use crate::error::{Error, ErrorKind, Persistence, Result};
 pub use crate::estimate::TokenCounter;
 pub use crate::event::{Event, Observer};
-pub use crate::pace::{Binding, CallOutcome, Lane, LaneSnapshot, Need, Pace, Permit, Place};
+pub use crate::pace::{
+    Binding, CallOutcome, Lane, LaneSnapshot, Need, Pace, Permit, Place, Priority, Tenant,
+};
 pub use crate::pipeline::{
     BoxPipeline, FnPipeline, Map, OrElse, Pipeline, PipelineExt, Then, Timeout, pipeline,
 };

@@ -15,6 +15,7 @@ use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::pace::Who;
 use crate::usage::Usage;
 
 /// What some work has cost so far.
@@ -223,6 +224,8 @@ pub(crate) struct Scope {
     index: Option<usize>,
     pub(crate) key: Option<Arc<str>>,
     pub(crate) bounds: Arc<Bounds>,
+    /// In which line its calls wait.
+    pub(crate) who: Who,
     meter: Meter,
 }
 
@@ -234,6 +237,7 @@ impl Scope {
             index: None,
             key: None,
             bounds,
+            who: Who::default(),
             meter: Meter::default(),
         }
     }
@@ -245,6 +249,7 @@ impl Scope {
             index: None,
             key: None,
             bounds,
+            who: parent.who,
             meter: Meter::default(),
         }
     }

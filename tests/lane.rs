@@ -9,7 +9,10 @@ use std::task::{Context, Poll, Wake, Waker};
 use futures::FutureExt;
 use futures::future::join_all;
 use static_assertions::assert_impl_all;
-use throughline::{Binding, CallOutcome, Lane, LaneSnapshot, Need, Pace, Permit, Place, Usage};
+use throughline::{
+    Binding, CallOutcome, Error, ErrorKind, Lane, LaneSnapshot, Need, Pace, Permit, Place,
+    RateSnapshot, Tenant, Usage,
+};
 use tokio::time::{Duration, Instant, sleep, timeout};
 
 assert_impl_all!(Lane: Send, Sync, Unpin, Clone);
@@ -588,4 +591,97 @@ async fn the_future_can_move_between_tasks() {
     assert!(matches!(poll, Poll::Pending));
     tokio::spawn(waiting).await.unwrap().mark_sent();
     assert_eq!(start.elapsed(), secs(1));
+}
+
+/// The one behind takes none of the output that the head waits for.
+#[tokio::test(start_paused = true)]
+async fn who_delays_nobody_may_pass() {
+    let pace = Pace::unlimited().input_tokens(60_000).output_tokens(6_000);
+    let lane = Lane::new(pace.burst(secs(1)));
+    lane.acquire(Need::new(10, 100)).await.unwrap().mark_sent();
+    let start = Instant::now();
+    let calls = [Need::new(10, 50), Need::new(10, 0), Need::new(10, 1)].map(|need| {
+        let lane = &lane;
+        async move {
+            lane.acquire(need).await.unwrap().mark_sent();
+            start.elapsed()
+        }
+    });
+    assert_eq!(join_all(calls).await, [500, 0, 510].map(ms));
+}
+
+/// A thousand calls of one tenant do not keep another's from its half.
+#[tokio::test(start_paused = true)]
+async fn a_light_tenant_is_not_kept_waiting_by_a_heavy_one() {
+    let lane = Lane::new(Pace::per_minute(600));
+    let call = |tenant| {
+        let (lane, need) = (lane.clone(), small().tenant(Tenant::new(tenant, 1)));
+        async move {
+            let start = Instant::now();
+            lane.acquire(need).await.unwrap().mark_sent();
+            start.elapsed()
+        }
+    };
+    let heavy = tokio::spawn(join_all(
+        (0..1_000).map(|_| call("heavy")).collect::<Vec<_>>(),
+    ));
+    sleep(secs(10)).await;
+    let light = join_all((0..10).map(|_| call("light"))).await;
+    assert!(light[9] <= ms(2_100), "{:?}", light[9]);
+    assert!(heavy.await.unwrap().iter().all(|at| *at <= secs(101)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_headers_tell_lowers_a_limit_and_names_one_that_nobody_set() {
+    let lane = Lane::new(Pace::per_minute(600).burst(secs(10)));
+    let mut permit = lane.acquire(small()).await.unwrap();
+    permit.mark_sent();
+    let mut said = RateSnapshot::default();
+    said.requests.limit = Some(600);
+    said.requests.remaining = Some(2);
+    said.tokens.limit = Some(60_000);
+    said.tokens.remaining = Some(500);
+    permit.observe(&said);
+    permit.finish(done(1, 1));
+    let sent = sends(&lane, 3, small()).await;
+    assert_eq!(sent[2], ms(100), "two were left, not 99");
+    assert!(sent[1] < ms(5), "as soon as the new limit has their tokens");
+    let start = Instant::now();
+    lane.acquire(Need::new(900, 0)).await.unwrap().mark_sent();
+    lane.acquire(Need::new(900, 0)).await.unwrap().mark_sent();
+    assert!(
+        start.elapsed() > ms(900),
+        "1,000 tokens a second were adopted"
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn overload_halves_the_calls_in_flight() {
+    let lane = Lane::new(Pace::unlimited().in_flight(8));
+    let mut permits = join_all((0..8).map(|_| lane.acquire(small()))).await;
+    let overloaded = CallOutcome::Overloaded { wait: None };
+    permits.pop().unwrap().unwrap().finish(overloaded);
+    assert_eq!(lane.snapshot().most_in_flight, Some(4));
+    drop(permits);
+    for expected in [4, 4, 4, 5] {
+        lane.acquire(small()).await.unwrap().finish(done(1, 1));
+        assert_eq!(lane.snapshot().most_in_flight, Some(expected));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stopped_lane_tells_those_who_wait_and_those_who_come() {
+    let lane = Lane::new(Pace::per_minute(1));
+    lane.acquire(small()).await.unwrap().mark_sent();
+    let mut waiting = pin!(lane.acquire(small()));
+    assert!(waiting.as_mut().now_or_never().is_none());
+    lane.stop(Error::new(
+        ErrorKind::QuotaExhausted,
+        "the account is empty",
+    ));
+    assert!(waiting.await.unwrap_err().is_account_wide());
+    assert!(lane.acquire(small()).await.is_err());
+    assert_eq!(lane.snapshot().binding, Binding::Stopped);
+    lane.retune(Pace::unlimited());
+    assert!(lane.acquire(small()).await.is_ok());
 }

@@ -99,6 +99,13 @@ impl Bucket {
         now.saturating_add(self.deficit_at(now).saturating_sub(spare))
     }
 
+    /// As [`ready_at`](Bucket::ready_at), if `before` units were taken now.
+    pub(super) fn ready_after(&self, now: Duration, before: u64, n: u64) -> Duration {
+        let mut bucket = self.clone();
+        bucket.take(now, before);
+        bucket.ready_at(now, n)
+    }
+
     /// The whole units that are there.
     pub(super) fn level(&self, now: Duration) -> u64 {
         let level = self.capacity.saturating_sub(self.deficit_at(now));

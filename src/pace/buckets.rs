@@ -137,6 +137,30 @@ impl Buckets {
         last
     }
 
+    /// Whether `first` could be taken now without keeping `head` beyond `until`.
+    pub(super) fn leaves_room(
+        &self,
+        now: Duration,
+        first: Charge,
+        head: Charge,
+        until: Duration,
+    ) -> bool {
+        self.iter().all(|(resource, meter)| {
+            let (first, head) = (resource.of(first), resource.of(head));
+            meter.ready_at(now, first) <= now && meter.ready_after(now, first, head) <= until
+        })
+    }
+
+    /// What `charge` takes of the scarcest limit: nanoseconds of its rate.
+    pub(super) fn cost(&self, charge: Charge) -> u64 {
+        let costs = self.iter().map(|(resource, meter)| {
+            let time = meter.rate().time_for(resource.of(charge));
+            u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
+        });
+        // An hour is as good as for ever, and sums of hours overflow nothing.
+        costs.fold(1, u64::max).min(3_600_000_000_000)
+    }
+
     pub(super) fn take(&mut self, now: Duration, charge: Charge) {
         for (resource, meter) in self.iter_mut() {
             meter.take(now, resource.of(charge));

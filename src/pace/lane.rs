@@ -132,9 +132,9 @@ impl Lane {
     /// If it must wait outside a Tokio runtime that has its timer enabled.
     pub async fn acquire(&self, need: Need) -> Result<Permit> {
         let charge = Charge::from(&need);
-        let entry = self
-            .shared
-            .step(|turnstile, now, errands| turnstile.enter(now, need.place, charge, errands));
+        let entry = self.shared.step(|turnstile, now, errands| {
+            turnstile.enter(now, need.place, need.who, charge, errands)
+        });
         match entry {
             Entry::Granted(grant) => Ok(self.permit(grant)),
             Entry::Stopped(why) => Err(why),

@@ -127,6 +127,12 @@ impl Meter {
         now.saturating_add(self.slowed(self.bucket.ready_at(clock, n) - clock))
     }
 
+    /// As [`ready_at`](Meter::ready_at), if `before` units were taken now.
+    pub(super) fn ready_after(&self, now: Duration, before: u64, n: u64) -> Duration {
+        let clock = self.clock_at(now);
+        now.saturating_add(self.slowed(self.bucket.ready_after(clock, before, n) - clock))
+    }
+
     pub(super) fn fullness(&self, now: Duration) -> f64 {
         self.bucket.fullness(self.clock_at(now))
     }

@@ -26,5 +26,5 @@ mod words;
 
 pub use self::lane::{Lane, Permit};
 pub use self::limits::Pace;
-pub(crate) use self::words::LaneChange;
-pub use self::words::{Binding, CallOutcome, LaneSnapshot, Need, Place};
+pub use self::words::{Binding, CallOutcome, LaneSnapshot, Need, Place, Priority, Tenant};
+pub(crate) use self::words::{LaneChange, Who};

@@ -17,7 +17,7 @@ use super::limits::Pace;
 use super::meter::Burst;
 use super::queue::{Key, Queue};
 use super::slots::Slots;
-use super::words::{Binding, CallOutcome, Charge, LaneChange, LaneSnapshot, Place};
+use super::words::{Binding, CallOutcome, Charge, LaneChange, LaneSnapshot, Place, Who};
 use crate::error::{Error, ErrorKind, Persistence};
 use crate::usage::RateSnapshot;
 
@@ -27,6 +27,8 @@ const LONGEST_THROTTLE: Duration = Duration::from_secs(30);
 const LONGEST_OVERLOAD: Duration = Duration::from_secs(5);
 /// Who is asked to wait longer than this is better told than left waiting.
 const LONGEST_WAIT: Duration = Duration::from_secs(10 * 60);
+/// How many of those behind the head are looked at for one that may pass.
+const BACKFILL_WINDOW: usize = 8;
 /// Over how long grants are counted, in case a rate must be guessed from them.
 const PULSE: Duration = Duration::from_secs(60);
 
@@ -191,6 +193,7 @@ impl<W> Turnstile<W> {
         &mut self,
         now: Duration,
         place: Option<Place>,
+        who: Who,
         charge: Charge,
         errands: &mut Errands<W>,
     ) -> Entry {
@@ -202,11 +205,7 @@ impl<W> Turnstile<W> {
         }
         let place = place.unwrap_or_else(|| self.arrive());
         self.next_ticket += 1;
-        let key = Key {
-            place,
-            ticket: self.next_ticket,
-        };
-        self.queue.push(key, charge);
+        let key = self.queue.push(who, place, self.next_ticket, charge);
         self.pump(now, errands);
         Entry::Queued(key)
     }
@@ -507,15 +506,47 @@ impl<W> Turnstile<W> {
     }
 
     fn grant_all(&mut self, now: Duration, errands: &mut Errands<W>) {
-        while let Some((key, charge)) = self.queue.head() {
-            if self.obstacle(now, charge).is_some() {
-                return;
+        while let Some((head, charge)) = self.queue.head() {
+            match self.obstacle(now, charge) {
+                None => self.let_through(now, head, charge, errands),
+                Some(obstacle) => {
+                    let Some((key, charge)) = self.backfill(now, head, charge, obstacle) else {
+                        return;
+                    };
+                    self.let_through(now, key, charge, errands);
+                }
             }
-            let waiter = self.queue.remove(key);
-            errands.wake.extend(waiter.and_then(|waiter| waiter.waker));
-            let grant = self.grant(now, charge);
-            self.uncollected.insert(key.ticket, grant);
         }
+    }
+
+    fn let_through(&mut self, now: Duration, key: Key, charge: Charge, errands: &mut Errands<W>) {
+        let cost = self.buckets.cost(charge);
+        let waiter = self.queue.serve(key, cost);
+        errands.wake.extend(waiter.and_then(|waiter| waiter.waker));
+        let grant = self.grant(now, charge);
+        self.uncollected.insert(key.ticket, grant);
+    }
+
+    /// One of those behind the head that can go now without making it wait any longer (EASY
+    /// backfill: Lifka, 1995). There is none where the head waits for requests, for
+    /// everybody takes one, nor while the next slot must be the head's.
+    fn backfill(
+        &self,
+        now: Duration,
+        head: Key,
+        charge: Charge,
+        obstacle: Obstacle,
+    ) -> Option<(Key, Charge)> {
+        let until = obstacle.until?;
+        let tokens = matches!(
+            obstacle.binding,
+            Binding::Tokens | Binding::InputTokens | Binding::OutputTokens
+        );
+        if !tokens || self.slots.free() < 2 {
+            return None;
+        }
+        let mut behind = self.queue.behind(head).take(BACKFILL_WINDOW);
+        behind.find(|(_, first)| self.buckets.leaves_room(now, *first, charge, until))
     }
 
     /// Who must look next, and when: nobody if only a call in flight can change anything.
