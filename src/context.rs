@@ -12,9 +12,10 @@ use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::estimate::TokenCounter;
 use crate::event::{Event, Observer, Observers};
 use crate::guard::Guard;
-use crate::pace::{Lane, LaneSnapshot, Pace};
+use crate::pace::{Binding, Lane, LaneSnapshot, Pace, Priority, Tenant, Who};
 use crate::provider::Provider;
 use crate::reply::Reply;
 use crate::request::Request;
@@ -65,6 +66,7 @@ impl Context {
             provider: Arc::new(provider),
             pace: Pace::unlimited(),
             lane: None,
+            counter: None,
             retry: None,
             model: None,
             call_timeout: Duration::from_secs(600),
@@ -136,6 +138,26 @@ impl Context {
     /// ```
     pub fn with_timeout(&self, after: Duration) -> Self {
         self.with_deadline(Instant::now() + after)
+    }
+
+    /// A context whose calls wait in the line of that tenant, and of that priority below
+    /// it: see [`Tenant`] for what each gets of the lane.
+    pub fn with_tenant(&self, tenant: Tenant) -> Self {
+        self.in_line(|who| who.tenant = Some(tenant))
+    }
+
+    /// A context whose calls have that priority.
+    pub fn with_priority(&self, priority: Priority) -> Self {
+        self.in_line(|who| who.priority = priority)
+    }
+
+    fn in_line(&self, change: impl FnOnce(&mut Who)) -> Self {
+        let mut scope = Scope::child(&self.scope, "".into(), Arc::clone(&self.scope.bounds));
+        change(&mut scope.who);
+        Self {
+            shared: Arc::clone(&self.shared),
+            scope: Arc::new(scope),
+        }
     }
 
     fn narrowed(&self, label: Arc<str>, bounds: Bounds) -> Self {
@@ -272,12 +294,16 @@ impl Context {
         let items = &self.shared.items;
         // Settled first, started last: a reader never sees more settled than started.
         let (items_done, items_failed) = (count(&items.done), count(&items.failed));
+        let mut lane = self.lane().snapshot();
+        if lane.binding == Binding::Nothing && self.shared.guard.budget_is_dry() {
+            lane.binding = Binding::Budget;
+        }
         Snapshot {
             items_started: count(&items.started),
             items_done,
             items_failed,
             tally: self.tally(),
-            lane: self.lane().snapshot(),
+            lane,
             observer_panics: self.observers().panics(),
         }
     }
@@ -351,6 +377,7 @@ pub struct ContextBuilder {
     provider: Arc<dyn Provider>,
     pace: Pace,
     lane: Option<Lane>,
+    counter: Option<Box<dyn TokenCounter>>,
     retry: Option<Retry>,
     model: Option<Arc<str>>,
     call_timeout: Duration,
@@ -379,6 +406,12 @@ impl ContextBuilder {
     /// How often failing calls are tried again.
     pub fn retry(mut self, retry: Retry) -> Self {
         self.retry = Some(retry);
+        self
+    }
+
+    /// How the tokens of prompts are counted, before the provider says; see [`TokenCounter`].
+    pub fn token_counter(mut self, counter: impl TokenCounter) -> Self {
+        self.counter = Some(Box::new(counter));
         self
     }
 
@@ -439,6 +472,7 @@ impl ContextBuilder {
             shared: Arc::new(Shared {
                 guard: Guard::new(
                     self.provider,
+                    self.counter,
                     lane,
                     retry,
                     self.call_timeout,

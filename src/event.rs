@@ -64,6 +64,41 @@ pub enum Event {
         /// Why, after how many attempts.
         error: Error,
     },
+    /// The lane closed, for everybody, because the provider refused a call.
+    #[non_exhaustive]
+    LaneClosed {
+        /// For how long.
+        wait: Duration,
+    },
+    /// A limit was refused although it was kept: the lane uses less of it for a while.
+    #[non_exhaustive]
+    LaneSlowed {
+        /// Which limit, as [`Binding`](crate::Binding) names it.
+        limit: &'static str,
+        /// The share of it that is used now. Above 1 where the limit itself is a guess.
+        scale: f64,
+    },
+    /// The provider is overloaded: fewer calls in flight for a while.
+    #[non_exhaustive]
+    LaneEased {
+        /// How many there may be now.
+        in_flight: usize,
+    },
+    /// A limit of the lane is new or has changed, by the headers of a reply.
+    #[non_exhaustive]
+    LaneRetuned {
+        /// Which limit, as [`Binding`](crate::Binding) names it.
+        limit: &'static str,
+        /// What is allowed in a minute.
+        per_minute: u64,
+    },
+    /// The lane stopped: nothing is sent until somebody acts
+    /// ([`Lane::reopen`](crate::Lane::reopen)), or until a long wait is over.
+    #[non_exhaustive]
+    LaneStopped {
+        /// Why.
+        error: Error,
+    },
     /// An item of a batch has its outcome.
     #[non_exhaustive]
     ItemSettled {
@@ -101,6 +136,21 @@ impl fmt::Display for Event {
                 "{path}: call {attempt} failed, again in {delay:.1?}: {error}"
             ),
             Self::CallFailed { path, error } => write!(f, "{path}: failed: {error}"),
+            Self::LaneClosed { wait } => write!(f, "the lane is closed for {wait:.1?}"),
+            Self::LaneSlowed { limit, scale } => {
+                write!(
+                    f,
+                    "the lane uses {:.0} % of the limit on {limit}",
+                    scale * 100.0
+                )
+            }
+            Self::LaneEased { in_flight } => {
+                write!(f, "the lane allows {in_flight} calls in flight")
+            }
+            Self::LaneRetuned { limit, per_minute } => {
+                write!(f, "the lane keeps to {per_minute} {limit} a minute")
+            }
+            Self::LaneStopped { error } => write!(f, "the lane is stopped: {error}"),
             Self::ItemSettled {
                 path,
                 elapsed,

@@ -3,30 +3,30 @@
 //! The order is the point. A retry *around* a paced call waits with its permit in
 //! hand and starves the others; a second retry layer *below* it multiplies attempts.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
 use tracing::{Instrument, Span, field};
 
-use crate::error::{Error, ErrorKind, Result};
+use crate::budget::Budget;
+use crate::error::{Error, ErrorKind, Persistence, Result};
+use crate::estimate::{Estimator, TokenCounter};
 use crate::event::{Event, Observers};
-use crate::pace::{CallOutcome, Lane, Need};
-use crate::provider::{OutputCharge, Provider};
+use crate::pace::{CallOutcome, Lane, LaneChange, Need, Permit};
+use crate::provider::Provider;
 use crate::reply::Reply;
 use crate::request::Request;
-use crate::retry::{Class, Retry};
+use crate::retry::{Class, Retry, Streak};
 use crate::scope::{Scope, Tally};
-use crate::usage::Usage;
-
-/// Output tokens assumed for a request that does not limit them, until its reply says.
-const ASSUMED_OUTPUT_TOKENS: u64 = 512;
+use crate::usage::RateSnapshot;
 
 pub(crate) struct Guard {
     provider: Arc<dyn Provider>,
-    output_charge: OutputCharge,
+    estimator: Estimator,
     lane: Lane,
     retry: Retry,
+    budget: Budget,
     call_timeout: Duration,
     observers: Arc<Observers>,
     /// When a call last got an answer: what a stalled lane is measured from.
@@ -36,16 +36,19 @@ pub(crate) struct Guard {
 impl Guard {
     pub(crate) fn new(
         provider: Arc<dyn Provider>,
+        counter: Option<Box<dyn TokenCounter>>,
         lane: Lane,
         retry: Retry,
         call_timeout: Duration,
         observers: Arc<Observers>,
     ) -> Self {
+        let charge = provider.capabilities().output_charge;
         Self {
-            output_charge: provider.capabilities().output_charge,
+            estimator: Estimator::new(charge, counter),
             provider,
             lane,
             retry,
+            budget: Budget::new(),
             call_timeout,
             observers,
             last_answer: Mutex::new(None),
@@ -54,6 +57,11 @@ impl Guard {
 
     pub(crate) fn lane(&self) -> &Lane {
         &self.lane
+    }
+
+    /// Whether retries wait because so many calls fail.
+    pub(crate) fn budget_is_dry(&self) -> bool {
+        self.budget.is_dry()
     }
 
     pub(crate) fn provider(&self) -> &Arc<dyn Provider> {
@@ -83,62 +91,51 @@ impl Guard {
     async fn attempts(&self, scope: &Scope, request: &Request) -> Result<Reply> {
         let bounds = &scope.bounds;
         // A retry goes back to where its call stood in the queue, not to the end.
-        let place = self.lane.arrive();
+        let need = self.estimator.need(scope, request).at(self.lane.arrive());
         let mut backoff = self.retry.backoff();
+        let mut streak = Streak::default();
+        let began = Instant::now();
         let mut attempt = 0;
         let mut throttled_since = None;
         loop {
-            let permit = bounds.before_send(self.lane.acquire(need(request).at(place)));
-            let mut permit = permit.await.map_err(|error| error.exhausted(attempt))?;
-            attempt += 1;
-            permit.mark_sent();
-            let error = match self.attempt(scope, request, attempt).await {
-                Ok(reply) => {
-                    permit.finish(CallOutcome::Done {
-                        usage: Some(self.charged(request, reply.usage)),
-                    });
-                    *self
-                        .last_answer
-                        .lock()
-                        .unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
-                    return Ok(reply);
-                }
-                Err(error) => error,
+            let error = match self.send(scope, request, need, attempt + 1).await {
+                Ok(Sent::Answered(reply)) => return Ok(reply),
+                Ok(Sent::Failed(error)) => error,
+                Err(error) => return Err(error.exhausted(attempt)),
             };
-            permit.finish(match error.kind() {
-                ErrorKind::Throttled => CallOutcome::Throttled { wait: error.wait() },
-                ErrorKind::Overloaded => CallOutcome::Overloaded { wait: error.wait() },
-                _ => CallOutcome::Failed,
-            });
             match Class::of(&error) {
-                Class::Final => return Err(error.exhausted(attempt)),
+                Class::Final => return Err(error.exhausted(attempt + 1)),
                 Class::Throttle => {
-                    attempt -= 1;
                     let since = *throttled_since.get_or_insert_with(Instant::now);
                     if self.stalled(since) {
                         return Err(error.exhausted(attempt));
                     }
+                    let wait = self.lane.snapshot().closed_for.unwrap_or_default();
+                    self.in_time(scope, wait, &error)
+                        .map_err(|error| error.exhausted(attempt))?;
                     self.observers.tell(|| Event::CallThrottled {
                         path: scope.path(),
                         error,
                     });
                 }
                 Class::Transient => {
+                    attempt += 1;
                     throttled_since = None;
                     if attempt >= self.retry.max_attempts() {
                         return Err(error.exhausted(attempt));
                     }
-                    let delay = backoff.next(fastrand::f64(), error.wait());
-                    if bounds
-                        .deadline
-                        .is_some_and(|end| Instant::now() + delay >= end)
+                    if streak.extend(&error) >= self.retry.max_identical()
+                        && self.answered_since(began)
                     {
-                        let message = "the next attempt would start after the deadline";
-                        return Err(Error::new(ErrorKind::DeadlineExceeded, message)
-                            .with_billed(error.billed())
-                            .with_source(error)
-                            .exhausted(attempt));
+                        let permanent = error.with_persistence(Persistence::Permanent);
+                        return Err(permanent.exhausted(attempt));
                     }
+                    let mut delay = backoff.next(fastrand::f64(), error.wait());
+                    if !self.budget.spend(error.is_timeout()) {
+                        delay = delay.max(self.retry.longest_delay());
+                    }
+                    self.in_time(scope, delay, &error)
+                        .map_err(|error| error.exhausted(attempt))?;
                     self.observers.tell(|| Event::CallRetried {
                         path: scope.path(),
                         attempt,
@@ -149,8 +146,89 @@ impl Guard {
                         .before_send(sleep(delay))
                         .await
                         .map_err(|error| error.exhausted(attempt))?;
+                    scope.add(Tally {
+                        retries: 1,
+                        ..Tally::default()
+                    });
                 }
             }
+        }
+    }
+
+    /// A permit, the call, and all that is learned from how it ended. Errors when
+    /// nothing was sent.
+    async fn send(
+        &self,
+        scope: &Scope,
+        request: &Request,
+        need: Need,
+        attempt: u32,
+    ) -> Result<Sent> {
+        let permit = scope.bounds.before_send(self.lane.acquire(need));
+        let mut permit = permit.await??;
+        permit.mark_sent();
+        let sent = Instant::now();
+        match self.attempt(scope, request, attempt).await {
+            Ok(reply) => {
+                let usage = Some(self.estimator.charged(request, reply.usage));
+                self.conclude(permit, reply.rate.as_deref(), CallOutcome::Done { usage });
+                self.estimator.learn(scope, reply.usage, sent.elapsed());
+                self.budget.earn();
+                *self.last_answer() = Some(Instant::now());
+                Ok(Sent::Answered(reply))
+            }
+            Err(error) => {
+                if error.is_account_wide() {
+                    // Before the slot is free again: nobody else must go.
+                    self.lane.stop(error.clone());
+                    self.observers.tell(|| Event::LaneStopped {
+                        error: error.clone(),
+                    });
+                }
+                let outcome = match error.kind() {
+                    ErrorKind::Throttled => CallOutcome::Throttled { wait: error.wait() },
+                    ErrorKind::Overloaded => CallOutcome::Overloaded { wait: error.wait() },
+                    _ => CallOutcome::Failed {
+                        usage: self.estimator.charged_in_vain(&need, error.billed()),
+                    },
+                };
+                self.conclude(permit, error.rate(), outcome);
+                Ok(Sent::Failed(error))
+            }
+        }
+    }
+
+    /// Fails if a call that waits first could not be answered before the deadline.
+    fn in_time(&self, scope: &Scope, wait: Duration, error: &Error) -> Result<()> {
+        let latency = self.estimator.median_latency().unwrap_or_default();
+        let answered = Instant::now() + wait + latency;
+        if scope.bounds.deadline.is_none_or(|end| answered < end) {
+            return Ok(());
+        }
+        let message = "the next attempt would not be answered before the deadline";
+        Err(Error::new(ErrorKind::DeadlineExceeded, message)
+            .with_billed(error.billed())
+            .with_source(error.clone()))
+    }
+
+    /// Gives the permit back with all the lane can learn from the call.
+    fn conclude(&self, mut permit: Permit, said: Option<&RateSnapshot>, outcome: CallOutcome) {
+        let mut changes = said.map_or_else(Vec::new, |said| permit.listen(said));
+        changes.extend(permit.conclude(outcome));
+        for change in changes {
+            self.observers.tell(|| match change {
+                LaneChange::Closed { wait } => Event::LaneClosed { wait },
+                LaneChange::Slowed { limit, scale } => Event::LaneSlowed {
+                    limit: limit.as_str(),
+                    scale,
+                },
+                LaneChange::Eased { in_flight } => Event::LaneEased { in_flight },
+                LaneChange::Adopted { limit, per_minute } => Event::LaneRetuned {
+                    limit: limit.as_str(),
+                    per_minute,
+                },
+                LaneChange::Stopped { why } => Event::LaneStopped { error: why },
+            });
         }
     }
 
@@ -170,13 +248,7 @@ impl Guard {
             .await
             .and_then(|result| result);
         record(&span, &result);
-        let refused = result.as_ref().is_err_and(Error::is_throttled);
-        scope.add(Tally {
-            attempts: u64::from(!refused),
-            throttled: u64::from(refused),
-            ambiguous: u64::from(result.as_ref().is_err_and(|error| error.billed().is_none())),
-            ..Tally::default()
-        });
+        scope.add(by_class(&result));
         if let Ok(reply) = &result {
             self.observers.tell(|| Event::CallSucceeded {
                 path: scope.path(),
@@ -188,32 +260,51 @@ impl Guard {
         result
     }
 
-    /// What an answered call costs of the rate limit: a provider that reserves
-    /// `max_tokens` gives nothing back for a shorter answer.
-    fn charged(&self, request: &Request, mut usage: Usage) -> Usage {
-        if self.output_charge == OutputCharge::Reserved {
-            let reserved = request.max_tokens.unwrap_or(0);
-            usage.output_tokens = usage.output_tokens.max(reserved);
-        }
-        usage
-    }
-
     /// Whether no call at all has got through for the whole of our patience.
     fn stalled(&self, throttled_since: Instant) -> bool {
-        let answered = *self
-            .last_answer
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let answered = *self.last_answer();
         let since = answered.map_or(throttled_since, |answer| answer.max(throttled_since));
         since.elapsed() >= self.retry.max_stall()
     }
+
+    fn answered_since(&self, then: Instant) -> bool {
+        self.last_answer().is_some_and(|answer| answer >= then)
+    }
+
+    fn last_answer(&self) -> MutexGuard<'_, Option<Instant>> {
+        self.last_answer
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
-fn need(request: &Request) -> Need {
-    Need::new(
-        request.estimated_input_tokens(),
-        request.max_tokens.unwrap_or(ASSUMED_OUTPUT_TOKENS),
-    )
+/// How a call ended that was sent.
+enum Sent {
+    Answered(Reply),
+    Failed(Error),
+}
+
+/// The counter that an attempt belongs to, by how it ended.
+fn by_class(result: &Result<Reply>) -> Tally {
+    let mut tally = Tally::default();
+    let Err(error) = result else {
+        tally.attempts = 1;
+        return tally;
+    };
+    tally.ambiguous = u64::from(error.billed().is_none());
+    let counter = match error.kind() {
+        ErrorKind::Throttled => {
+            tally.throttled = 1;
+            return tally;
+        }
+        ErrorKind::Overloaded => &mut tally.overloaded,
+        ErrorKind::Timeout => &mut tally.timed_out,
+        _ if error.is_temporary() => &mut tally.transient,
+        _ => &mut tally.failed,
+    };
+    *counter = 1;
+    tally.attempts = 1;
+    tally
 }
 
 fn span(provider: &str, request: &Request) -> Span {

@@ -52,9 +52,11 @@
 #[cfg(feature = "bar")]
 pub mod bar;
 mod batch;
+mod budget;
 mod context;
 mod digest;
 mod error;
+mod estimate;
 mod event;
 mod guard;
 mod pace;
@@ -84,8 +86,11 @@ pub use crate::batch::{Batch, IntoInputs, Outcomes, Over, Progress};
 pub use crate::context::{Context, ContextBuilder, Snapshot};
 pub use crate::digest::RequestDigest;
 pub use crate::error::{Error, ErrorKind, Persistence, Result};
+pub use crate::estimate::TokenCounter;
 pub use crate::event::{Event, Observer};
-pub use crate::pace::{Binding, CallOutcome, Lane, LaneSnapshot, Need, Pace, Permit, Place};
+pub use crate::pace::{
+    Binding, CallOutcome, Lane, LaneSnapshot, Need, Pace, Permit, Place, Priority, Tenant,
+};
 pub use crate::pipeline::{
     BoxPipeline, FnPipeline, Map, OrElse, Pipeline, PipelineExt, Then, Timeout, pipeline,
 };

@@ -13,6 +13,13 @@ use crate::error::{Error, ErrorKind};
 /// shorter than what the server asks for. A call that the rate limit refuses has
 /// not been tried at all: it waits at the closed gate of its lane and costs no attempt.
 ///
+/// All calls of a context share a budget of 500 tokens: a retry takes 5, one after a timeout
+/// 10, and every success gives 1 back. When it is empty, so many calls fail that retries
+/// are a load of their own: then each waits at least [`max_delay`]. None fails for it.
+///
+/// A call whose next attempt could not be answered before the deadline, as long as calls
+/// usually take, fails at once instead.
+///
 /// This is the only retry layer. The HTTP clients of this crate have none; a provider
 /// of your own should have none either, or the layers multiply.
 ///
@@ -24,16 +31,19 @@ pub struct Retry {
     base_delay: Duration,
     max_delay: Duration,
     patience: Duration,
+    identical: u32,
 }
 
 impl Default for Retry {
-    /// 5 attempts, 0.5 s doubling up to 30 s, 15 min of patience with a rate limit.
+    /// 5 attempts, 0.5 s doubling up to 30 s, 15 min of patience with a rate limit, and
+    /// 3 identical failures.
     fn default() -> Self {
         Self {
             attempts: 5,
             base_delay: Duration::from_millis(500),
             max_delay: Duration::from_secs(30),
             patience: Duration::from_secs(15 * 60),
+            identical: 3,
         }
     }
 }
@@ -76,6 +86,27 @@ impl Retry {
     pub fn patience(mut self, patience: Duration) -> Self {
         self.patience = patience;
         self
+    }
+
+    /// How often in a row one request may fail in exactly the same way, while other calls
+    /// succeed: then it is the request, and the rest of the attempts would be paid for nothing.
+    ///
+    /// # Panics
+    /// If `failures` is 0.
+    #[must_use]
+    #[track_caller]
+    pub fn identical(mut self, failures: u32) -> Self {
+        assert!(failures > 0, "Retry::identical must be at least 1");
+        self.identical = failures;
+        self
+    }
+
+    pub(crate) fn max_identical(&self) -> u32 {
+        self.identical
+    }
+
+    pub(crate) fn longest_delay(&self) -> Duration {
+        self.max_delay
     }
 
     pub(crate) fn max_attempts(&self) -> u32 {
@@ -135,10 +166,51 @@ impl Class {
     }
 }
 
+/// Failures of one request that are all the same.
+#[derive(Default)]
+pub(crate) struct Streak {
+    last: Option<(ErrorKind, Option<String>, String)>,
+    length: u32,
+}
+
+impl Streak {
+    /// How often in a row it has failed just so. Failures of the line say nothing of
+    /// the request: they are no streak.
+    pub(crate) fn extend(&mut self, error: &Error) -> u32 {
+        if !matches!(
+            error.kind(),
+            ErrorKind::Unavailable | ErrorKind::MalformedReply
+        ) {
+            *self = Self::default();
+            return 0;
+        }
+        let this = (
+            error.kind(),
+            error.code().map(str::to_owned),
+            error.message().to_owned(),
+        );
+        if self.last.as_ref() != Some(&this) {
+            (self.last, self.length) = (Some(this), 0);
+        }
+        self.length += 1;
+        self.length
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::error::Persistence;
+
+    #[test]
+    fn a_streak_is_of_identical_failures() {
+        let error = |message: &str| Error::new(ErrorKind::Unavailable, message);
+        let mut streak = Streak::default();
+        let lengths = ["a", "a", "b", "b", "b"].map(|message| streak.extend(&error(message)));
+        assert_eq!(lengths, [1, 2, 1, 2, 3]);
+        assert_eq!(streak.extend(&Error::new(ErrorKind::Connection, "b")), 0);
+        assert_eq!(streak.extend(&error("b")), 1);
+    }
 
     #[test]
     fn ceilings_double_up_to_the_maximum() {

@@ -1,6 +1,7 @@
 //! Where in the work a call stands: its path, what bounds it, and what it has cost.
 
 use std::fmt::{self, Write as _};
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::ops::AddAssign;
 use std::pin::pin;
 use std::sync::Arc;
@@ -14,6 +15,7 @@ use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::pace::Who;
 use crate::usage::Usage;
 
 /// What some work has cost so far.
@@ -26,6 +28,21 @@ pub struct Tally {
     pub attempts: u64,
     /// Calls that the provider's rate limit refused. They are not attempts.
     pub throttled: u64,
+    /// Attempts that a failed one had come before.
+    #[serde(default)]
+    pub retries: u64,
+    /// Attempts that met an overloaded provider.
+    #[serde(default)]
+    pub overloaded: u64,
+    /// Attempts that ran into one of their timeouts.
+    #[serde(default)]
+    pub timed_out: u64,
+    /// Attempts that failed in another way that may pass: 5xx, a broken connection.
+    #[serde(default)]
+    pub transient: u64,
+    /// Attempts that failed in a way that will not pass.
+    #[serde(default)]
+    pub failed: u64,
     /// Attempts that ended without anybody knowing whether they were paid for:
     /// a broken connection, a timeout, a cancelled call.
     pub ambiguous: u64,
@@ -38,6 +55,11 @@ impl AddAssign for Tally {
         self.calls += other.calls;
         self.attempts += other.attempts;
         self.throttled += other.throttled;
+        self.retries += other.retries;
+        self.overloaded += other.overloaded;
+        self.timed_out += other.timed_out;
+        self.transient += other.transient;
+        self.failed += other.failed;
         self.ambiguous += other.ambiguous;
         self.usage += other.usage;
     }
@@ -49,6 +71,11 @@ struct Meter {
     calls: AtomicU64,
     attempts: AtomicU64,
     throttled: AtomicU64,
+    retries: AtomicU64,
+    overloaded: AtomicU64,
+    timed_out: AtomicU64,
+    transient: AtomicU64,
+    failed: AtomicU64,
     ambiguous: AtomicU64,
     input_tokens: AtomicU64,
     output_tokens: AtomicU64,
@@ -57,12 +84,17 @@ struct Meter {
 }
 
 impl Meter {
-    fn pairs<'a>(&'a self, tally: &'a mut Tally) -> [(&'a AtomicU64, &'a mut u64); 8] {
+    fn pairs<'a>(&'a self, tally: &'a mut Tally) -> [(&'a AtomicU64, &'a mut u64); 13] {
         let usage = &mut tally.usage;
         [
             (&self.calls, &mut tally.calls),
             (&self.attempts, &mut tally.attempts),
             (&self.throttled, &mut tally.throttled),
+            (&self.retries, &mut tally.retries),
+            (&self.overloaded, &mut tally.overloaded),
+            (&self.timed_out, &mut tally.timed_out),
+            (&self.transient, &mut tally.transient),
+            (&self.failed, &mut tally.failed),
             (&self.ambiguous, &mut tally.ambiguous),
             (&self.input_tokens, &mut usage.input_tokens),
             (&self.output_tokens, &mut usage.output_tokens),
@@ -192,6 +224,8 @@ pub(crate) struct Scope {
     index: Option<usize>,
     pub(crate) key: Option<Arc<str>>,
     pub(crate) bounds: Arc<Bounds>,
+    /// In which line its calls wait.
+    pub(crate) who: Who,
     meter: Meter,
 }
 
@@ -203,6 +237,7 @@ impl Scope {
             index: None,
             key: None,
             bounds,
+            who: Who::default(),
             meter: Meter::default(),
         }
     }
@@ -214,6 +249,7 @@ impl Scope {
             index: None,
             key: None,
             bounds,
+            who: parent.who,
             meter: Meter::default(),
         }
     }
@@ -252,6 +288,19 @@ impl Scope {
         self.key
             .as_ref()
             .or_else(|| self.parent.as_ref()?.item_key())
+    }
+
+    /// A number for the labels that lead here, keys and indices left out.
+    pub(crate) fn labels(&self) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        let mut scope = Some(self);
+        while let Some(here) = scope {
+            if !here.label.is_empty() {
+                here.label.hash(&mut hasher);
+            }
+            scope = here.parent.as_deref();
+        }
+        hasher.finish()
     }
 
     pub(crate) fn path(&self) -> Arc<str> {

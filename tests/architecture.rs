@@ -15,6 +15,8 @@ const LAYERS: &[(&str, u8)] = &[
     ("scope", 2),
     ("pace", 2),
     ("retry", 2),
+    ("estimate", 2),
+    ("budget", 2),
     ("guard", 2),
     ("context", 3),
     ("pipeline", 4),

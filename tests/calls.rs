@@ -353,6 +353,7 @@ async fn events_tell_the_story_of_a_call_and_a_panic_in_an_observer_changes_noth
             sink.lock().unwrap().push(match event {
                 Event::CallStarted { attempt, .. } => format!("started {attempt}"),
                 Event::CallThrottled { .. } => "throttled".to_owned(),
+                Event::LaneClosed { .. } => "closed".to_owned(),
                 Event::CallRetried { attempt, .. } => format!("retried {attempt}"),
                 Event::CallSucceeded { attempt, .. } => format!("succeeded {attempt}"),
                 Event::CallFailed { error, .. } => format!("failed {}", error.kind()),
@@ -364,6 +365,8 @@ async fn events_tell_the_story_of_a_call_and_a_panic_in_an_observer_changes_noth
     assert!(cx.generate("b").await.is_err());
     let expected = [
         "started 1",
+        "the lane uses 78 % of the limit on requests",
+        "closed",
         "throttled",
         "started 1",
         "retried 1",
@@ -434,4 +437,143 @@ async fn a_panic_in_a_provider_gives_its_permit_back() {
     assert_eq!(first.message(), "in the provider");
     assert!(settled.outcomes()[1].is_ok());
     assert_eq!(cx.lane().snapshot().in_flight, 0);
+}
+
+/// Nothing is sent once the account is refused, not by those who wait either, until somebody acts.
+#[tokio::test(start_paused = true)]
+async fn a_refused_account_stops_everybody_until_the_lane_is_reopened() {
+    let script = Scripted::new()
+        .delay(Duration::from_secs(1))
+        .error(error(ErrorKind::Unauthorized))
+        .reply("after it");
+    let stopped = Arc::new(AtomicU32::new(0));
+    let count = Arc::clone(&stopped);
+    let cx = Context::builder(script.clone())
+        .pace(Pace::unlimited().in_flight(1))
+        .on_event(move |event| {
+            if let Event::LaneStopped { error, .. } = event {
+                assert!(error.is_account_wide());
+                count.fetch_add(1, Ordering::Relaxed);
+            }
+        })
+        .build();
+    let (refused, waiting) = tokio::join!(cx.generate("a"), cx.generate("b"));
+    let (refused, waiting) = (refused.unwrap_err(), waiting.unwrap_err());
+    assert_eq!((refused.attempts(), waiting.attempts()), (1, 0));
+    for error in [waiting, cx.generate("c").await.unwrap_err()] {
+        assert_eq!(error.kind(), ErrorKind::Unauthorized);
+    }
+    assert_eq!(cx.snapshot().lane.binding, throughline::Binding::Stopped);
+    assert_eq!(
+        (script.requests().len(), stopped.load(Ordering::Relaxed)),
+        (1, 1)
+    );
+    cx.lane().reopen();
+    assert_eq!(cx.generate("d").await.unwrap().text, "after it");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_long_wait_parks_the_lane_instead_of_everybody_in_it() {
+    let script = Scripted::new()
+        .error(throttled(3_600))
+        .reply("an hour later");
+    let cx = Context::builder(script).build();
+    let (result, took) = elapsed(cx.generate("a")).await;
+    let error = result.unwrap_err();
+    assert!(error.is_throttled() && error.is_exhausted(), "{error}");
+    assert_eq!(
+        (error.wait(), took),
+        (Some(Duration::from_secs(3_600)), Duration::ZERO)
+    );
+    assert!(cx.lane().stopped().is_some());
+    // The wait, and the jitter of the gate.
+    sleep(Duration::from_secs(3_602)).await;
+    assert!(cx.lane().stopped().is_none());
+    assert_eq!(cx.generate("b").await.unwrap().text, "an hour later");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_empty_retry_budget_slows_and_fails_nobody() {
+    let mut script = Scripted::new();
+    for _ in 0..101 {
+        script = script.error(error(ErrorKind::Connection)).reply("again");
+    }
+    // Each request costs a retry and earns a success: 4 of 500 are lost a time.
+    let cx = Context::builder(script).build();
+    let settled = cx.fan_out("n", 0..101).sequential();
+    let settled = settled.settle(|cx, n| async move { cx.generate(n.to_string()).await });
+    assert_eq!(settled.await.failures().count(), 0);
+    let tally = cx.tally();
+    assert_eq!((tally.retries, tally.transient), (101, 101));
+
+    let mut script = Scripted::new();
+    for _ in 0..200 {
+        script = script.error(error(ErrorKind::Connection));
+    }
+    let cx = Context::builder(script.reply("again"))
+        .retry(Retry::default().attempts(300))
+        .build();
+    let long = Retry::default()
+        .attempts(300)
+        .max_delay(Duration::from_secs(1));
+    let cx = Context::builder(cx.provider().clone()).retry(long).build();
+    let (reply, took) = elapsed(cx.generate("a")).await;
+    assert!(reply.is_ok());
+    // A hundred at random waits below a second, then a hundred of a whole one.
+    let hundred = Duration::from_secs(100);
+    assert!((hundred..hundred * 2).contains(&took), "{took:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_retry_that_could_not_be_answered_in_time_fails_now() {
+    let latency = Duration::from_secs(10);
+    let mut script = Scripted::new();
+    for _ in 0..8 {
+        script = script.delay(latency).reply("warm");
+    }
+    let unavailable = error(ErrorKind::Unavailable).with_wait(Duration::from_secs(5));
+    let script = script.delay(latency).error(unavailable).reply("never");
+    let cx = Context::builder(script).build();
+    for _ in 0..8 {
+        cx.generate("warm").await.unwrap();
+    }
+    let (result, took) = elapsed(cx.with_timeout(Duration::from_secs(22)).generate("a")).await;
+    let error = result.unwrap_err();
+    assert!(error.is_deadline_exceeded(), "{error}");
+    assert_eq!(
+        (took, error.attempts()),
+        (Duration::from_secs(10), 1),
+        "10 + 5 + 10 > 22"
+    );
+}
+
+/// What fails three times in the same way while others succeed will fail a fourth time.
+#[tokio::test(start_paused = true)]
+async fn a_request_that_fails_identically_while_others_succeed_is_given_up() {
+    struct Picky;
+    #[async_trait]
+    impl Provider for Picky {
+        fn name(&self) -> &str {
+            "picky"
+        }
+        async fn generate(&self, request: &Request) -> Result<Reply> {
+            match request.last_text() {
+                "poison" => Err(error(ErrorKind::Unavailable)),
+                _ => Ok(Reply::new("fine", Usage::default())),
+            }
+        }
+    }
+    let alone = Context::builder(Picky).build();
+    assert_eq!(alone.generate("poison").await.unwrap_err().attempts(), 5);
+    let cx = Context::builder(Picky).build();
+    let others = async {
+        for _ in 0..100 {
+            cx.generate("other").await.unwrap();
+            sleep(Duration::from_millis(100)).await;
+        }
+    };
+    let (poison, ()) = tokio::join!(cx.generate("poison"), others);
+    let poison = poison.unwrap_err();
+    assert!(poison.is_permanent(), "{poison}");
+    assert_eq!(poison.attempts(), 3);
 }

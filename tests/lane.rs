@@ -9,7 +9,10 @@ use std::task::{Context, Poll, Wake, Waker};
 use futures::FutureExt;
 use futures::future::join_all;
 use static_assertions::assert_impl_all;
-use throughline::{Binding, CallOutcome, Lane, LaneSnapshot, Need, Pace, Permit, Place, Usage};
+use throughline::{
+    Binding, CallOutcome, Error, ErrorKind, Lane, LaneSnapshot, Need, Pace, Permit, Place,
+    RateSnapshot, Tenant, Usage,
+};
 use tokio::time::{Duration, Instant, sleep, timeout};
 
 assert_impl_all!(Lane: Send, Sync, Unpin, Clone);
@@ -39,7 +42,7 @@ fn done(input: u64, output: u64) -> CallOutcome {
 async fn sends(lane: &Lane, n: usize, need: Need) -> Vec<Duration> {
     let start = Instant::now();
     let calls = (0..n).map(|_| async move {
-        let mut permit = lane.acquire(need).await;
+        let mut permit = lane.acquire(need).await.unwrap();
         permit.mark_sent();
         start.elapsed()
     });
@@ -55,7 +58,7 @@ async fn settle() {
 
 #[tokio::test(start_paused = true)]
 async fn the_rate_is_met_exactly() {
-    let lane = Lane::new(Pace::per_minute(6_000));
+    let lane = Lane::new(Pace::per_minute(6_000).burst(secs(1)));
     let sent = sends(&lane, 1_000, small()).await;
     assert!(sent[..100].iter().all(Duration::is_zero));
     for (i, at) in sent[100..].iter().enumerate() {
@@ -66,7 +69,7 @@ async fn the_rate_is_met_exactly() {
 
 #[tokio::test(start_paused = true)]
 async fn rates_beyond_the_timers_millisecond_are_met() {
-    let lane = Lane::new(Pace::per_minute(600_000));
+    let lane = Lane::new(Pace::per_minute(600_000).burst(secs(1)));
     let sent = sends(&lane, 40_000, small()).await;
     assert_eq!(
         *sent.last().unwrap(),
@@ -125,7 +128,7 @@ async fn calls_in_flight_are_limited() {
     let (now, most) = (AtomicUsize::new(0), AtomicUsize::new(0));
     let start = Instant::now();
     let calls = (0..10).map(|_| async {
-        let mut permit = lane.acquire(small()).await;
+        let mut permit = lane.acquire(small()).await.unwrap();
         permit.mark_sent();
         let in_flight = now.fetch_add(1, Ordering::Relaxed) + 1;
         most.fetch_max(in_flight, Ordering::Relaxed);
@@ -145,7 +148,8 @@ async fn all_that_a_call_needs_is_taken_at_once() {
     let lane = Lane::new(
         Pace::per_minute(6_000)
             .input_tokens(60_000)
-            .output_tokens(6_000),
+            .output_tokens(6_000)
+            .burst(secs(1)),
     );
     let sent = sends(&lane, 5, Need::new(100, 50)).await;
     assert_eq!(sent, [0, 0, 500, 1_000, 1_500].map(ms), "output binds");
@@ -159,10 +163,10 @@ async fn all_that_a_call_needs_is_taken_at_once() {
 
 #[tokio::test(start_paused = true)]
 async fn more_than_the_burst_goes_when_the_limit_is_full_and_owes_the_rest() {
-    let lane = Lane::new(Pace::unlimited().tokens(60_000));
+    let lane = Lane::new(Pace::unlimited().tokens(60_000).burst(secs(1)));
     let start = Instant::now();
     for (need, at) in [(500, 0), (5_000, 500), (1_000, 5_500), (5_000, 6_500)] {
-        let mut permit = lane.acquire(Need::new(need, 0)).await;
+        let mut permit = lane.acquire(Need::new(need, 0)).await.unwrap();
         permit.mark_sent();
         assert_eq!(start.elapsed(), ms(at));
     }
@@ -170,45 +174,45 @@ async fn more_than_the_burst_goes_when_the_limit_is_full_and_owes_the_rest() {
 
 #[tokio::test(start_paused = true)]
 async fn a_large_need_is_not_starved_by_small_ones() {
-    let lane = Lane::new(Pace::unlimited().tokens(60_000));
+    let lane = Lane::new(Pace::unlimited().tokens(60_000).burst(secs(1)));
     let stream = tokio::spawn({
         let lane = lane.clone();
         async move {
             loop {
-                lane.acquire(Need::new(20, 0)).await.mark_sent();
+                lane.acquire(Need::new(20, 0)).await.unwrap().mark_sent();
             }
         }
     });
     sleep(secs(5)).await;
     let start = Instant::now();
-    lane.acquire(Need::new(900, 0)).await.mark_sent();
+    lane.acquire(Need::new(900, 0)).await.unwrap().mark_sent();
     assert!(start.elapsed() <= ms(940), "{:?}", start.elapsed());
     stream.abort();
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_reply_settles_the_estimate() {
-    let lane = Lane::new(Pace::unlimited().tokens(60_000));
+    let lane = Lane::new(Pace::unlimited().tokens(60_000).burst(secs(1)));
     let start = Instant::now();
 
-    let too_much = lane.acquire(Need::new(500, 500)).await;
+    let too_much = lane.acquire(Need::new(500, 500)).await.unwrap();
     too_much.finish(done(200, 100));
-    let as_estimated = lane.acquire(Need::new(500, 200)).await;
+    let as_estimated = lane.acquire(Need::new(500, 200)).await.unwrap();
     assert_eq!(start.elapsed(), Duration::ZERO, "700 came back");
     as_estimated.finish(CallOutcome::Done { usage: None });
 
-    let too_little = lane.acquire(Need::new(10, 0)).await;
+    let too_little = lane.acquire(Need::new(10, 0)).await.unwrap();
     assert_eq!(start.elapsed(), ms(10));
     too_little.finish(done(10, 3_000));
-    let _behind_the_debt = lane.acquire(Need::new(0, 0)).await;
+    let _behind_the_debt = lane.acquire(Need::new(0, 0)).await.unwrap();
     assert_eq!(start.elapsed(), ms(3_010));
 }
 
 #[tokio::test(start_paused = true)]
 async fn what_was_not_sent_is_given_back_and_what_was_sent_is_not() {
-    let lane = Lane::new(Pace::per_minute(1).tokens(60));
+    let lane = Lane::new(Pace::per_minute(1).tokens(60).burst(secs(1)));
     let need = Need::new(1, 0);
-    drop(lane.acquire(need).await);
+    drop(lane.acquire(need).await.unwrap());
     let mut permit = lane.try_acquire(&need).expect("given back");
     permit.mark_sent();
     drop(permit);
@@ -216,7 +220,10 @@ async fn what_was_not_sent_is_given_back_and_what_was_sent_is_not() {
     assert_eq!(lane.snapshot().in_flight, 0);
 
     let start = Instant::now();
-    lane.acquire(need).await.finish(CallOutcome::Failed);
+    lane.acquire(need)
+        .await
+        .unwrap()
+        .finish(CallOutcome::Failed { usage: None });
     assert_eq!(start.elapsed(), secs(60));
     assert!(lane.try_acquire(&need).is_none(), "failed calls count");
 }
@@ -224,19 +231,25 @@ async fn what_was_not_sent_is_given_back_and_what_was_sent_is_not() {
 #[tokio::test(start_paused = true)]
 async fn a_permit_held_for_long_gives_back_only_what_is_missing() {
     let lane = Lane::new(Pace::safe());
-    let held = lane.acquire(small()).await;
+    let held = lane.acquire(small()).await.unwrap();
     sleep(secs(5)).await;
-    lane.acquire(small()).await.mark_sent();
+    lane.acquire(small()).await.unwrap().mark_sent();
     drop(held);
     let start = Instant::now();
-    lane.acquire(small()).await.mark_sent();
+    lane.acquire(small()).await.unwrap().mark_sent();
     assert_eq!(start.elapsed(), secs(2), "two calls are never closer");
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_throttled_call_closes_the_lane_and_it_resumes_empty() {
-    let lane = Lane::seeded(Pace::per_minute(600).tokens(60_000), 1);
-    let first = lane.acquire(small()).await;
+    let lane = Lane::seeded(
+        Pace::per_minute(600)
+            .tokens(60_000)
+            .burst(secs(1))
+            .adaptive(false),
+        1,
+    );
+    let first = lane.acquire(small()).await.unwrap();
     first.finish(CallOutcome::Throttled {
         wait: Some(secs(10)),
     });
@@ -254,14 +267,23 @@ async fn a_throttled_call_closes_the_lane_and_it_resumes_empty() {
 
 #[tokio::test(start_paused = true)]
 async fn credits_while_closed_make_no_herd() {
-    let lane = Lane::new(Pace::unlimited().tokens(60_000));
+    let lane = Lane::new(
+        Pace::unlimited()
+            .tokens(60_000)
+            .burst(secs(1))
+            .adaptive(false),
+    );
     let need = Need::new(100, 0);
     let mut burst = join_all((0..10).map(|_| lane.acquire(need))).await;
-    burst.pop().unwrap().finish(CallOutcome::Throttled {
-        wait: Some(secs(5)),
-    });
+    burst
+        .pop()
+        .unwrap()
+        .unwrap()
+        .finish(CallOutcome::Throttled {
+            wait: Some(secs(5)),
+        });
     for permit in burst {
-        permit.finish(done(0, 0));
+        permit.unwrap().finish(done(0, 0));
     }
     let sent = sends(&lane, 2, need).await;
     assert!(sent[0] >= ms(5_100) && sent[1] - sent[0] >= ms(99));
@@ -271,7 +293,7 @@ async fn credits_while_closed_make_no_herd() {
 async fn without_a_wait_from_the_server_the_lane_closes_for_longer_each_time() {
     let lane = Lane::new(Pace::unlimited());
     for expected in [500, 1_000, 2_000, 4_000, 8_000, 16_000, 30_000, 30_000] {
-        let permit = lane.acquire(small()).await;
+        let permit = lane.acquire(small()).await.unwrap();
         sleep(ms(1)).await;
         permit.finish(CallOutcome::Throttled { wait: None });
         let closed_for = lane.snapshot().closed_for.unwrap();
@@ -281,10 +303,11 @@ async fn without_a_wait_from_the_server_the_lane_closes_for_longer_each_time() {
             "{closed_for:?}"
         );
     }
-    lane.acquire(small()).await.finish(done(1, 1));
+    lane.acquire(small()).await.unwrap().finish(done(1, 1));
     sleep(ms(1)).await;
     lane.acquire(small())
         .await
+        .unwrap()
         .finish(CallOutcome::Overloaded { wait: None });
     let snapshot = lane.snapshot();
     assert!(snapshot.closed_for.unwrap() <= ms(550));
@@ -295,13 +318,13 @@ async fn without_a_wait_from_the_server_the_lane_closes_for_longer_each_time() {
 async fn the_order_is_that_of_arrival() {
     let lane = Lane::new(Pace::per_minute(60));
     let order = Mutex::new(Vec::new());
-    lane.acquire(small()).await.mark_sent();
+    lane.acquire(small()).await.unwrap().mark_sent();
     let first = lane.arrive();
     let calls = [(1, None), (2, None), (0, Some(first))].map(|(name, place)| {
         let need = place.map_or(small(), |place| small().at(place));
         let (lane, order) = (&lane, &order);
         async move {
-            lane.acquire(need).await.mark_sent();
+            lane.acquire(need).await.unwrap().mark_sent();
             order.lock().unwrap().push(name);
         }
     });
@@ -311,20 +334,20 @@ async fn the_order_is_that_of_arrival() {
 
 #[tokio::test(start_paused = true)]
 async fn nobody_slips_past_those_who_wait() {
-    let lane = Lane::new(Pace::per_minute(60).tokens(6_000));
-    lane.acquire(Need::new(100, 0)).await.mark_sent();
+    let lane = Lane::new(Pace::per_minute(60).tokens(6_000).burst(secs(1)));
+    lane.acquire(Need::new(100, 0)).await.unwrap().mark_sent();
     let mut waiting = pin!(lane.acquire(Need::new(50, 0)));
     assert!(waiting.as_mut().now_or_never().is_none());
     lane.retune(Pace::unlimited().tokens(6_000));
     assert!(lane.try_acquire(&Need::new(0, 0)).is_none());
-    waiting.await.mark_sent();
+    waiting.await.unwrap().mark_sent();
     assert!(lane.try_acquire(&Need::new(0, 0)).is_some());
 }
 
 #[tokio::test(start_paused = true)]
 async fn leaving_the_queue_leaves_no_trace() {
     let lane = Lane::new(Pace::per_minute(60));
-    lane.acquire(small()).await.mark_sent();
+    lane.acquire(small()).await.unwrap().mark_sent();
     let start = Instant::now();
     let mut first = Box::pin(lane.acquire(small()));
     let mut second = Box::pin(lane.acquire(small()));
@@ -334,9 +357,9 @@ async fn leaving_the_queue_leaves_no_trace() {
     }
     drop(second);
     assert_eq!(lane.snapshot().waiting, 2);
-    first.await.mark_sent();
+    first.await.unwrap().mark_sent();
     assert_eq!(start.elapsed(), secs(1));
-    third.await.mark_sent();
+    third.await.unwrap().mark_sent();
     assert_eq!(start.elapsed(), secs(2));
     let snapshot = lane.snapshot();
     assert_eq!(
@@ -348,13 +371,13 @@ async fn leaving_the_queue_leaves_no_trace() {
 #[tokio::test(start_paused = true)]
 async fn the_next_takes_over_when_the_timekeeper_goes() {
     let lane = Lane::new(Pace::per_minute(1));
-    lane.acquire(small()).await.mark_sent();
+    lane.acquire(small()).await.unwrap().mark_sent();
     let start = Instant::now();
     let tasks: Vec<_> = (0..4)
         .map(|_| {
             let lane = lane.clone();
             tokio::spawn(async move {
-                lane.acquire(small()).await.mark_sent();
+                lane.acquire(small()).await.unwrap().mark_sent();
                 Instant::now()
             })
         })
@@ -372,7 +395,7 @@ async fn the_next_takes_over_when_the_timekeeper_goes() {
 #[tokio::test(start_paused = true)]
 async fn a_grant_nobody_collected_goes_to_the_next() {
     let lane = Lane::new(Pace::per_minute(60).in_flight(1));
-    let held = lane.acquire(small()).await;
+    let held = lane.acquire(small()).await.unwrap();
     let mut first = Box::pin(lane.acquire(small()));
     let mut second = Box::pin(lane.acquire(small()));
     assert!((&mut first).now_or_never().is_none());
@@ -385,7 +408,7 @@ async fn a_grant_nobody_collected_goes_to_the_next() {
         "the first has it, and does not know"
     );
     drop(first);
-    let second = second.now_or_never().expect("refunded in full");
+    let second = second.now_or_never().expect("refunded in full").unwrap();
     drop(second);
     assert_eq!(lane.snapshot().in_flight, 0);
 }
@@ -393,7 +416,7 @@ async fn a_grant_nobody_collected_goes_to_the_next() {
 #[tokio::test(start_paused = true)]
 async fn a_faster_pace_reaches_those_who_wait() {
     let lane = Lane::new(Pace::per_minute(1));
-    lane.acquire(small()).await.mark_sent();
+    lane.acquire(small()).await.unwrap().mark_sent();
     let start = Instant::now();
     let waiting = tokio::spawn({
         let lane = lane.clone();
@@ -409,7 +432,7 @@ async fn a_faster_pace_reaches_those_who_wait() {
 
 #[tokio::test(start_paused = true)]
 async fn a_slower_pace_holds_those_who_wait() {
-    let lane = Lane::new(Pace::per_minute(600).in_flight(9));
+    let lane = Lane::new(Pace::per_minute(600).burst(secs(1)).in_flight(9));
     let burst = join_all((0..9).map(|_| lane.acquire(small()))).await;
     let waiting = tokio::spawn({
         let lane = lane.clone();
@@ -421,7 +444,7 @@ async fn a_slower_pace_holds_those_who_wait() {
     assert_eq!(lane.snapshot().binding, Binding::InFlight);
     for permit in burst {
         sleep(secs(1)).await;
-        permit.finish(done(1, 1));
+        permit.unwrap().finish(done(1, 1));
     }
     assert_eq!(waiting.await.unwrap(), [9, 19].map(secs));
 }
@@ -429,7 +452,7 @@ async fn a_slower_pace_holds_those_who_wait() {
 #[tokio::test(start_paused = true)]
 async fn a_timekeeper_whose_alarm_came_to_nothing_sets_another() {
     let lane = Lane::new(Pace::per_minute(60).in_flight(2));
-    let held = lane.acquire(small()).await;
+    let held = lane.acquire(small()).await.unwrap();
     let start = Instant::now();
     let waiting = tokio::spawn({
         let lane = lane.clone();
@@ -451,7 +474,7 @@ async fn the_snapshot_says_what_binds() {
     async fn binding(pace: Pace, used: Need) -> (Binding, Option<Duration>) {
         let lane = Lane::new(pace);
         assert_eq!(lane.snapshot().binding, Binding::Nothing);
-        let _held = lane.acquire(used).await;
+        let _held = lane.acquire(used).await.unwrap();
         let mut waiting = pin!(lane.acquire(used));
         assert!(waiting.as_mut().now_or_never().is_none());
         let snapshot = lane.snapshot();
@@ -476,7 +499,7 @@ async fn the_snapshot_says_what_binds() {
             (Binding::OutputTokens, wait(600)),
         ),
     ] {
-        assert_eq!(binding(pace, need).await, expected);
+        assert_eq!(binding(pace.burst(secs(1)), need).await, expected);
     }
 }
 
@@ -489,12 +512,12 @@ async fn a_waker_may_run_anything_when_it_is_dropped() {
     }
 
     let lane = Lane::new(Pace::per_minute(1));
-    lane.acquire(small()).await.mark_sent();
+    lane.acquire(small()).await.unwrap().mark_sent();
     for polled_again in [true, false] {
         let mut waiting = Box::pin(lane.acquire(small()));
         let mut held = Box::pin({
             let lane = lane.clone();
-            async move { lane.acquire(small()).await }
+            async move { lane.acquire(small()).await.unwrap() }
         });
         assert!((&mut held).now_or_never().is_none());
         let waker = Waker::from(Arc::new(Task(Mutex::new(held))));
@@ -512,7 +535,12 @@ async fn a_waker_may_run_anything_when_it_is_dropped() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn many_threads_share_a_lane() {
-    let lane = Lane::new(Pace::per_minute(600_000).in_flight(7).tokens(60_000_000));
+    let lane = Lane::new(
+        Pace::per_minute(600_000)
+            .in_flight(7)
+            .tokens(60_000_000)
+            .burst(secs(1)),
+    );
     let (now, most) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
     let tasks = (0..64).map(|task| {
         let (lane, now, most) = (lane.clone(), now.clone(), most.clone());
@@ -522,7 +550,7 @@ async fn many_threads_share_a_lane() {
                 let need = Need::new(10, 10);
                 let acquire = lane.acquire(if n % 5 == 0 { need.at(place) } else { need });
                 // Some give up while they wait.
-                let Ok(mut permit) = timeout(ms(1 + (task + n) % 40), acquire).await else {
+                let Ok(Ok(mut permit)) = timeout(ms(1 + (task + n) % 40), acquire).await else {
                     continue;
                 };
                 let in_flight = now.fetch_add(1, Ordering::SeqCst) + 1;
@@ -553,14 +581,107 @@ async fn the_future_can_move_between_tasks() {
         value
     }
     let lane = Lane::new(Pace::per_minute(60));
-    lane.acquire(small()).await.mark_sent();
+    lane.acquire(small()).await.unwrap().mark_sent();
     let start = Instant::now();
     let mut waiting = Box::pin({
         let lane = lane.clone();
-        is_send(async move { lane.acquire(small()).await })
+        is_send(async move { lane.acquire(small()).await.unwrap() })
     });
     let poll = futures::poll!(&mut waiting);
     assert!(matches!(poll, Poll::Pending));
     tokio::spawn(waiting).await.unwrap().mark_sent();
     assert_eq!(start.elapsed(), secs(1));
+}
+
+/// The one behind takes none of the output that the head waits for.
+#[tokio::test(start_paused = true)]
+async fn who_delays_nobody_may_pass() {
+    let pace = Pace::unlimited().input_tokens(60_000).output_tokens(6_000);
+    let lane = Lane::new(pace.burst(secs(1)));
+    lane.acquire(Need::new(10, 100)).await.unwrap().mark_sent();
+    let start = Instant::now();
+    let calls = [Need::new(10, 50), Need::new(10, 0), Need::new(10, 1)].map(|need| {
+        let lane = &lane;
+        async move {
+            lane.acquire(need).await.unwrap().mark_sent();
+            start.elapsed()
+        }
+    });
+    assert_eq!(join_all(calls).await, [500, 0, 510].map(ms));
+}
+
+/// A thousand calls of one tenant do not keep another's from its half.
+#[tokio::test(start_paused = true)]
+async fn a_light_tenant_is_not_kept_waiting_by_a_heavy_one() {
+    let lane = Lane::new(Pace::per_minute(600));
+    let call = |tenant| {
+        let (lane, need) = (lane.clone(), small().tenant(Tenant::new(tenant, 1)));
+        async move {
+            let start = Instant::now();
+            lane.acquire(need).await.unwrap().mark_sent();
+            start.elapsed()
+        }
+    };
+    let heavy = tokio::spawn(join_all(
+        (0..1_000).map(|_| call("heavy")).collect::<Vec<_>>(),
+    ));
+    sleep(secs(10)).await;
+    let light = join_all((0..10).map(|_| call("light"))).await;
+    assert!(light[9] <= ms(2_100), "{:?}", light[9]);
+    assert!(heavy.await.unwrap().iter().all(|at| *at <= secs(101)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_headers_tell_lowers_a_limit_and_names_one_that_nobody_set() {
+    let lane = Lane::new(Pace::per_minute(600).burst(secs(10)));
+    let mut permit = lane.acquire(small()).await.unwrap();
+    permit.mark_sent();
+    let mut said = RateSnapshot::default();
+    said.requests.limit = Some(600);
+    said.requests.remaining = Some(2);
+    said.tokens.limit = Some(60_000);
+    said.tokens.remaining = Some(500);
+    permit.observe(&said);
+    permit.finish(done(1, 1));
+    let sent = sends(&lane, 3, small()).await;
+    assert_eq!(sent[2], ms(100), "two were left, not 99");
+    assert!(sent[1] < ms(5), "as soon as the new limit has their tokens");
+    let start = Instant::now();
+    lane.acquire(Need::new(900, 0)).await.unwrap().mark_sent();
+    lane.acquire(Need::new(900, 0)).await.unwrap().mark_sent();
+    assert!(
+        start.elapsed() > ms(900),
+        "1,000 tokens a second were adopted"
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn overload_halves_the_calls_in_flight() {
+    let lane = Lane::new(Pace::unlimited().in_flight(8));
+    let mut permits = join_all((0..8).map(|_| lane.acquire(small()))).await;
+    let overloaded = CallOutcome::Overloaded { wait: None };
+    permits.pop().unwrap().unwrap().finish(overloaded);
+    assert_eq!(lane.snapshot().most_in_flight, Some(4));
+    drop(permits);
+    for expected in [4, 4, 4, 5] {
+        lane.acquire(small()).await.unwrap().finish(done(1, 1));
+        assert_eq!(lane.snapshot().most_in_flight, Some(expected));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stopped_lane_tells_those_who_wait_and_those_who_come() {
+    let lane = Lane::new(Pace::per_minute(1));
+    lane.acquire(small()).await.unwrap().mark_sent();
+    let mut waiting = pin!(lane.acquire(small()));
+    assert!(waiting.as_mut().now_or_never().is_none());
+    lane.stop(Error::new(
+        ErrorKind::QuotaExhausted,
+        "the account is empty",
+    ));
+    assert!(waiting.await.unwrap_err().is_account_wide());
+    assert!(lane.acquire(small()).await.is_err());
+    assert_eq!(lane.snapshot().binding, Binding::Stopped);
+    lane.retune(Pace::unlimited());
+    assert!(lane.acquire(small()).await.is_ok());
 }

@@ -42,7 +42,10 @@ impl<T: Send, S: Stream<Item = T> + Send> Batch<Context, S> {
         T: 'a,
     {
         let parallelism = self.parallelism;
-        let batch = self.work;
+        let batch = match self.priority {
+            Some(priority) => self.work.with_priority(priority),
+            None => self.work,
+        };
         let tracker = Arc::new(Tracker::new(
             &batch,
             Arc::clone(&self.label),

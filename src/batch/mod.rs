@@ -13,6 +13,7 @@ pub use self::engine::{Outcomes, Progress};
 pub use self::inputs::IntoInputs;
 use crate::context::Context;
 use crate::error::Result;
+use crate::pace::Priority;
 use crate::pipeline::Pipeline;
 use crate::settled::Settled;
 
@@ -103,6 +104,7 @@ pub struct Batch<W, S: Stream> {
     inputs: S,
     parallelism: Parallelism,
     key: Option<KeyFn<S::Item>>,
+    priority: Option<Priority>,
     on_progress: Option<ProgressFn>,
 }
 
@@ -117,6 +119,7 @@ impl<W, S: Stream> Batch<W, S> {
             inputs,
             parallelism: Parallelism::Unordered(DEFAULT_PARALLELISM),
             key: None,
+            priority: None,
             on_progress: None,
         }
     }
@@ -174,6 +177,12 @@ impl<W, S: Stream> Batch<W, S> {
     /// index. Keys need not be unique; a panic in `f` fails the item.
     pub fn key(mut self, f: impl Fn(&S::Item) -> String + Send + 'static) -> Self {
         self.key = Some(Box::new(f));
+        self
+    }
+
+    /// How urgent the calls of the items are; the context's own unless set.
+    pub fn priority(mut self, priority: Priority) -> Self {
+        self.priority = Some(priority);
         self
     }
 
@@ -246,6 +255,7 @@ where
             inputs: self.inputs,
             parallelism: self.parallelism,
             key: self.key,
+            priority: self.priority,
             on_progress: self.on_progress,
         };
         (self.work, batch)

@@ -37,11 +37,6 @@ impl Rate {
         }
     }
 
-    /// The units of a period.
-    pub(super) fn units(self) -> u64 {
-        self.units
-    }
-
     /// The time in which `n` units flow in, rounded up once for all of them.
     pub(super) fn time_for(self, n: u64) -> Duration {
         let nanos = match n.checked_mul(self.period_nanos) {
@@ -52,6 +47,10 @@ impl Rate {
             }
         };
         Duration::from_nanos(nanos)
+    }
+
+    pub(super) fn per_second(self) -> f64 {
+        1e9 / self.nanos_per_unit()
     }
 
     fn nanos_per_unit(self) -> f64 {
@@ -72,10 +71,8 @@ pub(super) struct Bucket {
     capacity: Duration,
     /// The time until it is full, as of `at`. Above `capacity` the bucket owes.
     deficit: Duration,
-    /// When `deficit` was true. It lies in the future while the bucket stands still.
+    /// When `deficit` was true.
     at: Duration,
-    /// When the bucket was made: what was granted earlier was not taken from it.
-    born: Duration,
 }
 
 impl Bucket {
@@ -86,8 +83,11 @@ impl Bucket {
             capacity: burst.max(rate.time_for(1)),
             deficit: Duration::ZERO,
             at: now,
-            born: now,
         }
+    }
+
+    pub(super) fn rate(&self) -> Rate {
+        self.rate
     }
 
     /// When `n` units can be taken if nobody takes any before: `now`, or later.
@@ -96,8 +96,25 @@ impl Bucket {
     /// while the bucket owes, because a debt is paid by waiting.
     pub(super) fn ready_at(&self, now: Duration, n: u64) -> Duration {
         let spare = self.capacity.saturating_sub(self.rate.time_for(n));
-        let wait = self.deficit_at(now).saturating_sub(spare);
-        now.max(self.at).saturating_add(wait)
+        now.saturating_add(self.deficit_at(now).saturating_sub(spare))
+    }
+
+    /// As [`ready_at`](Bucket::ready_at), if `before` units were taken now.
+    pub(super) fn ready_after(&self, now: Duration, before: u64, n: u64) -> Duration {
+        let mut bucket = self.clone();
+        bucket.take(now, before);
+        bucket.ready_at(now, n)
+    }
+
+    /// The whole units that are there.
+    pub(super) fn level(&self, now: Duration) -> u64 {
+        let level = self.capacity.saturating_sub(self.deficit_at(now));
+        (level.as_nanos() as f64 / self.rate.nanos_per_unit()) as u64
+    }
+
+    /// How full it is, from 1.0 down to 0.0 and below that in debt.
+    pub(super) fn fullness(&self, now: Duration) -> f64 {
+        1.0 - self.deficit_at(now).as_secs_f64() / self.capacity.as_secs_f64()
     }
 
     /// Takes `n` units, whether they are there or not.
@@ -126,13 +143,11 @@ impl Bucket {
         }
     }
 
-    /// Empties the bucket and lets it stand still until `until`; a debt stays.
-    ///
-    /// It is still empty at `until`, whatever is credited before.
-    pub(super) fn drain_until(&mut self, now: Duration, until: Duration) {
+    /// Lowers the level to `n` units, if there are more. A debt stays.
+    pub(super) fn lower_to(&mut self, now: Duration, n: u64) {
         self.flow(now);
-        self.deficit = self.deficit.max(self.capacity);
-        self.at = self.at.max(until);
+        let deficit = self.capacity.saturating_sub(self.rate.time_for(n));
+        self.deficit = self.deficit.max(deficit);
     }
 
     /// Changes rate and burst. The level stays in units, so far as the bucket holds it;
@@ -151,11 +166,6 @@ impl Bucket {
         }
     }
 
-    /// Whether what was granted at `granted_at` was taken from this bucket.
-    pub(super) fn knows(&self, granted_at: Duration) -> bool {
-        self.born <= granted_at
-    }
-
     fn deficit_at(&self, now: Duration) -> Duration {
         self.deficit.saturating_sub(now.saturating_sub(self.at))
     }
@@ -172,13 +182,7 @@ impl Bucket {
 
     fn credit(&mut self, now: Duration, time: Duration) {
         self.flow(now);
-        let standing_still = now < self.at;
-        let least = if standing_still {
-            self.capacity
-        } else {
-            Duration::ZERO
-        };
-        self.deficit = self.deficit.saturating_sub(time).max(least);
+        self.deficit = self.deficit.saturating_sub(time);
     }
 }
 
@@ -286,20 +290,16 @@ mod tests {
     }
 
     #[test]
-    fn drained_it_stands_still_and_resumes_empty() {
+    fn lowering_takes_what_is_above_and_forgives_no_debt() {
         let mut bucket = bucket();
-        bucket.drain_until(ms(500), ms(5_000));
-        bucket.settle(ms(600), 10, 0);
-        bucket.refund(ms(600), 10, ms(600));
-        assert_eq!(bucket.ready_at(ms(700), 0), ms(5_000));
-        assert_eq!(bucket.ready_at(ms(700), 1), ms(5_100));
-        bucket.drain_until(ms(700), ms(2_000));
-        assert_eq!(
-            bucket.ready_at(ms(700), 1),
-            ms(5_100),
-            "never shorter than before"
-        );
-        assert_eq!(bucket.ready_at(ms(5_500), 5), ms(5_500));
+        bucket.lower_to(ms(0), 4);
+        assert_eq!(bucket.ready_at(ms(0), 4), ms(0));
+        assert_eq!(bucket.ready_at(ms(0), 5), ms(100));
+        bucket.lower_to(ms(0), 9);
+        assert_eq!(bucket.ready_at(ms(0), 5), ms(100), "never raised");
+        bucket.take(ms(0), 14);
+        bucket.lower_to(ms(0), 0);
+        assert_eq!(bucket.ready_at(ms(0), 0), ms(1_000), "ten are owed");
     }
 
     #[test]
@@ -324,12 +324,6 @@ mod tests {
             ms(1_000),
             "it holds what it can hold"
         );
-    }
-
-    #[test]
-    fn what_was_granted_before_it_was_made_is_not_its_own() {
-        let bucket = Bucket::new(Rate::per_minute(1), SECOND, ms(10));
-        assert!(bucket.knows(ms(10)) && !bucket.knows(ms(9)));
     }
 
     /// A token bucket as everybody would write it: a level in units, in floating point.

@@ -12,7 +12,9 @@ use tokio::time::{Instant, Sleep};
 use super::limits::Pace;
 use super::queue::Key;
 use super::turnstile::{End, Entry, Errands, Grant, Turn, Turnstile};
-use super::words::{CallOutcome, Charge, LaneSnapshot, Need, Place};
+use super::words::{CallOutcome, Charge, LaneChange, LaneSnapshot, Need, Place};
+use crate::error::{Error, Result};
+use crate::usage::RateSnapshot;
 
 /// The queue in front of one provider account and group of models, and its limits.
 ///
@@ -46,18 +48,18 @@ use super::words::{CallOutcome, Charge, LaneSnapshot, Need, Place};
 /// use tokio::time::{Duration, Instant};
 ///
 /// # #[tokio::main(flavor = "current_thread", start_paused = true)]
-/// # async fn main() {
+/// # async fn main() -> throughline::Result<()> {
 /// let lane = Lane::new(Pace::per_minute(60).tokens(600_000));
 /// let start = Instant::now();
 /// for _ in 0..3 {
-///     let mut permit = lane.acquire(Need::new(1_000, 500)).await;
+///     let mut permit = lane.acquire(Need::new(1_000, 500)).await?;
 ///     permit.mark_sent();
 ///     // ... the call ...
 ///     permit.finish(CallOutcome::Done { usage: Some(Usage::new(990, 120)) });
 /// }
 /// // The first goes at once, then one goes every second.
 /// assert_eq!(start.elapsed(), Duration::from_secs(2));
-/// # }
+/// # Ok(()) }
 /// ```
 ///
 /// # Example: the provider says not now
@@ -67,16 +69,16 @@ use super::words::{CallOutcome, Charge, LaneSnapshot, Need, Place};
 /// use tokio::time::{Duration, Instant};
 ///
 /// # #[tokio::main(flavor = "current_thread", start_paused = true)]
-/// # async fn main() {
+/// # async fn main() -> throughline::Result<()> {
 /// let lane = Lane::new(Pace::per_minute(60));
-/// let permit = lane.acquire(Need::new(100, 100)).await;
+/// let permit = lane.acquire(Need::new(100, 100)).await?;
 /// permit.finish(CallOutcome::Throttled { wait: Some(Duration::from_secs(20)) });
 /// assert_eq!(lane.snapshot().binding, Binding::Gate);
 ///
 /// let start = Instant::now();
-/// let _permit = lane.acquire(Need::new(100, 100)).await;
+/// let _permit = lane.acquire(Need::new(100, 100)).await?;
 /// assert!(start.elapsed() >= Duration::from_secs(20));
-/// # }
+/// # Ok(()) }
 /// ```
 #[derive(Clone)]
 pub struct Lane {
@@ -118,16 +120,24 @@ impl Lane {
     /// granted. Nothing is lost but the place, and that only if it was not from
     /// [`arrive`](Lane::arrive).
     ///
+    /// # Errors
+    ///
+    /// Why the lane is stopped ([`stop`](Lane::stop)), if it is or while this waits; and
+    /// [`ErrorKind::Throttled`](crate::ErrorKind::Throttled) when the provider has asked to
+    /// wait for more than ten minutes: then the lane is parked until that is over.
+    /// Nothing was sent.
+    ///
     /// # Panics
     ///
     /// If it must wait outside a Tokio runtime that has its timer enabled.
-    pub async fn acquire(&self, need: Need) -> Permit {
+    pub async fn acquire(&self, need: Need) -> Result<Permit> {
         let charge = Charge::from(&need);
-        let entry = self
-            .shared
-            .step(|turnstile, now, errands| turnstile.enter(now, need.place, charge, errands));
+        let entry = self.shared.step(|turnstile, now, errands| {
+            turnstile.enter(now, need.place, need.who, charge, errands)
+        });
         match entry {
-            Entry::Granted(grant) => self.permit(grant),
+            Entry::Granted(grant) => Ok(self.permit(grant)),
+            Entry::Stopped(why) => Err(why),
             Entry::Queued(key) => {
                 let waiting = Waiting {
                     lane: self,
@@ -157,15 +167,15 @@ impl Lane {
     /// use throughline::{Lane, Need, Pace};
     ///
     /// # #[tokio::main(flavor = "current_thread", start_paused = true)]
-    /// # async fn main() {
+    /// # async fn main() -> throughline::Result<()> {
     /// let lane = Lane::new(Pace::normal());
     /// let place = lane.arrive();
     /// for _attempt in 0..3 {
-    ///     let permit = lane.acquire(Need::new(100, 100).at(place)).await;
+    ///     let permit = lane.acquire(Need::new(100, 100).at(place)).await?;
     /// #   drop(permit);
     ///     // ... the call; leave the loop when it succeeds ...
     /// }
-    /// # }
+    /// # Ok(()) }
     /// ```
     pub fn arrive(&self) -> Place {
         self.shared.lock().arrive()
@@ -175,10 +185,34 @@ impl Lane {
     ///
     /// What is left of each limit stays as it is, in requests and tokens, and grows
     /// at the new rate; a limit that was not there before starts unused. If there
-    /// are more calls in flight than now allowed, they end in their own time.
+    /// are more calls in flight than now allowed, they end in their own time. What
+    /// was learned of a limit whose rate changes is forgotten. A stopped lane starts again.
     pub fn retune(&self, pace: Pace) {
         self.shared
             .step(|turnstile, now, errands| turnstile.retune(now, &pace, errands));
+    }
+
+    /// Stops the lane: everybody who waits, and everybody who comes, gets `why` at once,
+    /// and nothing is sent. A [`Context`](crate::Context) does so by itself when the
+    /// provider refuses the whole account (credentials, quota).
+    ///
+    /// Calls in flight end in their own time. [`reopen`](Lane::reopen) or
+    /// [`retune`](Lane::retune) start it again.
+    pub fn stop(&self, why: Error) {
+        self.shared
+            .step(|turnstile, _, errands| turnstile.stop(why, None, errands));
+    }
+
+    /// Starts a lane again that was stopped or parked.
+    pub fn reopen(&self) {
+        self.shared
+            .step(|turnstile, now, errands| turnstile.reopen(now, errands));
+    }
+
+    /// Why the lane is stopped, if it is.
+    pub fn stopped(&self) -> Option<Error> {
+        self.shared
+            .step(|turnstile, now, _| turnstile.stopped(now).cloned())
     }
 
     /// What the lane looks like now.
@@ -253,9 +287,9 @@ impl Waiting<'_> {
 }
 
 impl Future for Waiting<'_> {
-    type Output = Permit;
+    type Output = Result<Permit>;
 
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Permit> {
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<Permit>> {
         let this = &mut *self;
         loop {
             let key = this.key.expect("not polled after it was ready");
@@ -267,7 +301,11 @@ impl Future for Waiting<'_> {
             match turn {
                 Turn::Granted(grant) => {
                     this.key = None;
-                    return Poll::Ready(this.lane.permit(grant));
+                    return Poll::Ready(Ok(this.lane.permit(grant)));
+                }
+                Turn::Stopped(why) => {
+                    this.key = None;
+                    return Poll::Ready(Err(why));
                 }
                 Turn::Wait(None) => return Poll::Pending,
                 Turn::Wait(Some(at)) => match this.set_alarm(at) {
@@ -326,17 +364,46 @@ impl Permit {
     ///   stays charged, for providers count it. The lane closes for everybody.
     /// - [`Overloaded`](CallOutcome::Overloaded): everything stays charged. The lane
     ///   closes, more briefly.
-    /// - [`Failed`](CallOutcome::Failed): everything stays charged.
+    /// - [`Failed`](CallOutcome::Failed): the tokens are settled to what was charged; the
+    ///   estimate stays where that is not known.
     pub fn finish(mut self, outcome: CallOutcome) {
         self.end(End::Finished(outcome));
     }
 
-    fn end(&mut self, end: End) {
-        if let Some(grant) = self.grant.take() {
-            self.lane
-                .shared
-                .step(|turnstile, now, errands| turnstile.finish(now, grant, end, errands));
-        }
+    /// As [`finish`](Permit::finish), and says what that changed for everybody.
+    pub(crate) fn conclude(mut self, outcome: CallOutcome) -> Vec<LaneChange> {
+        self.end(End::Finished(outcome))
+    }
+
+    /// Says what the headers of the reply, or of the error, told of the limits. Call it
+    /// before [`finish`](Permit::finish).
+    ///
+    /// A limit that has more left than they say is lowered to that, less what was sent
+    /// since this call; a limit that nobody has set is kept from now on; and
+    /// when this call is [throttled](CallOutcome::Throttled), they say for which limit. What
+    /// an older call tells is left alone. A lane that is not
+    /// [adaptive](Pace::adaptive) does not listen.
+    pub fn observe(&mut self, said: &RateSnapshot) {
+        self.listen(said);
+    }
+
+    /// As [`observe`](Permit::observe), and says what that changed for everybody.
+    pub(crate) fn listen(&mut self, said: &RateSnapshot) -> Vec<LaneChange> {
+        let Some(grant) = &mut self.grant else {
+            return Vec::new();
+        };
+        self.lane
+            .shared
+            .step(|turnstile, now, errands| turnstile.observe(now, grant, said, errands))
+    }
+
+    fn end(&mut self, end: End) -> Vec<LaneChange> {
+        let Some(grant) = self.grant.take() else {
+            return Vec::new();
+        };
+        self.lane
+            .shared
+            .step(|turnstile, now, errands| turnstile.finish(now, grant, end, errands))
     }
 }
 
@@ -372,8 +439,8 @@ mod tests {
         });
         assert!(panicked.join().is_err());
         assert!(lane.shared.turnstile.is_poisoned());
-        lane.acquire(Need::new(1, 1)).await.mark_sent();
-        lane.acquire(Need::new(1, 1)).await.mark_sent();
+        lane.acquire(Need::new(1, 1)).await.unwrap().mark_sent();
+        lane.acquire(Need::new(1, 1)).await.unwrap().mark_sent();
         assert_eq!(lane.shared.start.elapsed(), Duration::from_secs(1));
     }
 }

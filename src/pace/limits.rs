@@ -3,14 +3,16 @@
 use std::time::Duration;
 
 use super::bucket::Rate;
+use super::meter::Burst;
 
 /// The limits of one provider account and group of models.
 ///
 /// Token limits are per minute and count what the provider counts: either input
 /// and output together ([`tokens`](Pace::tokens)) or each on its own
 /// ([`input_tokens`](Pace::input_tokens), [`output_tokens`](Pace::output_tokens)).
-/// What is not limited here is not limited at all: there are no hidden defaults,
-/// and no number means unlimited.
+/// What is not limited here is limited by what the provider says and refuses
+/// ([`adaptive`](Pace::adaptive)), and by nothing else: there are no hidden defaults, and
+/// no number means unlimited.
 ///
 /// # Example: a tier as its provider prints it
 ///
@@ -39,12 +41,15 @@ pub struct Pace {
     pub(super) input_tokens: Option<Rate>,
     pub(super) output_tokens: Option<Rate>,
     pub(super) in_flight: Option<usize>,
-    pub(super) burst: Duration,
+    burst: Option<Duration>,
+    pub(super) adaptive: bool,
     retries: Option<u32>,
 }
 
 impl Pace {
-    /// No limits, until one is added. The lane still closes when the provider says so.
+    /// No limits, until one is added or the provider tells one: limits that replies
+    /// speak of are kept from then on, and a refusal leaves a rate that is learned
+    /// ([`adaptive`](Pace::adaptive)).
     pub fn unlimited() -> Self {
         Self {
             spacing: None,
@@ -53,7 +58,8 @@ impl Pace {
             input_tokens: None,
             output_tokens: None,
             in_flight: None,
-            burst: Duration::from_secs(1),
+            burst: None,
+            adaptive: true,
             retries: None,
         }
     }
@@ -159,16 +165,37 @@ impl Pace {
     /// because a whole minute's burst doubles what the first minute sends, and some
     /// providers enforce a minute's limit second by second.
     ///
+    /// A burst that is set is there from the start. The default one must first be saved up:
+    /// nobody has said what was used before the lane was made, and a lane that
+    /// starts with room for one call is refused by nobody who counts strictly.
+    ///
     /// One request may always go at once. A burst of zero makes requests evenly
     /// spaced, but loses the rate of any moment at which the machine is late
     /// (timers count milliseconds).
     pub fn burst(mut self, time: Duration) -> Self {
-        self.burst = time;
+        self.burst = Some(time);
         self
     }
 
-    pub(super) fn requests_per_minute(&self) -> Option<u64> {
-        self.requests.map(Rate::units)
+    /// Whether the lane learns from the provider. It does, unless told not to:
+    ///
+    /// - a limit that is refused although it was kept is used more slowly, and more
+    ///   again as time passes without a refusal, never above what is set here;
+    /// - limits that are not set here are taken from the headers of the replies, or learned
+    ///   from the first refusal;
+    /// - a limit of which the headers say that less is left is lowered to that.
+    ///
+    /// Without it, a refusal closes the lane for a while and changes nothing else.
+    pub fn adaptive(mut self, adaptive: bool) -> Self {
+        self.adaptive = adaptive;
+        self
+    }
+
+    pub(super) fn burst_or_default(&self) -> Burst {
+        Burst {
+            time: self.burst.unwrap_or(Duration::from_secs(1)),
+            at_once: self.burst.is_some(),
+        }
     }
 
     /// How often to retry a call, where the mode suggests it ([`safe`](Pace::safe),

@@ -3,21 +3,28 @@
 //! From the inside out, each knowing only those before it:
 //!
 //! - `bucket`: one rate limit (GCRA) as arithmetic over time;
-//! - `buckets`, `gate`, `queue`: all limits at once, the provider's "not now", the waiters;
+//! - `scale`, `meter`: the share of it that the provider really grants, and its clock;
+//! - `buckets`, `slots`, `gate`, `queue`: all limits at once, the calls in flight, the
+//!   provider's "not now", the waiters; `headers` reads what replies say of limits;
 //! - `turnstile`: the state machine they form, pure, over time as an argument;
 //! - `lane`: the thin asynchronous shell, with the clock, the lock and the wakers.
 
 mod bucket;
 mod buckets;
 mod gate;
+mod headers;
 mod lane;
 mod limits;
+mod meter;
 #[cfg(test)]
 mod properties;
 mod queue;
+mod scale;
+mod slots;
 mod turnstile;
 mod words;
 
 pub use self::lane::{Lane, Permit};
 pub use self::limits::Pace;
-pub use self::words::{Binding, CallOutcome, LaneSnapshot, Need, Place};
+pub use self::words::{Binding, CallOutcome, LaneSnapshot, Need, Place, Priority, Tenant};
+pub(crate) use self::words::{LaneChange, Who};

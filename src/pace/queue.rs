@@ -1,12 +1,20 @@
 //! [`Queue`]: who waits, and who is next.
+//!
+//! Within a priority and a tenant, first come, first served. Between tenants, and above
+//! them between priorities, start-time fair queueing (Goyal, Vin and Cheng, 1996): whoever
+//! is served moves back by what was taken over its weight, and the one furthest in front
+//! is next. So each gets its share while it wants it, nobody is passed over without
+//! end, and who was idle has saved nothing up.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::ops::Bound;
 
-use super::words::{Charge, Place};
+use super::words::{Charge, Place, Priority, Who};
 
-/// One waiter: its place, and a ticket of its own, for two may hold one place.
+/// One waiter: its line, its place, and a ticket of its own, for two may hold one place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Key {
+    line: u32,
     pub(super) place: Place,
     pub(super) ticket: u64,
 }
@@ -18,19 +26,49 @@ pub(super) struct Waiter<W> {
     pub(super) waker: Option<W>,
 }
 
-/// Waiters in order of their places: first come, first served.
-///
-/// An ordered map rather than a deque, because a retry comes back to the place
-/// it had and anybody may leave from anywhere, each in logarithmic time.
+/// Those of one priority and one tenant.
+#[derive(Debug)]
+struct Line {
+    who: Who,
+    waiting: usize,
+    /// Where it stands: the next to be served is the lowest.
+    mark: u64,
+}
+
+/// Those of one priority.
+#[derive(Debug, Default)]
+struct Class {
+    mark: u64,
+    /// The mark of the line served last: who comes back from idling starts there.
+    front: u64,
+    /// The lines with waiters, by mark.
+    lines: BTreeSet<(u64, u32)>,
+}
+
 #[derive(Debug)]
 pub(super) struct Queue<W> {
+    /// An ordered map rather than deques, because a retry comes back to the place
+    /// it had and anybody may leave from anywhere, each in logarithmic time.
     waiters: BTreeMap<Key, Waiter<W>>,
+    lines: HashMap<u32, Line>,
+    ids: HashMap<Who, u32>,
+    next_id: u32,
+    /// When so many lines are known, those that idle are looked through.
+    sweep_at: usize,
+    classes: [Class; Priority::ALL.len()],
+    front: u64,
 }
 
 impl<W> Queue<W> {
     pub(super) fn new() -> Self {
         Self {
             waiters: BTreeMap::new(),
+            lines: HashMap::new(),
+            ids: HashMap::new(),
+            next_id: 0,
+            sweep_at: 64,
+            classes: Default::default(),
+            front: 0,
         }
     }
 
@@ -42,26 +80,129 @@ impl<W> Queue<W> {
         self.waiters.is_empty()
     }
 
-    pub(super) fn push(&mut self, key: Key, charge: Charge) {
+    pub(super) fn push(&mut self, who: Who, place: Place, ticket: u64, charge: Charge) -> Key {
+        let id = self.line_of(who);
+        let line = self.lines.get_mut(&id).expect("just found or made");
+        line.waiting += 1;
+        if line.waiting == 1 {
+            let class = &mut self.classes[who.priority as usize];
+            if class.lines.is_empty() {
+                class.mark = class.mark.max(self.front);
+            }
+            line.mark = line.mark.max(class.front);
+            class.lines.insert((line.mark, id));
+        }
+        let key = Key {
+            line: id,
+            place,
+            ticket,
+        };
         let waiter = Waiter {
             charge,
             waker: None,
         };
         self.waiters.insert(key, waiter);
+        key
     }
 
     /// The one who is next, and what it needs.
     pub(super) fn head(&self) -> Option<(Key, Charge)> {
-        let (key, waiter) = self.waiters.first_key_value()?;
+        let busy = self.classes.iter().filter(|c| !c.lines.is_empty());
+        let (_, line) = busy.min_by_key(|class| class.mark)?.lines.first()?;
+        let first = Key {
+            line: *line,
+            place: Place(0),
+            ticket: 0,
+        };
+        let (key, waiter) = self.waiters.range(first..).next()?;
         Some((*key, waiter.charge))
+    }
+
+    /// Some of those behind `head`.
+    pub(super) fn behind(&self, head: Key) -> impl Iterator<Item = (Key, Charge)> {
+        let behind = (Bound::Excluded(head), Bound::Unbounded);
+        let behind = self.waiters.range(behind);
+        behind.map(|(key, waiter)| (*key, waiter.charge))
     }
 
     pub(super) fn get_mut(&mut self, key: Key) -> Option<&mut Waiter<W>> {
         self.waiters.get_mut(&key)
     }
 
+    /// Takes everybody out.
+    pub(super) fn clear(&mut self) -> impl Iterator<Item = Waiter<W>> {
+        for class in &mut self.classes {
+            class.lines.clear();
+        }
+        for line in self.lines.values_mut() {
+            line.waiting = 0;
+        }
+        std::mem::take(&mut self.waiters).into_values()
+    }
+
+    /// Takes one out that goes away.
     pub(super) fn remove(&mut self, key: Key) -> Option<Waiter<W>> {
-        self.waiters.remove(&key)
+        self.take(key, None)
+    }
+
+    /// Takes one out that is served, at this cost.
+    pub(super) fn serve(&mut self, key: Key, cost: u64) -> Option<Waiter<W>> {
+        self.take(key, Some(cost))
+    }
+
+    fn take(&mut self, key: Key, cost: Option<u64>) -> Option<Waiter<W>> {
+        let waiter = self.waiters.remove(&key)?;
+        let line = self.lines.get_mut(&key.line)?;
+        let class = &mut self.classes[line.who.priority as usize];
+        class.lines.remove(&(line.mark, key.line));
+        if let Some(cost) = cost {
+            self.front = self.front.max(class.mark);
+            class.front = class.front.max(line.mark);
+            let weight = u64::from(line.who.priority.weight());
+            class.mark = class.mark.saturating_add(cost.max(1) * 64 / weight);
+            let weight = u64::from(line.who.weight());
+            line.mark = line.mark.saturating_add((cost.max(1) * 64 / weight).max(1));
+        }
+        line.waiting -= 1;
+        if line.waiting > 0 {
+            class.lines.insert((line.mark, key.line));
+        } else if class.lines.is_empty() {
+            // Nobody is behind: what the last one took is nobody's loss.
+            class.front = class.front.max(line.mark);
+        }
+        Some(waiter)
+    }
+
+    fn line_of(&mut self, who: Who) -> u32 {
+        if let Some(id) = self.ids.get(&who) {
+            return *id;
+        }
+        if self.lines.len() >= self.sweep_at {
+            self.sweep();
+        }
+        while self.lines.contains_key(&self.next_id) {
+            self.next_id = self.next_id.wrapping_add(1);
+        }
+        let id = self.next_id;
+        self.next_id = id.wrapping_add(1);
+        self.ids.insert(who, id);
+        let line = Line {
+            who,
+            waiting: 0,
+            mark: 0,
+        };
+        self.lines.insert(id, line);
+        id
+    }
+
+    /// Forgets the lines that idle and owe nothing: they would start as new ones do.
+    fn sweep(&mut self) {
+        let classes = &self.classes;
+        self.lines.retain(|_, line| {
+            line.waiting > 0 || line.mark > classes[line.who.priority as usize].front
+        });
+        self.ids.retain(|_, id| self.lines.contains_key(id));
+        self.sweep_at = (self.lines.len() * 2).max(64);
     }
 }
 
@@ -69,7 +210,17 @@ impl<W> Queue<W> {
 mod tests {
     use std::task::Waker;
 
+    use proptest::prelude::*;
+
     use super::*;
+    use crate::pace::words::Tenant;
+
+    fn who(priority: Priority, tenant: u64, weight: u32) -> Who {
+        Who {
+            priority,
+            tenant: Some(Tenant::new(&tenant.to_string(), weight)),
+        }
+    }
 
     #[test]
     fn a_hundred_thousand_waiters_are_cheap() {
@@ -79,18 +230,114 @@ mod tests {
     #[test]
     fn an_old_place_comes_before_newer_ones() {
         let mut queue = Queue::<()>::new();
-        let key = |place, ticket| Key {
-            place: Place(place),
-            ticket,
-        };
-        for key in [key(2, 0), key(3, 1), key(1, 2), key(2, 3)] {
-            queue.push(key, Charge::default());
+        for (place, ticket) in [(2, 0), (3, 1), (1, 2), (2, 3)] {
+            queue.push(Who::default(), Place(place), ticket, Charge::default());
         }
         let mut order = Vec::new();
         while let Some((key, _)) = queue.head() {
             order.push((key.place.0, key.ticket));
-            queue.remove(key);
+            queue.serve(key, 1);
         }
         assert_eq!(order, [(1, 2), (2, 0), (2, 3), (3, 1)]);
+    }
+
+    /// Serves `n` and counts those of each.
+    fn served<const N: usize>(queue: &mut Queue<()>, whos: [Who; N], n: usize) -> [usize; N] {
+        let mut counts = [0; N];
+        for _ in 0..n {
+            let (key, _) = queue.head().unwrap();
+            let who = queue.lines[&key.line].who;
+            queue.serve(key, 1_000);
+            counts[whos.iter().position(|w| *w == who).unwrap()] += 1;
+        }
+        counts
+    }
+
+    fn crowd(queue: &mut Queue<()>, who: Who, n: u64) {
+        for i in 0..n {
+            queue.push(who, Place(i), i, Charge::default());
+        }
+    }
+
+    #[test]
+    fn a_heavy_tenant_gets_its_share_and_no_more() {
+        let mut queue = Queue::new();
+        let [heavy, light, double] =
+            [(1, 1), (2, 1), (3, 2)].map(|(tenant, weight)| who(Priority::Normal, tenant, weight));
+        crowd(&mut queue, heavy, 10_000);
+        served(&mut queue, [heavy], 500);
+        crowd(&mut queue, light, 100);
+        crowd(&mut queue, double, 200);
+        assert_eq!(
+            served(&mut queue, [heavy, light, double], 400),
+            [100, 100, 200]
+        );
+    }
+
+    #[test]
+    fn a_higher_priority_gets_more_and_a_low_one_some() {
+        let mut queue = Queue::new();
+        let all = Priority::ALL.map(|priority| who(priority, 1, 1));
+        for who in all {
+            crowd(&mut queue, who, 1_000);
+        }
+        assert_eq!(served(&mut queue, all, 730), [640, 80, 10]);
+    }
+
+    #[test]
+    fn tenants_that_come_and_go_leave_nothing_behind() {
+        let mut queue = Queue::new();
+        for tenant in 0..10_000 {
+            crowd(&mut queue, who(Priority::Normal, tenant, 1), 1);
+            served(&mut queue, [who(Priority::Normal, tenant, 1)], 1);
+        }
+        assert!(queue.lines.len() <= 128 && queue.ids.len() <= 128);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(10_000))]
+
+        /// Whoever waits is served before the others have taken more than what their
+        /// weights give them meanwhile, however they come, go and come back.
+        #[test]
+        fn nobody_starves(
+            priority in 0..Priority::ALL.len(),
+            weight in 1..8u32,
+            others in proptest::collection::vec(
+                (0..Priority::ALL.len(), 0..6u64, 1..8u32, 1..1_000u64, any::<bool>()),
+                1..60,
+            ),
+        ) {
+            let mut queue = Queue::<()>::new();
+            let class = |i: usize| Priority::ALL[i];
+            let mut ticket = 0;
+            let mut push = |queue: &mut Queue<()>, who| {
+                ticket += 1;
+                queue.push(who, Place(ticket), ticket, Charge::default())
+            };
+            let patient = who(class(priority), 99, weight);
+            for (i, tenant, weight, cost, _) in &others {
+                push(&mut queue, who(class(*i), *tenant, *weight));
+                let (key, _) = queue.head().unwrap();
+                queue.serve(key, *cost);
+            }
+            let waiting = push(&mut queue, patient);
+            // Its class is one of three, its tenant one of seven in it, each cost below 1,000.
+            let most = (64 / class(priority).weight() * 2 + 2) * 1_000 * 3 * 7 * 64;
+            let mut taken = 0;
+            for (i, tenant, weight, cost, leaves) in others.iter().cycle() {
+                let key = push(&mut queue, who(class(*i), *tenant, *weight));
+                if *leaves {
+                    queue.remove(key);
+                }
+                let (head, _) = queue.head().unwrap();
+                queue.serve(head, *cost);
+                if head == waiting {
+                    break;
+                }
+                taken += cost;
+                prop_assert!(taken < u64::from(most), "passed over for {taken}");
+            }
+        }
     }
 }

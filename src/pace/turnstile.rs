@@ -10,16 +10,27 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
-use super::buckets::Buckets;
+use super::bucket::Rate;
+use super::buckets::{Buckets, Mark, Named};
 use super::gate::Gate;
 use super::limits::Pace;
+use super::meter::Burst;
 use super::queue::{Key, Queue};
-use super::words::{Binding, CallOutcome, Charge, LaneSnapshot, Place};
+use super::slots::Slots;
+use super::words::{Binding, CallOutcome, Charge, LaneChange, LaneSnapshot, Place, Who};
+use crate::error::{Error, ErrorKind, Persistence};
+use crate::usage::RateSnapshot;
 
 /// The longest wait after a refusal that names none.
 const LONGEST_THROTTLE: Duration = Duration::from_secs(30);
 /// Overload passes sooner than a minute's limit, and costs each call an attempt.
 const LONGEST_OVERLOAD: Duration = Duration::from_secs(5);
+/// Who is asked to wait longer than this is better told than left waiting.
+const LONGEST_WAIT: Duration = Duration::from_secs(10 * 60);
+/// How many of those behind the head are looked at for one that may pass.
+const BACKFILL_WINDOW: usize = 8;
+/// Over how long grants are counted, in case a rate must be guessed from them.
+const PULSE: Duration = Duration::from_secs(60);
 
 /// What a call was let through with; it must come back through [`Turnstile::finish`].
 #[derive(Debug)]
@@ -27,6 +38,9 @@ const LONGEST_OVERLOAD: Duration = Duration::from_secs(5);
 pub(super) struct Grant {
     charge: Charge,
     at: Duration,
+    mark: Mark,
+    /// Which limit the headers of its refusal name.
+    named: Option<Named>,
 }
 
 /// What becomes of someone who arrives.
@@ -34,6 +48,7 @@ pub(super) struct Grant {
 pub(super) enum Entry {
     Granted(Grant),
     Queued(Key),
+    Stopped(Error),
 }
 
 /// What a waiter finds when it looks.
@@ -42,6 +57,8 @@ pub(super) enum Turn {
     Granted(Grant),
     /// Not yet. With a time: it is the timekeeper, and must look again then.
     Wait(Option<Duration>),
+    /// The lane was stopped while it waited.
+    Stopped(Error),
 }
 
 /// What is left to do once the lock is released, because a waker runs code of
@@ -78,19 +95,56 @@ struct Obstacle {
     until: Option<Duration>,
 }
 
+/// Why nothing goes, and until when; `None` is until somebody says otherwise.
+#[derive(Debug)]
+struct Stop {
+    why: Error,
+    until: Option<Duration>,
+}
+
+/// How many grants there were since when.
+#[derive(Debug, Default)]
+struct Pulse {
+    since: Duration,
+    grants: u64,
+}
+
+impl Pulse {
+    fn beat(&mut self, now: Duration) {
+        if now.saturating_sub(self.since) > PULSE {
+            *self = Self {
+                since: now,
+                grants: 0,
+            };
+        }
+        self.grants += 1;
+    }
+
+    /// What went through lately, as a rate.
+    fn rate(&self, now: Duration) -> Rate {
+        let seconds = now.saturating_sub(self.since).as_secs_f64().max(1.0);
+        Rate::per_minute((self.grants as f64 * 60.0 / seconds).ceil().max(1.0) as u64)
+    }
+}
+
 #[derive(Debug)]
 pub(super) struct Turnstile<W> {
+    adaptive: bool,
+    burst: Burst,
     buckets: Buckets,
     gate: Gate,
-    /// For snapshots.
-    requests_per_minute: Option<u64>,
-    most_in_flight: usize,
-    in_flight: usize,
+    slots: Slots,
     queue: Queue<W>,
     /// Granted out of the queue and not yet collected, by ticket.
     uncollected: HashMap<u64, Grant>,
     /// Who will look next, and when at the latest.
     timekeeper: Option<(Key, Duration)>,
+    stop: Option<Stop>,
+    /// Why the lane was stopped last, for those who look when it goes again.
+    last_stop: Option<Error>,
+    /// When the call was granted whose headers were used last.
+    observed: Duration,
+    pulse: Pulse,
     next_place: u64,
     next_ticket: u64,
     granted: u64,
@@ -101,14 +155,18 @@ pub(super) struct Turnstile<W> {
 impl<W> Turnstile<W> {
     pub(super) fn new(pace: &Pace, seed: u64) -> Self {
         Self {
+            adaptive: pace.adaptive,
+            burst: pace.burst_or_default(),
             buckets: Buckets::new(pace, Duration::ZERO),
             gate: Gate::new(seed),
-            requests_per_minute: pace.requests_per_minute(),
-            most_in_flight: pace.in_flight.unwrap_or(usize::MAX),
-            in_flight: 0,
+            slots: Slots::new(pace.in_flight),
             queue: Queue::new(),
             uncollected: HashMap::new(),
             timekeeper: None,
+            stop: None,
+            last_stop: None,
+            observed: Duration::ZERO,
+            pulse: Pulse::default(),
             next_place: 0,
             next_ticket: 0,
             granted: 0,
@@ -124,7 +182,8 @@ impl<W> Turnstile<W> {
 
     /// Lets `charge` through now if nobody waits and nothing stands against it.
     pub(super) fn try_enter(&mut self, now: Duration, charge: Charge) -> Option<Grant> {
-        (self.queue.is_empty() && self.obstacle(now, charge).is_none())
+        self.advance(now);
+        (self.stop.is_none() && self.queue.is_empty() && self.obstacle(now, charge).is_none())
             .then(|| self.grant(now, charge))
     }
 
@@ -134,19 +193,19 @@ impl<W> Turnstile<W> {
         &mut self,
         now: Duration,
         place: Option<Place>,
+        who: Who,
         charge: Charge,
         errands: &mut Errands<W>,
     ) -> Entry {
         if let Some(grant) = self.try_enter(now, charge) {
             return Entry::Granted(grant);
         }
+        if let Some(stop) = &self.stop {
+            return Entry::Stopped(stop.why.clone());
+        }
         let place = place.unwrap_or_else(|| self.arrive());
         self.next_ticket += 1;
-        let key = Key {
-            place,
-            ticket: self.next_ticket,
-        };
-        self.queue.push(key, charge);
+        let key = self.queue.push(who, place, self.next_ticket, charge);
         self.pump(now, errands);
         Entry::Queued(key)
     }
@@ -159,6 +218,7 @@ impl<W> Turnstile<W> {
         waker: W,
         errands: &mut Errands<W>,
     ) -> Turn {
+        self.advance(now);
         // It is awake: its old waker must not wake it again, its old alarm is spent.
         if let Some(waiter) = self.queue.get_mut(key) {
             errands.discard.extend(waiter.waker.take());
@@ -176,12 +236,27 @@ impl<W> Turnstile<W> {
             }
             None => {
                 errands.discard.push(waker);
-                let grant = self.uncollected.remove(&key.ticket);
-                Turn::Granted(grant.expect("a waiter is in the queue or has its grant"))
+                self.collect(now, key)
             }
         };
         self.appoint(now, errands);
         turn
+    }
+
+    /// What is there for someone who no longer waits.
+    fn collect(&mut self, now: Duration, key: Key) -> Turn {
+        match (self.uncollected.remove(&key.ticket), &self.stop) {
+            (Some(grant), None) => Turn::Granted(grant),
+            (grant, stop) => {
+                let why = stop.as_ref().map(|stop| &stop.why);
+                let why = why.or(self.last_stop.as_ref()).cloned();
+                if let Some(grant) = grant {
+                    self.slots.give_back();
+                    self.buckets.refund(now, grant.charge, grant.at);
+                }
+                Turn::Stopped(why.expect("a waiter is in the queue, has its grant, or was stopped"))
+            }
+        }
     }
 
     /// A waiter goes away without its grant, or with one it never collected.
@@ -189,26 +264,61 @@ impl<W> Turnstile<W> {
         if let Some(grant) = self.uncollected.remove(&key.ticket) {
             self.finish(now, grant, End::Unsent, errands);
         } else if let Some(waiter) = self.queue.remove(key) {
+            self.advance(now);
             errands.discard.extend(waiter.waker);
             self.pump(now, errands);
         }
     }
 
-    /// A grant comes back.
+    /// What the headers of the reply to `grant`'s call say. They are left alone if those
+    /// of a later call are known already.
+    pub(super) fn observe(
+        &mut self,
+        now: Duration,
+        grant: &mut Grant,
+        said: &RateSnapshot,
+        errands: &mut Errands<W>,
+    ) -> Vec<LaneChange> {
+        grant.named = Named::of(said, grant.charge);
+        if !self.adaptive || grant.at < self.observed {
+            return Vec::new();
+        }
+        self.advance(now);
+        self.observed = grant.at;
+        let closed_until = self.gate.opens_at();
+        let adopted =
+            self.buckets
+                .observe(now, said, (grant.at, &grant.mark), self.burst, closed_until);
+        self.pump(now, errands);
+        let told = adopted
+            .into_iter()
+            .map(|(resource, rate)| LaneChange::Adopted {
+                limit: resource.binding(),
+                per_minute: (rate.per_second() * 60.0).round() as u64,
+            });
+        told.collect()
+    }
+
+    /// A grant comes back. Says what that changes for everybody.
     pub(super) fn finish(
         &mut self,
         now: Duration,
         grant: Grant,
         end: End,
         errands: &mut Errands<W>,
-    ) {
-        let Grant { charge, at } = grant;
-        self.in_flight -= 1;
+    ) -> Vec<LaneChange> {
+        let Grant { charge, at, .. } = grant;
+        let mut changes = Vec::new();
+        self.advance(now);
         match end {
             End::Unsent => self.buckets.refund(now, charge, at),
-            End::Abandoned | End::Finished(CallOutcome::Failed) => {}
+            End::Abandoned | End::Finished(CallOutcome::Failed { usage: None }) => {}
+            End::Finished(CallOutcome::Failed { usage: Some(usage) }) => {
+                self.buckets.settle(now, charge, usage.into(), at);
+            }
             End::Finished(CallOutcome::Done { usage }) => {
                 self.gate.welcome(at);
+                self.slots.succeeded(at);
                 if let Some(usage) = usage {
                     self.buckets.settle(now, charge, usage.into(), at);
                 }
@@ -216,27 +326,64 @@ impl<W> Turnstile<W> {
             End::Finished(CallOutcome::Throttled { wait }) => {
                 self.throttled += 1;
                 self.buckets.settle(now, charge, Charge::default(), at);
-                self.close(now, at, wait, LONGEST_THROTTLE);
+                self.slow_down(now, &grant, &mut changes);
+                self.close(now, at, wait, LONGEST_THROTTLE, &mut changes);
+                if let Some(wait) = wait.filter(|wait| *wait > LONGEST_WAIT) {
+                    self.park(now, wait, errands, &mut changes);
+                }
             }
             End::Finished(CallOutcome::Overloaded { wait }) => {
                 self.overloaded += 1;
-                self.close(now, at, wait, LONGEST_OVERLOAD);
+                if self.adaptive && self.slots.overloaded(now, at) {
+                    let in_flight = self.slots.limit();
+                    changes.push(LaneChange::Eased { in_flight });
+                }
+                self.close(now, at, wait, LONGEST_OVERLOAD, &mut changes);
             }
         }
+        self.slots.give_back();
+        self.pump(now, errands);
+        changes
+    }
+
+    /// Changes the limits under those who wait and those in flight, and starts a lane
+    /// that was stopped.
+    pub(super) fn retune(&mut self, now: Duration, pace: &Pace, errands: &mut Errands<W>) {
+        self.advance(now);
+        (self.adaptive, self.burst) = (pace.adaptive, pace.burst_or_default());
+        self.buckets.retune(now, pace, self.gate.opens_at());
+        self.slots.retune(pace.in_flight);
+        self.reopen(now, errands);
+    }
+
+    /// Sends everybody away who waits or comes, until [`reopen`](Turnstile::reopen).
+    pub(super) fn stop(&mut self, why: Error, until: Option<Duration>, errands: &mut Errands<W>) {
+        for waiter in self.queue.clear() {
+            errands.wake.extend(waiter.waker);
+        }
+        self.timekeeper = None;
+        self.last_stop = Some(why.clone());
+        self.stop = Some(Stop { why, until });
+    }
+
+    pub(super) fn reopen(&mut self, now: Duration, errands: &mut Errands<W>) {
+        self.stop = None;
         self.pump(now, errands);
     }
 
-    /// Changes the limits under those who wait and those in flight.
-    pub(super) fn retune(&mut self, now: Duration, pace: &Pace, errands: &mut Errands<W>) {
-        self.buckets.retune(now, pace, self.gate.opens_at());
-        self.requests_per_minute = pace.requests_per_minute();
-        self.most_in_flight = pace.in_flight.unwrap_or(usize::MAX);
-        self.pump(now, errands);
+    pub(super) fn stopped(&mut self, now: Duration) -> Option<&Error> {
+        self.advance(now);
+        self.stop.as_ref().map(|stop| &stop.why)
     }
 
     pub(super) fn snapshot(&self, now: Duration) -> LaneSnapshot {
         let closed_for = self.gate.opens_at().saturating_sub(now);
+        let stop = self.stop.as_ref();
         let (binding, head_wait) = match self.queue.head() {
+            _ if stop.is_some() => {
+                let until = stop.and_then(|stop| stop.until);
+                (Binding::Stopped, until.map(|at| at.saturating_sub(now)))
+            }
             Some((_, charge)) => match self.obstacle(now, charge) {
                 Some(Obstacle { binding, until }) => (binding, until.map(|at| at - now)),
                 // Its time has come, and its timekeeper is about to notice.
@@ -246,8 +393,13 @@ impl<W> Turnstile<W> {
             None => (Binding::Nothing, None),
         };
         LaneSnapshot {
-            requests_per_minute: self.requests_per_minute,
-            in_flight: self.in_flight,
+            requests_per_minute: self
+                .buckets
+                .requests_per_minute()
+                .map(|rate| rate.round() as u64),
+            scale: self.buckets.scale(),
+            most_in_flight: Some(self.slots.limit()).filter(|limit| *limit < usize::MAX),
+            in_flight: self.slots.used(),
             waiting: self.queue.len(),
             granted: self.granted,
             throttled: self.throttled,
@@ -258,6 +410,29 @@ impl<W> Turnstile<W> {
         }
     }
 
+    /// Passes the time until `now`. What is learned of a limit fades only while somebody
+    /// waits whom a slot would not hold up.
+    fn advance(&mut self, now: Duration) {
+        let waited = !self.queue.is_empty() && self.slots.free() > 0;
+        self.buckets.advance(now, waited);
+        self.stop
+            .take_if(|stop| stop.until.is_some_and(|until| until <= now));
+    }
+
+    /// Uses the limit that was refused more slowly, where no limit was known one
+    /// that is guessed.
+    fn slow_down(&mut self, now: Duration, grant: &Grant, changes: &mut Vec<LaneChange>) {
+        if !self.adaptive {
+            return;
+        }
+        let guess = || (self.pulse.rate(now), self.burst);
+        let slowed = self.buckets.refuse(now, grant.at, grant.named, guess);
+        changes.extend(slowed.map(|(resource, scale)| LaneChange::Slowed {
+            limit: resource.binding(),
+            scale,
+        }));
+    }
+
     /// Closes the gate, and empties the buckets until it opens: what waited behind
     /// it then goes at the lane's rate, not all at once.
     fn close(
@@ -266,14 +441,37 @@ impl<W> Turnstile<W> {
         granted_at: Duration,
         wait: Option<Duration>,
         longest: Duration,
+        changes: &mut Vec<LaneChange>,
     ) {
+        let before = self.gate.opens_at();
         self.gate.refuse(now, granted_at, wait, longest);
-        self.buckets.drain_until(now, self.gate.opens_at());
+        let opens_at = self.gate.opens_at();
+        self.buckets.close_until(now, opens_at);
+        if opens_at > before {
+            let wait = opens_at - now;
+            changes.push(LaneChange::Closed { wait });
+        }
+    }
+
+    /// Nobody should wait for as long as the provider asks: they are told instead.
+    fn park(
+        &mut self,
+        now: Duration,
+        wait: Duration,
+        errands: &mut Errands<W>,
+        changes: &mut Vec<LaneChange>,
+    ) {
+        let message = "the provider asks to wait so long that the lane is parked";
+        let why = Error::new(ErrorKind::Throttled, message)
+            .with_wait(wait)
+            .with_persistence(Persistence::Exhausted);
+        changes.push(LaneChange::Stopped { why: why.clone() });
+        self.stop(why, Some(now.saturating_add(wait)), errands);
     }
 
     fn obstacle(&self, now: Duration, charge: Charge) -> Option<Obstacle> {
         let (mut until, mut binding) = self.buckets.ready_at(now, charge);
-        let full = self.in_flight >= self.most_in_flight;
+        let full = self.slots.free() == 0;
         if full {
             binding = Binding::InFlight;
         }
@@ -289,9 +487,15 @@ impl<W> Turnstile<W> {
 
     fn grant(&mut self, now: Duration, charge: Charge) -> Grant {
         self.buckets.take(now, charge);
-        self.in_flight += 1;
+        self.slots.take();
+        self.pulse.beat(now);
         self.granted += 1;
-        Grant { charge, at: now }
+        Grant {
+            charge,
+            at: now,
+            mark: self.buckets.mark(now),
+            named: None,
+        }
     }
 
     /// After anything has changed: lets everybody through who can go, and sees to
@@ -302,15 +506,47 @@ impl<W> Turnstile<W> {
     }
 
     fn grant_all(&mut self, now: Duration, errands: &mut Errands<W>) {
-        while let Some((key, charge)) = self.queue.head() {
-            if self.obstacle(now, charge).is_some() {
-                return;
+        while let Some((head, charge)) = self.queue.head() {
+            match self.obstacle(now, charge) {
+                None => self.let_through(now, head, charge, errands),
+                Some(obstacle) => {
+                    let Some((key, charge)) = self.backfill(now, head, charge, obstacle) else {
+                        return;
+                    };
+                    self.let_through(now, key, charge, errands);
+                }
             }
-            let waiter = self.queue.remove(key);
-            errands.wake.extend(waiter.and_then(|waiter| waiter.waker));
-            let grant = self.grant(now, charge);
-            self.uncollected.insert(key.ticket, grant);
         }
+    }
+
+    fn let_through(&mut self, now: Duration, key: Key, charge: Charge, errands: &mut Errands<W>) {
+        let cost = self.buckets.cost(charge);
+        let waiter = self.queue.serve(key, cost);
+        errands.wake.extend(waiter.and_then(|waiter| waiter.waker));
+        let grant = self.grant(now, charge);
+        self.uncollected.insert(key.ticket, grant);
+    }
+
+    /// One of those behind the head that can go now without making it wait any longer (EASY
+    /// backfill: Lifka, 1995). There is none where the head waits for requests, for
+    /// everybody takes one, nor while the next slot must be the head's.
+    fn backfill(
+        &self,
+        now: Duration,
+        head: Key,
+        charge: Charge,
+        obstacle: Obstacle,
+    ) -> Option<(Key, Charge)> {
+        let until = obstacle.until?;
+        let tokens = matches!(
+            obstacle.binding,
+            Binding::Tokens | Binding::InputTokens | Binding::OutputTokens
+        );
+        if !tokens || self.slots.free() < 2 {
+            return None;
+        }
+        let mut behind = self.queue.behind(head).take(BACKFILL_WINDOW);
+        behind.find(|(_, first)| self.buckets.leaves_room(now, *first, charge, until))
     }
 
     /// Who must look next, and when: nobody if only a call in flight can change anything.

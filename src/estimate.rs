@@ -1,0 +1,227 @@
+//! What a call will cost, before it is made: [`TokenCounter`] and what is learned from replies.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use crate::pace::Need;
+use crate::provider::OutputCharge;
+use crate::request::Request;
+use crate::scope::Scope;
+use crate::usage::Usage;
+
+/// Output tokens assumed for a request that does not limit them, until replies say better.
+const ASSUMED_OUTPUT_TOKENS: u64 = 512;
+/// As many values are remembered of each label.
+const REMEMBERED: usize = 64;
+/// Fewer say nothing of a 90th percentile.
+const TELLING: usize = 8;
+/// Labels that are told apart; what comes after is estimated like all others.
+const MOST_LABELS: usize = 1_024;
+
+/// Counts the tokens of a prompt, for the limits on input tokens.
+///
+/// Without one, [`Request::estimated_input_tokens`] is used: four bytes to a token. Reply by
+/// reply the lane settles to what the provider counted, so a counter need not be exact;
+/// it pays where prompts are long and far from prose. A closure is one.
+///
+/// ```
+/// use throughline::{Context, Request, testing::Scripted};
+///
+/// // Any tokenizer fits in here.
+/// let words = |request: &Request| {
+///     let words = request.messages.iter().map(|m| m.content.split_whitespace().count());
+///     words.sum::<usize>() as u64 * 4 / 3
+/// };
+/// let cx = Context::builder(Scripted::new()).token_counter(words).build();
+/// # let _ = cx;
+/// ```
+pub trait TokenCounter: Send + Sync + 'static {
+    /// The tokens of the whole prompt. Called once for each request, on the path of the
+    /// call: it must not block.
+    fn count(&self, request: &Request) -> u64;
+}
+
+impl<F: Fn(&Request) -> u64 + Send + Sync + 'static> TokenCounter for F {
+    fn count(&self, request: &Request) -> u64 {
+        self(request)
+    }
+}
+
+/// The last values of something.
+#[derive(Debug, Default)]
+pub(crate) struct Recent {
+    values: Vec<u64>,
+    next: usize,
+}
+
+impl Recent {
+    pub(crate) fn add(&mut self, value: u64) {
+        if self.values.len() < REMEMBERED {
+            self.values.push(value);
+        } else {
+            self.values[self.next] = value;
+        }
+        self.next = (self.next + 1) % REMEMBERED;
+    }
+
+    /// The value that so large a part of them does not exceed; `None` while there are too few.
+    pub(crate) fn quantile(&self, part: f64) -> Option<u64> {
+        let len = self.values.len();
+        if len < TELLING {
+            return None;
+        }
+        let mut values = [0; REMEMBERED];
+        values[..len].copy_from_slice(&self.values);
+        let nth = ((len as f64 * part).ceil() as usize).clamp(1, len) - 1;
+        Some(*values[..len].select_nth_unstable(nth).1)
+    }
+}
+
+/// What calls need, by the provider's way of charging.
+pub(crate) struct Estimator {
+    charge: OutputCharge,
+    counter: Option<Box<dyn TokenCounter>>,
+    outputs: Mutex<HashMap<u64, Recent>>,
+    latencies: Mutex<Recent>,
+}
+
+impl Estimator {
+    pub(crate) fn new(charge: OutputCharge, counter: Option<Box<dyn TokenCounter>>) -> Self {
+        Self {
+            charge,
+            counter,
+            outputs: Mutex::default(),
+            latencies: Mutex::default(),
+        }
+    }
+
+    pub(crate) fn need(&self, scope: &Scope, request: &Request) -> Need {
+        let input = match &self.counter {
+            Some(counter) => counter.count(request),
+            None => request.estimated_input_tokens(),
+        };
+        Need::new(input, self.output(scope, request)).of(scope.who)
+    }
+
+    /// `max_tokens` where that is what is charged; otherwise what nine of ten answers
+    /// under the same labels stay below, and `max_tokens` at most.
+    fn output(&self, scope: &Scope, request: &Request) -> u64 {
+        if let (OutputCharge::Reserved, Some(reserved)) = (self.charge, request.max_tokens) {
+            return reserved;
+        }
+        let outputs = lock(&self.outputs);
+        let learned = outputs.get(&scope.labels()).and_then(|o| o.quantile(0.9));
+        let most = request.max_tokens.unwrap_or(u64::MAX);
+        learned.unwrap_or(ASSUMED_OUTPUT_TOKENS).min(most)
+    }
+
+    pub(crate) fn learn(&self, scope: &Scope, usage: Usage, latency: Duration) {
+        let nanos = u64::try_from(latency.as_nanos()).unwrap_or(u64::MAX);
+        lock(&self.latencies).add(nanos);
+        let mut outputs = lock(&self.outputs);
+        let labels = scope.labels();
+        if outputs.len() < MOST_LABELS || outputs.contains_key(&labels) {
+            outputs.entry(labels).or_default().add(usage.output_tokens);
+        }
+    }
+
+    /// How long a call takes in the middle, once enough have been answered.
+    pub(crate) fn median_latency(&self) -> Option<Duration> {
+        lock(&self.latencies)
+            .quantile(0.5)
+            .map(Duration::from_nanos)
+    }
+
+    /// What an answered call costs of the rate limit: a provider that reserves
+    /// `max_tokens` gives nothing back for a shorter answer.
+    pub(crate) fn charged(&self, request: &Request, mut usage: Usage) -> Usage {
+        if self.charge == OutputCharge::Reserved {
+            let reserved = request.max_tokens.unwrap_or(0);
+            usage.output_tokens = usage.output_tokens.max(reserved);
+        }
+        usage
+    }
+
+    /// What a call that failed unbilled costs of it: an answer that was not produced is
+    /// not charged where only production is. What else was charged nobody says.
+    pub(crate) fn charged_in_vain(&self, need: &Need, billed: Option<bool>) -> Option<Usage> {
+        let unproduced = self.charge == OutputCharge::Produced && billed == Some(false);
+        unproduced.then(|| Usage::new(need.input_tokens, 0))
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use tokio_util::sync::CancellationToken;
+
+    use super::*;
+    use crate::scope::Bounds;
+
+    fn scope() -> Arc<Scope> {
+        let bounds = Bounds::new(CancellationToken::new());
+        Arc::new(Scope::root(Arc::new(bounds)))
+    }
+
+    fn answered(estimator: &Estimator, scope: &Scope, outputs: impl Iterator<Item = u64>) {
+        for output in outputs {
+            estimator.learn(scope, Usage::new(1, output), Duration::from_secs(output));
+        }
+    }
+
+    #[test]
+    fn what_is_reserved_is_what_is_charged() {
+        let estimator = Estimator::new(OutputCharge::Reserved, None);
+        let scope = scope();
+        answered(&estimator, &scope, 1..=20);
+        let need = estimator.need(&scope, &Request::new("a").max_tokens(900));
+        assert_eq!(need.output_tokens, 900);
+        let usage = estimator.charged(&Request::new("a").max_tokens(900), Usage::new(1, 5));
+        assert_eq!(usage.output_tokens, 900);
+        assert_eq!(estimator.charged_in_vain(&need, Some(false)), None);
+    }
+
+    #[test]
+    fn output_is_learned_by_label_and_never_above_max_tokens() {
+        let estimator = Estimator::new(OutputCharge::Produced, None);
+        let root = scope();
+        let short = Scope::item(&root, "short".into(), 0, None);
+        let other = Scope::item(&root, "short".into(), 7, Some("key".into()));
+        let long = Scope::item(&root, "long".into(), 0, None);
+        answered(&estimator, &short, 1..=7);
+        let request = Request::new("a");
+        let output = |scope: &Scope, request| estimator.need(scope, request).output_tokens;
+        assert_eq!(output(&short, &request), ASSUMED_OUTPUT_TOKENS, "too few");
+        answered(&estimator, &short, 8..=20);
+        answered(&estimator, &long, (1..=200).map(|n| n * 10));
+        assert_eq!(
+            output(&other, &request),
+            18,
+            "keys and indices are one label"
+        );
+        assert!(output(&long, &request) >= 1_900, "the last 64 count");
+        assert_eq!(output(&long, &Request::new("a").max_tokens(50)), 50);
+        let need = estimator.need(&short, &request);
+        let free = estimator.charged_in_vain(&need, Some(false)).unwrap();
+        assert_eq!(
+            (free.input_tokens, free.output_tokens),
+            (need.input_tokens, 0)
+        );
+        assert_eq!(estimator.charged_in_vain(&need, None), None);
+    }
+
+    #[test]
+    fn the_median_latency_needs_some_answers() {
+        let estimator = Estimator::new(OutputCharge::Produced, None);
+        answered(&estimator, &scope(), 1..=7);
+        assert_eq!(estimator.median_latency(), None);
+        answered(&estimator, &scope(), 8..=9);
+        assert_eq!(estimator.median_latency(), Some(Duration::from_secs(5)));
+    }
+}

@@ -1,0 +1,347 @@
+//! [`Meter`]: one limit with the clock it lives by.
+//!
+//! A bucket takes time as an argument, so what the lane learns of a limit is done to
+//! its time: the clock runs at the limit's [`Scale`], and stands still while the gate is
+//! closed. Rate and burst shrink and grow together, and nothing in the bucket changes.
+
+use std::time::Duration;
+
+use super::bucket::{Bucket, Rate};
+use super::scale::Scale;
+
+/// Fewer calls than this between two refusals say nothing of what passes.
+const TELLING: u64 = 4;
+
+/// Who says that there is a limit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Source {
+    /// The [`Pace`](super::Pace).
+    Configured,
+    /// The headers of a reply.
+    Told,
+    /// A refusal, and what had gone through before it.
+    Guessed,
+}
+
+/// The burst of a limit, and whether it is there from the start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Burst {
+    pub(super) time: Duration,
+    /// Otherwise there is room for one call, whatever its size: nobody knows what
+    /// was used before the lane was made.
+    pub(super) at_once: bool,
+}
+
+#[derive(Debug, Clone)]
+pub(super) struct Meter {
+    bucket: Bucket,
+    scale: Scale,
+    source: Source,
+    /// The bucket's own time at `at`, the lane's.
+    clock: Duration,
+    /// In the future while the clock stands still.
+    at: Duration,
+    /// When it was made: what was granted earlier was not taken from it.
+    born: Duration,
+    /// Nothing was ever taken: the first call may go and owe.
+    fresh: bool,
+    /// Units and calls taken so far, and both at the last refusal.
+    taken: u64,
+    calls: u64,
+    before: (u64, u64),
+    /// How long somebody has waited for more since the last refusal.
+    busy: Duration,
+    /// When headers lowered it last: what they told earlier calls is in that.
+    lowered_at: Duration,
+}
+
+impl Meter {
+    pub(super) fn new(source: Source, rate: Rate, burst: Burst, now: Duration) -> Self {
+        let mut bucket = Bucket::new(rate, burst.time, now);
+        if !burst.at_once {
+            bucket.lower_to(now, 1);
+        }
+        Self {
+            bucket,
+            scale: match source {
+                Source::Guessed => Scale::of_a_guess(),
+                Source::Configured | Source::Told => Scale::whole(),
+            },
+            source,
+            clock: now,
+            at: now,
+            born: now,
+            fresh: !burst.at_once,
+            taken: 0,
+            calls: 0,
+            before: (0, 0),
+            busy: Duration::ZERO,
+            lowered_at: Duration::ZERO,
+        }
+    }
+
+    pub(super) fn source(&self) -> Source {
+        self.source
+    }
+
+    pub(super) fn rate(&self) -> Rate {
+        self.bucket.rate()
+    }
+
+    pub(super) fn scale(&self) -> f64 {
+        self.scale.value()
+    }
+
+    /// The whole units that are there.
+    pub(super) fn level(&self, now: Duration) -> u64 {
+        self.bucket.level(self.clock_at(now))
+    }
+
+    /// Whether what was granted at `granted_at` was taken from this limit.
+    pub(super) fn knows(&self, granted_at: Duration) -> bool {
+        self.born <= granted_at
+    }
+
+    /// Passes the time until `now`, in which somebody `wanted` more or nobody did.
+    pub(super) fn advance(&mut self, now: Duration, wanted: bool) {
+        let Some(passed) = now.checked_sub(self.at).filter(|time| !time.is_zero()) else {
+            return;
+        };
+        self.clock = self.clock_at(now);
+        self.at = now;
+        if wanted {
+            self.busy = self.busy.saturating_add(passed);
+            if !self.scale.is_settled() {
+                self.scale.grow(passed);
+            }
+        }
+    }
+
+    /// When `n` units can be taken if nobody takes any before: `now`, or later.
+    pub(super) fn ready_at(&self, now: Duration, n: u64) -> Duration {
+        let now = now.max(self.at);
+        let clock = self.clock_at(now);
+        if self.fresh {
+            return now;
+        }
+        now.saturating_add(self.slowed(self.bucket.ready_at(clock, n) - clock))
+    }
+
+    /// As [`ready_at`](Meter::ready_at), if `before` units were taken now.
+    pub(super) fn ready_after(&self, now: Duration, before: u64, n: u64) -> Duration {
+        let clock = self.clock_at(now);
+        now.saturating_add(self.slowed(self.bucket.ready_after(clock, before, n) - clock))
+    }
+
+    pub(super) fn fullness(&self, now: Duration) -> f64 {
+        self.bucket.fullness(self.clock_at(now))
+    }
+
+    pub(super) fn take(&mut self, now: Duration, n: u64) {
+        self.fresh = false;
+        self.taken = self.taken.saturating_add(n);
+        self.calls += 1;
+        self.bucket.take(self.clock_at(now), n);
+    }
+
+    /// The refill since is counted at the full rate: never too little.
+    pub(super) fn refund(&mut self, now: Duration, n: u64, taken_at: Duration) {
+        let clock = self.clock_at(now);
+        let passed = now.saturating_sub(taken_at).mul_f64(self.scale().max(1.0));
+        self.bucket.refund(clock, n, clock.saturating_sub(passed));
+        self.keep_empty_while_closed(now);
+    }
+
+    pub(super) fn settle(&mut self, now: Duration, charged: u64, actual: u64) {
+        self.bucket.settle(self.clock_at(now), charged, actual);
+        self.keep_empty_while_closed(now);
+    }
+
+    /// What the provider says is left, to a call granted at `granted_at` that left `level` here.
+    ///
+    /// Nobody says whether that was true when the call was let in or when it was
+    /// answered. In the first case what was sent since has been taken here too,
+    /// in the second it is known to the provider as well: so the limit is lowered by
+    /// what it had too much in either case, and never raised.
+    pub(super) fn lower(&mut self, now: Duration, left: u64, granted_at: Duration, level: u64) {
+        if granted_at < self.lowered_at {
+            return;
+        }
+        let here = self.level(now);
+        let excess = level.min(here).saturating_sub(left);
+        if excess > 0 {
+            self.bucket.lower_to(self.clock_at(now), here - excess);
+            self.lowered_at = now;
+        }
+    }
+
+    /// Empties the limit and lets it stand still until `until`; a debt stays. It is
+    /// still empty then, whatever is credited before.
+    pub(super) fn close_until(&mut self, now: Duration, until: Duration) {
+        self.fresh = false;
+        self.clock = self.clock_at(now);
+        self.at = self.at.max(now).max(until);
+        self.bucket.lower_to(self.clock, 0);
+        if self.source == Source::Guessed {
+            // Who only guesses at a rate must not make the first call wait for it.
+            self.bucket.settle(self.clock, 1, 0);
+        }
+    }
+
+    /// A call sent at `sent_at` was refused for this limit; `told` is the rate that
+    /// headers speak of. Says whether the limit is now used more slowly.
+    pub(super) fn refuse(&mut self, now: Duration, sent_at: Duration, told: Option<Rate>) -> bool {
+        let rate = self.bucket.rate();
+        // The refused call itself did not pass.
+        let average = self.taken / self.calls.max(1);
+        let passed = (self.taken - self.before.0).saturating_sub(average);
+        let passed = rate.time_for(passed).as_secs_f64() / self.busy.as_secs_f64();
+        let passed =
+            (self.calls - self.before.1 >= TELLING && passed.is_finite()).then_some(passed);
+        let told = told.map(|told| told.per_second() / rate.per_second());
+        let call = rate.time_for(average);
+        let lowered = self.scale.refuse(now, sent_at, passed, told, call);
+        if lowered {
+            self.before = (self.taken, self.calls);
+            self.busy = Duration::ZERO;
+        }
+        lowered
+    }
+
+    /// Changes the limit; what was learned of it is forgotten, for whoever sets it
+    /// now knows better.
+    pub(super) fn retune(&mut self, now: Duration, source: Source, rate: Rate, burst: Burst) {
+        let clock = self.clock_at(now);
+        if source != self.source || rate != self.bucket.rate() {
+            let fresh = Self::new(source, rate, burst, now);
+            (self.scale, self.source) = (fresh.scale, source);
+        }
+        self.bucket.retune(clock, rate, burst.time);
+        (self.clock, self.at) = (clock, self.at.max(now));
+    }
+
+    fn keep_empty_while_closed(&mut self, now: Duration) {
+        if now < self.at {
+            let least = u64::from(self.source == Source::Guessed);
+            self.bucket.lower_to(self.clock, least);
+        }
+    }
+
+    fn clock_at(&self, now: Duration) -> Duration {
+        let passed = now.saturating_sub(self.at);
+        let scale = self.scale.value();
+        let passed = if scale == 1.0 {
+            passed
+        } else {
+            passed.mul_f64(scale)
+        };
+        self.clock.saturating_add(passed)
+    }
+
+    /// A time of the bucket's as the lane sees it.
+    fn slowed(&self, time: Duration) -> Duration {
+        let scale = self.scale.value();
+        if scale == 1.0 || time.is_zero() {
+            return time;
+        }
+        // Up, and one on top: the way back must not fall short by a rounding.
+        let nanos = (time.as_nanos() as f64 / scale).ceil() as u64;
+        Duration::from_nanos(nanos.saturating_add(1))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    /// 10 a second, of which 10 may go at once.
+    fn meter(source: Source) -> Meter {
+        let burst = Burst {
+            time: SECOND,
+            at_once: true,
+        };
+        Meter::new(source, Rate::per_minute(600), burst, Duration::ZERO)
+    }
+
+    #[test]
+    fn a_slower_clock_is_a_lower_rate_and_a_smaller_burst() {
+        let mut meter = meter(Source::Configured);
+        let part = Rate::per_minute(450);
+        assert!(meter.refuse(Duration::ZERO, Duration::ZERO, Some(part)));
+        meter.close_until(Duration::ZERO, SECOND);
+        assert!((meter.scale() - 0.6).abs() < 1e-9);
+        let wait = meter.ready_at(SECOND, 1) - SECOND;
+        assert!(
+            wait.abs_diff(SECOND / 6) < Duration::from_micros(1),
+            "{wait:?}"
+        );
+        let wait = meter.ready_at(SECOND, 10) - SECOND;
+        assert!(wait.abs_diff(5 * SECOND / 3) < Duration::from_micros(1));
+    }
+
+    #[test]
+    fn closed_it_stands_still_and_resumes_empty() {
+        let mut meter = meter(Source::Configured);
+        let ms = Duration::from_millis;
+        meter.close_until(ms(500), ms(5_000));
+        meter.settle(ms(600), 10, 0);
+        meter.refund(ms(600), 10, ms(600));
+        meter.advance(ms(700), true);
+        assert_eq!(meter.ready_at(ms(700), 0), ms(5_000));
+        assert_eq!(meter.ready_at(ms(700), 1), ms(5_100));
+        meter.close_until(ms(700), ms(2_000));
+        assert_eq!(meter.ready_at(ms(700), 1), ms(5_100), "never shorter");
+        meter.advance(ms(5_500), true);
+        assert_eq!(meter.ready_at(ms(5_500), 5), ms(5_500));
+    }
+
+    #[test]
+    fn only_time_in_which_somebody_waits_brings_it_back() {
+        let mut meter = meter(Source::Configured);
+        meter.refuse(Duration::ZERO, Duration::ZERO, None);
+        let low = meter.scale();
+        meter.advance(1_000 * SECOND, false);
+        assert_eq!(meter.scale(), low);
+        meter.advance(2_000 * SECOND, true);
+        assert_eq!(meter.scale(), 1.0);
+    }
+
+    #[test]
+    fn what_passed_between_two_refusals_is_the_better_guess() {
+        let mut meter = meter(Source::Configured);
+        meter.take(Duration::ZERO, 1);
+        meter.refuse(Duration::ZERO, Duration::ZERO, None);
+        let mut now = Duration::ZERO;
+        for _ in 0..51 {
+            now += SECOND / 5;
+            meter.advance(now, true);
+            meter.take(now, 1);
+        }
+        let tried = meter.scale();
+        meter.refuse(now, now, None);
+        // 50 passed in 10.2 s of a limit of 102: so little is believed down to a part.
+        let expected = 0.8 * 0.7 * tried;
+        assert!(tried > 0.97, "one refused call says nothing of what passes");
+        assert!(
+            (meter.scale() - expected).abs() < 1e-6,
+            "{}, not {expected}",
+            meter.scale()
+        );
+    }
+
+    #[test]
+    fn a_fresh_limit_lets_one_call_go_and_owe() {
+        let burst = Burst {
+            time: SECOND,
+            at_once: false,
+        };
+        let mut meter = Meter::new(Source::Configured, Rate::per_minute(600), burst, SECOND);
+        assert_eq!(meter.ready_at(SECOND, 1_000), SECOND);
+        meter.take(SECOND, 5);
+        assert_eq!(meter.ready_at(SECOND, 1), SECOND + SECOND / 2);
+        meter.retune(SECOND, Source::Configured, Rate::per_minute(600), burst);
+        assert_eq!(meter.ready_at(SECOND, 1), SECOND + SECOND / 2);
+    }
+}

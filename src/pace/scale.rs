@@ -1,0 +1,235 @@
+//! [`Scale`]: the share of a limit that the provider really grants, learned from its refusals.
+//!
+//! The signal is explicit: a 429. Latency is none, for it follows the length of the
+//! answers. After a refusal the share drops to four fifths of what was refused, comes
+//! back to that on a cubic (fast, then flat where the trouble was), holds, and
+//! only then feels its way upwards, as CUBIC does for TCP (RFC 9438).
+
+use std::time::Duration;
+
+/// The share never drops below this by itself: 50 times too much is not a mistake, it
+/// is another account.
+const FLOOR: f64 = 0.02;
+/// A guess may be that wrong.
+const FLOOR_OF_A_GUESS: f64 = 1e-4;
+/// Upwards without end means up to here.
+const UNBOUNDED: f64 = 1e6;
+/// What a refusal leaves of the share that the recovery aims at.
+const CUT: f64 = 0.8;
+/// The recovery aims a little below what was refused: where each second is counted on its
+/// own, aiming at it is refused again before the curve is flat.
+const AIM: f64 = 0.98;
+/// What was let through since the last refusal counts as the truth if it is
+/// clearly less than what was tried, and so does what the headers say. Either is believed
+/// down to this part of what was tried: they may be wrong.
+const BELIEVED: f64 = 0.7;
+const BELIEVED_OF_A_GUESS: f64 = 0.1;
+/// The unit of the recovery: this long, or the time of that many calls if that is
+/// longer, up to a minute. A slow account would otherwise be refused every few calls.
+const UNIT: Duration = Duration::from_secs(15);
+const UNIT_CALLS: u32 = 50;
+const LONGEST_UNIT: Duration = Duration::from_secs(60);
+
+#[derive(Debug, Clone)]
+pub(super) struct Scale {
+    value: f64,
+    ceiling: f64,
+    /// What the recovery starts from, what it aims at, and its unit of time.
+    from: f64,
+    aim: f64,
+    unit: Duration,
+    /// How long somebody has waited for more since the gate opened.
+    grown: Duration,
+    decreased_at: Option<Duration>,
+}
+
+impl Scale {
+    /// All of a limit that somebody has named.
+    pub(super) fn whole() -> Self {
+        Self {
+            value: 1.0,
+            ceiling: 1.0,
+            from: 1.0,
+            aim: 1.0,
+            unit: UNIT,
+            grown: Duration::ZERO,
+            decreased_at: None,
+        }
+    }
+
+    /// A share of a rate that is itself a guess: it may rise above 1.
+    pub(super) fn of_a_guess() -> Self {
+        Self {
+            ceiling: UNBOUNDED,
+            ..Self::whole()
+        }
+    }
+
+    fn is_of_a_guess(&self) -> bool {
+        self.ceiling == UNBOUNDED
+    }
+
+    pub(super) fn value(&self) -> f64 {
+        self.value
+    }
+
+    /// Whether time alone changes nothing.
+    pub(super) fn is_settled(&self) -> bool {
+        self.value >= self.ceiling || (self.decreased_at.is_none() && !self.is_of_a_guess())
+    }
+
+    /// Somebody waited for `time` at an open gate: only then more is wanted.
+    pub(super) fn grow(&mut self, time: Duration) {
+        self.grown = self.grown.saturating_add(time);
+        let x = self.grown.as_secs_f64() / self.unit.as_secs_f64();
+        let share = if x <= 1.0 {
+            self.aim - (self.aim - self.from) * (1.0 - x).powi(3)
+        } else if x <= 1.5 {
+            self.aim
+        } else {
+            // Faster than that where nothing has been refused for long: the trouble is over.
+            let doublings = (x - 1.5) / 2.0;
+            self.aim * doublings.max(doublings.powi(2)).min(64.0).exp2()
+        };
+        self.value = share.min(self.ceiling);
+    }
+
+    /// A call sent at `sent_at` was refused, `now`. Calls that were on their way when
+    /// the first of them was refused are one cohort: only that one counts.
+    ///
+    /// `passed` is the share that was let through since the last decrease, if known, `told` the
+    /// one that the provider's headers speak of, and `call` the time one call takes
+    /// of the whole limit. Says whether the share was lowered.
+    pub(super) fn refuse(
+        &mut self,
+        now: Duration,
+        sent_at: Duration,
+        passed: Option<f64>,
+        told: Option<f64>,
+        call: Duration,
+    ) -> bool {
+        if self.decreased_at.is_some_and(|at| sent_at < at) {
+            return false;
+        }
+        let tried = self.value;
+        let (believed, floor) = match self.is_of_a_guess() {
+            true => (BELIEVED_OF_A_GUESS, FLOOR_OF_A_GUESS),
+            false => (BELIEVED, FLOOR),
+        };
+        // Headers that speak of less than what has passed are wrong.
+        let told = told.filter(|told| passed.is_none_or(|passed| *told >= 0.9 * passed));
+        let passed = passed.filter(|passed| *passed < CUT * tried);
+        let aim = passed.into_iter().chain(told).fold(AIM * tried, f64::min);
+        self.aim = aim.max(believed * tried).max(floor);
+        self.from = (CUT * self.aim).max(floor);
+        self.unit = (call * UNIT_CALLS)
+            .div_f64(self.aim)
+            .clamp(UNIT, LONGEST_UNIT);
+        self.grown = Duration::ZERO;
+        self.value = self.from;
+        self.decreased_at = Some(now);
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn refused(scale: &mut Scale, now: u32) -> bool {
+        scale.refuse(now * SECOND, now * SECOND, None, None, Duration::ZERO)
+    }
+
+    fn at(scale: &Scale, x: f64) -> f64 {
+        let mut scale = scale.clone();
+        scale.grow(UNIT.mul_f64(x));
+        scale.value()
+    }
+
+    #[test]
+    fn the_curve_is_cubic_then_flat_then_exponential() {
+        let mut scale = Scale::whole();
+        assert!(scale.is_settled());
+        refused(&mut scale, 1);
+        refused(&mut scale, 2);
+        let aim = 0.98 * 0.8 * 0.98;
+        let close = |x: f64, expected: f64| {
+            let value = at(&scale, x);
+            assert!((value - expected).abs() < 1e-9, "{x}: {value}, {expected}");
+        };
+        close(0.0, 0.8 * aim);
+        close(0.5, aim * (1.0 - 0.2 * 0.125));
+        close(1.0, aim);
+        close(1.5, aim);
+        close(2.0, aim * 2_f64.powf(0.25));
+        close(40.0, 1.0);
+    }
+
+    #[test]
+    fn one_decrease_for_each_cohort() {
+        let mut scale = Scale::whole();
+        assert!(refused(&mut scale, 10));
+        let after = scale.value();
+        assert!(!scale.refuse(11 * SECOND, 9 * SECOND, None, None, Duration::ZERO));
+        assert_eq!(scale.value(), after);
+        assert!(refused(&mut scale, 12));
+    }
+
+    #[test]
+    fn what_was_let_through_and_what_headers_say_lower_the_aim() {
+        let mut scale = Scale::whole();
+        scale.refuse(SECOND, SECOND, Some(0.75), None, Duration::ZERO);
+        assert!((at(&scale, 1.0) - 0.75).abs() < 1e-9);
+        let mut scale = Scale::whole();
+        scale.refuse(SECOND, SECOND, Some(0.1), None, Duration::ZERO);
+        assert!((at(&scale, 1.0) - BELIEVED).abs() < 1e-9);
+        let mut scale = Scale::whole();
+        scale.refuse(SECOND, SECOND, None, Some(0.7), Duration::ZERO);
+        assert!((at(&scale, 1.0) - 0.7).abs() < 1e-9);
+    }
+
+    #[test]
+    fn a_slow_account_recovers_by_calls() {
+        let mut scale = Scale::whole();
+        scale.refuse(SECOND, SECOND, None, Some(0.8), SECOND * 4 / 5);
+        scale.grow(50 * SECOND - SECOND);
+        assert!(scale.value() < 0.8, "50 calls at a second each");
+        scale.grow(SECOND);
+        assert!((scale.value() - 0.8).abs() < 1e-9);
+    }
+
+    #[test]
+    fn a_guess_may_be_exceeded() {
+        let mut scale = Scale::of_a_guess();
+        refused(&mut scale, 1);
+        assert!(at(&scale, 10.0) > 10.0);
+        assert!(at(&scale, 1e9).is_finite());
+    }
+
+    proptest! {
+        #[test]
+        fn it_stays_within_floor_and_ceiling_and_only_grows_in_between(
+            steps in proptest::collection::vec((any::<bool>(), 0..60_000u64, 0.0..2.0f64), 1..200),
+        ) {
+            let mut scale = Scale::whole();
+            let mut now = Duration::ZERO;
+            for (refusal, ms, passed) in steps {
+                let before = scale.value();
+                let time = Duration::from_millis(ms);
+                now += time;
+                if refusal {
+                    scale.refuse(now, now, Some(passed), None, Duration::from_millis(ms));
+                    prop_assert!(scale.value() <= before.max(FLOOR));
+                } else {
+                    scale.grow(time);
+                    prop_assert!(scale.value() >= before);
+                }
+                prop_assert!((FLOOR..=1.0).contains(&scale.value()));
+            }
+        }
+    }
+}
