@@ -1,0 +1,247 @@
+//! What a call over a socket costs the client, beside the same written by hand.
+//!
+//! ```sh
+//! cargo bench --bench http --features openai
+//! ```
+//!
+//! Both send the same chat completions to a server that answers at once, 64 at a time over
+//! kept connections. By hand: reqwest, `buffer_unordered(64)`, governor, one serde struct
+//! each for the body and the reply. Ours: `Context` and `OpenAi`, with everything that
+//! comes with them (retries, deadlines, settlement, rate-limit headers, errors that tell).
+//!
+//! What is measured is the CPU time of the client's thread, kernel included, as
+//! `/proc/thread-self/schedstat` counts it: the server has a thread of its own, and waiting
+//! costs nothing. Without that file (only Linux has it) there is nothing to compare. The
+//! runs alternate, so that a machine whose speed drifts drifts for both. The bar is 1.15.
+
+#[path = "../tests/support/server.rs"]
+mod server;
+
+use std::num::NonZeroU32;
+use std::thread;
+use std::time::Duration;
+
+use futures::{StreamExt as _, stream};
+use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
+use reqwest::header::{AUTHORIZATION, CONTENT_TYPE};
+use serde::{Deserialize, Serialize};
+use throughline::{Context, OpenAi, Pace, Request};
+use tokio::runtime::{Builder, Runtime};
+
+use crate::server::{Server, reply};
+
+const CALLS: u64 = 2_000;
+const PAIRS: usize = 41;
+const PARALLEL: usize = 64;
+const MODEL: &str = "some-model";
+const BAR: f64 = 1.15;
+
+fn prompt(n: u64) -> String {
+    let facts = "It rises in the hills, turns twice and reaches the sea. ".repeat(8);
+    format!("Describe river {n} in one sentence. {facts}")
+}
+
+/// What a chat completion looks like, with the headers that come with it.
+fn answer() -> Vec<u8> {
+    let text = "The river leaves the hills in the early morning, crosses a plain of reeds and \
+                reaches the sea by evening. "
+        .repeat(4);
+    let body = serde_json::json!({
+        "id": "chatcmpl-1", "object": "chat.completion", "created": 1_700_000_000, "model": MODEL,
+        "choices": [{"index": 0, "message": {"role": "assistant", "content": text},
+            "logprobs": null, "finish_reason": "stop"}],
+        "usage": {"prompt_tokens": 128, "completion_tokens": 96, "total_tokens": 224,
+            "prompt_tokens_details": {"cached_tokens": 0},
+            "completion_tokens_details": {"reasoning_tokens": 0}},
+        "system_fingerprint": "fp_1",
+    });
+    let headers = [
+        ("content-type", "application/json"),
+        ("x-request-id", "req_0123456789abcdef"),
+        ("x-ratelimit-limit-requests", "10000"),
+        ("x-ratelimit-remaining-requests", "9999"),
+        ("x-ratelimit-reset-requests", "6ms"),
+        ("x-ratelimit-limit-tokens", "2000000"),
+        ("x-ratelimit-remaining-tokens", "1999800"),
+        ("x-ratelimit-reset-tokens", "6ms"),
+    ];
+    reply(200, &headers, body.to_string().as_bytes())
+}
+
+/// The URL of a server that answers all with the same, on a thread of its own.
+fn serve() -> String {
+    let (tell, told) = std::sync::mpsc::channel();
+    thread::spawn(move || {
+        runtime().block_on(async {
+            let server = Server::fixed(answer()).await;
+            tell.send(server.url()).expect("the bench waits for it");
+            std::future::pending::<()>().await;
+        });
+    });
+    told.recv().expect("a server")
+}
+
+fn runtime() -> Runtime {
+    Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .expect("a runtime")
+}
+
+#[derive(Serialize)]
+struct Body {
+    model: &'static str,
+    messages: [Message; 1],
+    max_tokens: u64,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Message {
+    #[serde(skip_deserializing)]
+    role: &'static str,
+    content: String,
+}
+
+#[derive(Deserialize)]
+struct Completion {
+    choices: Vec<Choice>,
+    usage: Tokens,
+}
+
+#[derive(Deserialize)]
+struct Choice {
+    message: Message,
+}
+
+#[derive(Deserialize)]
+struct Tokens {
+    prompt_tokens: u64,
+    completion_tokens: u64,
+}
+
+/// As one would write it in an afternoon, without the retries.
+struct ByHand {
+    client: reqwest::Client,
+    limiter: DefaultDirectRateLimiter,
+    url: String,
+}
+
+impl ByHand {
+    fn new(url: &str) -> Self {
+        let quota = Quota::per_second(NonZeroU32::MAX).allow_burst(NonZeroU32::MAX);
+        Self {
+            client: reqwest::Client::new(),
+            limiter: RateLimiter::direct(quota),
+            url: format!("{url}/v1/chat/completions"),
+        }
+    }
+
+    async fn call(&self, n: u64) -> (String, u64) {
+        self.limiter.until_ready().await;
+        let body = Body {
+            model: MODEL,
+            messages: [Message {
+                role: "user",
+                content: prompt(n),
+            }],
+            max_tokens: 200,
+        };
+        let response = self
+            .client
+            .post(&self.url)
+            .header(CONTENT_TYPE, "application/json")
+            .header(AUTHORIZATION, "Bearer sk-0123456789")
+            .body(serde_json::to_vec(&body).expect("it is JSON"))
+            .send()
+            .await
+            .and_then(reqwest::Response::error_for_status)
+            .expect("a reply");
+        let body = response.bytes().await.expect("its body");
+        let mut completion: Completion = serde_json::from_slice(&body).expect("a completion");
+        let tokens = completion.usage.prompt_tokens + completion.usage.completion_tokens;
+        (completion.choices.swap_remove(0).message.content, tokens)
+    }
+
+    async fn run(&self) -> u64 {
+        let calls = stream::iter(0..CALLS).map(|n| self.call(n));
+        let replies: Vec<_> = calls.buffer_unordered(PARALLEL).collect().await;
+        replies.iter().map(|(_, tokens)| tokens).sum()
+    }
+}
+
+async fn ours(cx: &Context) -> u64 {
+    let batch = cx.fan_out("river", 0..CALLS).buffer_unordered(PARALLEL);
+    let settled = batch.settle(|cx, n| async move {
+        let request = Request::new(prompt(n)).max_tokens(200);
+        cx.generate(request).await
+    });
+    let replies = settled.await.all().expect("every reply");
+    replies.iter().map(|reply| reply.usage.total()).sum()
+}
+
+/// The CPU time this thread has used.
+fn cpu_time() -> Option<Duration> {
+    let stat = std::fs::read_to_string("/proc/thread-self/schedstat").ok()?;
+    let nanos = stat.split_whitespace().next()?.parse().ok()?;
+    Some(Duration::from_nanos(nanos))
+}
+
+/// The CPU time of one call, in microseconds.
+fn measure(runtime: &Runtime, work: impl Future<Output = u64>) -> f64 {
+    let before = cpu_time().expect("Linux");
+    let tokens = runtime.block_on(work);
+    let used = cpu_time().expect("Linux") - before;
+    assert_eq!(tokens, CALLS * (128 + 96));
+    used.as_secs_f64() * 1e6 / CALLS as f64
+}
+
+fn client(url: &str) {
+    // Each has its own runtime: reqwest's connections live in the one they were made in,
+    // and the tasks of one must not run in the other's time.
+    let (theirs, mine) = (runtime(), runtime());
+    let by_hand = ByHand::new(url);
+    let provider = OpenAi::builder()
+        .base_url(format!("{url}/v1"))
+        .api_key("sk-0123456789")
+        .build()
+        .expect("a provider");
+    let cx = Context::builder(provider)
+        .pace(Pace::per_minute(1 << 40).tokens(1 << 50))
+        .model(MODEL)
+        .build();
+
+    let mut pairs = Vec::new();
+    for round in 0..=PAIRS {
+        let pair = (measure(&theirs, by_hand.run()), measure(&mine, ours(&cx)));
+        // The first makes the connections.
+        if round > 0 {
+            pairs.push(pair);
+        }
+    }
+    let ratios = sorted(pairs.iter().map(|(theirs, ours)| ours / theirs));
+    let (low, high) = (ratios[PAIRS / 20], ratios[PAIRS - 1 - PAIRS / 20]);
+    println!(
+        "client CPU of a call, {PAIRS} pairs of {CALLS} calls, {PARALLEL} in flight\n\
+         by hand {:.1} us, ours {:.1} us\n\
+         ours / by hand: median {:.3}, {low:.3} to {high:.3} (bar: {BAR})",
+        sorted(pairs.iter().map(|pair| pair.0))[PAIRS / 2],
+        sorted(pairs.iter().map(|pair| pair.1))[PAIRS / 2],
+        ratios[PAIRS / 2],
+    );
+}
+
+fn sorted(values: impl Iterator<Item = f64>) -> Vec<f64> {
+    let mut values: Vec<f64> = values.collect();
+    values.sort_by(f64::total_cmp);
+    values
+}
+
+fn main() {
+    if cpu_time().is_none() {
+        println!("no /proc/thread-self/schedstat here: the CPU time of a thread is not known");
+        return;
+    }
+    let url = serve();
+    let client = thread::spawn(move || client(&url));
+    client.join().expect("the client's thread");
+}
