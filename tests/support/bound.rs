@@ -51,16 +51,6 @@ impl Curve {
         self
     }
 
-    fn rate(&self, at: f64) -> f64 {
-        match self {
-            Self::Bucket { rates, .. } => {
-                let now = rates.iter().rev().find(|(from, _)| *from <= at);
-                now.expect("the first rate holds from 0").1
-            }
-            Self::Windows { length, share } => share / length,
-        }
-    }
-
     /// The most it lets through in `from..=to`, whatever came before.
     fn between(&self, from: f64, to: f64) -> f64 {
         match self {
@@ -81,7 +71,10 @@ impl Curve {
     /// What may pass at one moment.
     fn holds(&self, at: f64) -> f64 {
         match self {
-            Self::Bucket { burst, .. } => (self.rate(at) * burst).max(1.0),
+            Self::Bucket { burst, rates } => {
+                let now = rates.iter().rev().find(|(from, _)| *from <= at);
+                (now.expect("the first rate holds from 0").1 * burst).max(1.0)
+            }
             Self::Windows { share, .. } => share.max(1.0),
         }
     }
@@ -118,27 +111,33 @@ impl Limit {
     /// The most that passes in `0..=end`.
     ///
     /// No stretch lets more through than the tightest of the curves does in it, and that
-    /// holds for the whole as well as for the sum of stretches in which one of them binds.
+    /// holds for every way to cut the time in stretches: the best of them counts, with
+    /// cuts where a rate changes.
     fn passes(&self, end: f64) -> f64 {
         let tightest = |from: f64, to: f64| {
             let each = self.curves.iter().map(|curve| curve.between(from, to));
             each.fold(f64::INFINITY, f64::min)
         };
-        let binding = |at: f64| {
-            let rates = self.curves.iter().map(|curve| curve.rate(at)).enumerate();
-            rates.min_by(|a, b| a.1.total_cmp(&b.1)).map(|(i, _)| i)
-        };
         let changes = self.curves.iter().flat_map(|curve| match curve {
             Curve::Bucket { rates, .. } => rates.iter().map(|(at, _)| *at).collect(),
-            Curve::Windows { .. } => Vec::new(),
+            Curve::Windows { .. } => vec![0.0],
         });
-        let mut cuts: Vec<f64> = changes.filter(|at| (0.0..end).contains(at)).collect();
-        cuts.push(0.0);
+        let mut cuts: Vec<f64> = changes.filter(|at| (0.0..=end).contains(at)).collect();
+        cuts.push(end);
         cuts.sort_by(f64::total_cmp);
-        cuts.dedup_by_key(|at| binding(*at));
-        let ends = cuts.iter().skip(1).copied().chain([end]);
-        let by_stretches: f64 = cuts.iter().zip(ends).map(|(a, b)| tightest(*a, b)).sum();
-        by_stretches.min(tightest(0.0, end))
+        cuts.dedup();
+        if cuts.len() == 1 {
+            return tightest(0.0, end);
+        }
+        // No more than this has passed by each cut.
+        let mut passed = vec![(0.0, 0.0)];
+        for to in &cuts[1..] {
+            let ways = passed
+                .iter()
+                .map(|(from, before)| before + tightest(*from, *to));
+            passed.push((*to, ways.fold(f64::INFINITY, f64::min)));
+        }
+        passed.last().expect("the end").1
     }
 
     /// min{t : what passes until t ≥ the work}, by halving: it only grows with t.
@@ -242,6 +241,15 @@ mod tests {
         // 500, 100 and then 500 more, and one at once whenever the other takes over.
         assert_eq!(seconds(&both), 300.0);
         assert_eq!(seconds(&Limit::new(vec![configured], ones(1_101))), 220.0);
+    }
+
+    #[test]
+    fn where_both_are_as_tight_the_smaller_burst_counts_until_the_change() {
+        let configured = Curve::bucket(600, SECOND);
+        let truth = Curve::bucket(600, 2 * SECOND).then(10 * SECOND, 150);
+        // 110 in the first ten seconds; then 5 at once and 2.5 a second.
+        let both = Limit::new(vec![truth, configured], ones(140));
+        assert_eq!(seconds(&both), 20.0);
     }
 
     #[test]
