@@ -25,13 +25,13 @@ use futures::{StreamExt as _, stream};
 use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
 use reqwest::header::{AUTHORIZATION, CONTENT_TYPE};
 use serde::{Deserialize, Serialize};
-use throughline::{Context, OpenAi, Pace, Request};
+use throughline::{Context, OpenAi, Pace, Provider as _, Request};
 use tokio::runtime::{Builder, Runtime};
 
 use crate::server::{Server, reply};
 
 const CALLS: u64 = 2_000;
-const PAIRS: usize = 41;
+const ROUNDS: usize = 41;
 const PARALLEL: usize = 64;
 const MODEL: &str = "some-model";
 const BAR: f64 = 1.15;
@@ -181,6 +181,16 @@ async fn ours(cx: &Context) -> u64 {
     replies.iter().map(|(_, tokens)| tokens).sum()
 }
 
+/// Our client without lane, retries and batch: says where the difference comes from.
+async fn provider_alone(provider: &OpenAi) -> u64 {
+    let calls = stream::iter(0..CALLS).map(|n| async move {
+        let request = Request::new(prompt(n)).model(MODEL).max_tokens(200);
+        provider.generate(&request).await.expect("a reply")
+    });
+    let replies: Vec<_> = calls.buffer_unordered(PARALLEL).collect().await;
+    replies.iter().map(|reply| reply.usage.total()).sum()
+}
+
 /// The CPU time this thread has used.
 fn cpu_time() -> Option<Duration> {
     let stat = std::fs::read_to_string("/proc/thread-self/schedstat").ok()?;
@@ -200,35 +210,47 @@ fn measure(runtime: &Runtime, work: impl Future<Output = u64>) -> f64 {
 fn client(url: &str) {
     // Each has its own runtime: reqwest's connections live in the one they were made in,
     // and the tasks of one must not run in the other's time.
-    let (theirs, mine) = (runtime(), runtime());
+    let runtimes = [runtime(), runtime(), runtime()];
     let by_hand = ByHand::new(url);
-    let provider = OpenAi::builder()
-        .base_url(format!("{url}/v1"))
-        .api_key("sk-0123456789")
-        .build()
-        .expect("a provider");
-    let cx = Context::builder(provider)
+    let provider = || {
+        let builder = OpenAi::builder().base_url(format!("{url}/v1"));
+        builder
+            .api_key("sk-0123456789")
+            .build()
+            .expect("a provider")
+    };
+    let alone = provider();
+    let cx = Context::builder(provider())
         .pace(Pace::per_minute(1 << 40).tokens(1 << 50))
         .model(MODEL)
         .build();
 
-    let mut pairs = Vec::new();
-    for round in 0..=PAIRS {
-        let pair = (measure(&theirs, by_hand.run()), measure(&mine, ours(&cx)));
+    let mut rounds = Vec::new();
+    for round in 0..=ROUNDS {
+        let times = [
+            measure(&runtimes[0], by_hand.run()),
+            measure(&runtimes[1], ours(&cx)),
+            measure(&runtimes[2], provider_alone(&alone)),
+        ];
         // The first makes the connections.
         if round > 0 {
-            pairs.push(pair);
+            rounds.push(times);
         }
     }
-    let ratios = sorted(pairs.iter().map(|(theirs, ours)| ours / theirs));
-    let (low, high) = (ratios[PAIRS / 20], ratios[PAIRS - 1 - PAIRS / 20]);
+    let time = |which: usize| sorted(rounds.iter().map(|times| times[which]))[ROUNDS / 2];
+    let ratios = |which: usize| sorted(rounds.iter().map(|times| times[which] / times[0]));
+    let (ours, alone) = (ratios(1), ratios(2));
+    let (low, high) = (ours[ROUNDS / 20], ours[ROUNDS - 1 - ROUNDS / 20]);
     println!(
-        "client CPU of a call, {PAIRS} pairs of {CALLS} calls, {PARALLEL} in flight\n\
-         by hand {:.1} us, ours {:.1} us\n\
+        "client CPU of a call, {ROUNDS} rounds of {CALLS} calls, {PARALLEL} in flight\n\
+         by hand {:.1} us, ours {:.1} us, our provider alone {:.1} us\n\
+         provider alone / by hand: median {:.3}\n\
          ours / by hand: median {:.3}, {low:.3} to {high:.3} (bar: {BAR})",
-        sorted(pairs.iter().map(|pair| pair.0))[PAIRS / 2],
-        sorted(pairs.iter().map(|pair| pair.1))[PAIRS / 2],
-        ratios[PAIRS / 2],
+        time(0),
+        time(1),
+        time(2),
+        alone[ROUNDS / 2],
+        ours[ROUNDS / 2],
     );
 }
 

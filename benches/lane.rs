@@ -61,7 +61,8 @@ fn grant(lane: &Lane) {
     done(
         lane.acquire(black_box(need()))
             .now_or_never()
-            .expect("nothing is in its way"),
+            .expect("nothing is in its way")
+            .expect("the lane is open"),
     );
 }
 
@@ -100,7 +101,8 @@ impl Queued {
 
     fn enter(&mut self) {
         let lane = self.lane.clone();
-        let mut waiter = Box::pin(async move { lane.acquire(need()).await });
+        let mut waiter =
+            Box::pin(async move { lane.acquire(need()).await.expect("the lane is open") });
         let mut cx = Context::from_waker(Waker::noop());
         assert!(waiter.as_mut().poll(&mut cx).is_pending());
         self.waiting.push_back(waiter);
@@ -129,7 +131,7 @@ fn contended(runtime: &Runtime, lane: &Lane, grants: u64) -> Duration {
                 let lane = lane.clone();
                 tokio::spawn(async move {
                     for _ in 0..each {
-                        let permit = lane.acquire(need()).await;
+                        let permit = lane.acquire(need()).await.expect("the lane is open");
                         // Where a call would be made: the others get their turn.
                         tokio::task::yield_now().await;
                         done(permit);

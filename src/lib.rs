@@ -61,6 +61,7 @@ mod event;
 mod guard;
 mod pace;
 mod pipeline;
+mod pool;
 pub mod provider;
 mod reply;
 mod request;
@@ -94,6 +95,7 @@ pub use crate::pace::{
 pub use crate::pipeline::{
     BoxPipeline, FnPipeline, Map, OrElse, Pipeline, PipelineExt, Then, Timeout, pipeline,
 };
+pub use crate::pool::{Pool, Turn, Visit};
 #[cfg(feature = "sim")]
 pub use crate::provider::sim::Sim;
 #[cfg(feature = "anthropic")]

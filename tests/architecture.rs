@@ -14,6 +14,7 @@ const LAYERS: &[(&str, u8)] = &[
     ("provider", 1),
     ("scope", 2),
     ("pace", 2),
+    ("pool", 2),
     ("retry", 2),
     ("estimate", 2),
     ("budget", 2),

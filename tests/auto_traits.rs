@@ -3,8 +3,8 @@
 use static_assertions::{assert_impl_all, assert_not_impl_any, assert_obj_safe};
 use throughline::{
     Batch, BoxPipeline, Context, ContextBuilder, Error, Event, Lane, LaneSnapshot, Observer,
-    Outcome, Outcomes, Pace, Permit, Progress, Provider, Reply, ReplyStream, Request,
-    RequestDigest, Retry, Settled, Snapshot, Tally, Usage,
+    Outcome, Outcomes, Pace, Permit, Pool, Progress, Provider, Reply, ReplyStream, Request,
+    RequestDigest, Retry, Settled, Snapshot, Tally, Turn, Usage, Visit,
 };
 
 type Iter = futures::stream::Iter<std::vec::IntoIter<u8>>;
@@ -22,6 +22,9 @@ assert_impl_all!(Lane: Clone, Send, Sync, Unpin);
 assert_impl_all!(LaneSnapshot: Clone, Send, Sync, Unpin);
 assert_impl_all!(Permit: Send, Sync, Unpin);
 assert_not_impl_any!(Permit: Clone);
+assert_impl_all!(Pool<u8>: Send, Sync, Unpin);
+assert_impl_all!(Turn<'static, u8>: Send, Sync, Unpin);
+assert_impl_all!(Visit: Clone, Send, Sync, Unpin);
 assert_impl_all!(Context: Clone, Send, Sync, Unpin);
 assert_impl_all!(ContextBuilder: Send, Sync);
 assert_impl_all!(Snapshot: Clone, Send, Sync, Unpin);
@@ -52,6 +55,9 @@ async fn futures_are_send() {
     let cx = Context::builder(Silent).build();
     send(&cx.generate("a"));
     send(&cx.lane().acquire(throughline::Need::new(1, 1)));
+    let pool = throughline::Pool::new("a", cx.lane().clone());
+    let visit = pool.arrive();
+    send(&pool.acquire(throughline::Need::new(1, 1), &visit));
     send(&cx.alongside(async { Ok(()) }, cx.generate("a")));
     let nested = cx.fan_out("a", [1]).settle(|cx, _| async move {
         let inner = cx

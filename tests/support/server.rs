@@ -1,7 +1,8 @@
 //! An HTTP/1.1 server whose every byte is scripted, on a real socket.
 //!
 //! [`Server::scripted`] answers each request with the next script and records what it
-//! was asked; [`Server::fixed`] answers all with the same bytes as fast as it can.
+//! was asked; [`Server::answering`] asks a closure for the script and records nothing;
+//! [`Server::fixed`] answers all with the same bytes as fast as it can.
 #![allow(dead_code, missing_docs, unreachable_pub)] // Each test uses its part of this.
 
 use std::collections::VecDeque;
@@ -125,7 +126,20 @@ impl Server {
             scripts: Mutex::new(scripts.into_iter().collect()),
             ..Shared::default()
         });
-        Self::start(shared, play).await
+        Self::start(shared, |stream, shared| {
+            play(stream, move |request| shared.next(request))
+        })
+        .await
+    }
+
+    /// Answers each request with the script that `answer` gives, and records nothing.
+    pub async fn answering(answer: impl Fn(Recorded) -> Script + Send + Sync + 'static) -> Self {
+        let answer = Arc::new(answer);
+        Self::start(Arc::default(), move |stream, _| {
+            let answer = Arc::clone(&answer);
+            play(stream, move |request| answer(request))
+        })
+        .await
     }
 
     /// Answers every request with the same bytes, keeps connections alive and records
@@ -184,21 +198,26 @@ impl Drop for Server {
     }
 }
 
-async fn play(mut stream: TcpStream, shared: Arc<Shared>) {
+impl Shared {
+    /// Records the request and takes the next script; the last one stays.
+    fn next(&self, request: Recorded) -> Script {
+        self.requests.lock().unwrap().push(request);
+        let mut scripts = self.scripts.lock().unwrap();
+        match scripts.len() {
+            0 => Script::default().then(Act::Close),
+            1 => scripts[0].clone(),
+            _ => scripts.pop_front().unwrap(),
+        }
+    }
+}
+
+async fn play(mut stream: TcpStream, answer: impl Fn(Recorded) -> Script) {
     let mut buffer = Vec::new();
     while let Some((head, length)) = read_head(&mut stream, &mut buffer).await {
         let (head, body) = buffer[..head + length].split_at(head);
-        shared.requests.lock().unwrap().push(record(head, body));
+        let script = answer(record(head, body));
         let end = head.len() + length;
         buffer.drain(..end);
-        let script = {
-            let mut scripts = shared.scripts.lock().unwrap();
-            match scripts.len() {
-                0 => Script::default().then(Act::Close),
-                1 => scripts[0].clone(),
-                _ => scripts.pop_front().unwrap(),
-            }
-        };
         for act in script.0 {
             match act {
                 // The client may have hung up on purpose.

@@ -1,0 +1,304 @@
+//! [`Pool`]: several deployments, each with its own lane, behind one queue.
+
+mod choose;
+
+use std::fmt;
+use std::pin::pin;
+use std::time::Duration;
+
+use futures::future::{self, FutureExt as _};
+use tokio::sync::Notify;
+
+use self::choose::{Candidate, choose};
+use crate::error::{Error, Result};
+use crate::pace::{CallOutcome, Lane, Need, Permit, Place};
+
+/// Closed for longer than this, a lane is parked.
+const PARKED: Duration = Duration::from_secs(600);
+
+/// Several deployments of a model (accounts, regions, servers), each with the limits of
+/// its own lane: a call goes where it can start first.
+///
+/// A call queues in the lanes of **all** deployments of its group at the same time, and the
+/// first that has room takes it; it leaves the other queues in the same moment, and what
+/// one of them may have granted meanwhile goes back whole. So nothing is predicted, no
+/// deployment idles while calls wait, and nobody is rejected: the pool is as fast as its
+/// lanes together. A lane that is closed for a while just does not come first.
+///
+/// - A deployment that can take no call any more (its credentials, its quota) is
+///   [left out](Turn::leave_out). When all are, calls fail with the reason.
+/// - Deployments added with [`fallback`](Pool::fallback) are another group, for which calls
+///   wait only while all before it are out or parked: closed for longer than 10 minutes
+///   ([`parked_after`](Pool::parked_after)). A call that has failed for good
+///   can be sent there too ([`Visit::fall_back`]).
+///
+/// `T` is what stands behind a lane, a provider for example.
+///
+/// ```
+/// use throughline::{CallOutcome, Lane, Need, Pace, Pool};
+///
+/// # #[tokio::main(flavor = "current_thread", start_paused = true)]
+/// # async fn main() -> throughline::Result<()> {
+/// let pool = Pool::new("west", Lane::new(Pace::per_minute(60)))
+///     .beside("east", Lane::new(Pace::per_minute(600)))
+///     .fallback("older model", Lane::new(Pace::per_minute(60)));
+///
+/// let visit = pool.arrive();
+/// let mut turn = pool.acquire(Need::new(1_000, 500), &visit).await?;
+/// turn.mark_sent();
+/// // ... the call to `turn.deployment()` ...
+/// turn.finish(CallOutcome::Done { usage: None });
+/// # Ok(()) }
+/// ```
+pub struct Pool<T> {
+    deployments: Vec<Deployment<T>>,
+    parked_after: Duration,
+    /// A deployment went out, came back or was parked: those who wait choose again.
+    changed: Notify,
+}
+
+#[derive(Debug)]
+struct Deployment<T> {
+    what: T,
+    lane: Lane,
+    group: usize,
+}
+
+impl<T> Pool<T> {
+    /// A pool of one deployment, `what` behind `lane`.
+    pub fn new(what: T, lane: Lane) -> Self {
+        let pool = Self {
+            deployments: Vec::new(),
+            parked_after: PARKED,
+            changed: Notify::new(),
+        };
+        pool.with(what, lane, 0)
+    }
+
+    /// Adds a deployment to the group of the one before.
+    #[must_use]
+    pub fn beside(self, what: T, lane: Lane) -> Self {
+        let group = self.last_group();
+        self.with(what, lane, group)
+    }
+
+    /// Adds a deployment that begins the next group: for when those before it cannot.
+    #[must_use]
+    pub fn fallback(self, what: T, lane: Lane) -> Self {
+        let group = self.last_group() + 1;
+        self.with(what, lane, group)
+    }
+
+    /// How long a lane must be closed until calls go on to the next group; 10 minutes unless set.
+    #[must_use]
+    pub fn parked_after(mut self, closed_for: Duration) -> Self {
+        self.parked_after = closed_for;
+        self
+    }
+
+    fn with(mut self, what: T, lane: Lane, group: usize) -> Self {
+        self.deployments.push(Deployment { what, lane, group });
+        self
+    }
+
+    fn last_group(&self) -> usize {
+        self.deployments.last().map_or(0, |last| last.group)
+    }
+
+    /// The deployments and their lanes, in the order in which they were added.
+    pub fn deployments(&self) -> impl Iterator<Item = (&T, &Lane)> {
+        let all = self.deployments.iter();
+        all.map(|deployment| (&deployment.what, &deployment.lane))
+    }
+
+    /// Takes a place in every queue, for a call and all its attempts.
+    pub fn arrive(&self) -> Visit {
+        let deployments = self.deployments.iter();
+        Visit {
+            places: deployments.map(|it| it.lane.arrive()).collect(),
+            failed: vec![false; self.deployments.len()],
+            group: 0,
+        }
+    }
+
+    /// Waits until one of the deployments has room for `need`.
+    ///
+    /// # Errors
+    /// Why a deployment was left out, when all are.
+    ///
+    /// # Cancel safety
+    /// Dropping the future leaves every queue and gives back whatever was granted.
+    pub async fn acquire(&self, need: Need, visit: &Visit) -> Result<Turn<'_, T>> {
+        loop {
+            let mut changed = pin!(self.changed.notified());
+            // From here on no change is missed.
+            changed.as_mut().enable();
+            let chosen = self.choose(visit);
+            if chosen.is_empty() {
+                return Err(self.why_none(visit));
+            }
+            let lane = |index: usize| &self.deployments[index].lane;
+            for index in &chosen {
+                if let Some(permit) = lane(*index).try_acquire(&need) {
+                    return Ok(self.turn(*index, permit));
+                }
+            }
+            let waits = chosen.iter().map(|index| {
+                let permit = lane(*index).acquire(need.at(visit.places[*index]));
+                permit.map(|permit| (*index, permit)).boxed()
+            });
+            let mut race = future::select_all(waits);
+            loop {
+                tokio::select! {
+                    biased;
+                    ((index, permit), ..) = &mut race => match permit {
+                        Ok(permit) => return Ok(self.turn(index, permit)),
+                        // That lane was stopped: the others are left.
+                        Err(_) => break,
+                    },
+                    () = changed.as_mut() => {}
+                }
+                changed.set(self.changed.notified());
+                changed.as_mut().enable();
+                // Their order says only whom to ask first: not worth queueing anew.
+                let now = self.choose(visit);
+                if now.len() != chosen.len() || now.iter().any(|it| !chosen.contains(it)) {
+                    break;
+                }
+            }
+        }
+    }
+
+    fn turn(&self, index: usize, permit: Permit) -> Turn<'_, T> {
+        Turn {
+            pool: self,
+            index,
+            permit,
+        }
+    }
+
+    /// Takes the deployment with this [index](Turn::index) back in, after somebody has mended it.
+    pub fn readmit(&self, index: usize) {
+        if let Some(deployment) = self.deployments.get(index) {
+            deployment.lane.reopen();
+            self.changed.notify_waiters();
+        }
+    }
+}
+
+impl<T> Pool<T> {
+    fn choose(&self, visit: &Visit) -> Vec<usize> {
+        let deployments = self.deployments.iter().zip(&visit.failed);
+        let candidates: Vec<Candidate> = deployments
+            .map(|(deployment, failed)| {
+                let lane = deployment.lane.snapshot();
+                Candidate {
+                    group: deployment.group,
+                    out: deployment.lane.stopped().is_some(),
+                    closed_for: lane.closed_for.unwrap_or_default(),
+                    in_flight: lane.in_flight,
+                    avoided: *failed,
+                }
+            })
+            .collect();
+        choose(&candidates, visit.group, self.parked_after)
+    }
+
+    /// The reason of the last deployment that the visit could have gone to.
+    fn why_none(&self, visit: &Visit) -> Error {
+        let mut within = self.deployments.iter().rev();
+        within
+            .find_map(|it| (it.group >= visit.group).then(|| it.lane.stopped())?)
+            .unwrap_or_else(|| Error::other("the pool has no deployment further down"))
+    }
+}
+
+/// One call's way through a [`Pool`]: its places in the queues, and where it has failed.
+#[derive(Debug, Clone)]
+pub struct Visit {
+    places: Vec<Place>,
+    failed: Vec<bool>,
+    group: usize,
+}
+
+impl Visit {
+    /// The call failed at the deployment with this [index](Turn::index): its next attempt
+    /// goes to another one of the group, if there is one.
+    pub fn avoid(&mut self, index: usize) {
+        self.failed[index] = true;
+    }
+
+    /// Gives up the group of the deployment with this [index](Turn::index): the call waits
+    /// for the groups after it only. Whether there are any, the answer says.
+    pub fn fall_back<T>(&mut self, pool: &Pool<T>, index: usize) -> bool {
+        self.group = pool.deployments[index].group + 1;
+        self.group <= pool.last_group()
+    }
+}
+
+/// The right to make one call at one deployment, from [`Pool::acquire`]: a [`Permit`] of
+/// its lane, which ends as a permit does.
+#[must_use = "dropping a turn gives it back at once"]
+pub struct Turn<'a, T> {
+    pool: &'a Pool<T>,
+    index: usize,
+    permit: Permit,
+}
+
+impl<'a, T> Turn<'a, T> {
+    /// What to call.
+    pub fn deployment(&self) -> &'a T {
+        &self.pool.deployments[self.index].what
+    }
+
+    /// The how-manieth deployment that is, in the order in which they were added, from 0.
+    pub fn index(&self) -> usize {
+        self.index
+    }
+
+    /// As [`Permit::mark_sent`].
+    pub fn mark_sent(&mut self) {
+        self.permit.mark_sent();
+    }
+
+    /// As [`Permit::finish`].
+    pub fn finish(self, outcome: CallOutcome) {
+        self.permit.finish(outcome);
+        let refused = matches!(
+            outcome,
+            CallOutcome::Throttled { .. } | CallOutcome::Overloaded { .. }
+        );
+        let lane = &self.pool.deployments[self.index].lane;
+        if refused && lane.snapshot().closed_for > Some(self.pool.parked_after) {
+            self.pool.changed.notify_waiters();
+        }
+    }
+
+    /// The call failed, and so will every other at this deployment
+    /// ([`Error::is_account_wide`]): nobody is sent there until it is
+    /// [readmitted](Pool::readmit), and those who wait for it choose again.
+    pub fn leave_out(self, reason: Error) {
+        self.pool.deployments[self.index].lane.stop(reason);
+        self.permit.finish(CallOutcome::Failed { usage: None });
+        self.pool.changed.notify_waiters();
+    }
+}
+
+impl<T: fmt::Debug> fmt::Debug for Pool<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut list = f.debug_list();
+        for it in &self.deployments {
+            list.entry(&(it.group, &it.what, &it.lane));
+        }
+        list.finish()
+    }
+}
+
+impl<T: fmt::Debug> fmt::Debug for Turn<'_, T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Turn")
+            .field("deployment", self.deployment())
+            .field("permit", &self.permit)
+            .finish_non_exhaustive()
+    }
+}

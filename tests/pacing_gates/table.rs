@@ -1,0 +1,120 @@
+//! Measures the cells on as many threads as there are, and prints them.
+
+use std::fmt;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+
+use crate::cell::Cell;
+use crate::run::{Measured, measure};
+
+/// A cell and its runs, one for each seed.
+pub struct Row {
+    cell: Cell,
+    runs: Vec<Measured>,
+}
+
+/// Each run has its own clock, so they may share the machine.
+pub fn measured(cells: Vec<Cell>) -> Vec<Row> {
+    let next = AtomicUsize::new(0);
+    let rows = Mutex::new(Vec::new());
+    let threads = thread::available_parallelism().map_or(1, usize::from);
+    thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(|| {
+                loop {
+                    let index = next.fetch_add(1, Ordering::Relaxed);
+                    let Some(cell) = cells.get(index) else {
+                        return;
+                    };
+                    let runs = (1..=cell.seeds).map(|seed| measure(cell, seed)).collect();
+                    let row = Row {
+                        cell: cell.clone(),
+                        runs,
+                    };
+                    rows.lock().unwrap().push((index, row));
+                }
+            });
+        }
+    });
+    let mut rows = rows.into_inner().unwrap();
+    rows.sort_by_key(|(index, _)| *index);
+    rows.into_iter().map(|(_, row)| row).collect()
+}
+
+impl Row {
+    /// The run with the worst ratio.
+    fn worst(&self) -> &Measured {
+        let by_ratio = |a: &&Measured, b: &&Measured| a.ratio().total_cmp(&b.ratio());
+        self.runs.iter().max_by(by_ratio).expect("a seed")
+    }
+
+    /// Which bars it misses, in the first of its runs that does.
+    pub fn misses(&self) -> Option<String> {
+        let by_run = self.runs.iter().map(Measured::misses);
+        let misses = by_run.reduce(|a, b| {
+            let mut later = b.into_iter();
+            a.map(|miss| {
+                let later = later.next().flatten();
+                miss.or(later)
+            })
+        });
+        let misses: Vec<String> = misses?.into_iter().flatten().collect();
+        (!misses.is_empty()).then(|| {
+            let (scenario, configured) = (self.cell.scenario, configured(&self.cell));
+            format!("{scenario} at {configured}: {}", misses.join(", "))
+        })
+    }
+}
+
+fn configured(cell: &Cell) -> String {
+    cell.configured
+        .map_or_else(|| "-".into(), |share| format!("{share}x"))
+}
+
+/// All rows, and what a `*` stands for.
+pub struct Table<'a>(pub &'a [Row]);
+
+impl fmt::Display for Table<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(
+            f,
+            "\n{:<24} {:>5} {:>11} {:>11} {:>6} {:>9} {:>9} {:>5} {:>11}",
+            "scenario",
+            "conf.",
+            "makespan s",
+            "bound s",
+            "ratio",
+            "attempts",
+            "rejected",
+            "lost",
+            "longest s"
+        )?;
+        for row in self.0 {
+            let worst = row.worst();
+            let runs = || row.runs.iter();
+            let rejected = runs().map(Measured::rejected_share).fold(0.0, f64::max);
+            writeln!(
+                f,
+                "{:<24} {:>5} {:>11.1} {:>11.1} {:>6.3} {:>9} {:>7.2} % {:>5} {:>11.1}{}",
+                row.cell.scenario,
+                configured(&row.cell),
+                worst.makespan.as_secs_f64(),
+                worst.bound.as_secs_f64(),
+                worst.ratio(),
+                worst.attempts,
+                100.0 * rejected,
+                runs().map(|run| run.lost).max().unwrap_or(0),
+                runs()
+                    .map(|run| run.longest.as_secs_f64())
+                    .fold(0.0, f64::max),
+                if row.misses().is_some() { "  *" } else { "" },
+            )?;
+        }
+        write!(
+            f,
+            "* misses a bar: 1.10 of the bound (1.15 on steps), 2 % rejected (none where the \
+             configuration is right), none lost"
+        )
+    }
+}
