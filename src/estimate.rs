@@ -1,6 +1,6 @@
 //! What a call will cost, before it is made: [`TokenCounter`] and what is learned from replies.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -48,33 +48,31 @@ impl<F: Fn(&Request) -> u64 + Send + Sync + 'static> TokenCounter for F {
     }
 }
 
-/// The last values of something.
+/// The last values of something, in order of age and of size: every call asks for a
+/// quantile, so that is a look at one of them.
 #[derive(Debug, Default)]
 pub(crate) struct Recent {
-    values: Vec<u64>,
-    next: usize,
+    by_age: VecDeque<u64>,
+    by_size: Vec<u64>,
 }
 
 impl Recent {
     pub(crate) fn add(&mut self, value: u64) {
-        if self.values.len() < REMEMBERED {
-            self.values.push(value);
-        } else {
-            self.values[self.next] = value;
+        let place = |sizes: &[u64], value| sizes.partition_point(|other| *other < value);
+        if self.by_age.len() == REMEMBERED
+            && let Some(oldest) = self.by_age.pop_front()
+        {
+            self.by_size.remove(place(&self.by_size, oldest));
         }
-        self.next = (self.next + 1) % REMEMBERED;
+        self.by_age.push_back(value);
+        self.by_size.insert(place(&self.by_size, value), value);
     }
 
     /// The value that so large a part of them does not exceed; `None` while there are too few.
     pub(crate) fn quantile(&self, part: f64) -> Option<u64> {
-        let len = self.values.len();
-        if len < TELLING {
-            return None;
-        }
-        let mut values = [0; REMEMBERED];
-        values[..len].copy_from_slice(&self.values);
-        let nth = ((len as f64 * part).ceil() as usize).clamp(1, len) - 1;
-        Some(*values[..len].select_nth_unstable(nth).1)
+        let len = self.by_size.len();
+        let nth = ((len as f64 * part).ceil() as usize).clamp(1, len.max(1)) - 1;
+        (len >= TELLING).then(|| self.by_size[nth])
     }
 }
 
@@ -111,7 +109,7 @@ impl Estimator {
             return reserved;
         }
         let outputs = lock(&self.outputs);
-        let learned = outputs.get(&scope.labels()).and_then(|o| o.quantile(0.9));
+        let learned = outputs.get(&scope.labels).and_then(|o| o.quantile(0.9));
         let most = request.max_tokens.unwrap_or(u64::MAX);
         learned.unwrap_or(ASSUMED_OUTPUT_TOKENS).min(most)
     }
@@ -120,7 +118,7 @@ impl Estimator {
         let nanos = u64::try_from(latency.as_nanos()).unwrap_or(u64::MAX);
         lock(&self.latencies).add(nanos);
         let mut outputs = lock(&self.outputs);
-        let labels = scope.labels();
+        let labels = scope.labels;
         if outputs.len() < MOST_LABELS || outputs.contains_key(&labels) {
             outputs.entry(labels).or_default().add(usage.output_tokens);
         }

@@ -3,7 +3,8 @@
 //! The order is the point. A retry *around* a paced call waits with its permit in
 //! hand and starves the others; a second retry layer *below* it multiplies attempts.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
@@ -29,8 +30,8 @@ pub(crate) struct Guard {
     budget: Budget,
     call_timeout: Duration,
     observers: Arc<Observers>,
-    /// When a call last got an answer: what a stalled lane is measured from.
-    last_answer: Mutex<Option<Instant>>,
+    /// How many calls got an answer: while it grows, the lane is not stalled.
+    answers: AtomicU64,
 }
 
 impl Guard {
@@ -51,7 +52,7 @@ impl Guard {
             budget: Budget::new(),
             call_timeout,
             observers,
-            last_answer: Mutex::new(None),
+            answers: AtomicU64::new(0),
         }
     }
 
@@ -71,14 +72,11 @@ impl Guard {
     /// One request, as many calls as it takes.
     pub(crate) async fn call(&self, scope: &Scope, request: &Request) -> Result<Reply> {
         let result = self.attempts(scope, request).await;
-        scope.add(Tally {
-            calls: 1,
-            usage: result
-                .as_ref()
-                .map_or_else(|_| Default::default(), |reply| reply.usage),
-            ..Tally::default()
-        });
         if let Err(error) = &result {
+            scope.add(Tally {
+                calls: 1,
+                ..Tally::default()
+            });
             tracing::debug!(path = %scope, %error, "call failed");
             self.observers.tell(|| Event::CallFailed {
                 path: scope.path(),
@@ -94,9 +92,9 @@ impl Guard {
         let need = self.estimator.need(scope, request).at(self.lane.arrive());
         let mut backoff = self.retry.backoff();
         let mut streak = Streak::default();
-        let began = Instant::now();
+        let answers = self.answers();
         let mut attempt = 0;
-        let mut throttled_since = None;
+        let mut stall = None;
         loop {
             let error = match self.send(scope, request, need, attempt + 1).await {
                 Ok(Sent::Answered(reply)) => return Ok(reply),
@@ -106,8 +104,7 @@ impl Guard {
             match Class::of(&error) {
                 Class::Final => return Err(error.exhausted(attempt + 1)),
                 Class::Throttle => {
-                    let since = *throttled_since.get_or_insert_with(Instant::now);
-                    if self.stalled(since) {
+                    if self.stalled(&mut stall) {
                         return Err(error.exhausted(attempt));
                     }
                     let wait = self.lane.snapshot().closed_for.unwrap_or_default();
@@ -120,12 +117,12 @@ impl Guard {
                 }
                 Class::Transient => {
                     attempt += 1;
-                    throttled_since = None;
+                    stall = None;
                     if attempt >= self.retry.max_attempts() {
                         return Err(error.exhausted(attempt));
                     }
                     if streak.extend(&error) >= self.retry.max_identical()
-                        && self.answered_since(began)
+                        && self.answers() > answers
                     {
                         let permanent = error.with_persistence(Persistence::Permanent);
                         return Err(permanent.exhausted(attempt));
@@ -168,13 +165,13 @@ impl Guard {
         let mut permit = permit.await??;
         permit.mark_sent();
         let sent = Instant::now();
-        match self.attempt(scope, request, attempt).await {
+        match self.attempt(scope, request, attempt, sent).await {
             Ok(reply) => {
                 let usage = Some(self.estimator.charged(request, reply.usage));
                 self.conclude(permit, reply.rate.as_deref(), CallOutcome::Done { usage });
                 self.estimator.learn(scope, reply.usage, sent.elapsed());
                 self.budget.earn();
-                *self.last_answer() = Some(Instant::now());
+                self.answers.fetch_add(1, Ordering::Relaxed);
                 Ok(Sent::Answered(reply))
             }
             Err(error) => {
@@ -233,12 +230,17 @@ impl Guard {
     }
 
     /// One call to the provider, in a span by the OpenTelemetry GenAI conventions.
-    async fn attempt(&self, scope: &Scope, request: &Request, attempt: u32) -> Result<Reply> {
+    async fn attempt(
+        &self,
+        scope: &Scope,
+        request: &Request,
+        attempt: u32,
+        sent: Instant,
+    ) -> Result<Reply> {
         self.observers.tell(|| Event::CallStarted {
             path: scope.path(),
             attempt,
         });
-        let started = Instant::now();
         let limit = request.timeout.unwrap_or(self.call_timeout);
         let span = span(self.provider.name(), request);
         let result = scope
@@ -253,7 +255,7 @@ impl Guard {
             self.observers.tell(|| Event::CallSucceeded {
                 path: scope.path(),
                 attempt,
-                elapsed: started.elapsed(),
+                elapsed: sent.elapsed(),
                 usage: reply.usage,
             });
         }
@@ -261,21 +263,28 @@ impl Guard {
     }
 
     /// Whether no call at all has got through for the whole of our patience.
-    fn stalled(&self, throttled_since: Instant) -> bool {
-        let answered = *self.last_answer();
-        let since = answered.map_or(throttled_since, |answer| answer.max(throttled_since));
-        since.elapsed() >= self.retry.max_stall()
+    fn stalled(&self, stall: &mut Option<Stall>) -> bool {
+        let now = Stall {
+            since: Instant::now(),
+            answers: self.answers(),
+        };
+        let stall = stall.get_or_insert(now);
+        if stall.answers != now.answers {
+            *stall = now;
+        }
+        stall.since.elapsed() >= self.retry.max_stall()
     }
 
-    fn answered_since(&self, then: Instant) -> bool {
-        self.last_answer().is_some_and(|answer| answer >= then)
+    fn answers(&self) -> u64 {
+        self.answers.load(Ordering::Relaxed)
     }
+}
 
-    fn last_answer(&self) -> MutexGuard<'_, Option<Instant>> {
-        self.last_answer
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-    }
+/// Since when the lane has answered nobody.
+#[derive(Clone, Copy)]
+struct Stall {
+    since: Instant,
+    answers: u64,
 }
 
 /// How a call ended that was sent.
@@ -284,12 +293,15 @@ enum Sent {
     Failed(Error),
 }
 
-/// The counter that an attempt belongs to, by how it ended.
+/// The counters that an attempt belongs to, by how it ended. An answer ends its request too.
 fn by_class(result: &Result<Reply>) -> Tally {
     let mut tally = Tally::default();
-    let Err(error) = result else {
-        tally.attempts = 1;
-        return tally;
+    let error = match result {
+        Ok(reply) => {
+            (tally.calls, tally.attempts, tally.usage) = (1, 1, reply.usage);
+            return tally;
+        }
+        Err(error) => error,
     };
     tally.ambiguous = u64::from(error.billed().is_none());
     let counter = match error.kind() {

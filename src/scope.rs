@@ -1,7 +1,6 @@
 //! Where in the work a call stands: its path, what bounds it, and what it has cost.
 
 use std::fmt::{self, Write as _};
-use std::hash::{DefaultHasher, Hash, Hasher};
 use std::ops::AddAssign;
 use std::pin::pin;
 use std::sync::Arc;
@@ -221,6 +220,8 @@ impl Bounds {
 pub(crate) struct Scope {
     parent: Option<Arc<Scope>>,
     label: Arc<str>,
+    /// A number for the labels that lead here, keys and indices left out.
+    pub(crate) labels: u64,
     index: Option<usize>,
     pub(crate) key: Option<Arc<str>>,
     pub(crate) bounds: Arc<Bounds>,
@@ -234,6 +235,7 @@ impl Scope {
         Self {
             parent: None,
             label: "".into(),
+            labels: 0xcbf2_9ce4_8422_2325,
             index: None,
             key: None,
             bounds,
@@ -245,6 +247,10 @@ impl Scope {
     pub(crate) fn child(parent: &Arc<Self>, label: Arc<str>, bounds: Arc<Bounds>) -> Self {
         Self {
             parent: Some(Arc::clone(parent)),
+            // FNV-1a: every item of a batch comes through here.
+            labels: label.bytes().fold(parent.labels, |hash, byte| {
+                (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+            }),
             label,
             index: None,
             key: None,
@@ -288,19 +294,6 @@ impl Scope {
         self.key
             .as_ref()
             .or_else(|| self.parent.as_ref()?.item_key())
-    }
-
-    /// A number for the labels that lead here, keys and indices left out.
-    pub(crate) fn labels(&self) -> u64 {
-        let mut hasher = DefaultHasher::new();
-        let mut scope = Some(self);
-        while let Some(here) = scope {
-            if !here.label.is_empty() {
-                here.label.hash(&mut hasher);
-            }
-            scope = here.parent.as_deref();
-        }
-        hasher.finish()
     }
 
     pub(crate) fn path(&self) -> Arc<str> {
