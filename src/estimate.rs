@@ -1,6 +1,7 @@
 //! What a call will cost, before it is made: [`TokenCounter`] and what is learned from replies.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -16,6 +17,9 @@ const ASSUMED_OUTPUT_TOKENS: u64 = 512;
 const REMEMBERED: usize = 64;
 /// Fewer say nothing of a 90th percentile.
 const TELLING: usize = 8;
+/// So many answers are all learned from, and then one in so many: quantiles need no more.
+const EAGER: u64 = 1_024;
+const SAMPLED: u64 = 8;
 /// Labels that are told apart; what comes after is estimated like all others.
 const MOST_LABELS: usize = 1_024;
 
@@ -80,8 +84,9 @@ impl Recent {
 pub(crate) struct Estimator {
     charge: OutputCharge,
     counter: Option<Box<dyn TokenCounter>>,
-    outputs: Mutex<HashMap<u64, Recent>>,
+    outputs: Mutex<BTreeMap<u64, Recent>>,
     latencies: Mutex<Recent>,
+    answers: AtomicU64,
 }
 
 impl Estimator {
@@ -91,6 +96,7 @@ impl Estimator {
             counter,
             outputs: Mutex::default(),
             latencies: Mutex::default(),
+            answers: AtomicU64::new(0),
         }
     }
 
@@ -114,7 +120,12 @@ impl Estimator {
         learned.unwrap_or(ASSUMED_OUTPUT_TOKENS).min(most)
     }
 
+    /// Learns from the first answers, and from one in [`SAMPLED`] after them.
     pub(crate) fn learn(&self, scope: &Scope, usage: Usage, latency: Duration) {
+        let answers = self.answers.fetch_add(1, Ordering::Relaxed);
+        if answers > EAGER && answers % SAMPLED > 0 {
+            return;
+        }
         let nanos = u64::try_from(latency.as_nanos()).unwrap_or(u64::MAX);
         lock(&self.latencies).add(nanos);
         let mut outputs = lock(&self.outputs);

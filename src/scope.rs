@@ -178,12 +178,18 @@ impl Bounds {
         if let Poll::Ready(done) = poll!(wait.as_mut()) {
             return Ok(done);
         }
-        tokio::select! {
-            biased;
-            () = self.cancel.cancelled() => {}
-            () = self.drain.cancelled() => {}
-            () = sleep_until(self.deadline.unwrap_or_else(Instant::now)), if self.deadline.is_some() => {}
-            done = wait => return Ok(done),
+        // In a box, so that the many calls that need not wait are not as large as this.
+        let waited = Box::pin(async {
+            tokio::select! {
+                biased;
+                () = self.cancel.cancelled() => None,
+                () = self.drain.cancelled() => None,
+                () = sleep_until(self.deadline.unwrap_or_else(Instant::now)), if self.deadline.is_some() => None,
+                done = wait => Some(done),
+            }
+        });
+        if let Some(done) = waited.await {
+            return Ok(done);
         }
         Err(self.check().err().unwrap_or_else(|| Error::cancelled("")))
     }
@@ -197,22 +203,23 @@ impl Bounds {
             return Ok(done);
         }
         let end = Instant::now() + limit;
-        let error = tokio::select! {
-            biased;
-            done = call => return Ok(done),
-            () = self.cancel.cancelled() => Error::cancelled("cancelled while the call was in flight"),
-            () = sleep_until(self.deadline.map_or(end, |deadline| deadline.min(end))) => {
-                if self.deadline.is_some_and(|deadline| deadline < end) {
-                    Error::new(
-                        ErrorKind::DeadlineExceeded,
-                        "the deadline passed while the call was in flight",
-                    )
+        let at = self.deadline.map_or(end, |deadline| deadline.min(end));
+        let ended = Box::pin(async {
+            tokio::select! {
+                biased;
+                done = call => Ok(done),
+                () = self.cancel.cancelled() => {
+                    Err(Error::cancelled("cancelled while the call was in flight"))
+                }
+                () = sleep_until(at) => Err(if at < end {
+                    let message = "the deadline passed while the call was in flight";
+                    Error::new(ErrorKind::DeadlineExceeded, message)
                 } else {
                     Error::new(ErrorKind::Timeout, format!("no reply within {limit:?}"))
-                }
+                }),
             }
-        };
-        Err(error.with_billed(None))
+        });
+        ended.await.map_err(|error| error.with_billed(None))
     }
 }
 
