@@ -9,7 +9,6 @@
 //! tally and a path for each item. The bar is 3 times the hand-written cost.
 
 use std::num::NonZeroU32;
-use std::sync::Arc;
 use std::time::Instant;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
@@ -38,8 +37,8 @@ async fn by_hand() -> u64 {
     let slots = Semaphore::new(64);
     let quota = Quota::per_second(NonZeroU32::MAX).allow_burst(NonZeroU32::MAX);
     let limiter = RateLimiter::direct(quota);
-    let provider: Arc<dyn Provider> = Arc::new(NoOp);
-    let (slots, limiter, provider) = (&slots, &limiter, &provider);
+    let provider: &dyn Provider = &NoOp;
+    let (slots, limiter) = (&slots, &limiter);
     let calls = stream::iter(0..ITEMS).map(|_| async move {
         let _slot = slots.acquire().await.expect("the semaphore is open");
         limiter.until_ready().await;

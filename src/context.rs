@@ -220,7 +220,7 @@ impl Context {
     /// Ends this context and all below it: what waits is not sent, calls in flight are dropped.
     /// An item's context shares its batch's cancellation.
     pub fn cancel(&self) {
-        self.scope.bounds.cancel.cancel();
+        self.scope.bounds.cancel();
     }
 
     /// Sends nothing new in this context and all below it; calls in flight finish and their
@@ -253,7 +253,7 @@ impl Context {
         self.scope.bounds.cancel.is_cancelled()
     }
 
-    /// Whether [`drain`](Self::drain) was called here or above.
+    /// Whether [`drain`](Self::drain) or [`cancel`](Self::cancel) was called here or above.
     pub fn is_draining(&self) -> bool {
         self.scope.bounds.drain.is_cancelled()
     }

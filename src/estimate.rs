@@ -120,12 +120,13 @@ impl Estimator {
         learned.unwrap_or(ASSUMED_OUTPUT_TOKENS).min(most)
     }
 
-    /// Learns from the first answers, and from one in [`SAMPLED`] after them.
-    pub(crate) fn learn(&self, scope: &Scope, usage: Usage, latency: Duration) {
+    /// Whether the next answer is one to learn from: the first ones all are.
+    pub(crate) fn samples(&self) -> bool {
         let answers = self.answers.fetch_add(1, Ordering::Relaxed);
-        if answers > EAGER && answers % SAMPLED > 0 {
-            return;
-        }
+        answers < EAGER || answers % SAMPLED == 0
+    }
+
+    pub(crate) fn learn(&self, scope: &Scope, usage: Usage, latency: Duration) {
         let nanos = u64::try_from(latency.as_nanos()).unwrap_or(u64::MAX);
         lock(&self.latencies).add(nanos);
         let mut outputs = lock(&self.outputs);

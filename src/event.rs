@@ -193,9 +193,14 @@ impl Observers {
         self.list.push(Box::new(observer));
     }
 
+    /// Whether there are any.
+    pub(crate) fn listen(&self) -> bool {
+        !self.list.is_empty()
+    }
+
     /// Tells everybody; the event is not even made when nobody listens.
     pub(crate) fn tell(&self, event: impl FnOnce() -> Event) {
-        if self.list.is_empty() {
+        if !self.listen() {
             return;
         }
         let event = event();

@@ -90,7 +90,7 @@ impl Guard {
         let bounds = &scope.bounds;
         // A retry goes back to where its call stood in the queue, not to the end.
         let need = self.estimator.need(scope, request).at(self.lane.arrive());
-        let mut backoff = self.retry.backoff();
+        let mut backoff = None;
         let mut streak = Streak::default();
         let answers = self.answers();
         let mut attempt = 0;
@@ -127,6 +127,7 @@ impl Guard {
                         let permanent = error.with_persistence(Persistence::Permanent);
                         return Err(permanent.exhausted(attempt));
                     }
+                    let backoff = backoff.get_or_insert_with(|| self.retry.backoff());
                     let mut delay = backoff.next(fastrand::f64(), error.wait());
                     if !self.budget.spend(error.is_timeout()) {
                         delay = delay.max(self.retry.longest_delay());
@@ -164,12 +165,16 @@ impl Guard {
         let permit = scope.bounds.before_send(self.lane.acquire(need));
         let mut permit = permit.await??;
         permit.mark_sent();
-        let sent = Instant::now();
+        // Who learns nothing from it and tells nobody need not look at the clock.
+        let sampled = self.estimator.samples();
+        let sent = (sampled || self.observers.listen()).then(Instant::now);
         match self.attempt(scope, request, attempt, sent).await {
             Ok(reply) => {
                 let usage = Some(self.estimator.charged(request, reply.usage));
                 self.conclude(permit, reply.rate.as_deref(), CallOutcome::Done { usage });
-                self.estimator.learn(scope, reply.usage, sent.elapsed());
+                if let Some(sent) = sent.filter(|_| sampled) {
+                    self.estimator.learn(scope, reply.usage, sent.elapsed());
+                }
                 self.budget.earn();
                 self.answers.fetch_add(1, Ordering::Relaxed);
                 Ok(Sent::Answered(reply))
@@ -235,7 +240,7 @@ impl Guard {
         scope: &Scope,
         request: &Request,
         attempt: u32,
-        sent: Instant,
+        sent: Option<Instant>,
     ) -> Result<Reply> {
         self.observers.tell(|| Event::CallStarted {
             path: scope.path(),
@@ -243,19 +248,22 @@ impl Guard {
         });
         let limit = request.timeout.unwrap_or(self.call_timeout);
         let span = span(self.provider.name(), request);
-        let result = scope
-            .bounds
-            .in_flight(limit, self.provider.generate(request))
-            .instrument(span.clone())
-            .await
-            .and_then(|result| result);
+        // The provider itself: through the `Arc` the call would be boxed once more.
+        let call = (*self.provider).generate(request);
+        let call = scope.bounds.in_flight(limit, call);
+        let result = if span.is_disabled() {
+            call.await
+        } else {
+            call.instrument(span.clone()).await
+        };
+        let result = result.and_then(|result| result);
         record(&span, &result);
         scope.add(by_class(&result));
         if let Ok(reply) = &result {
             self.observers.tell(|| Event::CallSucceeded {
                 path: scope.path(),
                 attempt,
-                elapsed: sent.elapsed(),
+                elapsed: sent.map_or(Duration::ZERO, |sent| sent.elapsed()),
                 usage: reply.usage,
             });
         }

@@ -132,10 +132,17 @@ pub(crate) struct Bounds {
 impl Bounds {
     pub(crate) fn new(cancel: CancellationToken) -> Self {
         Self {
+            drain: cancel.child_token(),
             cancel,
-            drain: CancellationToken::new(),
             deadline: None,
         }
+    }
+
+    /// Ends everything. What is cancelled drains too, so that one look at `drain` says
+    /// whether anything may still start.
+    pub(crate) fn cancel(&self) {
+        self.cancel.cancel();
+        self.drain.cancel();
     }
 
     /// Bounds that can be drawn tighter without touching these.
@@ -149,14 +156,12 @@ impl Bounds {
 
     /// Whether new work may still start.
     pub(crate) fn check(&self) -> Result<()> {
-        if self.cancel.is_cancelled() {
-            Err(Error::cancelled(
-                "the context was cancelled before the call was sent",
-            ))
-        } else if self.drain.is_cancelled() {
-            Err(Error::cancelled(
-                "the context is draining: nothing new is sent",
-            ))
+        if self.drain.is_cancelled() {
+            Err(Error::cancelled(if self.cancel.is_cancelled() {
+                "the context was cancelled before the call was sent"
+            } else {
+                "the context is draining: nothing new is sent"
+            }))
         } else if self
             .deadline
             .is_some_and(|deadline| deadline <= Instant::now())
@@ -182,7 +187,6 @@ impl Bounds {
         let waited = Box::pin(async {
             tokio::select! {
                 biased;
-                () = self.cancel.cancelled() => None,
                 () = self.drain.cancelled() => None,
                 () = sleep_until(self.deadline.unwrap_or_else(Instant::now)), if self.deadline.is_some() => None,
                 done = wait => Some(done),

@@ -33,7 +33,7 @@ impl<T: Send, S: Stream<Item = T> + Send> Batch<Context, S> {
         work: F,
         stop: Option<Context>,
         room: Option<Arc<Semaphore>>,
-    ) -> BoxStream<'a, (Outcome<O>, Room)>
+    ) -> BoxStream<'a, Box<(Outcome<O>, Room)>>
     where
         F: Fn(Context, T) -> Fut + Send + 'a,
         Fut: Future<Output = Result<O>> + Send + 'a,
@@ -95,7 +95,8 @@ impl<T: Send, S: Stream<Item = T> + Send> Batch<Context, S> {
                         .unwrap_or_else(|panic| Err(Error::panicked(panic))),
                     Err(error) => Err(error),
                 };
-                (tracker.settle(&cx, index, started, result), room)
+                // Boxed, because it is moved as often again on its way out.
+                Box::new((tracker.settle(&cx, index, started, result), room))
             }
         };
 
@@ -255,7 +256,7 @@ impl fmt::Display for Progress {
 /// A panic of the iterator or stream of inputs comes out of `poll_next`.
 #[must_use = "a stream does nothing unless polled"]
 pub struct Outcomes<T> {
-    receiver: mpsc::UnboundedReceiver<(Outcome<T>, Room)>,
+    receiver: mpsc::UnboundedReceiver<Box<(Outcome<T>, Room)>>,
     /// The one task that drives the items; a set, because a set aborts its tasks when dropped.
     driver: JoinSet<()>,
     cx: Context,
@@ -263,7 +264,10 @@ pub struct Outcomes<T> {
 
 impl<T: Send + 'static> Outcomes<T> {
     /// Drives `running` in a task; `cx` is the context it all runs in.
-    pub(super) fn spawn(cx: Context, mut running: BoxStream<'static, (Outcome<T>, Room)>) -> Self {
+    pub(super) fn spawn(
+        cx: Context,
+        mut running: BoxStream<'static, Box<(Outcome<T>, Room)>>,
+    ) -> Self {
         let (sender, receiver) = mpsc::unbounded_channel();
         let mut driver = JoinSet::new();
         driver.spawn(async move {
@@ -285,7 +289,8 @@ impl<T> Stream for Outcomes<T> {
     type Item = Outcome<T>;
 
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut task::Context<'_>) -> Poll<Option<Outcome<T>>> {
-        if let Some((outcome, _room)) = ready!(self.receiver.poll_recv(cx)) {
+        if let Some(item) = ready!(self.receiver.poll_recv(cx)) {
+            let (outcome, _room) = *item;
             return Poll::Ready(Some(outcome));
         }
         match ready!(self.driver.poll_join_next(cx)) {
@@ -315,9 +320,8 @@ impl Context {
     fn stopped(&self) -> impl Future<Output = ()> + Send + 'static {
         let bounds = self.bounds();
         let deadline = bounds.deadline;
-        let ends = [bounds.cancel.clone(), bounds.drain.clone()];
+        let drain = bounds.drain.clone();
         async move {
-            let [cancel, drain] = &ends;
             let deadline = async {
                 match deadline {
                     Some(deadline) => tokio::time::sleep_until(deadline).await,
@@ -325,7 +329,6 @@ impl Context {
                 }
             };
             tokio::select! {
-                () = cancel.cancelled() => {}
                 () = drain.cancelled() => {}
                 () = deadline => {}
             }

@@ -276,7 +276,7 @@ impl<T: Send, S: Stream<Item = T> + Send> Batch<Context, S> {
     {
         let began = Instant::now();
         let running = self.run(work, None, None);
-        let outcomes = running.map(|(outcome, _)| outcome).collect().await;
+        let outcomes = running.map(|item| item.0).collect().await;
         Settled::new(outcomes, began.elapsed())
     }
 
@@ -300,7 +300,8 @@ impl<T: Send, S: Stream<Item = T> + Send> Batch<Context, S> {
         let mut failure = None;
         let mut outcomes = Vec::new();
         let mut running = self.run(work, Some(cx.clone()), None);
-        while let Some((outcome, _)) = running.next().await {
+        while let Some(item) = running.next().await {
+            let (outcome, _) = *item;
             if failure.is_none() {
                 failure = outcome.error().cloned();
                 if failure.is_some() {
