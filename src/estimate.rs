@@ -123,7 +123,7 @@ impl Estimator {
     /// Whether the next answer is one to learn from: the first ones all are.
     pub(crate) fn samples(&self) -> bool {
         let answers = self.answers.fetch_add(1, Ordering::Relaxed);
-        answers < EAGER || answers % SAMPLED == 0
+        answers < EAGER || answers.is_multiple_of(SAMPLED)
     }
 
     pub(crate) fn learn(&self, scope: &Scope, usage: Usage, latency: Duration) {

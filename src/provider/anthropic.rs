@@ -246,8 +246,8 @@ impl Dialect for Messages {
 
     fn frame(parts: &mut Parts, frame: &Json<'_>) -> String {
         match frame.get("type").as_str().unwrap_or_default() {
-            "message_start" => read(parts, &frame.get("message"), &frame.get("message")),
-            "message_delta" => read(parts, frame, &frame.get("delta")),
+            "message_start" => read(parts, frame.get("message"), frame.get("message")),
+            "message_delta" => read(parts, frame, frame.get("delta")),
             "message_stop" => parts.done = true,
             // `ping`, blocks' starts and stops, and what may come in later versions.
             _ => {}
@@ -267,7 +267,7 @@ fn read(parts: &mut Parts, message: &Json<'_>, delta: &Json<'_>) {
     if let Some(model) = message.get("model").as_str() {
         model.clone_into(&mut parts.model);
     }
-    usage(&mut parts.usage, &message.get("usage"));
+    usage(&mut parts.usage, message.get("usage"));
     if let Some(reason) = delta.get("stop_reason").as_str() {
         parts.finish = Some(match reason {
             "end_turn" | "stop_sequence" => FinishReason::Stop,

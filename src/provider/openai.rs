@@ -301,7 +301,7 @@ impl Dialect for Chat {
     fn frame(parts: &mut Parts, frame: &Json<'_>) -> String {
         // The frame with the usage has no choice.
         let choice = first_choice(frame).unwrap_or(&Json::Null);
-        let text = content(parts, &choice.get("delta"));
+        let text = content(parts, choice.get("delta"));
         read(parts, frame, choice);
         text
     }
@@ -317,7 +317,7 @@ fn read(parts: &mut Parts, body: &Json<'_>, choice: &Json<'_>) {
     if let Some(model) = body.get("model").as_str() {
         model.clone_into(&mut parts.model);
     }
-    if let Some(usage) = usage(&body.get("usage")) {
+    if let Some(usage) = usage(body.get("usage")) {
         parts.usage = usage;
     }
     if let Some(reason) = choice.get("finish_reason").as_str() {
@@ -354,11 +354,11 @@ fn usage(usage: &Json<'_>) -> Option<Usage> {
     usage.is_object().then(|| {
         let count = |value: &Json<'_>| value.as_u64().unwrap_or(0);
         Usage {
-            input_tokens: count(&usage.get("prompt_tokens")),
-            output_tokens: count(&usage.get("completion_tokens")),
-            cached_input_tokens: count(&usage.get("prompt_tokens_details").get("cached_tokens")),
+            input_tokens: count(usage.get("prompt_tokens")),
+            output_tokens: count(usage.get("completion_tokens")),
+            cached_input_tokens: count(usage.get("prompt_tokens_details").get("cached_tokens")),
             reasoning_tokens: count(
-                &usage
+                usage
                     .get("completion_tokens_details")
                     .get("reasoning_tokens"),
             ),
