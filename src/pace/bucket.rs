@@ -112,6 +112,11 @@ impl Bucket {
         (level.as_nanos() as f64 / self.rate.nanos_per_unit()) as u64
     }
 
+    /// The time until what it owes is paid.
+    pub(super) fn debt(&self, now: Duration) -> Duration {
+        self.deficit_at(now).saturating_sub(self.capacity)
+    }
+
     /// How full it is, from 1.0 down to 0.0 and below that in debt.
     pub(super) fn fullness(&self, now: Duration) -> f64 {
         1.0 - self.deficit_at(now).as_secs_f64() / self.capacity.as_secs_f64()
@@ -163,6 +168,19 @@ impl Bucket {
             let debt = scaled(self.deficit.saturating_sub(self.capacity));
             self.deficit = capacity.saturating_sub(level).saturating_add(debt);
             (self.rate, self.capacity) = (rate, capacity);
+        }
+    }
+
+    /// Changes the burst alone. The level stays, so far as the bucket holds it, and so does
+    /// a debt.
+    pub(super) fn resize(&mut self, now: Duration, burst: Duration) {
+        let capacity = burst.max(self.rate.time_for(1));
+        if capacity != self.capacity {
+            self.flow(now);
+            let level = self.capacity.saturating_sub(self.deficit);
+            let debt = self.deficit.saturating_sub(self.capacity);
+            self.deficit = capacity.saturating_sub(level).saturating_add(debt);
+            self.capacity = capacity;
         }
     }
 
@@ -324,6 +342,27 @@ mod tests {
             ms(1_000),
             "it holds what it can hold"
         );
+    }
+
+    #[test]
+    fn resized_it_keeps_its_level_and_its_debt() {
+        let mut half_full = bucket();
+        half_full.take(ms(0), 5);
+        half_full.resize(ms(0), SECOND * 4 / 5);
+        assert_eq!(half_full.ready_at(ms(0), 5), ms(0));
+        assert_eq!(half_full.ready_at(ms(0), 8), ms(300));
+        assert_eq!(half_full.ready_at(ms(0), 100), ms(300), "that is full");
+        half_full.resize(ms(0), SECOND * 2 / 5);
+        assert_eq!(half_full.ready_at(ms(0), 10), ms(0), "what it can hold");
+        half_full.resize(ms(0), SECOND);
+        assert_eq!(half_full.ready_at(ms(0), 5), ms(100));
+
+        let mut in_debt = bucket();
+        in_debt.take(ms(0), 15);
+        in_debt.resize(ms(0), SECOND / 2);
+        assert_eq!(in_debt.ready_at(ms(0), 0), ms(500));
+        in_debt.resize(ms(0), SECOND);
+        assert_eq!(in_debt.ready_at(ms(0), 0), ms(500));
     }
 
     /// A token bucket as everybody would write it: a level in units, in floating point.

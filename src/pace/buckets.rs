@@ -172,6 +172,13 @@ impl Buckets {
         std::array::from_fn(|i| level(&self.0[i]))
     }
 
+    /// Lets every bucket hold as much as goes with what was learned of its limit.
+    pub(super) fn resize(&mut self, now: Duration) {
+        for (_, meter) in self.iter_mut() {
+            meter.resize(now);
+        }
+    }
+
     /// Takes everything back, for a call that was never sent.
     pub(super) fn refund(&mut self, now: Duration, charge: Charge, taken_at: Duration) {
         for (resource, meter) in self.iter_mut().filter(|(_, m)| m.knows(taken_at)) {
@@ -240,13 +247,13 @@ impl Buckets {
         adopted
     }
 
-    /// A call sent at `sent_at` was refused. Slows down the resource that the headers name,
+    /// A call of `charge` sent at `sent_at` was refused. Slows down the resource that the headers name,
     /// else the one that is nearest empty, else requests: at the rate `guess` if
     /// they had none. Says which resource was slowed to which share.
     pub(super) fn refuse(
         &mut self,
         now: Duration,
-        sent_at: Duration,
+        (sent_at, charge): (Duration, Charge),
         named: Option<Named>,
         guess: impl FnOnce() -> (Rate, Burst),
     ) -> Option<(Resource, f64)> {
@@ -270,7 +277,12 @@ impl Buckets {
             let (rate, burst) = guess();
             Meter::new(Source::Guessed, rate, burst, now)
         });
-        let lowered = meter.refuse(now, sent_at, told.and_then(|named| named.rate));
+        let lowered = meter.refuse(
+            now,
+            sent_at,
+            resource.of(charge),
+            told.and_then(|named| named.rate),
+        );
         lowered.then(|| (resource, meter.scale()))
     }
 

@@ -2,7 +2,8 @@
 //!
 //! A bucket takes time as an argument, so what the lane learns of a limit is done to
 //! its time: the clock runs at the limit's [`Scale`], and stands still while the gate is
-//! closed. Rate and burst shrink and grow together, and nothing in the bucket changes.
+//! closed. The burst shrinks and grows with it: it is a time of the lane's, not of the
+//! slower clock, because a bucket larger than the provider's forgets debts that it holds.
 
 use std::time::Duration;
 
@@ -35,6 +36,8 @@ pub(super) struct Burst {
 #[derive(Debug, Clone)]
 pub(super) struct Meter {
     bucket: Bucket,
+    /// How much of its rate it holds, as the lane counts time.
+    burst: Duration,
     scale: Scale,
     source: Source,
     /// The bucket's own time at `at`, the lane's.
@@ -45,10 +48,11 @@ pub(super) struct Meter {
     born: Duration,
     /// Nothing was ever taken: the first call may go and owe.
     fresh: bool,
-    /// Units and calls taken so far, and both at the last refusal.
+    /// Units and calls taken so far.
     taken: u64,
     calls: u64,
-    before: (u64, u64),
+    /// Both at the last refusal, and what was owed then.
+    before: (u64, u64, Duration),
     /// How long somebody has waited for more since the last refusal.
     busy: Duration,
     /// When headers lowered it last: what they told earlier calls is in that.
@@ -63,6 +67,7 @@ impl Meter {
         }
         Self {
             bucket,
+            burst: burst.time,
             scale: match source {
                 Source::Guessed => Scale::of_a_guess(),
                 Source::Configured | Source::Told => Scale::whole(),
@@ -74,7 +79,7 @@ impl Meter {
             fresh: !burst.at_once,
             taken: 0,
             calls: 0,
-            before: (0, 0),
+            before: (0, 0, Duration::ZERO),
             busy: Duration::ZERO,
             lowered_at: Duration::ZERO,
         }
@@ -188,22 +193,35 @@ impl Meter {
         }
     }
 
-    /// A call sent at `sent_at` was refused for this limit; `told` is the rate that
-    /// headers speak of. Says whether the limit is now used more slowly.
-    pub(super) fn refuse(&mut self, now: Duration, sent_at: Duration, told: Option<Rate>) -> bool {
+    /// A call of `refused` units sent at `sent_at` was refused for this limit, and they were
+    /// given back; `told` is the rate that headers speak of. Says whether the limit is
+    /// now used more slowly.
+    pub(super) fn refuse(
+        &mut self,
+        now: Duration,
+        sent_at: Duration,
+        refused: u64,
+        told: Option<Rate>,
+    ) -> bool {
+        // So far at the old scale.
+        self.advance(now, false);
         let rate = self.bucket.rate();
-        // The refused call itself did not pass.
         let average = self.taken / self.calls.max(1);
-        let passed = (self.taken - self.before.0).saturating_sub(average);
-        let passed = rate.time_for(passed).as_secs_f64() / self.busy.as_secs_f64();
-        let passed =
-            (self.calls - self.before.1 >= TELLING && passed.is_finite()).then_some(passed);
+        // The refused call itself did not pass, and what is owed did not yet: a debt of
+        // before has been paid in the meantime.
+        let (taken, calls, owed) = self.before;
+        let debt = self.bucket.debt(self.clock_at(now));
+        let passed = rate.time_for((self.taken - taken).saturating_sub(refused));
+        let passed = passed.saturating_add(owed).saturating_sub(debt);
+        let passed = passed.as_secs_f64() / self.busy.as_secs_f64();
+        let passed = (self.calls - calls >= TELLING && passed.is_finite()).then_some(passed);
         let told = told.map(|told| told.per_second() / rate.per_second());
         let call = rate.time_for(average);
         let lowered = self.scale.refuse(now, sent_at, passed, told, call);
         if lowered {
-            self.before = (self.taken, self.calls);
+            self.before = (self.taken, self.calls, debt);
             self.busy = Duration::ZERO;
+            self.resize(now);
         }
         lowered
     }
@@ -216,8 +234,24 @@ impl Meter {
             let fresh = Self::new(source, rate, burst, now);
             (self.scale, self.source) = (fresh.scale, source);
         }
-        self.bucket.retune(clock, rate, burst.time);
-        (self.clock, self.at) = (clock, self.at.max(now));
+        (self.clock, self.at, self.burst) = (clock, self.at.max(now), burst.time);
+        self.bucket.retune(clock, rate, self.scaled_burst());
+    }
+
+    /// Lets the bucket hold as much as goes with the scale. Not while somebody waits until
+    /// it is full: that would never come nearer.
+    pub(super) fn resize(&mut self, now: Duration) {
+        let clock = self.clock_at(now);
+        self.bucket.resize(clock, self.scaled_burst());
+    }
+
+    fn scaled_burst(&self) -> Duration {
+        let scale = self.scale.value();
+        if scale == 1.0 {
+            return self.burst;
+        }
+        let scaled = self.burst.as_secs_f64() * scale;
+        Duration::try_from_secs_f64(scaled).unwrap_or(Duration::MAX)
     }
 
     fn keep_empty_while_closed(&mut self, now: Duration) {
@@ -269,7 +303,7 @@ mod tests {
     fn a_slower_clock_is_a_lower_rate_and_a_smaller_burst() {
         let mut meter = meter(Source::Configured);
         let part = Rate::per_minute(450);
-        assert!(meter.refuse(Duration::ZERO, Duration::ZERO, Some(part)));
+        assert!(meter.refuse(Duration::ZERO, Duration::ZERO, 1, Some(part)));
         meter.close_until(Duration::ZERO, SECOND);
         assert!((meter.scale() - 0.6).abs() < 1e-9);
         let wait = meter.ready_at(SECOND, 1) - SECOND;
@@ -277,8 +311,17 @@ mod tests {
             wait.abs_diff(SECOND / 6) < Duration::from_micros(1),
             "{wait:?}"
         );
-        let wait = meter.ready_at(SECOND, 10) - SECOND;
-        assert!(wait.abs_diff(5 * SECOND / 3) < Duration::from_micros(1));
+        let wait = meter.ready_at(SECOND, 6) - SECOND;
+        assert!(wait.abs_diff(SECOND) < Duration::from_micros(1), "{wait:?}");
+        assert_eq!(
+            meter.ready_at(SECOND, 10),
+            meter.ready_at(SECOND, 6),
+            "it is full with six"
+        );
+        meter.advance(1_000 * SECOND, true);
+        assert_eq!(meter.scale(), 1.0);
+        meter.resize(1_000 * SECOND);
+        assert_eq!(meter.level(1_002 * SECOND), 10, "and with ten again");
     }
 
     #[test]
@@ -300,7 +343,7 @@ mod tests {
     #[test]
     fn only_time_in_which_somebody_waits_brings_it_back() {
         let mut meter = meter(Source::Configured);
-        meter.refuse(Duration::ZERO, Duration::ZERO, None);
+        meter.refuse(Duration::ZERO, Duration::ZERO, 1, None);
         let low = meter.scale();
         meter.advance(1_000 * SECOND, false);
         assert_eq!(meter.scale(), low);
@@ -312,7 +355,7 @@ mod tests {
     fn what_passed_between_two_refusals_is_the_better_guess() {
         let mut meter = meter(Source::Configured);
         meter.take(Duration::ZERO, 1);
-        meter.refuse(Duration::ZERO, Duration::ZERO, None);
+        meter.refuse(Duration::ZERO, Duration::ZERO, 1, None);
         let mut now = Duration::ZERO;
         for _ in 0..51 {
             now += SECOND / 5;
@@ -320,7 +363,7 @@ mod tests {
             meter.take(now, 1);
         }
         let tried = meter.scale();
-        meter.refuse(now, now, None);
+        meter.refuse(now, now, 1, None);
         // 50 passed in 10.2 s of a limit of 102: so little is believed down to a part.
         let expected = 0.8 * 0.7 * tried;
         assert!(tried > 0.97, "one refused call says nothing of what passes");

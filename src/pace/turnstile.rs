@@ -183,8 +183,11 @@ impl<W> Turnstile<W> {
     /// Lets `charge` through now if nobody waits and nothing stands against it.
     pub(super) fn try_enter(&mut self, now: Duration, charge: Charge) -> Option<Grant> {
         self.advance(now);
-        (self.stop.is_none() && self.queue.is_empty() && self.obstacle(now, charge).is_none())
-            .then(|| self.grant(now, charge))
+        if self.stop.is_some() || !self.queue.is_empty() || self.obstacle(now, charge).is_some() {
+            return None;
+        }
+        self.buckets.resize(now);
+        Some(self.grant(now, charge))
     }
 
     /// Lets `charge` through, or queues it. Who is queued must [`poll`](Turnstile::poll)
@@ -426,7 +429,8 @@ impl<W> Turnstile<W> {
             return;
         }
         let guess = || (self.pulse.rate(now), self.burst);
-        let slowed = self.buckets.refuse(now, grant.at, grant.named, guess);
+        let sent = (grant.at, grant.charge);
+        let slowed = self.buckets.refuse(now, sent, grant.named, guess);
         changes.extend(slowed.map(|(resource, scale)| LaneChange::Slowed {
             limit: resource.binding(),
             scale,
@@ -508,7 +512,11 @@ impl<W> Turnstile<W> {
     fn grant_all(&mut self, now: Duration, errands: &mut Errands<W>) {
         while let Some((head, charge)) = self.queue.head() {
             match self.obstacle(now, charge) {
-                None => self.let_through(now, head, charge, errands),
+                None => {
+                    self.let_through(now, head, charge, errands);
+                    // Bursts grow between two heads, so that none waits for a goal that moves.
+                    self.buckets.resize(now);
+                }
                 Some(obstacle) => {
                     let Some((key, charge)) = self.backfill(now, head, charge, obstacle) else {
                         return;
