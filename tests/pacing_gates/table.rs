@@ -43,6 +43,11 @@ pub fn measured(cells: Vec<Cell>) -> Vec<Row> {
 }
 
 impl Row {
+    /// The scenario and "configured".
+    pub fn name(&self) -> (&'static str, Option<f64>) {
+        (self.cell.scenario, self.cell.configured)
+    }
+
     /// The run with the worst ratio.
     fn worst(&self) -> &Measured {
         let by_ratio = |a: &&Measured, b: &&Measured| a.ratio().total_cmp(&b.ratio());
