@@ -52,6 +52,10 @@
 mod change;
 mod memory;
 mod records;
+#[cfg(feature = "sqlite")]
+mod sql;
+#[cfg(feature = "sqlite")]
+mod sqlite;
 
 use std::time::Duration;
 
@@ -65,6 +69,8 @@ pub use self::records::{
     LeaseId, LogEntry, MemoKey, NewItem, NewRun, Note, Purged, Reaped, Run, RunFilter, RunId,
     Settlement, Status,
 };
+#[cfg(feature = "sqlite")]
+pub use self::sqlite::{Durability, Sqlite, SqliteBuilder};
 
 /// Keeps runs, items, generations, intents and logs.
 ///

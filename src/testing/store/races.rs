@@ -176,7 +176,8 @@ pub(super) async fn each_item_is_settled_once_whoever_dies(store: Store) {
                             .expect("heartbeat");
                         let late = settled(&items, |_| false);
                         let (reaped, committed) = tokio::join!(store.reap(), store.commit(late));
-                        (reaped.expect("reap"), committed.expect("commit"));
+                        reaped.expect("reap");
+                        committed.expect("commit");
                     }
                     1 => {
                         store.retire(mine).await.expect("retire");
