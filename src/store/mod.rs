@@ -51,8 +51,10 @@
 
 mod change;
 mod memory;
+#[cfg(feature = "postgres")]
+mod postgres;
 mod records;
-#[cfg(feature = "sqlite")]
+#[cfg(any(feature = "sqlite", feature = "postgres"))]
 mod sql;
 #[cfg(feature = "sqlite")]
 mod sqlite;
@@ -64,6 +66,8 @@ use async_trait::async_trait;
 use crate::error::Result;
 
 pub use self::memory::Memory;
+#[cfg(feature = "postgres")]
+pub use self::postgres::{Postgres, PostgresBuilder};
 pub use self::records::{
     Commit, Committed, Created, FORMAT, Generation, Hold, Intent, IntentName, Item, ItemId,
     LeaseId, LogEntry, MemoKey, NewItem, NewRun, Note, Purged, Reaped, Run, RunFilter, RunId,
@@ -178,7 +182,7 @@ pub trait Queue: Store {
     /// lowest priority goes first, then the lowest number. With more tenants than `limit`, `limit` of
     /// them get an item each. With fewer, a tenant gets at most ⌈limit / tenants⌉, also
     /// where the others have less: there can be more to claim after less than `limit`, but not after
-    /// nothing. Items whose release is delayed are not there until a reap finds them due.
+    /// nothing (unless another worker was about to take the rest, and did not). Items whose release is delayed are not there until a reap finds them due.
     ///
     /// A run that was pending is processing now, and its log says `started`.
     ///
