@@ -48,6 +48,11 @@ impl Schemas {
         name
     }
 
+    /// The schema that was named last.
+    pub fn newest(&self) -> String {
+        self.names.lock().unwrap().last().unwrap().clone()
+    }
+
     /// A store in a schema of its own.
     pub async fn open(&self) -> Postgres {
         let builder = Postgres::builder(&self.url).schema(self.name());

@@ -1,5 +1,7 @@
 //! [`Sqlite`]: the store in one file.
 
+#[cfg(test)]
+mod plans;
 mod queue;
 mod rows;
 mod schema;

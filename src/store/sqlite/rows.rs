@@ -1,5 +1,6 @@
 //! The statements. Each is one round trip whatever the number of rows, and each has its index:
-//! `tests/store_plans.rs` holds them to it.
+//! `plans.rs` holds them to it. `NOT INDEXED` says: by the key of the table itself. Without it
+//! SQLite reads a whole index where statistics are older than the rows.
 
 use sqlx::sqlite::SqliteRow;
 
@@ -35,7 +36,7 @@ pub(super) const GENERATIONS: &str = "SELECT memo_key, request_digest, body, inp
 pub(super) const PUT_INTENTS: &str = "INSERT INTO intents (item_id, attempt, memo_key, v, \
     provider_ref, started_at) \
     SELECT value ->> 0, value ->> 1, unhex(value ->> 2), 1, value ->> 3, ?2 FROM json_each(?1) \
-    WHERE EXISTS (SELECT 1 FROM items WHERE id = value ->> 0) \
+    WHERE EXISTS (SELECT 1 FROM items NOT INDEXED WHERE id = value ->> 0) \
     ON CONFLICT DO UPDATE SET provider_ref = excluded.provider_ref";
 
 pub(super) const END_INTENTS: &str = "DELETE FROM intents WHERE (item_id, attempt, memo_key) IN \
@@ -43,7 +44,8 @@ pub(super) const END_INTENTS: &str = "DELETE FROM intents WHERE (item_id, attemp
 
 pub(super) const AMBIGUOUS: &str = "SELECT t.item_id, t.attempt, t.memo_key, t.provider_ref \
     FROM intents t WHERE (t.item_id, t.attempt, t.memo_key) > (?1, ?2, ?3) AND NOT EXISTS \
-    (SELECT 1 FROM items i JOIN leases l ON l.id = i.lease_id WHERE i.id = t.item_id AND l.expires_at > ?5) \
+    (SELECT 1 FROM items i NOT INDEXED JOIN leases l ON l.id = i.lease_id \
+    WHERE i.id = t.item_id AND l.expires_at > ?5) \
     ORDER BY t.item_id, t.attempt, t.memo_key LIMIT ?4";
 
 /// A lease that is live.
@@ -52,21 +54,21 @@ pub(super) const LIVE: &str = "SELECT 1 FROM leases WHERE id = ?1 AND expires_at
 /// Tenants with something to claim are found one after the other, each by one step into the index;
 /// then each one's part, and of all parts the first `?2` in the order of dealing.
 pub(super) const CLAIM: &str = "\
-UPDATE items SET status = 'processing', lease_id = ?1, epoch = epoch + 1, attempt = attempt + 1 \
+UPDATE items NOT INDEXED SET status = 'processing', lease_id = ?1, epoch = epoch + 1, attempt = attempt + 1 \
 WHERE id IN ( \
     WITH RECURSIVE \
     up (tenant, n) AS ( \
-        SELECT (SELECT tenant FROM items WHERE status = 'pending' AND not_before IS NULL \
+        SELECT (SELECT tenant FROM items INDEXED BY items_ready WHERE status = 'pending' AND not_before IS NULL \
             AND tenant > ?3 ORDER BY tenant LIMIT 1), 1 \
         UNION ALL \
-        SELECT (SELECT tenant FROM items WHERE status = 'pending' AND not_before IS NULL \
+        SELECT (SELECT tenant FROM items INDEXED BY items_ready WHERE status = 'pending' AND not_before IS NULL \
             AND tenant > up.tenant ORDER BY tenant LIMIT 1), n + 1 \
         FROM up WHERE up.tenant IS NOT NULL AND n < ?2), \
     around (tenant, n) AS ( \
-        SELECT (SELECT tenant FROM items WHERE status = 'pending' AND not_before IS NULL \
+        SELECT (SELECT tenant FROM items INDEXED BY items_ready WHERE status = 'pending' AND not_before IS NULL \
             AND tenant >= '' ORDER BY tenant LIMIT 1), 1 \
         UNION ALL \
-        SELECT (SELECT tenant FROM items WHERE status = 'pending' AND not_before IS NULL \
+        SELECT (SELECT tenant FROM items INDEXED BY items_ready WHERE status = 'pending' AND not_before IS NULL \
             AND tenant > around.tenant ORDER BY tenant LIMIT 1), n + 1 \
         FROM around WHERE around.tenant <= ?3 AND n < ?2), \
     turns (turn, tenant) AS MATERIALIZED ( \
@@ -76,20 +78,20 @@ WHERE id IN ( \
     part (size) AS MATERIALIZED (SELECT (?2 + count(*) - 1) / max(count(*), 1) FROM turns), \
     parts (turn, rank, id) AS ( \
         SELECT t.turn, row_number() OVER (PARTITION BY t.turn ORDER BY i.priority, i.id), i.id \
-        FROM turns t CROSS JOIN items i ON i.id IN ( \
-            SELECT id FROM items WHERE status = 'pending' AND not_before IS NULL \
+        FROM turns t CROSS JOIN items i NOT INDEXED ON i.id IN ( \
+            SELECT id FROM items INDEXED BY items_ready WHERE status = 'pending' AND not_before IS NULL \
             AND tenant = t.tenant ORDER BY priority, id LIMIT (SELECT size FROM part))) \
     SELECT id FROM parts ORDER BY rank, turn LIMIT ?2) \
 RETURNING id, run_id, seq, key, tenant, status, epoch, attempt, max_attempts, input, output, error, \
     priority";
 
-pub(super) const START_RUNS: &str = "UPDATE runs SET status = 'processing', log_seq = log_seq + 1 \
+pub(super) const START_RUNS: &str = "UPDATE runs NOT INDEXED SET status = 'processing', log_seq = log_seq + 1 \
     WHERE id IN (SELECT value FROM json_each(?1)) AND status = 'pending' RETURNING id, log_seq";
 
 /// `?1`: run, notes, completed, failed, error. Gives the run, where its log is now, and how it
 /// ended if it did by this.
 pub(super) const COUNT: &str = "\
-UPDATE runs SET \
+UPDATE runs NOT INDEXED SET \
     completed = completed + d.done, failed = failed + d.broken, \
     error = CASE WHEN d.done + d.broken > 0 THEN coalesce(error, d.why) ELSE error END, \
     log_seq = log_seq + d.notes + (d.done + d.broken > 0) \
@@ -117,7 +119,7 @@ pub(super) const RETIRE_ITEMS: &str = "UPDATE items SET status = 'pending', leas
     epoch = epoch + 1, attempt = max(attempt - 1, 0) WHERE lease_id = ?1";
 
 /// `?1`: items and epochs. `?2`: until when, `?3`: what is not charged.
-pub(super) const RELEASE: &str = "UPDATE items SET status = 'pending', lease_id = NULL, \
+pub(super) const RELEASE: &str = "UPDATE items NOT INDEXED SET status = 'pending', lease_id = NULL, \
     epoch = items.epoch + 1, attempt = max(attempt - ?3, 0), not_before = ?2 \
     FROM (SELECT value ->> 0 AS id, value ->> 1 AS epoch FROM json_each(?1)) AS h \
     WHERE items.id = h.id AND items.epoch = h.epoch \
@@ -125,7 +127,7 @@ pub(super) const RELEASE: &str = "UPDATE items SET status = 'pending', lease_id 
 
 pub(super) const LOST: &str = "SELECT h.id FROM \
     (SELECT key AS place, value ->> 0 AS id, value ->> 1 AS epoch FROM json_each(?1)) AS h \
-    WHERE NOT EXISTS (SELECT 1 FROM items i WHERE i.id = h.id AND i.epoch = h.epoch \
+    WHERE NOT EXISTS (SELECT 1 FROM items i NOT INDEXED WHERE i.id = h.id AND i.epoch = h.epoch \
     AND i.status NOT IN ('completed', 'failed', 'cancelled')) ORDER BY h.place";
 
 pub(super) const ANYTHING_TO_REAP: &str = "SELECT EXISTS (SELECT 1 FROM leases WHERE expires_at <= ?1) \

@@ -215,23 +215,7 @@ async fn settle(
     settlements: &[Settlement],
     connection: &mut SqliteConnection,
 ) -> sqlx::Result<Vec<(ItemId, RunId, i64)>> {
-    let mut update = QueryBuilder::<Db>::new("WITH s (id, epoch, output, error) AS (");
-    update.push_values(settlements, |mut row, settlement| {
-        let Settlement { hold, result } = settlement;
-        row.push_bind(hold.item.0)
-            .push_bind(hold.epoch)
-            .push_bind(result.as_ref().ok())
-            .push_bind(result.as_ref().err().map(write_error));
-    });
-    // Fenced on the epoch. That it is not over is said in words that fit no index: one on
-    // the status would tempt a planner to read all that is in process.
-    update.push(
-        ") UPDATE items SET status = iif(s.error IS NULL, 'completed', 'failed'), \
-         output = s.output, error = s.error, lease_id = NULL, not_before = NULL, \
-         epoch = items.epoch + 1 FROM s WHERE items.id = s.id AND items.epoch = s.epoch \
-         AND items.status NOT IN ('completed', 'failed', 'cancelled') \
-         RETURNING id, run_id, seq",
-    );
+    let mut update = settle_statement(settlements);
     let settled = update
         .build_query_as::<(i64, i64, i64)>()
         .fetch_all(connection)
@@ -240,6 +224,27 @@ async fn settle(
         .into_iter()
         .map(|(id, run, seq)| (ItemId(id), RunId(run), seq))
         .collect())
+}
+
+pub(super) fn settle_statement(settlements: &[Settlement]) -> QueryBuilder<Db> {
+    let mut update = QueryBuilder::new("WITH s (id, epoch, output, error) AS (");
+    update.push_values(settlements, |mut row, settlement| {
+        let Settlement { hold, result } = settlement;
+        row.push_bind(hold.item.0)
+            .push_bind(hold.epoch)
+            .push_bind(result.clone().ok())
+            .push_bind(result.as_ref().err().map(write_error));
+    });
+    // Fenced on the epoch. That it is not over is said in words that fit no index: one on
+    // the status would tempt a planner to read all that is in process.
+    update.push(
+        ") UPDATE items NOT INDEXED SET status = iif(s.error IS NULL, 'completed', 'failed'), \
+         output = s.output, error = s.error, lease_id = NULL, not_before = NULL, \
+         epoch = items.epoch + 1 FROM s WHERE items.id = s.id AND items.epoch = s.epoch \
+         AND items.status NOT IN ('completed', 'failed', 'cancelled') \
+         RETURNING id, run_id, seq",
+    );
+    update
 }
 
 /// Counters and logs of what changed.
