@@ -10,8 +10,8 @@ mod server;
 
 use std::time::{Duration, Instant};
 
-use sqlx::{Connection as _, Row as _, SqliteConnection};
-use throughline::store::{Commit, Item, LeaseId, Queue, RunId, Settlement, Sqlite};
+use sqlx::{Connection as _, SqliteConnection};
+use throughline::store::{Commit, Item, LeaseId, Postgres, Queue, RunId, Settlement, Sqlite};
 
 use server::Schemas;
 
@@ -130,7 +130,7 @@ async fn sqlite_at_a_million() {
     connection.close().await.unwrap();
 
     let store = Sqlite::open(&path).await.unwrap();
-    none_is_slow(&exercise(&store).await, Duration::from_millis(50));
+    none_is_slow(&exercise(&store).await, Duration::from_millis(80));
 }
 
 #[tokio::test]
@@ -147,32 +147,36 @@ async fn postgres_at_a_million() {
         .raw(&fill(&format!("generate_series(0, {ROWS}) AS s (n)")))
         .await;
 
-    none_is_slow(&exercise(&store).await, Duration::from_millis(50));
+    // Making the indexes read the empty table, and that is counted too.
+    let before = scans(&schemas).await;
+    none_is_slow(&exercise(&store).await, Duration::from_millis(80));
     store.close().await;
-    let scans = "SELECT relname::text, seq_scan FROM pg_stat_user_tables \
-                 WHERE schemaname = current_schema() AND relname IN ('items', 'run_log')";
+    assert_eq!(
+        scans(&schemas).await,
+        before,
+        "a table was read from end to end"
+    );
+
+    schemas.raw("ANALYZE").await;
+    let before = scans(&schemas).await;
+    let fresh = Postgres::builder(&schemas.url).schema(schemas.newest());
+    let fresh = fresh.connect().await.unwrap();
+    none_is_slow(&exercise(&fresh).await, Duration::from_millis(80));
+    fresh.close().await;
+    assert_eq!(scans(&schemas).await, before, "with fresh statistics too");
+    schemas.clear().await;
+}
+
+/// How often each of the large tables has been read from end to end.
+async fn scans(schemas: &Schemas) -> Vec<(String, i64)> {
     // What a session counted is told when it ends, or a second later.
     tokio::time::sleep(Duration::from_millis(1500)).await;
-    let mut connection = schemas.connection().await;
-    let counted = sqlx::query(scans).fetch_all(&mut connection).await.unwrap();
-    for row in counted {
-        let (table, scans): (String, i64) = (row.get(0), row.get(1));
-        assert_eq!(scans, 0, "{table} was read from end to end");
-    }
-
-    // And with fresh statistics.
-    schemas.raw("ANALYZE").await;
-    let fresh = throughline::store::Postgres::builder(&schemas.url).schema(schemas.newest());
-    let fresh = fresh.connect().await.unwrap();
-    none_is_slow(&exercise(&fresh).await, Duration::from_millis(50));
-    fresh.close().await;
-    tokio::time::sleep(Duration::from_millis(1500)).await;
-    for row in sqlx::query(scans).fetch_all(&mut connection).await.unwrap() {
-        let (table, scans): (String, i64) = (row.get(0), row.get(1));
-        assert_eq!(
-            scans, 0,
-            "{table} was read from end to end, with fresh statistics"
-        );
-    }
-    schemas.clear().await;
+    let scans = sqlx::query_as(
+        "SELECT relname::text, seq_scan FROM pg_stat_user_tables \
+         WHERE schemaname = current_schema() AND relname IN ('items', 'run_log') ORDER BY 1",
+    );
+    scans
+        .fetch_all(&mut schemas.connection().await)
+        .await
+        .unwrap()
 }

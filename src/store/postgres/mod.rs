@@ -88,7 +88,9 @@ impl PostgresBuilder {
         let options: PgConnectOptions = self.url.parse().map_err(failed)?;
         let options = options
             .application_name("throughline")
-            .options([("search_path", &self.schema)])
+            // Short statements whose cost the planner cannot know: compiling one takes 50 ms,
+            // running it 2.
+            .options([("search_path", &*self.schema), ("jit", "off")])
             .disable_statement_logging();
         // By itself, because a pool would try for as long as it may before it says why not.
         let mut first = options.connect().await.map_err(failed)?;
