@@ -25,6 +25,11 @@ use crate::request::Request;
 pub struct RequestDigest([u8; 32]);
 
 impl RequestDigest {
+    /// A digest that was kept as its 32 bytes.
+    pub fn from_bytes(bytes: [u8; 32]) -> Self {
+        Self(bytes)
+    }
+
     /// The 32 bytes.
     pub fn as_bytes(&self) -> &[u8; 32] {
         &self.0

@@ -49,6 +49,11 @@ pub enum ErrorKind {
     Config,
     /// Reading or writing failed outside the provider.
     Io,
+    /// The store failed. Temporary where trying again can help: a connection that is gone, a
+    /// file that is busy.
+    Store,
+    /// A worker's lease is gone: it must stop, because others have its items.
+    LeaseLost,
     /// An error of the caller's own code, carried by [`Error::other`].
     Other,
 }
@@ -72,6 +77,8 @@ impl ErrorKind {
             Self::TooFew => "too_few",
             Self::Config => "config",
             Self::Io => "io",
+            Self::Store => "store",
+            Self::LeaseLost => "lease_lost",
             Self::Other => "other",
         }
     }
@@ -93,6 +100,8 @@ impl ErrorKind {
             Self::TooFew => "too few succeeded",
             Self::Config => "bad configuration",
             Self::Io => "input/output failed",
+            Self::Store => "store failed",
+            Self::LeaseLost => "lease lost",
             Self::Other => "failed",
         }
     }

@@ -40,6 +40,7 @@
 //!
 //! - `openai`: [`OpenAi`], chat completions at any base URL.
 //! - `anthropic`: [`Anthropic`], the Messages API.
+//! - `sqlite`, `postgres`: durable [stores](store) besides the one in memory. They need Rust 1.94.
 //! - `sim`: [`Sim`], a provider that enforces limits on Tokio's clock and bills a ledger.
 //! - `testing`: [`testing::Scripted`] and `sim`, for tests of your own code.
 //! - `bar`: [`bar::Bar`], a terminal progress bar.
@@ -68,6 +69,7 @@ mod request;
 mod retry;
 mod scope;
 mod settled;
+pub mod store;
 #[cfg(feature = "testing")]
 pub mod testing;
 mod usage;

@@ -12,6 +12,7 @@ const LAYERS: &[(&str, u8)] = &[
     ("usage", 0),
     ("event", 0),
     ("provider", 1),
+    ("store", 1),
     ("scope", 2),
     ("pace", 2),
     ("pool", 2),

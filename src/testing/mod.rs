@@ -1,6 +1,8 @@
 //! For tests of code that uses this crate: [`Scripted`] says exactly what it was told to,
-//! and [`Sim`](crate::Sim) behaves like an account with limits.
+//! [`Sim`](crate::Sim) behaves like an account with limits, and [`mod@store`] is what every
+//! backend of the [store](crate::store) must pass.
 
 mod scripted;
+pub mod store;
 
 pub use self::scripted::Scripted;

@@ -1,0 +1,481 @@
+//! [`Memory`]: the store that forgets when the process ends, and the model of the others.
+
+mod state;
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use async_trait::async_trait;
+use serde_json::json;
+use tokio::time::Instant;
+
+use self::state::{Row, State, ready};
+use super::change::{
+    Changes, at_millis, duration_millis, ended_entry, lease_lost, millis, worker_died,
+};
+use super::records::{
+    Commit, Committed, Created, Generation, Hold, Intent, IntentName, Item, ItemId, LeaseId,
+    LogEntry, MemoKey, NewRun, Purged, Reaped, Run, RunFilter, RunId, Settlement, Status,
+};
+use super::{Queue, Store};
+use crate::error::Result;
+
+/// Everything in memory: for tests, and for work that need not outlive the process.
+///
+/// Its clock is Tokio's, so that leases and delays run out on the paused clock of a test.
+/// Clone an `Arc` of it to share it.
+pub struct Memory {
+    state: Mutex<State>,
+    start: (SystemTime, Instant),
+}
+
+impl Memory {
+    /// An empty store.
+    pub fn new() -> Self {
+        Self {
+            state: Mutex::default(),
+            start: (SystemTime::now(), Instant::now()),
+        }
+    }
+
+    /// The state, and the present in milliseconds since 1970.
+    fn lock(&self) -> (i64, MutexGuard<'_, State>) {
+        let (then, start) = self.start;
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        (millis(then + start.elapsed()), state)
+    }
+}
+
+impl Default for Memory {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl fmt::Debug for Memory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (_, state) = self.lock();
+        f.debug_struct("Memory")
+            .field("runs", &state.runs.len())
+            .field("items", &state.items.len())
+            .field("generations", &state.generations.len())
+            .finish_non_exhaustive()
+    }
+}
+
+#[async_trait]
+impl Store for Memory {
+    fn name(&self) -> &'static str {
+        "memory"
+    }
+
+    async fn create_run(&self, new: NewRun) -> Result<Created> {
+        new.check()?;
+        let (now, mut state) = self.lock();
+        let state = &mut *state;
+        let named = new.idempotency_key.map(|key| (new.tenant.clone(), key));
+        if let Some(run) = named.as_ref().and_then(|named| state.idempotent.get(named)) {
+            return Ok(Created {
+                run: *run,
+                new: false,
+            });
+        }
+        let id = RunId(state.next(0));
+        if let Some(named) = named {
+            state.idempotent.insert(named, id);
+        }
+        let total = new.items.len() as u64;
+        let over = (total == 0).then_some(Status::Completed);
+        state.runs.insert(
+            id,
+            Run {
+                id,
+                tenant: new.tenant.clone(),
+                name: new.name,
+                status: over.unwrap_or(Status::Pending),
+                spec: new.spec,
+                total,
+                completed: 0,
+                failed: 0,
+                cancelled: 0,
+                log_seq: 0,
+                error: None,
+                created_at: at_millis(now),
+                ended_at: over.map(|_| at_millis(now)),
+            },
+        );
+        let mut ids = Vec::with_capacity(new.items.len());
+        for (seq, item) in (0..).zip(new.items) {
+            let row = Row {
+                item: Item {
+                    id: ItemId(state.next(1)),
+                    run: id,
+                    seq,
+                    key: item.key,
+                    tenant: new.tenant.clone(),
+                    status: Status::Pending,
+                    epoch: 0,
+                    attempt: 0,
+                    max_attempts: new.max_attempts,
+                    input: item.input,
+                    output: None,
+                    error: None,
+                },
+                priority: new.priority,
+                lease: None,
+                not_before: None,
+            };
+            ready(&mut state.ready, &row);
+            ids.push(row.item.id);
+            state.items.insert(row.item.id, row);
+        }
+        state.of_run.insert(id, ids);
+        let created = ("created".to_owned(), json!({"total": total}).to_string());
+        state.note(id, now, [created].into_iter().chain(over.map(ended_entry)));
+        Ok(Created { run: id, new: true })
+    }
+
+    async fn run(&self, run: RunId) -> Result<Option<Run>> {
+        Ok(self.lock().1.runs.get(&run).cloned())
+    }
+
+    async fn runs(&self, filter: RunFilter, limit: u32) -> Result<Vec<Run>> {
+        let (_, state) = self.lock();
+        let fits = |run: &&Run| {
+            filter
+                .tenant
+                .as_ref()
+                .is_none_or(|tenant| run.tenant == *tenant)
+                && filter.status.is_none_or(|status| run.status == status)
+                && filter.before.is_none_or(|before| run.id < before)
+        };
+        let runs = state.runs.values().rev().filter(fits);
+        Ok(runs.take(limit as usize).cloned().collect())
+    }
+
+    async fn items(&self, run: RunId, from: u64, limit: u32) -> Result<Vec<Item>> {
+        let (_, state) = self.lock();
+        let ids = state.of_run.get(&run).into_iter().flatten();
+        let page = ids.skip(from as usize).take(limit as usize);
+        Ok(page.map(|id| state.items[id].item.clone()).collect())
+    }
+
+    async fn log(&self, run: RunId, after: u64, limit: u32) -> Result<Vec<LogEntry>> {
+        let (_, state) = self.lock();
+        let entries = state.logs.get(&run).into_iter().flatten();
+        let page = entries.skip(after as usize).take(limit as usize);
+        Ok(page.cloned().collect())
+    }
+
+    async fn generations(&self, tenant: &str, keys: &[MemoKey]) -> Result<Vec<Generation>> {
+        let (_, state) = self.lock();
+        let keys: BTreeSet<_> = keys.iter().collect();
+        let known = |key: &MemoKey| state.generations.get(&(tenant.to_owned(), *key));
+        let found = keys.into_iter().filter_map(known);
+        Ok(found.map(|(_, generation)| generation.clone()).collect())
+    }
+
+    async fn commit(&self, commit: Commit) -> Result<Committed> {
+        commit.check()?;
+        let (now, mut state) = self.lock();
+        let state = &mut *state;
+        let mut committed = Committed::default();
+        for generation in commit.generations {
+            let key = (generation.tenant.clone(), generation.key);
+            state.generations.entry(key).or_insert_with(|| {
+                committed.generations += 1;
+                (now, generation)
+            });
+        }
+        for name in commit.over {
+            state.intents.remove(&name);
+        }
+        let mut changes = Changes::new();
+        for note in commit.notes {
+            let notes = &mut changes.entry(note.run).or_default().notes;
+            notes.push((note.kind, note.data));
+        }
+        for Settlement { hold, result } in commit.settlements {
+            if state.current(&hold) {
+                state.settle(hold.item, result, &mut changes);
+                committed.items.push(hold.item);
+            }
+        }
+        state.apply(changes, now);
+        committed.items.sort_unstable();
+        Ok(committed)
+    }
+
+    async fn put_intents(&self, intents: &[Intent]) -> Result<()> {
+        let (_, mut state) = self.lock();
+        for intent in intents {
+            if state.items.contains_key(&intent.item) {
+                state.intents.insert(intent.name(), intent.clone());
+            }
+        }
+        Ok(())
+    }
+
+    async fn ambiguous(&self, after: Option<IntentName>, limit: u32) -> Result<Vec<Intent>> {
+        let (now, state) = self.lock();
+        let held = |intent: &Intent| {
+            let lease = state.items.get(&intent.item).and_then(|row| row.lease);
+            lease.is_some_and(|lease| state.leases.get(&lease).is_some_and(|at| *at > now))
+        };
+        let intents = state.intents.iter();
+        let open = intents
+            .filter(|(name, intent)| after.is_none_or(|after| **name > after) && !held(intent));
+        Ok(open
+            .take(limit as usize)
+            .map(|(_, intent)| intent.clone())
+            .collect())
+    }
+
+    async fn cancel(&self, run: RunId) -> Result<u64> {
+        let (now, mut state) = self.lock();
+        let state = &mut *state;
+        if state.runs.get(&run).is_none_or(|run| run.status.is_over()) {
+            return Ok(0);
+        }
+        let mut stopped = 0;
+        for id in state.of_run.get(&run).cloned().unwrap_or_default() {
+            if !state.items[&id].item.status.is_over() {
+                state.turn(id, Status::Cancelled);
+                stopped += 1;
+            }
+        }
+        if let Some(run) = state.runs.get_mut(&run) {
+            run.cancelled += stopped;
+            run.status = Status::Cancelled;
+            run.ended_at = Some(at_millis(now));
+        }
+        let cancelled = (
+            "cancelled".to_owned(),
+            json!({"items": stopped}).to_string(),
+        );
+        state.note(run, now, [cancelled, ended_entry(Status::Cancelled)]);
+        Ok(stopped)
+    }
+
+    async fn retry_failed(&self, run: RunId) -> Result<u64> {
+        let (now, mut state) = self.lock();
+        let state = &mut *state;
+        if state
+            .runs
+            .get(&run)
+            .is_none_or(|run| run.status == Status::Cancelled)
+        {
+            return Ok(0);
+        }
+        let mut again = 0;
+        for id in state.of_run.get(&run).cloned().unwrap_or_default() {
+            if state.items[&id].item.status == Status::Failed {
+                state.requeue(id, None);
+                if let Some(row) = state.items.get_mut(&id) {
+                    row.item.attempt = 0;
+                    row.item.error = None;
+                }
+                again += 1;
+            }
+        }
+        if again > 0 {
+            if let Some(run) = state.runs.get_mut(&run) {
+                run.failed = 0;
+                run.error = None;
+                run.status = Status::Pending;
+                run.ended_at = None;
+            }
+            let retried = ("retried".to_owned(), json!({"items": again}).to_string());
+            state.note(run, now, [retried]);
+        }
+        Ok(again)
+    }
+
+    async fn purge(&self, older_than: Duration, limit: u32) -> Result<Purged> {
+        let (now, mut state) = self.lock();
+        let state = &mut *state;
+        let before = now - duration_millis(older_than);
+        let ended = |run: &Run| run.ended_at.map(millis).filter(|at| *at <= before);
+        let mut runs: Vec<_> = state
+            .runs
+            .values()
+            .filter_map(|run| Some((ended(run)?, run.id)))
+            .collect();
+        runs.sort_unstable();
+        runs.truncate(limit as usize);
+        for (_, run) in &runs {
+            state.runs.remove(run);
+            state.logs.remove(run);
+            for item in state.of_run.remove(run).unwrap_or_default() {
+                state.items.remove(&item);
+            }
+        }
+        state
+            .idempotent
+            .retain(|_, run| state.runs.contains_key(run));
+        state
+            .intents
+            .retain(|name, _| state.items.contains_key(&name.item));
+        let old = state
+            .generations
+            .iter()
+            .filter(|(_, (at, _))| *at <= before);
+        let mut old: Vec<_> = old.map(|(key, (at, _))| (*at, key.clone())).collect();
+        old.sort_unstable();
+        old.truncate(limit as usize);
+        for (_, key) in &old {
+            state.generations.remove(key);
+        }
+        Ok(Purged {
+            runs: runs.len() as u64,
+            generations: old.len() as u64,
+        })
+    }
+}
+
+#[async_trait]
+impl Queue for Memory {
+    async fn register(&self, _worker: &str, ttl: Duration) -> Result<LeaseId> {
+        let (now, mut state) = self.lock();
+        let lease = LeaseId(state.next(2));
+        state.leases.insert(lease, now + duration_millis(ttl));
+        Ok(lease)
+    }
+
+    async fn heartbeat(&self, lease: LeaseId, ttl: Duration) -> Result<bool> {
+        let (now, mut state) = self.lock();
+        let expires = state.leases.get_mut(&lease);
+        Ok(expires.map(|at| *at = now + duration_millis(ttl)).is_some())
+    }
+
+    async fn retire(&self, lease: LeaseId) -> Result<u64> {
+        let (_, mut state) = self.lock();
+        let state = &mut *state;
+        state.leases.remove(&lease);
+        let held = state.items.values().filter(|row| row.lease == Some(lease));
+        let held: Vec<_> = held.map(|row| row.item.id).collect();
+        for id in &held {
+            state.requeue(*id, None);
+            if let Some(row) = state.items.get_mut(id) {
+                row.item.attempt = row.item.attempt.saturating_sub(1);
+            }
+        }
+        Ok(held.len() as u64)
+    }
+
+    async fn claim(&self, lease: LeaseId, limit: u32) -> Result<Vec<Item>> {
+        let (now, mut state) = self.lock();
+        let state = &mut *state;
+        if state.leases.get(&lease).is_none_or(|at| *at <= now) {
+            return Err(lease_lost(lease));
+        }
+        let limit = limit as usize;
+        let after = state.ready.range::<String, _>((
+            std::ops::Bound::Excluded(&state.cursor),
+            std::ops::Bound::Unbounded,
+        ));
+        let wrapped = state.ready.range(..=state.cursor.clone());
+        let tenants: Vec<_> = after.chain(wrapped).take(limit).collect();
+        if tenants.is_empty() {
+            return Ok(Vec::new());
+        }
+        let part = limit.div_ceil(tenants.len());
+        let mut dealt = Vec::new();
+        for (turn, (_, theirs)) in tenants.iter().enumerate() {
+            let theirs = theirs.iter().take(part).enumerate();
+            dealt.extend(theirs.map(|(rank, (_, id))| (rank, turn, *id)));
+        }
+        dealt.sort_unstable();
+        dealt.truncate(limit);
+
+        let mut items = Vec::with_capacity(dealt.len());
+        let mut started = BTreeSet::new();
+        for (_, _, id) in dealt {
+            if let Some(row) = state.turn(id, Status::Processing) {
+                row.item.attempt += 1;
+                row.lease = Some(lease);
+                started.insert(row.item.run);
+                items.push(row.item.clone());
+            }
+        }
+        if let Some(last) = items.last() {
+            state.cursor.clone_from(&last.tenant);
+        }
+        for id in started {
+            if let Some(run) = state.runs.get_mut(&id)
+                && run.status == Status::Pending
+            {
+                run.status = Status::Processing;
+                state.note(id, now, [("started".to_owned(), "{}".to_owned())]);
+            }
+        }
+        Ok(items)
+    }
+
+    async fn release(&self, holds: &[Hold], delay: Duration, charge: bool) -> Result<u64> {
+        let (now, mut state) = self.lock();
+        let state = &mut *state;
+        let due = (!delay.is_zero()).then(|| now + duration_millis(delay));
+        let mut released = 0;
+        for hold in holds {
+            if state.current(hold) {
+                state.requeue(hold.item, due);
+                if let Some(row) = state.items.get_mut(&hold.item) {
+                    row.item.attempt -= u32::from(!charge).min(row.item.attempt);
+                }
+                released += 1;
+            }
+        }
+        Ok(released)
+    }
+
+    async fn lost(&self, holds: &[Hold]) -> Result<Vec<ItemId>> {
+        let (_, state) = self.lock();
+        let lost = holds.iter().filter(|hold| !state.current(hold));
+        Ok(lost.map(|hold| hold.item).collect())
+    }
+
+    async fn reap(&self) -> Result<Reaped> {
+        let (now, mut state) = self.lock();
+        let state = &mut *state;
+        let mut reaped = Reaped::default();
+        let expired: BTreeSet<_> = state
+            .leases
+            .iter()
+            .filter_map(|(lease, at)| (*at <= now).then_some(*lease))
+            .collect();
+        state.leases.retain(|lease, _| !expired.contains(lease));
+        reaped.leases = expired.len() as u64;
+
+        let dead = |row: &&Row| row.lease.is_some_and(|lease| expired.contains(&lease));
+        let items = state.items.values().filter(dead).map(|row| &row.item);
+        let items: Vec<_> = items
+            .map(|item| (item.id, item.attempt < item.max_attempts))
+            .collect();
+        let mut changes = Changes::new();
+        for (id, again) in items {
+            if again {
+                state.requeue(id, None);
+                reaped.requeued += 1;
+            } else {
+                state.settle(id, Err(worker_died()), &mut changes);
+                reaped.failed += 1;
+            }
+        }
+        state.apply(changes, now);
+
+        while let Some((due, id)) = state.delayed.first().copied()
+            && due <= now
+        {
+            state.delayed.pop_first();
+            if let Some(row) = state.items.get_mut(&id) {
+                row.not_before = None;
+                ready(&mut state.ready, row);
+            }
+            reaped.due += 1;
+        }
+        Ok(reaped)
+    }
+}

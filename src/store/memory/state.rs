@@ -1,0 +1,168 @@
+//! The state of [`Memory`](super::Memory), and how an item changes hands in it.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+use crate::error::Result;
+use crate::store::change::{Changes, at_millis};
+use crate::store::records::{
+    Generation, Hold, Intent, IntentName, Item, ItemId, LeaseId, LogEntry, MemoKey, Run, RunId,
+    Status,
+};
+
+#[derive(Default)]
+pub(super) struct State {
+    pub(super) runs: BTreeMap<RunId, Run>,
+    /// By tenant and idempotency key.
+    pub(super) idempotent: HashMap<(String, String), RunId>,
+    pub(super) items: BTreeMap<ItemId, Row>,
+    /// The items of each run, by `seq`.
+    pub(super) of_run: HashMap<RunId, Vec<ItemId>>,
+    /// Pending items that can be claimed, of each tenant that has any: by priority and number.
+    pub(super) ready: BTreeMap<String, BTreeSet<(i32, ItemId)>>,
+    /// Pending items by when they can be claimed.
+    pub(super) delayed: BTreeSet<(i64, ItemId)>,
+    pub(super) logs: HashMap<RunId, Vec<LogEntry>>,
+    pub(super) generations: HashMap<(String, MemoKey), (i64, Generation)>,
+    pub(super) intents: BTreeMap<IntentName, Intent>,
+    /// When each lease expires.
+    pub(super) leases: BTreeMap<LeaseId, i64>,
+    /// The last number given to a run, an item, a lease.
+    pub(super) last: [i64; 3],
+    /// The tenant that got something last.
+    pub(super) cursor: String,
+}
+
+pub(super) struct Row {
+    pub(super) item: Item,
+    pub(super) priority: i32,
+    pub(super) lease: Option<LeaseId>,
+    pub(super) not_before: Option<i64>,
+}
+
+impl State {
+    pub(super) fn next(&mut self, of: usize) -> i64 {
+        self.last[of] += 1;
+        self.last[of]
+    }
+
+    pub(super) fn note(
+        &mut self,
+        run: RunId,
+        now: i64,
+        entries: impl IntoIterator<Item = (String, String)>,
+    ) {
+        let Some(record) = self.runs.get_mut(&run) else {
+            return;
+        };
+        let log = self.logs.entry(run).or_default();
+        for (kind, data) in entries {
+            record.log_seq += 1;
+            log.push(LogEntry {
+                seq: record.log_seq,
+                kind,
+                data,
+                at: at_millis(now),
+            });
+        }
+    }
+
+    /// Gives an item another status and the next epoch, and takes it off whatever list it was on.
+    pub(super) fn turn(&mut self, id: ItemId, status: Status) -> Option<&mut Row> {
+        let row = self.items.get_mut(&id)?;
+        if row.item.status == Status::Pending {
+            match row.not_before.take() {
+                Some(due) => {
+                    self.delayed.remove(&(due, id));
+                }
+                None => unready(&mut self.ready, row),
+            }
+        }
+        row.item.status = status;
+        row.item.epoch += 1;
+        row.lease = None;
+        Some(row)
+    }
+
+    /// Makes an item pending, from `due` on.
+    pub(super) fn requeue(&mut self, id: ItemId, due: Option<i64>) {
+        self.turn(id, Status::Pending);
+        let Some(row) = self.items.get_mut(&id) else {
+            return;
+        };
+        row.not_before = due;
+        match due {
+            Some(due) => {
+                self.delayed.insert((due, id));
+            }
+            None => ready(&mut self.ready, row),
+        }
+    }
+
+    pub(super) fn current(&self, hold: &Hold) -> bool {
+        let row = self.items.get(&hold.item);
+        row.is_some_and(|row| row.item.epoch == hold.epoch && !row.item.status.is_over())
+    }
+
+    /// Ends an item and says so among the `changes`.
+    pub(super) fn settle(&mut self, id: ItemId, result: Result<String>, changes: &mut Changes) {
+        let status = if result.is_ok() {
+            Status::Completed
+        } else {
+            Status::Failed
+        };
+        let Some(row) = self.turn(id, status) else {
+            return;
+        };
+        let run = row.item.run;
+        let change = changes.entry(run).or_default();
+        change.settle(row.item.seq, result.as_ref().err());
+        (row.item.output, row.item.error) = match result {
+            Ok(output) => (Some(output), None),
+            Err(error) => (None, Some(error)),
+        };
+        if let Some(run) = self.runs.get_mut(&run) {
+            match status {
+                Status::Completed => run.completed += 1,
+                _ => run.failed += 1,
+            }
+        }
+    }
+
+    /// Writes the logs of what changed, and ends runs whose last item ended.
+    pub(super) fn apply(&mut self, changes: Changes, now: i64) {
+        for (id, change) in changes {
+            let Some(run) = self.runs.get_mut(&id) else {
+                continue;
+            };
+            let mut ended = None;
+            if !change.completed.is_empty() || !change.failed.is_empty() {
+                run.error = run.error.take().or_else(|| change.error.clone());
+                run.status = Status::Processing;
+                if run.ended() == run.total {
+                    run.status = if run.failed > 0 {
+                        Status::Failed
+                    } else {
+                        Status::Completed
+                    };
+                    run.ended_at = Some(at_millis(now));
+                    ended = Some(run.status);
+                }
+            }
+            self.note(id, now, change.entries(ended));
+        }
+    }
+}
+
+pub(super) fn ready(ready: &mut BTreeMap<String, BTreeSet<(i32, ItemId)>>, row: &Row) {
+    let theirs = ready.entry(row.item.tenant.clone()).or_default();
+    theirs.insert((row.priority, row.item.id));
+}
+
+fn unready(ready: &mut BTreeMap<String, BTreeSet<(i32, ItemId)>>, row: &Row) {
+    if let Some(theirs) = ready.get_mut(&row.item.tenant) {
+        theirs.remove(&(row.priority, row.item.id));
+        if theirs.is_empty() {
+            ready.remove(&row.item.tenant);
+        }
+    }
+}

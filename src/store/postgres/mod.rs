@@ -1,0 +1,482 @@
+//! [`Postgres`]: the store in a Postgres database.
+
+mod queue;
+mod rows;
+mod schema;
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions};
+use sqlx::{ConnectOptions as _, Connection as _, Row as _};
+
+use super::Store;
+use super::change::duration_millis;
+use super::records::{
+    Commit, Committed, Created, Generation, Intent, IntentName, Item, ItemId, LogEntry, MemoKey,
+    NewItem, NewRun, Purged, Run, RunFilter, RunId,
+};
+use super::sql::{failed, from_sql, retrying, to_sql, write_error};
+use crate::error::{Error, ErrorKind, Result};
+
+/// Items in one statement: what more would gain is lost in the size of the message.
+const ROWS: usize = 10_000;
+
+/// The store in a Postgres database, for workers on any number of machines. It asks for Postgres
+/// 12 or newer, and makes its tables in a schema of its own.
+///
+/// The connection is encrypted where the server can; `?sslmode=verify-full` in the URL demands it, with
+/// the server's certificate checked. A pooler in between must keep a session to a connection.
+///
+/// ```no_run
+/// # async fn example() -> throughline::Result<()> {
+/// let store = throughline::store::Postgres::connect("postgres://jobs@db.example/jobs").await?;
+/// # Ok(()) }
+/// ```
+pub struct Postgres {
+    schema: String,
+    pool: PgPool,
+    /// The tenant that got something last.
+    cursor: Mutex<String>,
+    round_trips: AtomicU64,
+}
+
+/// Sets a [`Postgres`] up.
+#[derive(Clone)]
+#[must_use = "a builder does nothing until `connect`"]
+pub struct PostgresBuilder {
+    url: String,
+    schema: String,
+    connections: u32,
+}
+
+impl PostgresBuilder {
+    /// The schema for the tables; `throughline` unless set. It is made if it is not there.
+    pub fn schema(mut self, schema: impl Into<String>) -> Self {
+        self.schema = schema.into();
+        self
+    }
+
+    /// The most connections of this store; 8 unless set.
+    pub fn connections(mut self, connections: u32) -> Self {
+        self.connections = connections;
+        self
+    }
+
+    /// Connects, and makes the tables or brings them to this release's version.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Config`] for a URL or a schema name that cannot be used; [`ErrorKind::Store`] if the
+    /// server cannot be reached (temporary) or refuses, or the tables are of a newer release.
+    pub async fn connect(self) -> Result<Postgres> {
+        let first = self.schema.bytes().next();
+        let plain = |c: u8| c == b'_' || c.is_ascii_lowercase() || c.is_ascii_digit();
+        if !self.schema.bytes().all(plain)
+            || first.is_none_or(|c| c.is_ascii_digit())
+            || self.schema.len() > 60
+        {
+            let message = format!(
+                "a schema is named with a-z, 0-9 and _, not {:?}",
+                self.schema
+            );
+            return Err(Error::new(ErrorKind::Config, message));
+        }
+        let options: PgConnectOptions = self.url.parse().map_err(failed)?;
+        let options = options
+            .application_name("throughline")
+            // Short statements whose cost the planner cannot know: compiling one takes 50 ms,
+            // running it 2.
+            .options([("search_path", &*self.schema), ("jit", "off")])
+            .disable_statement_logging();
+        // By itself, because a pool would try for as long as it may before it says why not.
+        let mut first = options.connect().await.map_err(failed)?;
+        schema::migrate(&mut first, &self.schema).await?;
+        first.close().await.map_err(failed)?;
+        let pool = PgPoolOptions::new()
+            .max_connections(self.connections.max(1))
+            .acquire_timeout(Duration::from_secs(30))
+            .connect_lazy_with(options);
+        Ok(Postgres {
+            schema: self.schema,
+            pool,
+            cursor: Mutex::default(),
+            round_trips: AtomicU64::new(0),
+        })
+    }
+}
+
+impl fmt::Debug for PostgresBuilder {
+    /// Without the URL: it has the password.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PostgresBuilder")
+            .field("schema", &self.schema)
+            .field("connections", &self.connections)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Postgres {
+    /// Connects to `postgres://user:password@host:port/database` with the defaults of
+    /// [`builder`](Self::builder).
+    ///
+    /// # Errors
+    /// As [`PostgresBuilder::connect`].
+    pub async fn connect(url: impl Into<String>) -> Result<Self> {
+        Self::builder(url).connect().await
+    }
+
+    /// A store at this URL, to be set up.
+    pub fn builder(url: impl Into<String>) -> PostgresBuilder {
+        PostgresBuilder {
+            url: url.into(),
+            schema: "throughline".to_owned(),
+            connections: 8,
+        }
+    }
+
+    /// Closes all connections, with what is under way done.
+    pub async fn close(&self) {
+        self.pool.close().await;
+    }
+
+    /// How many statements were sent since it was connected: one for each batch, two or three where a
+    /// transaction needs several, and more only where another worker was in the way.
+    pub fn round_trips(&self) -> u64 {
+        self.round_trips.load(Ordering::Relaxed)
+    }
+
+    /// The connections, for one statement.
+    fn pool(&self) -> &PgPool {
+        self.round_trips.fetch_add(1, Ordering::Relaxed);
+        &self.pool
+    }
+
+    async fn write_run(&self, run: &NewRun) -> sqlx::Result<Option<Created>> {
+        let keys = |items: &[NewItem]| {
+            items
+                .iter()
+                .map(|item| item.key.clone())
+                .collect::<Vec<_>>()
+        };
+        let inputs = |items: &[NewItem]| {
+            items
+                .iter()
+                .map(|item| item.input.clone())
+                .collect::<Vec<_>>()
+        };
+        let chunks: Vec<_> = run.items.chunks(ROWS).collect();
+        let head = chunks.first().copied().unwrap_or_default();
+        let create = sqlx::query_scalar::<_, i64>(rows::CREATE_RUN)
+            .bind(&run.tenant)
+            .bind(&run.name)
+            .bind(to_sql(run.items.len() as u64))
+            .bind(&run.spec)
+            .bind(&run.idempotency_key)
+            .bind(run.priority)
+            .bind(small(run.max_attempts))
+            .bind(keys(head))
+            .bind(inputs(head));
+        if chunks.len() < 2 {
+            let id = create.fetch_optional(self.pool()).await?;
+            return Ok(id.map(|id| Created {
+                run: RunId(id),
+                new: true,
+            }));
+        }
+        let mut transaction = self.pool().begin().await?;
+        let Some(id) = create.fetch_optional(&mut *transaction).await? else {
+            return Ok(None);
+        };
+        for (i, chunk) in chunks.iter().enumerate().skip(1) {
+            self.round_trips.fetch_add(1, Ordering::Relaxed);
+            let add = sqlx::query(rows::ADD_ITEMS)
+                .bind(id)
+                .bind(&run.tenant)
+                .bind(run.priority)
+                .bind(small(run.max_attempts))
+                .bind((i * ROWS) as i64)
+                .bind(keys(chunk))
+                .bind(inputs(chunk));
+            add.execute(&mut *transaction).await?;
+        }
+        transaction.commit().await?;
+        Ok(Some(Created {
+            run: RunId(id),
+            new: true,
+        }))
+    }
+
+    async fn write_commit(&self, commit: &Commit) -> sqlx::Result<Committed> {
+        let Commit {
+            generations,
+            settlements,
+            over,
+            notes,
+        } = commit;
+        let usage = |of: fn(&Generation) -> u64| -> Vec<i64> {
+            generations.iter().map(|g| to_sql(of(g))).collect()
+        };
+        let outputs = settlements.iter().map(|s| s.result.as_deref().ok());
+        let errors = settlements
+            .iter()
+            .map(|s| s.result.as_ref().err().map(write_error));
+        let row = sqlx::query(rows::COMMIT)
+            .bind(
+                settlements
+                    .iter()
+                    .map(|s| s.hold.item.0)
+                    .collect::<Vec<_>>(),
+            )
+            .bind(settlements.iter().map(|s| s.hold.epoch).collect::<Vec<_>>())
+            .bind(outputs.collect::<Vec<_>>())
+            .bind(errors.collect::<Vec<_>>())
+            .bind(generations.iter().map(|g| &*g.tenant).collect::<Vec<_>>())
+            .bind(
+                generations
+                    .iter()
+                    .map(|g| &g.key.as_bytes()[..])
+                    .collect::<Vec<_>>(),
+            )
+            .bind(
+                generations
+                    .iter()
+                    .map(|g| &g.request.as_bytes()[..])
+                    .collect::<Vec<_>>(),
+            )
+            .bind(generations.iter().map(|g| &*g.body).collect::<Vec<_>>())
+            .bind(usage(|g| g.usage.input_tokens))
+            .bind(usage(|g| g.usage.output_tokens))
+            .bind(usage(|g| g.usage.cached_input_tokens))
+            .bind(usage(|g| g.usage.reasoning_tokens))
+            .bind(
+                generations
+                    .iter()
+                    .map(|g| g.cost_micros.map(to_sql))
+                    .collect::<Vec<_>>(),
+            )
+            .bind(over.iter().map(|name| name.item.0).collect::<Vec<_>>())
+            .bind(
+                over.iter()
+                    .map(|name| small(name.attempt))
+                    .collect::<Vec<_>>(),
+            )
+            .bind(
+                over.iter()
+                    .map(|name| &name.key.as_bytes()[..])
+                    .collect::<Vec<_>>(),
+            )
+            .bind(notes.iter().map(|note| note.run.0).collect::<Vec<_>>())
+            .bind(notes.iter().map(|note| &*note.kind).collect::<Vec<_>>())
+            .bind(notes.iter().map(|note| &*note.data).collect::<Vec<_>>())
+            .fetch_one(self.pool())
+            .await?;
+        Ok(Committed {
+            generations: from_sql(row.try_get(0)?),
+            items: row
+                .try_get::<Vec<i64>, _>(1)?
+                .into_iter()
+                .map(ItemId)
+                .collect(),
+        })
+    }
+
+    /// Executes a statement that cancels or tries again what is in a run.
+    async fn turn_run(&self, sql: &'static str, run: RunId) -> sqlx::Result<u64> {
+        let mut transaction = self.pool().begin().await?;
+        let turn = sqlx::query(rows::ONE_AT_A_TIME).bind(run.0);
+        turn.execute(&mut *transaction).await?;
+        self.round_trips.fetch_add(1, Ordering::Relaxed);
+        let items = sqlx::query_scalar(sql)
+            .bind(run.0)
+            .fetch_one(&mut *transaction)
+            .await?;
+        transaction.commit().await?;
+        Ok(from_sql(items))
+    }
+}
+
+impl fmt::Debug for Postgres {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Postgres")
+            .field("schema", &self.schema)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Whether only another transaction made it fail: a deadlock, or a conflict of two.
+fn is_conflict(error: &sqlx::Error) -> bool {
+    let code = error.as_database_error().and_then(|error| error.code());
+    code.is_some_and(|code| matches!(&*code, "40P01" | "40001"))
+}
+
+fn small(number: u32) -> i32 {
+    i32::try_from(number).unwrap_or(i32::MAX)
+}
+
+#[async_trait]
+impl Store for Postgres {
+    fn name(&self) -> &'static str {
+        "postgres"
+    }
+
+    async fn create_run(&self, run: NewRun) -> Result<Created> {
+        run.check()?;
+        loop {
+            if let Some(created) = retrying!(is_conflict, self.write_run(&run))? {
+                return Ok(created);
+            }
+            let known = sqlx::query_scalar(rows::RUN_OF_KEY)
+                .bind(&run.tenant)
+                .bind(&run.idempotency_key)
+                .fetch_optional(self.pool());
+            // It is gone again if it was purged in between.
+            if let Some(id) = known.await.map_err(failed)? {
+                return Ok(Created {
+                    run: RunId(id),
+                    new: false,
+                });
+            }
+        }
+    }
+
+    async fn run(&self, run: RunId) -> Result<Option<Run>> {
+        let read = sqlx::query(rows::RUN_BY_ID).bind(run.0);
+        let row = read.fetch_optional(self.pool()).await.map_err(failed)?;
+        row.as_ref().map(rows::run).transpose().map_err(failed)
+    }
+
+    async fn runs(&self, filter: RunFilter, limit: u32) -> Result<Vec<Run>> {
+        let status = filter.status.map(|status| status.as_str());
+        let tenant = filter.tenant.as_deref();
+        let sql = match (tenant, status) {
+            (Some(_), Some(_)) => rows::RUNS_OF_BOTH,
+            (Some(_), None) => rows::RUNS_OF_TENANT,
+            (None, Some(_)) => rows::RUNS_OF_STATUS,
+            (None, None) => rows::RUNS,
+        };
+        let before = filter.before.map_or(i64::MAX, |run| run.0);
+        let mut list = sqlx::query(sql).bind(before).bind(i64::from(limit));
+        for word in [tenant, status].into_iter().flatten() {
+            list = list.bind(word);
+        }
+        let found = list.fetch_all(self.pool()).await.map_err(failed)?;
+        found
+            .iter()
+            .map(rows::run)
+            .collect::<sqlx::Result<_>>()
+            .map_err(failed)
+    }
+
+    async fn items(&self, run: RunId, from: u64, limit: u32) -> Result<Vec<Item>> {
+        let list = sqlx::query(rows::ITEMS)
+            .bind(run.0)
+            .bind(to_sql(from))
+            .bind(i64::from(limit));
+        let found = list.fetch_all(self.pool()).await.map_err(failed)?;
+        let items = found.iter().map(|row| Ok(rows::item(row)?.0));
+        items.collect::<sqlx::Result<_>>().map_err(failed)
+    }
+
+    async fn log(&self, run: RunId, after: u64, limit: u32) -> Result<Vec<LogEntry>> {
+        let list = sqlx::query(rows::LOG)
+            .bind(run.0)
+            .bind(to_sql(after))
+            .bind(i64::from(limit));
+        let found = list.fetch_all(self.pool()).await.map_err(failed)?;
+        found
+            .iter()
+            .map(rows::log_entry)
+            .collect::<sqlx::Result<_>>()
+            .map_err(failed)
+    }
+
+    async fn generations(&self, tenant: &str, keys: &[MemoKey]) -> Result<Vec<Generation>> {
+        let keys: Vec<_> = keys.iter().map(|key| &key.as_bytes()[..]).collect();
+        let look = sqlx::query(rows::GENERATIONS).bind(tenant).bind(keys);
+        let found = look.fetch_all(self.pool()).await.map_err(failed)?;
+        let found = found.iter().map(|row| rows::generation(row, tenant));
+        found.collect::<sqlx::Result<_>>().map_err(failed)
+    }
+
+    async fn commit(&self, commit: Commit) -> Result<Committed> {
+        commit.check()?;
+        if commit.is_empty() {
+            return Ok(Committed::default());
+        }
+        retrying!(is_conflict, self.write_commit(&commit))
+    }
+
+    async fn put_intents(&self, intents: &[Intent]) -> Result<()> {
+        // One statement cannot change a row twice: the last one counts.
+        let intents: BTreeMap<_, _> = intents
+            .iter()
+            .map(|intent| (intent.name(), intent))
+            .collect();
+        if intents.is_empty() {
+            return Ok(());
+        }
+        let names = intents.keys();
+        let put = sqlx::query(rows::PUT_INTENTS)
+            .bind(names.clone().map(|name| name.item.0).collect::<Vec<_>>())
+            .bind(
+                names
+                    .clone()
+                    .map(|name| small(name.attempt))
+                    .collect::<Vec<_>>(),
+            )
+            .bind(
+                names
+                    .map(|name| &name.key.as_bytes()[..])
+                    .collect::<Vec<_>>(),
+            )
+            .bind(
+                intents
+                    .values()
+                    .map(|intent| intent.provider_ref.as_deref())
+                    .collect::<Vec<_>>(),
+            );
+        put.execute(self.pool()).await.map_err(failed)?;
+        Ok(())
+    }
+
+    async fn ambiguous(&self, after: Option<IntentName>, limit: u32) -> Result<Vec<Intent>> {
+        let list = sqlx::query(rows::AMBIGUOUS)
+            .bind(after.map_or(0, |name| name.item.0))
+            .bind(after.map_or(0, |name| small(name.attempt)))
+            .bind(after.map_or_else(Vec::new, |name| name.key.as_bytes().to_vec()))
+            .bind(i64::from(limit));
+        let found = list.fetch_all(self.pool()).await.map_err(failed)?;
+        found
+            .iter()
+            .map(rows::intent)
+            .collect::<sqlx::Result<_>>()
+            .map_err(failed)
+    }
+
+    async fn cancel(&self, run: RunId) -> Result<u64> {
+        retrying!(is_conflict, self.turn_run(rows::CANCEL, run))
+    }
+
+    async fn retry_failed(&self, run: RunId) -> Result<u64> {
+        retrying!(is_conflict, self.turn_run(rows::RETRY, run))
+    }
+
+    async fn purge(&self, older_than: Duration, limit: u32) -> Result<Purged> {
+        let row = retrying!(is_conflict, {
+            let purge = sqlx::query(rows::PURGE);
+            let purge = purge
+                .bind(duration_millis(older_than))
+                .bind(i64::from(limit));
+            purge.fetch_one(self.pool())
+        })?;
+        let count = |column: usize| row.try_get(column).map(from_sql).map_err(failed);
+        Ok(Purged {
+            runs: count(0)?,
+            generations: count(1)?,
+        })
+    }
+}

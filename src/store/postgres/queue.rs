@@ -1,0 +1,142 @@
+//! Leases and claims.
+
+use std::sync::PoisonError;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use sqlx::Row as _;
+
+use super::{Postgres, is_conflict, rows};
+use crate::error::Result;
+use crate::store::Queue;
+use crate::store::change::{duration_millis, lease_lost, worker_died};
+use crate::store::records::{Hold, Item, ItemId, LeaseId, Reaped};
+use crate::store::sql::{dealt, failed, from_sql, retrying, write_error};
+
+fn columns(holds: &[Hold]) -> (Vec<i64>, Vec<i64>) {
+    holds.iter().map(|hold| (hold.item.0, hold.epoch)).unzip()
+}
+
+#[async_trait]
+impl Queue for Postgres {
+    async fn register(&self, worker: &str, ttl: Duration) -> Result<LeaseId> {
+        let register = sqlx::query_scalar(rows::REGISTER)
+            .bind(worker)
+            .bind(duration_millis(ttl));
+        let id = register.fetch_one(self.pool()).await.map_err(failed)?;
+        Ok(LeaseId(id))
+    }
+
+    async fn heartbeat(&self, lease: LeaseId, ttl: Duration) -> Result<bool> {
+        let beat = sqlx::query(rows::HEARTBEAT)
+            .bind(lease.0)
+            .bind(duration_millis(ttl));
+        let beaten = beat.execute(self.pool()).await.map_err(failed)?;
+        Ok(beaten.rows_affected() > 0)
+    }
+
+    async fn retire(&self, lease: LeaseId) -> Result<u64> {
+        retrying!(is_conflict, self.give_back(lease))
+    }
+
+    async fn claim(&self, lease: LeaseId, limit: u32) -> Result<Vec<Item>> {
+        let cursor = self
+            .cursor
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
+        let claimed = retrying!(is_conflict, {
+            let claim = sqlx::query(rows::CLAIM).bind(lease.0);
+            claim
+                .bind(i64::from(limit))
+                .bind(&cursor)
+                .fetch_all(self.pool())
+        })?;
+        if claimed.is_empty() {
+            let live = sqlx::query_scalar(rows::LIVE)
+                .bind(lease.0)
+                .fetch_one(self.pool());
+            return match live.await.map_err(failed)? {
+                true => Ok(Vec::new()),
+                false => Err(lease_lost(lease)),
+            };
+        }
+        let items = claimed.iter().map(rows::item);
+        let items = items.collect::<sqlx::Result<_>>().map_err(failed)?;
+        let items = dealt(items, &cursor);
+        if let Some(last) = items.last() {
+            let mut cursor = self.cursor.lock().unwrap_or_else(PoisonError::into_inner);
+            cursor.clone_from(&last.tenant);
+        }
+        Ok(items)
+    }
+
+    async fn release(&self, holds: &[Hold], delay: Duration, charge: bool) -> Result<u64> {
+        if holds.is_empty() {
+            return Ok(0);
+        }
+        let (ids, epochs) = columns(holds);
+        let delay = (!delay.is_zero()).then(|| duration_millis(delay));
+        let released = retrying!(is_conflict, {
+            let release = sqlx::query(rows::RELEASE).bind(&ids).bind(&epochs);
+            release
+                .bind(delay)
+                .bind(i32::from(!charge))
+                .execute(self.pool())
+        })?;
+        Ok(released.rows_affected())
+    }
+
+    async fn lost(&self, holds: &[Hold]) -> Result<Vec<ItemId>> {
+        let (ids, epochs) = columns(holds);
+        let look = sqlx::query_scalar(rows::LOST).bind(ids).bind(epochs);
+        let lost = look.fetch_all(self.pool()).await.map_err(failed)?;
+        Ok(lost.into_iter().map(ItemId).collect())
+    }
+
+    async fn reap(&self) -> Result<Reaped> {
+        let anything = sqlx::query_scalar(rows::ANYTHING_TO_REAP).fetch_one(self.pool());
+        if !anything.await.map_err(failed)? {
+            return Ok(Reaped::default());
+        }
+        retrying!(is_conflict, self.bury())
+    }
+}
+
+impl Postgres {
+    async fn give_back(&self, lease: LeaseId) -> sqlx::Result<u64> {
+        let mut transaction = self.pool().begin().await?;
+        sqlx::query(rows::RETIRE)
+            .bind(lease.0)
+            .execute(&mut *transaction)
+            .await?;
+        self.round_trips.fetch_add(1, Ordering::Relaxed);
+        let release = sqlx::query(rows::RETIRE_ITEMS).bind(lease.0);
+        let released = release.execute(&mut *transaction).await?;
+        transaction.commit().await?;
+        Ok(released.rows_affected())
+    }
+
+    async fn bury(&self) -> sqlx::Result<Reaped> {
+        let mut reaped = Reaped::default();
+        let mut transaction = self.pool().begin().await?;
+        let dead = sqlx::query_scalar::<_, i64>(rows::REAP_LEASES);
+        let dead = dead.fetch_all(&mut *transaction).await?;
+        if !dead.is_empty() {
+            reaped.leases = dead.len() as u64;
+            self.round_trips.fetch_add(1, Ordering::Relaxed);
+            let bury = sqlx::query(rows::REAP_ITEMS)
+                .bind(dead)
+                .bind(write_error(&worker_died()));
+            let buried = bury.fetch_one(&mut *transaction).await?;
+            reaped.requeued = from_sql(buried.try_get(0)?);
+            reaped.failed = from_sql(buried.try_get(1)?);
+        }
+        self.round_trips.fetch_add(1, Ordering::Relaxed);
+        let due = sqlx::query(rows::LET_IN).execute(&mut *transaction).await?;
+        reaped.due = due.rows_affected();
+        transaction.commit().await?;
+        Ok(reaped)
+    }
+}

@@ -1,0 +1,252 @@
+//! What the SQL backends have in common: errors, trying again, numbers and rows.
+
+use std::time::Duration;
+
+use super::records::RunId;
+use crate::error::{Error, ErrorKind, Persistence};
+
+/// How often a transaction is tried again that only its neighbours made fail.
+pub(super) const TRIES: u32 = 10;
+
+/// Runs a transaction again while `$again` says that only its neighbours made it fail.
+/// A macro, because what `$operation` borrows must stay visible to the compiler.
+macro_rules! retrying {
+    ($again:expr, $operation:expr) => {{
+        let mut tries = 0;
+        loop {
+            match $operation.await {
+                Err(error) if tries < $crate::store::sql::TRIES && $again(&error) => {
+                    $crate::store::sql::pause(tries).await;
+                    tries += 1;
+                }
+                result => break result.map_err($crate::store::sql::failed),
+            }
+        }
+    }};
+}
+pub(super) use retrying;
+
+/// Up to 1 ms, 2 ms, 4 ms, … drawn by chance.
+pub(super) async fn pause(tries: u32) {
+    let ceiling = 1000 << tries.min(7);
+    tokio::time::sleep(Duration::from_micros(fastrand::u64(..ceiling))).await;
+}
+
+/// The crate's error for one of sqlx's. Its text names no host, user or password.
+pub(super) fn failed(error: sqlx::Error) -> Error {
+    use sqlx::Error::{
+        Configuration, Database, Io, PoolClosed, PoolTimedOut, Protocol, Tls, WorkerCrashed,
+    };
+    let temporary = match &error {
+        Io(_) | Tls(_) | PoolTimedOut | PoolClosed | WorkerCrashed | Protocol(_) => true,
+        Database(error) => error.code().is_some_and(|code| passes(&code)),
+        _ => false,
+    };
+    let store = |message: String| {
+        let error = Error::new(ErrorKind::Store, message);
+        match temporary {
+            true => error.with_persistence(Persistence::Temporary),
+            false => error,
+        }
+    };
+    match error {
+        // It may quote the URL, and the URL has the password.
+        Configuration(_) => Error::new(ErrorKind::Config, "the URL of the database cannot be used"),
+        Database(error) => {
+            let code = error.code().map(|code| code.into_owned());
+            let failed = store(error.message().to_owned());
+            match code {
+                Some(code) => failed.with_code(code),
+                None => failed,
+            }
+        }
+        other => store(other.to_string()),
+    }
+}
+
+/// Whether an error of this code passes by itself: SQLite's result codes are plain numbers,
+/// Postgres' have five characters.
+fn passes(code: &str) -> bool {
+    match code.parse::<u32>() {
+        // SQLITE_BUSY and SQLITE_LOCKED with their extended codes, SQLITE_FULL.
+        Ok(number) if code.len() < 5 => matches!(number & 0xff, 5 | 6 | 13),
+        // Connection, rollback of a transaction, resources, operator's intervention.
+        _ => ["08", "40", "53", "57"]
+            .iter()
+            .any(|class| code.starts_with(class)),
+    }
+}
+
+/// A counter as SQL keeps it.
+pub(super) fn to_sql(number: u64) -> i64 {
+    i64::try_from(number).unwrap_or(i64::MAX)
+}
+
+/// A counter from SQL.
+pub(super) fn from_sql(number: i64) -> u64 {
+    u64::try_from(number).unwrap_or(0)
+}
+
+/// Log entries of one run that go in from `last` backwards.
+pub(super) fn numbered(
+    run: RunId,
+    last: i64,
+    entries: Vec<(String, String)>,
+) -> impl Iterator<Item = (RunId, i64, String, String)> {
+    let first = last - entries.len() as i64 + 1;
+    let entries = entries.into_iter().zip(first..);
+    entries.map(move |((kind, data), seq)| (run, seq, kind, data))
+}
+
+/// A stored error: one that cannot be read any more still says that there was one.
+pub(super) fn read_error(text: Option<String>) -> Option<Error> {
+    let text = text?;
+    let read = serde_json::from_str(&text);
+    Some(read.unwrap_or_else(|_| Error::new(ErrorKind::Other, text)))
+}
+
+pub(super) fn write_error(error: &Error) -> String {
+    // Errors are plain records: they always serialise.
+    serde_json::to_string(error).unwrap_or_default()
+}
+
+macro_rules! decode {
+    ($row:ty) => {
+        fn wrong_word(error: $crate::error::Error) -> sqlx::Error {
+            sqlx::Error::Decode(Box::new(error))
+        }
+
+        pub(super) fn run(row: &$row) -> sqlx::Result<$crate::store::records::Run> {
+            use sqlx::Row as _;
+            use $crate::store::change::at_millis;
+            use $crate::store::sql::{from_sql, read_error};
+            Ok($crate::store::records::Run {
+                id: $crate::store::records::RunId(row.try_get(0)?),
+                tenant: row.try_get(1)?,
+                name: row.try_get(2)?,
+                status: row.try_get::<&str, _>(3)?.parse().map_err(wrong_word)?,
+                spec: row.try_get(4)?,
+                total: from_sql(row.try_get(5)?),
+                completed: from_sql(row.try_get(6)?),
+                failed: from_sql(row.try_get(7)?),
+                cancelled: from_sql(row.try_get(8)?),
+                log_seq: from_sql(row.try_get(9)?),
+                error: read_error(row.try_get(10)?),
+                created_at: at_millis(row.try_get(11)?),
+                ended_at: row.try_get::<Option<i64>, _>(12)?.map(at_millis),
+            })
+        }
+
+        /// An item and its priority.
+        pub(super) fn item(row: &$row) -> sqlx::Result<($crate::store::records::Item, i32)> {
+            use sqlx::Row as _;
+            use $crate::store::sql::{from_sql, read_error};
+            let small = |number: i32| u32::try_from(number).unwrap_or(0);
+            let item = $crate::store::records::Item {
+                id: $crate::store::records::ItemId(row.try_get(0)?),
+                run: $crate::store::records::RunId(row.try_get(1)?),
+                seq: from_sql(row.try_get(2)?),
+                key: row.try_get(3)?,
+                tenant: row.try_get(4)?,
+                status: row.try_get::<&str, _>(5)?.parse().map_err(wrong_word)?,
+                epoch: row.try_get(6)?,
+                attempt: small(row.try_get(7)?),
+                max_attempts: small(row.try_get(8)?),
+                input: row.try_get(9)?,
+                output: row.try_get(10)?,
+                error: read_error(row.try_get(11)?),
+            };
+            Ok((item, row.try_get(12)?))
+        }
+
+        pub(super) fn log_entry(row: &$row) -> sqlx::Result<$crate::store::records::LogEntry> {
+            use sqlx::Row as _;
+            Ok($crate::store::records::LogEntry {
+                seq: $crate::store::sql::from_sql(row.try_get(0)?),
+                kind: row.try_get(1)?,
+                data: row.try_get(2)?,
+                at: $crate::store::change::at_millis(row.try_get(3)?),
+            })
+        }
+
+        /// A generation of the tenant it was looked up for.
+        pub(super) fn generation(
+            row: &$row,
+            tenant: &str,
+        ) -> sqlx::Result<$crate::store::records::Generation> {
+            use sqlx::Row as _;
+            use $crate::store::sql::{bytes, from_sql};
+            let mut usage =
+                $crate::usage::Usage::new(from_sql(row.try_get(3)?), from_sql(row.try_get(4)?));
+            usage.cached_input_tokens = from_sql(row.try_get(5)?);
+            usage.reasoning_tokens = from_sql(row.try_get(6)?);
+            Ok($crate::store::records::Generation {
+                tenant: tenant.to_owned(),
+                key: $crate::store::records::MemoKey::new(bytes(row.try_get(0)?)?),
+                request: $crate::digest::RequestDigest::from_bytes(bytes(row.try_get(1)?)?),
+                body: row.try_get(2)?,
+                usage,
+                cost_micros: row.try_get::<Option<i64>, _>(7)?.map(from_sql),
+            })
+        }
+
+        pub(super) fn intent(row: &$row) -> sqlx::Result<$crate::store::records::Intent> {
+            use sqlx::Row as _;
+            Ok($crate::store::records::Intent {
+                item: $crate::store::records::ItemId(row.try_get(0)?),
+                attempt: u32::try_from(row.try_get::<i32, _>(1)?).unwrap_or(0),
+                key: $crate::store::records::MemoKey::new($crate::store::sql::bytes(
+                    row.try_get(2)?,
+                )?),
+                provider_ref: row.try_get(3)?,
+            })
+        }
+    };
+}
+pub(super) use decode;
+
+pub(super) fn bytes(bytes: &[u8]) -> sqlx::Result<[u8; 32]> {
+    bytes
+        .try_into()
+        .map_err(|_| sqlx::Error::Decode("not 32 bytes".into()))
+}
+
+/// `Item`s in the order in which they were dealt: rank by rank, and tenant by tenant from the one
+/// after `cursor`. See [`Queue::claim`](super::Queue::claim).
+pub(super) fn dealt(
+    mut items: Vec<(super::records::Item, i32)>,
+    cursor: &str,
+) -> Vec<super::records::Item> {
+    items.sort_by(|(a, a_priority), (b, b_priority)| {
+        let turn = |tenant: &str| tenant <= cursor;
+        (turn(&a.tenant), &a.tenant, a_priority, a.id).cmp(&(
+            turn(&b.tenant),
+            &b.tenant,
+            b_priority,
+            b.id,
+        ))
+    });
+    let mut ranked = Vec::with_capacity(items.len());
+    let mut rank = 0;
+    for (place, (item, _)) in items.into_iter().enumerate() {
+        let same =
+            ranked
+                .last()
+                .is_some_and(|(_, _, last): &(usize, usize, super::records::Item)| {
+                    last.tenant == item.tenant
+                });
+        rank = if same { rank + 1 } else { 0 };
+        ranked.push((rank, place, item));
+    }
+    ranked.sort_by_key(|(rank, place, _)| (*rank, *place));
+    ranked.into_iter().map(|(_, _, item)| item).collect()
+}
+
+/// Rows for logs, as one JSON text.
+pub(super) fn log_rows(rows: impl IntoIterator<Item = (RunId, i64, String, String)>) -> String {
+    let rows: Vec<_> = rows
+        .into_iter()
+        .map(|(run, seq, kind, data)| (run.0, seq, kind, data))
+        .collect();
+    serde_json::to_string(&rows).unwrap_or_default()
+}

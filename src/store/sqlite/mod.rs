@@ -1,0 +1,373 @@
+//! [`Sqlite`]: the store in one file.
+
+#[cfg(test)]
+mod plans;
+mod queue;
+mod rows;
+mod schema;
+mod write;
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, SystemTime};
+
+use async_trait::async_trait;
+use sqlx::sqlite::{SqliteConnectOptions, SqlitePool, SqlitePoolOptions, SqliteSynchronous};
+use sqlx::{ConnectOptions as _, Connection as _, Row as _, Sqlite as Db, Transaction};
+
+use super::Store;
+use super::change::millis;
+use super::records::{
+    Commit, Committed, Created, Generation, Intent, IntentName, Item, LogEntry, MemoKey, NewRun,
+    Purged, Run, RunFilter, RunId,
+};
+use super::sql::{failed, retrying, to_sql};
+use crate::error::{Error, ErrorKind, Result};
+
+/// What a commit survives.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Durability {
+    /// What is committed survives the loss of power: each commit waits for the disk
+    /// (`synchronous = FULL`). Batches make it cheap.
+    #[default]
+    Power,
+    /// What is committed survives the end of the process, however it comes. The loss of power can
+    /// undo the latest commits, never a part of one (`synchronous = NORMAL`).
+    Process,
+}
+
+/// The store in one SQLite file, for any number of processes on one machine: the embedded
+/// default for durable work. SQLite itself is built in.
+///
+/// Writers take turns, also between processes; readers never wait and never keep anybody waiting
+/// (WAL). So the file must be on a local disk: WAL does not work over a network.
+///
+/// ```no_run
+/// # async fn example() -> throughline::Result<()> {
+/// let store = throughline::store::Sqlite::open("runs.db").await?;
+/// # Ok(()) }
+/// ```
+pub struct Sqlite {
+    path: PathBuf,
+    /// One connection: SQLite has one writer at a time, and here they wait in order of arrival.
+    writer: SqlitePool,
+    readers: SqlitePool,
+    /// The tenant that got something last.
+    cursor: Mutex<String>,
+    round_trips: AtomicU64,
+}
+
+/// Sets a [`Sqlite`] up.
+#[derive(Debug, Clone)]
+#[must_use = "a builder does nothing until `open`"]
+pub struct SqliteBuilder {
+    path: PathBuf,
+    durability: Durability,
+    busy_timeout: Duration,
+}
+
+impl SqliteBuilder {
+    /// What a commit survives; the loss of power unless set.
+    pub fn durability(mut self, durability: Durability) -> Self {
+        self.durability = durability;
+        self
+    }
+
+    /// How long to wait while another process writes; 30 s unless set.
+    pub fn busy_timeout(mut self, timeout: Duration) -> Self {
+        self.busy_timeout = timeout;
+        self
+    }
+
+    /// Opens the file, or makes it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Store`] if it cannot be opened, is a database of something else, or was written by a
+    /// newer release of this library.
+    pub async fn open(self) -> Result<Sqlite> {
+        let named = |error: Error| {
+            let message = format!("{}: {}", self.path.display(), error.message());
+            Error::new(ErrorKind::Store, message).with_persistence(error.persistence())
+        };
+        let options = SqliteConnectOptions::new()
+            .filename(&self.path)
+            .busy_timeout(self.busy_timeout)
+            .foreign_keys(true)
+            .disable_statement_logging()
+            .synchronous(match self.durability {
+                Durability::Power => SqliteSynchronous::Full,
+                Durability::Process => SqliteSynchronous::Normal,
+            });
+        let making = options.clone().create_if_missing(true);
+        let mut first = retrying!(is_busy, making.connect()).map_err(named)?;
+        retrying!(is_busy, write_ahead(&mut first)).map_err(named)?;
+        schema::migrate(&mut first, &self.path).await?;
+        first.close().await.map_err(failed).map_err(named)?;
+
+        // Connections are kept: the last one to close would take the write-ahead log with it.
+        let pool = |max| {
+            SqlitePoolOptions::new()
+                .min_connections(1)
+                .max_connections(max)
+                .idle_timeout(None)
+                .max_lifetime(None)
+                .test_before_acquire(false)
+                .acquire_timeout(self.busy_timeout.saturating_mul(4))
+        };
+        let readers = options.clone().pragma("query_only", "on");
+        Ok(Sqlite {
+            writer: retrying!(is_busy, pool(1).connect_with(options.clone())).map_err(named)?,
+            readers: retrying!(is_busy, pool(4).connect_with(readers.clone())).map_err(named)?,
+            path: self.path,
+            cursor: Mutex::default(),
+            round_trips: AtomicU64::new(0),
+        })
+    }
+}
+
+impl Sqlite {
+    /// Opens the file, or makes it, with the defaults of [`builder`](Self::builder).
+    ///
+    /// # Errors
+    /// As [`SqliteBuilder::open`].
+    pub async fn open(path: impl AsRef<Path>) -> Result<Self> {
+        Self::builder(path).open().await
+    }
+
+    /// A store in this file, to be set up.
+    pub fn builder(path: impl AsRef<Path>) -> SqliteBuilder {
+        SqliteBuilder {
+            path: path.as_ref().to_owned(),
+            durability: Durability::default(),
+            busy_timeout: Duration::from_secs(30),
+        }
+    }
+
+    /// Closes the file, with all that is under way done. Dropping the store does it too,
+    /// some time later.
+    pub async fn close(&self) {
+        self.readers.close().await;
+        self.writer.close().await;
+    }
+
+    /// How many transactions and single reads there were since it was opened: one for each call,
+    /// whatever the number of rows, and more only where another process was in the way.
+    pub fn round_trips(&self) -> u64 {
+        self.round_trips.load(Ordering::Relaxed)
+    }
+
+    /// The connections for single reads.
+    fn reader(&self) -> &SqlitePool {
+        self.round_trips.fetch_add(1, Ordering::Relaxed);
+        &self.readers
+    }
+
+    /// A transaction that has the right to write from the start: taking it later could fail.
+    async fn begin(&self) -> sqlx::Result<Transaction<'static, Db>> {
+        self.round_trips.fetch_add(1, Ordering::Relaxed);
+        self.writer.begin_with("BEGIN IMMEDIATE").await
+    }
+}
+
+impl fmt::Debug for Sqlite {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Sqlite")
+            .field("path", &self.path)
+            .finish_non_exhaustive()
+    }
+}
+
+/// The present.
+fn now() -> i64 {
+    millis(SystemTime::now())
+}
+
+/// Whether only another process's lock made it fail.
+fn is_busy(error: &sqlx::Error) -> bool {
+    let code = error.as_database_error().and_then(|error| error.code());
+    let number = code.and_then(|code| code.parse::<u32>().ok());
+    number.is_some_and(|number| matches!(number & 0xff, 5 | 6))
+}
+
+/// Readers and the writer side by side. The mode stays in the file, so mostly it is there.
+async fn write_ahead(connection: &mut sqlx::SqliteConnection) -> sqlx::Result<()> {
+    let mode = sqlx::query_scalar::<_, String>("PRAGMA journal_mode");
+    if mode.fetch_one(&mut *connection).await? != "wal" {
+        let set = sqlx::query("PRAGMA journal_mode = wal");
+        set.fetch_one(connection).await?;
+    }
+    Ok(())
+}
+
+#[async_trait]
+impl Store for Sqlite {
+    fn name(&self) -> &'static str {
+        "sqlite"
+    }
+
+    async fn create_run(&self, run: NewRun) -> Result<Created> {
+        run.check()?;
+        retrying!(is_busy, self.write_run(&run))
+    }
+
+    async fn run(&self, run: RunId) -> Result<Option<Run>> {
+        let row = retrying!(
+            is_busy,
+            sqlx::query(rows::RUN_BY_ID)
+                .bind(run.0)
+                .fetch_optional(self.reader())
+        )?;
+        row.as_ref().map(rows::run).transpose().map_err(failed)
+    }
+
+    async fn runs(&self, filter: RunFilter, limit: u32) -> Result<Vec<Run>> {
+        let sql = match (&filter.tenant, filter.status) {
+            (Some(_), _) => rows::RUNS_OF_TENANT,
+            (None, Some(_)) => rows::RUNS_OF_STATUS,
+            (None, None) => rows::RUNS,
+        };
+        let found = retrying!(
+            is_busy,
+            sqlx::query(sql)
+                .bind(filter.before.map_or(i64::MAX, |run| run.0))
+                .bind(limit)
+                .bind(&filter.tenant)
+                .bind(filter.status.map(|status| status.as_str()))
+                .fetch_all(self.reader())
+        )?;
+        found
+            .iter()
+            .map(rows::run)
+            .collect::<sqlx::Result<_>>()
+            .map_err(failed)
+    }
+
+    async fn items(&self, run: RunId, from: u64, limit: u32) -> Result<Vec<Item>> {
+        let found = retrying!(
+            is_busy,
+            sqlx::query(rows::ITEMS)
+                .bind(run.0)
+                .bind(to_sql(from))
+                .bind(limit)
+                .fetch_all(self.reader())
+        )?;
+        let items = found.iter().map(|row| Ok(rows::item(row)?.0));
+        items.collect::<sqlx::Result<_>>().map_err(failed)
+    }
+
+    async fn log(&self, run: RunId, after: u64, limit: u32) -> Result<Vec<LogEntry>> {
+        let found = retrying!(
+            is_busy,
+            sqlx::query(rows::LOG)
+                .bind(run.0)
+                .bind(to_sql(after))
+                .bind(limit)
+                .fetch_all(self.reader())
+        )?;
+        found
+            .iter()
+            .map(rows::log_entry)
+            .collect::<sqlx::Result<_>>()
+            .map_err(failed)
+    }
+
+    async fn generations(&self, tenant: &str, keys: &[MemoKey]) -> Result<Vec<Generation>> {
+        let keys: Vec<_> = keys.iter().map(MemoKey::to_string).collect();
+        let keys = serde_json::to_string(&keys)?;
+        let found = retrying!(
+            is_busy,
+            sqlx::query(rows::GENERATIONS)
+                .bind(tenant)
+                .bind(&keys)
+                .fetch_all(self.reader())
+        )?;
+        let found = found.iter().map(|row| rows::generation(row, tenant));
+        found.collect::<sqlx::Result<_>>().map_err(failed)
+    }
+
+    async fn commit(&self, commit: Commit) -> Result<Committed> {
+        commit.check()?;
+        if commit.is_empty() {
+            return Ok(Committed::default());
+        }
+        retrying!(is_busy, self.write_commit(&commit))
+    }
+
+    async fn put_intents(&self, intents: &[Intent]) -> Result<()> {
+        if intents.is_empty() {
+            return Ok(());
+        }
+        let row = |intent: &Intent| {
+            let Intent {
+                item,
+                attempt,
+                key,
+                provider_ref,
+            } = intent;
+            (item.0, *attempt, key.to_string(), provider_ref.clone())
+        };
+        let json = serde_json::to_string(&intents.iter().map(row).collect::<Vec<_>>())?;
+        let write = async || {
+            let mut transaction = self.begin().await?;
+            let put = sqlx::query(rows::PUT_INTENTS).bind(&json).bind(now());
+            put.execute(&mut *transaction).await?;
+            transaction.commit().await
+        };
+        retrying!(is_busy, write())
+    }
+
+    async fn ambiguous(&self, after: Option<IntentName>, limit: u32) -> Result<Vec<Intent>> {
+        let found = retrying!(is_busy, {
+            let key = after.map(|name| name.key);
+            sqlx::query(rows::AMBIGUOUS)
+                .bind(after.map_or(0, |name| name.item.0))
+                .bind(after.map_or(0, |name| name.attempt))
+                .bind(key.map_or_else(Vec::new, |key| key.as_bytes().to_vec()))
+                .bind(limit)
+                .bind(now())
+                .fetch_all(self.reader())
+        })?;
+        found
+            .iter()
+            .map(rows::intent)
+            .collect::<sqlx::Result<_>>()
+            .map_err(failed)
+    }
+
+    async fn cancel(&self, run: RunId) -> Result<u64> {
+        retrying!(is_busy, self.write_cancel(run))
+    }
+
+    async fn retry_failed(&self, run: RunId) -> Result<u64> {
+        retrying!(is_busy, self.write_retry(run))
+    }
+
+    async fn purge(&self, older_than: Duration, limit: u32) -> Result<Purged> {
+        let before = now() - super::change::duration_millis(older_than);
+        let write = async || {
+            let mut transaction = self.begin().await?;
+            let mut removed = [0; 2];
+            for (removed, sql) in removed
+                .iter_mut()
+                .zip([rows::PURGE_RUNS, rows::PURGE_GENERATIONS])
+            {
+                let purge = sqlx::query(sql).bind(before).bind(limit);
+                *removed = purge.execute(&mut *transaction).await?.rows_affected();
+            }
+            transaction.commit().await?;
+            Ok(Purged {
+                runs: removed[0],
+                generations: removed[1],
+            })
+        };
+        retrying!(is_busy, write())
+    }
+}
+
+/// The number in the first column.
+fn first(row: &sqlx::sqlite::SqliteRow) -> sqlx::Result<i64> {
+    row.try_get(0)
+}

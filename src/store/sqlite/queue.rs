@@ -1,0 +1,202 @@
+//! Leases and claims.
+
+use std::collections::BTreeSet;
+use std::sync::PoisonError;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use serde_json::json;
+
+use super::write::{add_log, apply};
+use super::{Sqlite, first, is_busy, now, rows};
+use crate::error::Result;
+use crate::store::Queue;
+use crate::store::change::{Changes, duration_millis, lease_lost, worker_died};
+use crate::store::records::{Hold, Item, ItemId, LeaseId, Reaped, RunId};
+use crate::store::sql::{dealt, retrying, write_error};
+
+fn holds_json(holds: &[Hold]) -> String {
+    let holds: Vec<_> = holds.iter().map(|hold| (hold.item.0, hold.epoch)).collect();
+    json!(holds).to_string()
+}
+
+#[async_trait]
+impl Queue for Sqlite {
+    async fn register(&self, worker: &str, ttl: Duration) -> Result<LeaseId> {
+        let write = async || {
+            let mut transaction = self.begin().await?;
+            let id = sqlx::query_scalar(
+                "INSERT INTO leases (worker, expires_at) VALUES (?, ?) RETURNING id",
+            )
+            .bind(worker)
+            .bind(now() + duration_millis(ttl))
+            .fetch_one(&mut *transaction)
+            .await?;
+            transaction.commit().await?;
+            Ok(LeaseId(id))
+        };
+        retrying!(is_busy, write())
+    }
+
+    async fn heartbeat(&self, lease: LeaseId, ttl: Duration) -> Result<bool> {
+        let write = async || {
+            let mut transaction = self.begin().await?;
+            let beat = sqlx::query(rows::HEARTBEAT)
+                .bind(lease.0)
+                .bind(now() + duration_millis(ttl));
+            let beaten = beat.execute(&mut *transaction).await?;
+            transaction.commit().await?;
+            Ok(beaten.rows_affected() > 0)
+        };
+        retrying!(is_busy, write())
+    }
+
+    async fn retire(&self, lease: LeaseId) -> Result<u64> {
+        let write = async || {
+            let mut transaction = self.begin().await?;
+            sqlx::query(rows::RETIRE)
+                .bind(lease.0)
+                .execute(&mut *transaction)
+                .await?;
+            let release = sqlx::query(rows::RETIRE_ITEMS).bind(lease.0);
+            let released = release.execute(&mut *transaction).await?;
+            transaction.commit().await?;
+            Ok(released.rows_affected())
+        };
+        retrying!(is_busy, write())
+    }
+
+    async fn claim(&self, lease: LeaseId, limit: u32) -> Result<Vec<Item>> {
+        let cursor = self
+            .cursor
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
+        let claimed = retrying!(is_busy, self.take(lease, limit, &cursor))?;
+        let Some(items) = claimed else {
+            return Err(lease_lost(lease));
+        };
+        let items = dealt(items, &cursor);
+        if let Some(last) = items.last() {
+            let mut cursor = self.cursor.lock().unwrap_or_else(PoisonError::into_inner);
+            cursor.clone_from(&last.tenant);
+        }
+        Ok(items)
+    }
+
+    async fn release(&self, holds: &[Hold], delay: Duration, charge: bool) -> Result<u64> {
+        if holds.is_empty() {
+            return Ok(0);
+        }
+        let json = holds_json(holds);
+        let due = (!delay.is_zero()).then(|| now() + duration_millis(delay));
+        let write = async || {
+            let mut transaction = self.begin().await?;
+            let release = sqlx::query(rows::RELEASE)
+                .bind(&json)
+                .bind(due)
+                .bind(i64::from(!charge));
+            let released = release.execute(&mut *transaction).await?;
+            transaction.commit().await?;
+            Ok(released.rows_affected())
+        };
+        retrying!(is_busy, write())
+    }
+
+    async fn lost(&self, holds: &[Hold]) -> Result<Vec<ItemId>> {
+        let json = holds_json(holds);
+        let lost = retrying!(
+            is_busy,
+            sqlx::query_scalar(rows::LOST)
+                .bind(&json)
+                .fetch_all(self.reader())
+        )?;
+        Ok(lost.into_iter().map(ItemId).collect())
+    }
+
+    async fn reap(&self) -> Result<Reaped> {
+        // Mostly there is nothing, and then nobody is kept waiting for the right to write.
+        let anything = retrying!(
+            is_busy,
+            sqlx::query_scalar::<_, bool>(rows::ANYTHING_TO_REAP)
+                .bind(now())
+                .fetch_one(self.reader())
+        )?;
+        if !anything {
+            return Ok(Reaped::default());
+        }
+        retrying!(is_busy, self.bury())
+    }
+}
+
+impl Sqlite {
+    /// `None` if the lease is not live.
+    async fn take(
+        &self,
+        lease: LeaseId,
+        limit: u32,
+        cursor: &str,
+    ) -> sqlx::Result<Option<Vec<(Item, i32)>>> {
+        let mut transaction = self.begin().await?;
+        let now = now();
+        let live = sqlx::query(rows::LIVE).bind(lease.0).bind(now);
+        if live.fetch_optional(&mut *transaction).await?.is_none() {
+            return Ok(None);
+        }
+        let claim = sqlx::query(rows::CLAIM)
+            .bind(lease.0)
+            .bind(limit)
+            .bind(cursor);
+        let claimed = claim.fetch_all(&mut *transaction).await?;
+        let items: Vec<_> = claimed
+            .iter()
+            .map(rows::item)
+            .collect::<sqlx::Result<_>>()?;
+        if items.is_empty() {
+            return Ok(Some(items));
+        }
+        let runs: BTreeSet<_> = items.iter().map(|(item, _)| item.run.0).collect();
+        let start = sqlx::query_as::<_, (i64, i64)>(rows::START_RUNS).bind(json!(runs).to_string());
+        let started = start.fetch_all(&mut *transaction).await?;
+        if !started.is_empty() {
+            let entry = || vec![("started".to_owned(), "{}".to_owned())];
+            let logs = started
+                .into_iter()
+                .map(|(run, last)| (RunId(run), last, entry()));
+            add_log(logs, now, &mut transaction).await?;
+        }
+        transaction.commit().await?;
+        Ok(Some(items))
+    }
+
+    async fn bury(&self) -> sqlx::Result<Reaped> {
+        let mut transaction = self.begin().await?;
+        let now = now();
+        let mut reaped = Reaped::default();
+        let dead = sqlx::query_scalar::<_, i64>(rows::REAP_LEASES).bind(now);
+        let dead = dead.fetch_all(&mut *transaction).await?;
+        if !dead.is_empty() {
+            reaped.leases = dead.len() as u64;
+            let dead = json!(dead).to_string();
+            let requeue = sqlx::query(rows::REQUEUE).bind(&dead);
+            reaped.requeued = requeue.execute(&mut *transaction).await?.rows_affected();
+            let error = worker_died();
+            let give_up = sqlx::query(rows::GIVE_UP)
+                .bind(&dead)
+                .bind(write_error(&error));
+            let mut changes = Changes::new();
+            for row in give_up.fetch_all(&mut *transaction).await? {
+                use sqlx::Row as _;
+                let seq: i64 = row.try_get(2)?;
+                let change = changes.entry(RunId(row.try_get(1)?)).or_default();
+                change.settle(seq as u64, Some(&error));
+                reaped.failed += u64::from(first(&row)? > 0);
+            }
+            apply(changes, now, &mut transaction).await?;
+        }
+        let due = sqlx::query(rows::LET_IN).bind(now);
+        reaped.due = due.execute(&mut *transaction).await?.rows_affected();
+        transaction.commit().await?;
+        Ok(reaped)
+    }
+}

@@ -1,0 +1,163 @@
+//! The statements. Each is one round trip whatever the number of rows, and each has its index:
+//! `plans.rs` holds them to it. `NOT INDEXED` says: by the key of the table itself. Without it
+//! SQLite reads a whole index where statistics are older than the rows.
+
+use sqlx::sqlite::SqliteRow;
+
+use crate::store::sql::decode;
+
+decode!(SqliteRow);
+
+pub(super) const RUN_BY_ID: &str = "SELECT id, tenant, name, status, spec, total, completed, failed, \
+    cancelled, log_seq, error, created_at, ended_at FROM runs WHERE id = ?1";
+
+pub(super) const RUNS: &str = "SELECT id, tenant, name, status, spec, total, completed, failed, \
+    cancelled, log_seq, error, created_at, ended_at FROM runs WHERE id < ?1 ORDER BY id DESC LIMIT ?2";
+
+pub(super) const RUNS_OF_TENANT: &str = "SELECT id, tenant, name, status, spec, total, completed, \
+    failed, cancelled, log_seq, error, created_at, ended_at FROM runs \
+    WHERE id < ?1 AND tenant = ?3 AND (?4 IS NULL OR status = ?4) ORDER BY id DESC LIMIT ?2";
+
+pub(super) const RUNS_OF_STATUS: &str = "SELECT id, tenant, name, status, spec, total, completed, \
+    failed, cancelled, log_seq, error, created_at, ended_at FROM runs \
+    WHERE id < ?1 AND status = ?4 ORDER BY id DESC LIMIT ?2";
+
+pub(super) const ITEMS: &str = "SELECT id, run_id, seq, key, tenant, status, epoch, attempt, \
+    max_attempts, input, output, error, priority FROM items \
+    WHERE run_id = ?1 AND seq >= ?2 ORDER BY seq LIMIT ?3";
+
+pub(super) const LOG: &str = "SELECT seq, kind, data, at FROM run_log \
+    WHERE run_id = ?1 AND seq > ?2 ORDER BY seq LIMIT ?3";
+
+pub(super) const GENERATIONS: &str = "SELECT memo_key, request_digest, body, input_tokens, \
+    output_tokens, cached_input_tokens, reasoning_tokens, cost_micros FROM generations \
+    WHERE tenant = ?1 AND memo_key IN (SELECT unhex(value) FROM json_each(?2))";
+
+pub(super) const PUT_INTENTS: &str = "INSERT INTO intents (item_id, attempt, memo_key, v, \
+    provider_ref, started_at) \
+    SELECT value ->> 0, value ->> 1, unhex(value ->> 2), 1, value ->> 3, ?2 FROM json_each(?1) \
+    WHERE EXISTS (SELECT 1 FROM items NOT INDEXED WHERE id = value ->> 0) \
+    ON CONFLICT DO UPDATE SET provider_ref = excluded.provider_ref";
+
+pub(super) const END_INTENTS: &str = "DELETE FROM intents WHERE (item_id, attempt, memo_key) IN \
+    (SELECT value ->> 0, value ->> 1, unhex(value ->> 2) FROM json_each(?1))";
+
+pub(super) const AMBIGUOUS: &str = "SELECT t.item_id, t.attempt, t.memo_key, t.provider_ref \
+    FROM intents t WHERE (t.item_id, t.attempt, t.memo_key) > (?1, ?2, ?3) AND NOT EXISTS \
+    (SELECT 1 FROM items i NOT INDEXED JOIN leases l ON l.id = i.lease_id \
+    WHERE i.id = t.item_id AND l.expires_at > ?5) \
+    ORDER BY t.item_id, t.attempt, t.memo_key LIMIT ?4";
+
+/// A lease that is live.
+pub(super) const LIVE: &str = "SELECT 1 FROM leases WHERE id = ?1 AND expires_at > ?2";
+
+/// Tenants with something to claim are found one after the other, each by one step into the index;
+/// then each one's part, and of all parts the first `?2` in the order of dealing.
+pub(super) const CLAIM: &str = "\
+UPDATE items NOT INDEXED SET status = 'processing', lease_id = ?1, epoch = epoch + 1, attempt = attempt + 1 \
+WHERE id IN ( \
+    WITH RECURSIVE \
+    up (tenant, n) AS ( \
+        SELECT (SELECT tenant FROM items INDEXED BY items_ready WHERE status = 'pending' AND not_before IS NULL \
+            AND tenant > ?3 ORDER BY tenant LIMIT 1), 1 \
+        UNION ALL \
+        SELECT (SELECT tenant FROM items INDEXED BY items_ready WHERE status = 'pending' AND not_before IS NULL \
+            AND tenant > up.tenant ORDER BY tenant LIMIT 1), n + 1 \
+        FROM up WHERE up.tenant IS NOT NULL AND n < ?2), \
+    around (tenant, n) AS ( \
+        SELECT (SELECT tenant FROM items INDEXED BY items_ready WHERE status = 'pending' AND not_before IS NULL \
+            AND tenant >= '' ORDER BY tenant LIMIT 1), 1 \
+        UNION ALL \
+        SELECT (SELECT tenant FROM items INDEXED BY items_ready WHERE status = 'pending' AND not_before IS NULL \
+            AND tenant > around.tenant ORDER BY tenant LIMIT 1), n + 1 \
+        FROM around WHERE around.tenant <= ?3 AND n < ?2), \
+    turns (turn, tenant) AS MATERIALIZED ( \
+        SELECT n, tenant FROM up WHERE tenant IS NOT NULL \
+        UNION ALL SELECT n + ?2, tenant FROM around WHERE tenant <= ?3 \
+        ORDER BY 1 LIMIT ?2), \
+    part (size) AS MATERIALIZED (SELECT (?2 + count(*) - 1) / max(count(*), 1) FROM turns), \
+    parts (turn, rank, id) AS ( \
+        SELECT t.turn, row_number() OVER (PARTITION BY t.turn ORDER BY i.priority, i.id), i.id \
+        FROM turns t CROSS JOIN items i NOT INDEXED ON i.id IN ( \
+            SELECT id FROM items INDEXED BY items_ready WHERE status = 'pending' AND not_before IS NULL \
+            AND tenant = t.tenant ORDER BY priority, id LIMIT (SELECT size FROM part))) \
+    SELECT id FROM parts ORDER BY rank, turn LIMIT ?2) \
+RETURNING id, run_id, seq, key, tenant, status, epoch, attempt, max_attempts, input, output, error, \
+    priority";
+
+pub(super) const START_RUNS: &str = "UPDATE runs NOT INDEXED SET status = 'processing', log_seq = log_seq + 1 \
+    WHERE id IN (SELECT value FROM json_each(?1)) AND status = 'pending' RETURNING id, log_seq";
+
+/// `?1`: run, notes, completed, failed, error. Gives the run, where its log is now, and how it
+/// ended if it did by this.
+pub(super) const COUNT: &str = "\
+UPDATE runs NOT INDEXED SET \
+    completed = completed + d.done, failed = failed + d.broken, \
+    error = CASE WHEN d.done + d.broken > 0 THEN coalesce(error, d.why) ELSE error END, \
+    log_seq = log_seq + d.notes + (d.done + d.broken > 0) \
+        + (d.done + d.broken > 0 AND completed + failed + cancelled + d.done + d.broken = total), \
+    status = CASE \
+        WHEN d.done + d.broken = 0 THEN status \
+        WHEN completed + failed + cancelled + d.done + d.broken < total THEN 'processing' \
+        WHEN failed + d.broken > 0 THEN 'failed' ELSE 'completed' END, \
+    ended_at = CASE \
+        WHEN d.done + d.broken > 0 AND completed + failed + cancelled + d.done + d.broken = total \
+        THEN ?2 ELSE ended_at END \
+FROM (SELECT value ->> 0 AS run, value ->> 1 AS notes, value ->> 2 AS done, value ->> 3 AS broken, \
+    value ->> 4 AS why FROM json_each(?1)) AS d \
+WHERE runs.id = d.run \
+RETURNING id, log_seq, status";
+
+pub(super) const ADD_LOG: &str = "INSERT INTO run_log (run_id, seq, v, kind, data, at) \
+    SELECT value ->> 0, value ->> 1, 1, value ->> 2, value ->> 3, ?2 FROM json_each(?1)";
+
+pub(super) const HEARTBEAT: &str = "UPDATE leases SET expires_at = ?2 WHERE id = ?1";
+
+pub(super) const RETIRE: &str = "DELETE FROM leases WHERE id = ?1";
+
+pub(super) const RETIRE_ITEMS: &str = "UPDATE items SET status = 'pending', lease_id = NULL, \
+    epoch = epoch + 1, attempt = max(attempt - 1, 0) WHERE lease_id = ?1";
+
+/// `?1`: items and epochs. `?2`: until when, `?3`: what is not charged.
+pub(super) const RELEASE: &str = "UPDATE items NOT INDEXED SET status = 'pending', lease_id = NULL, \
+    epoch = items.epoch + 1, attempt = max(attempt - ?3, 0), not_before = ?2 \
+    FROM (SELECT value ->> 0 AS id, value ->> 1 AS epoch FROM json_each(?1)) AS h \
+    WHERE items.id = h.id AND items.epoch = h.epoch \
+    AND items.status NOT IN ('completed', 'failed', 'cancelled')";
+
+pub(super) const LOST: &str = "SELECT h.id FROM \
+    (SELECT key AS place, value ->> 0 AS id, value ->> 1 AS epoch FROM json_each(?1)) AS h \
+    WHERE NOT EXISTS (SELECT 1 FROM items i NOT INDEXED WHERE i.id = h.id AND i.epoch = h.epoch \
+    AND i.status NOT IN ('completed', 'failed', 'cancelled')) ORDER BY h.place";
+
+pub(super) const ANYTHING_TO_REAP: &str = "SELECT EXISTS (SELECT 1 FROM leases WHERE expires_at <= ?1) \
+    OR EXISTS (SELECT 1 FROM items WHERE not_before <= ?1)";
+
+pub(super) const REAP_LEASES: &str = "DELETE FROM leases WHERE expires_at <= ?1 RETURNING id";
+
+pub(super) const REQUEUE: &str = "UPDATE items SET status = 'pending', lease_id = NULL, \
+    epoch = epoch + 1 WHERE lease_id IN (SELECT value FROM json_each(?1)) AND attempt < max_attempts";
+
+pub(super) const GIVE_UP: &str = "UPDATE items SET status = 'failed', lease_id = NULL, \
+    epoch = epoch + 1, error = ?2 WHERE lease_id IN (SELECT value FROM json_each(?1)) \
+    RETURNING id, run_id, seq";
+
+pub(super) const LET_IN: &str = "UPDATE items SET not_before = NULL WHERE not_before <= ?1";
+
+pub(super) const CANCEL_ITEMS: &str = "UPDATE items SET status = 'cancelled', lease_id = NULL, \
+    not_before = NULL, epoch = epoch + 1 WHERE run_id = ?1 AND status IN ('pending', 'processing')";
+
+pub(super) const CANCEL_RUN: &str = "UPDATE runs SET status = 'cancelled', \
+    cancelled = cancelled + ?2, log_seq = log_seq + 2, ended_at = ?3 WHERE id = ?1 RETURNING log_seq";
+
+pub(super) const RETRY_ITEMS: &str = "UPDATE items SET status = 'pending', epoch = epoch + 1, \
+    attempt = 0, error = NULL WHERE run_id = ?1 AND status = 'failed'";
+
+pub(super) const RETRY_RUN: &str = "UPDATE runs SET status = 'pending', failed = failed - ?2, \
+    error = NULL, ended_at = NULL, log_seq = log_seq + 1 WHERE id = ?1 RETURNING log_seq";
+
+pub(super) const PURGE_RUNS: &str = "DELETE FROM runs WHERE id IN \
+    (SELECT id FROM runs WHERE ended_at <= ?1 ORDER BY ended_at, id LIMIT ?2)";
+
+pub(super) const PURGE_GENERATIONS: &str = "DELETE FROM generations WHERE rowid IN \
+    (SELECT rowid FROM generations WHERE created_at <= ?1 ORDER BY created_at, rowid LIMIT ?2)";

@@ -1,0 +1,771 @@
+//! The contract, promise by promise.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use super::{LONG, all_items, create, lease, read};
+use crate::digest::RequestDigest;
+use crate::error::{Error, ErrorKind, Result};
+use crate::request::Request;
+use crate::store::{
+    Commit, Generation, Hold, Intent, Item, MemoKey, NewItem, NewRun, Note, Queue, Reaped,
+    RunFilter, RunId, Settlement, Status,
+};
+use crate::usage::Usage;
+
+type Store = Arc<dyn Queue>;
+
+fn digest() -> RequestDigest {
+    Request::new("a").digest()
+}
+
+fn key(n: u8) -> MemoKey {
+    MemoKey::new([n; 32])
+}
+
+fn generation(tenant: &str, n: u8, body: &str) -> Generation {
+    let mut usage = Usage::new(u64::from(n), 7);
+    usage.reasoning_tokens = 3;
+    Generation {
+        tenant: tenant.to_owned(),
+        key: key(n),
+        request: digest(),
+        body: body.to_owned(),
+        usage,
+        cost_micros: (n % 2 == 1).then_some(1_234_567),
+    }
+}
+
+fn settle(hold: Hold, result: Result<String>) -> Settlement {
+    Settlement { hold, result }
+}
+
+fn done(hold: Hold) -> Settlement {
+    settle(hold, Ok("\"out\"".to_owned()))
+}
+
+fn broken(why: &str) -> Error {
+    Error::new(ErrorKind::MalformedReply, why).with_request_id("req_1")
+}
+
+async fn commit(store: &Store, settlements: Vec<Settlement>) -> usize {
+    let commit = Commit::new().settlements(settlements);
+    store.commit(commit).await.unwrap().items.len()
+}
+
+async fn claim(store: &Store, lease: crate::store::LeaseId, n: u32) -> Vec<Item> {
+    store.claim(lease, n).await.unwrap()
+}
+
+async fn log(store: &Store, run: RunId) -> Vec<(String, Value)> {
+    let entries = store.log(run, 0, 1000).await.unwrap();
+    let data = |text: &str| serde_json::from_str(text).unwrap();
+    entries
+        .into_iter()
+        .map(|e| (e.kind, data(&e.data)))
+        .collect()
+}
+
+fn entry(kind: &str, data: Value) -> (String, Value) {
+    (kind.to_owned(), data)
+}
+
+pub(super) async fn a_run_is_kept_as_it_was_given(store: Store) {
+    let odd = "\u{1F30A} ' \" \\ \u{1} \u{7f} \u{feff} \n\r\t $1 ?1 {} %s -- \u{10FFFF}";
+    let large = "x".repeat(1 << 20);
+    let items = [
+        NewItem::new(odd, json!({ "odd": odd }).to_string()),
+        NewItem::new("", "\"\""),
+        NewItem::new("k", json!(large).to_string()),
+        NewItem::new("k", "{\"b\": 1.0, \"a\":1e400}"),
+    ];
+    let new = NewRun::new(odd, "a name")
+        .spec(json!([odd]).to_string())
+        .items(items.clone());
+    let created = store
+        .create_run(new.priority(-5).max_attempts(9))
+        .await
+        .unwrap();
+    assert!(created.new && created.run.0 > 0);
+
+    let run = read(&*store, created.run).await;
+    assert_eq!((&*run.tenant, &*run.name), (odd, "a name"));
+    assert_eq!(run.spec, json!([odd]).to_string());
+    assert_eq!(
+        (run.status, run.total, run.ended()),
+        (Status::Pending, 4, 0)
+    );
+    assert!(run.error.is_none() && run.ended_at.is_none());
+    let kept = store.items(created.run, 0, 100).await.unwrap();
+    for (item, new) in kept.iter().zip(&items) {
+        assert_eq!((&item.key, &item.input), (&new.key, &new.input));
+        assert_eq!(
+            (item.status, item.epoch, item.attempt),
+            (Status::Pending, 0, 0)
+        );
+        assert_eq!((&*item.tenant, item.max_attempts), (odd, 9));
+    }
+    let page = store.items(created.run, 1, 2).await.unwrap();
+    assert_eq!(page.iter().map(|item| item.seq).collect::<Vec<_>>(), [1, 2]);
+    assert!(store.items(created.run, 4, 2).await.unwrap().is_empty());
+    assert_eq!(
+        log(&store, created.run).await,
+        [entry("created", json!({"total": 4}))]
+    );
+
+    let nobody = RunId(created.run.0 + 1000);
+    assert!(store.run(nobody).await.unwrap().is_none());
+    assert!(store.items(nobody, 0, 10).await.unwrap().is_empty());
+    assert!(store.log(nobody, 0, 10).await.unwrap().is_empty());
+
+    let out = json!([odd]).to_string();
+    let claimed = claim(&store, lease(&*store).await, 1).await;
+    assert_eq!(
+        commit(&store, vec![settle(claimed[0].hold(), Ok(out.clone()))]).await,
+        1
+    );
+    assert_eq!(
+        store.items(created.run, 0, 1).await.unwrap()[0].output,
+        Some(out)
+    );
+}
+
+pub(super) async fn a_run_without_items_is_completed(store: Store) {
+    let run = read(&*store, create(&*store, "", 0).await).await;
+    assert_eq!((run.status, run.total), (Status::Completed, 0));
+    assert!(run.ended_at.is_some());
+    let ended = entry("ended", json!({"status": "completed"}));
+    assert_eq!(
+        log(&store, run.id).await,
+        [entry("created", json!({"total": 0})), ended]
+    );
+}
+
+pub(super) async fn creating_a_run_twice_is_harmless(store: Store) {
+    let new = |tenant: &str, n: usize| {
+        let items = (0..n).map(|i| NewItem::new(i.to_string(), "1"));
+        NewRun::new(tenant, "p")
+            .items(items)
+            .idempotency_key("once")
+    };
+    let first = store.create_run(new("a", 2)).await.unwrap();
+    let again = store.create_run(new("a", 3)).await.unwrap();
+    let other = store.create_run(new("b", 1)).await.unwrap();
+    assert!(first.new && !again.new && other.new);
+    assert_eq!(first.run, again.run);
+    assert_ne!(first.run, other.run);
+    assert_eq!(read(&*store, first.run).await.total, 2);
+    assert_eq!(claim(&store, lease(&*store).await, 10).await.len(), 3);
+}
+
+pub(super) async fn what_cannot_be_kept_is_refused(store: Store) {
+    let refused = |result: Result<()>| {
+        assert_eq!(result.unwrap_err().kind(), ErrorKind::Config);
+    };
+    let create = async |new: NewRun| store.create_run(new).await.map(drop);
+    refused(create(NewRun::new("a\0", "p")).await);
+    refused(create(NewRun::new("a", "p").items([NewItem::new("k", "\0")])).await);
+    refused(create(NewRun::new("a", "p").max_attempts(0)).await);
+    assert!(
+        store
+            .runs(RunFilter::default(), 10)
+            .await
+            .unwrap()
+            .is_empty()
+    );
+
+    let run = super::create(&*store, "", 1).await;
+    let hold = store.items(run, 0, 1).await.unwrap()[0].hold();
+    let twice = Commit::new().settlements(vec![done(hold), settle(hold, Err(broken("b")))]);
+    refused(store.commit(twice).await.map(drop));
+    assert_eq!(read(&*store, run).await.ended(), 0);
+
+    // Nothing to write is no mistake.
+    assert!(
+        store
+            .commit(Commit::default())
+            .await
+            .unwrap()
+            .items
+            .is_empty()
+    );
+    store.put_intents(&[]).await.unwrap();
+    assert!(store.generations("", &[]).await.unwrap().is_empty());
+    assert!(store.lost(&[]).await.unwrap().is_empty());
+    assert_eq!(store.release(&[], LONG, true).await.unwrap(), 0);
+    assert!(claim(&store, lease(&*store).await, 0).await.is_empty());
+}
+
+pub(super) async fn runs_are_listed_newest_first_and_by_page(store: Store) {
+    let mut ids = Vec::new();
+    for (tenant, n) in [("a", 0), ("b", 1), ("a", 1), ("a", 0), ("b", 0)] {
+        ids.push(create(&*store, tenant, n).await);
+    }
+    let list = async |tenant: Option<&str>, status, before, limit| {
+        let filter = RunFilter {
+            tenant: tenant.map(str::to_owned),
+            status,
+            before,
+        };
+        let runs = store.runs(filter, limit).await.unwrap();
+        runs.iter().map(|run| run.id).collect::<Vec<_>>()
+    };
+    let [a, b, c, d, e] = ids[..] else {
+        unreachable!()
+    };
+    assert_eq!(list(None, None, None, 10).await, [e, d, c, b, a]);
+    assert_eq!(list(None, None, None, 2).await, [e, d]);
+    assert_eq!(list(None, None, Some(d), 2).await, [c, b]);
+    assert_eq!(list(Some("a"), None, None, 10).await, [d, c, a]);
+    assert_eq!(list(Some("a"), None, Some(d), 10).await, [c, a]);
+    assert_eq!(
+        list(Some("a"), Some(Status::Completed), None, 10).await,
+        [d, a]
+    );
+    assert_eq!(list(None, Some(Status::Pending), None, 10).await, [c, b]);
+    assert!(list(Some("c"), None, None, 10).await.is_empty());
+}
+
+pub(super) async fn items_are_dealt_fairly_and_by_priority(store: Store) {
+    let new = |tenant: &str, priority, n: usize| {
+        let items = (0..n).map(|i| NewItem::new(format!("{tenant}{priority}.{i}"), "1"));
+        NewRun::new(tenant, "p").priority(priority).items(items)
+    };
+    for (tenant, priority, n) in [
+        ("b", 0, 100),
+        ("a", 1, 2),
+        ("a", -1, 2),
+        ("a", 0, 1),
+        ("c", 0, 1),
+    ] {
+        store.create_run(new(tenant, priority, n)).await.unwrap();
+    }
+    let lease = lease(&*store).await;
+    let dealt = async |n| {
+        let items = claim(&store, lease, n).await;
+        let keys: Vec<_> = items.iter().map(|item| item.key.clone()).collect();
+        keys.join(" ")
+    };
+    // Each has one before anybody has two, though b came first with a hundred.
+    assert_eq!(dealt(4).await, "a-1.0 b0.0 c0.0 a-1.1");
+    assert_eq!(dealt(3).await, "b0.1 a0.0 b0.2");
+    assert_eq!(dealt(4).await, "a1.0 b0.3 a1.1 b0.4");
+    assert_eq!(dealt(2).await, "b0.5 b0.6");
+    assert_eq!(dealt(200).await.split(' ').count(), 93);
+    assert_eq!(dealt(5).await, "");
+}
+
+pub(super) async fn more_tenants_than_places_take_turns(store: Store) {
+    for tenant in ["", "B", "a", "\u{e9}"] {
+        create(&*store, tenant, 2).await;
+    }
+    let lease = lease(&*store).await;
+    let mut tenants = Vec::new();
+    for _ in 0..3 {
+        let items = claim(&store, lease, 3).await;
+        assert_eq!(items.len(), if tenants.len() < 6 { 3 } else { 2 });
+        tenants.extend(items.into_iter().map(|item| item.tenant));
+    }
+    // By bytes, and round and round.
+    assert_eq!(tenants, ["B", "a", "\u{e9}", "", "B", "a", "\u{e9}", ""]);
+}
+
+pub(super) async fn a_commit_counts_logs_and_ends_the_run(store: Store) {
+    let (one, two) = (create(&*store, "a", 3).await, create(&*store, "a", 1).await);
+    let lease = lease(&*store).await;
+    let items = claim(&store, lease, 10).await;
+    assert!(
+        items
+            .iter()
+            .all(|item| (item.status, item.attempt) == (Status::Processing, 1))
+    );
+    assert_eq!(read(&*store, one).await.status, Status::Processing);
+
+    let results = vec![
+        settle(items[2].hold(), Err(broken("third"))),
+        settle(items[0].hold(), Ok("[1]".to_owned())),
+        settle(items[3].hold(), Ok("[4]".to_owned())),
+    ];
+    assert_eq!(commit(&store, results).await, 3);
+    let run = read(&*store, one).await;
+    assert_eq!(
+        (run.status, run.completed, run.failed),
+        (Status::Processing, 1, 1)
+    );
+    assert_eq!(
+        run.error.as_ref().unwrap().to_string(),
+        broken("third").to_string()
+    );
+    let run = read(&*store, two).await;
+    assert_eq!(
+        (run.status, run.completed, run.total),
+        (Status::Completed, 1, 1)
+    );
+    assert!(run.ended_at.unwrap() >= run.created_at && run.error.is_none());
+
+    assert_eq!(
+        commit(&store, vec![settle(items[1].hold(), Err(broken("second")))]).await,
+        1
+    );
+    let run = read(&*store, one).await;
+    assert_eq!(
+        (run.status, run.completed, run.failed),
+        (Status::Failed, 1, 2)
+    );
+    assert_eq!(
+        run.error.unwrap().message(),
+        "third",
+        "the first to fail, not the first by place"
+    );
+    let kept = all_items(&*store, one).await;
+    assert_eq!(kept[0].output.as_deref(), Some("[1]"));
+    assert_eq!(kept[1].error.as_ref().unwrap().request_id(), Some("req_1"));
+    assert_eq!(
+        log(&store, one).await,
+        [
+            entry("created", json!({"total": 3})),
+            entry("started", json!({})),
+            entry("settled", json!({"completed": [0], "failed": [2]})),
+            entry("settled", json!({"completed": [], "failed": [1]})),
+            entry("ended", json!({"status": "failed"})),
+        ]
+    );
+    let page = store.log(one, 2, 2).await.unwrap();
+    assert_eq!(
+        page.iter().map(|entry| entry.seq).collect::<Vec<_>>(),
+        [3, 4]
+    );
+}
+
+pub(super) async fn a_commit_sent_again_changes_nothing(store: Store) {
+    let run = create(&*store, "a", 2).await;
+    let items = claim(&store, lease(&*store).await, 2).await;
+    let first = Commit::new()
+        .settlements(vec![done(items[0].hold())])
+        .generations(vec![generation("a", 1, "1")]);
+    let committed = store.commit(first.clone()).await.unwrap();
+    assert_eq!(
+        (committed.items, committed.generations),
+        (vec![items[0].id], 1)
+    );
+    let before = read(&*store, run).await;
+    let committed = store.commit(first).await.unwrap();
+    assert_eq!((committed.items, committed.generations), (vec![], 0));
+    let after = read(&*store, run).await;
+    assert_eq!(
+        (after.completed, after.log_seq),
+        (before.completed, before.log_seq)
+    );
+    // Nor does another result for the epoch that the item has now: it is over.
+    let now = store.items(run, 0, 1).await.unwrap()[0].hold();
+    assert_eq!(
+        commit(&store, vec![settle(now, Err(broken("late")))]).await,
+        0
+    );
+    assert_eq!(
+        store.release(&[now], Duration::ZERO, true).await.unwrap(),
+        0
+    );
+}
+
+pub(super) async fn who_lost_an_item_cannot_commit_it_but_its_generation_stays(store: Store) {
+    let run = create(&*store, "a", 1).await;
+    let slow = claim(&store, lease(&*store).await, 1).await.remove(0);
+    assert!(store.lost(&[slow.hold()]).await.unwrap().is_empty());
+    assert_eq!(
+        store
+            .release(&[slow.hold()], Duration::ZERO, true)
+            .await
+            .unwrap(),
+        1
+    );
+    let quick = claim(&store, lease(&*store).await, 1).await.remove(0);
+    assert!(quick.epoch > slow.epoch && quick.attempt == 2);
+    assert_eq!(
+        store.lost(&[slow.hold(), quick.hold()]).await.unwrap(),
+        [slow.id]
+    );
+
+    let late = Commit::new()
+        .settlements(vec![done(slow.hold())])
+        .generations(vec![generation("a", 1, "\"paid\"")]);
+    let committed = store.commit(late).await.unwrap();
+    assert_eq!((committed.items, committed.generations), (vec![], 1));
+    let kept = store.generations("a", &[key(1)]).await.unwrap();
+    assert_eq!(kept, [generation("a", 1, "\"paid\"")]);
+    assert_eq!(
+        store
+            .release(&[slow.hold()], Duration::ZERO, true)
+            .await
+            .unwrap(),
+        0
+    );
+    assert_eq!(commit(&store, vec![done(quick.hold())]).await, 1);
+    assert_eq!(read(&*store, run).await.completed, 1);
+}
+
+pub(super) async fn the_first_generation_under_a_key_stays(store: Store) {
+    let commit = Commit::new().generations(vec![
+        generation("a", 1, "first"),
+        generation("a", 1, "second"),
+        generation("b", 1, "another tenant's"),
+        generation("a", 2, "two"),
+    ]);
+    assert_eq!(store.commit(commit).await.unwrap().generations, 3);
+    let commit =
+        Commit::new().generations([generation("a", 2, "late"), generation("a", 3, "three")]);
+    assert_eq!(store.commit(commit).await.unwrap().generations, 1);
+
+    let keys = [key(3), key(9), key(1), key(2), key(1)];
+    let mut found = store.generations("a", &keys).await.unwrap();
+    found.sort_by_key(|generation| generation.key);
+    let bodies = [
+        generation("a", 1, "first"),
+        generation("a", 2, "two"),
+        generation("a", 3, "three"),
+    ];
+    assert_eq!(found, bodies);
+    assert_eq!(
+        store.generations("b", &keys).await.unwrap()[0].body,
+        "another tenant's"
+    );
+    assert!(store.generations("c", &keys).await.unwrap().is_empty());
+}
+
+pub(super) async fn unclaimed_items_can_be_committed_against_their_epoch(store: Store) {
+    let run = create(&*store, "a", 2).await;
+    let items = all_items(&*store, run).await;
+    assert_eq!(commit(&store, vec![done(items[1].hold())]).await, 1);
+    assert_eq!(read(&*store, run).await.status, Status::Processing);
+    let claimed = claim(&store, lease(&*store).await, 5).await;
+    assert_eq!(claimed.iter().map(|item| item.seq).collect::<Vec<_>>(), [0]);
+    assert_eq!(
+        commit(&store, vec![done(items[0].hold())]).await,
+        0,
+        "it has been claimed since"
+    );
+}
+
+pub(super) async fn a_lease_that_is_over_claims_nothing(store: Store) {
+    create(&*store, "a", 2).await;
+    let expired = store.register("w", Duration::ZERO).await.unwrap();
+    let lost = store.claim(expired, 1).await.unwrap_err();
+    assert_eq!(lost.kind(), ErrorKind::LeaseLost);
+    assert!(
+        store.heartbeat(expired, LONG).await.unwrap(),
+        "nobody has reaped it yet"
+    );
+    assert_eq!(claim(&store, expired, 1).await.len(), 1);
+
+    assert!(store.heartbeat(expired, Duration::ZERO).await.unwrap());
+    let reaped = store.reap().await.unwrap();
+    assert_eq!((reaped.leases, reaped.requeued), (1, 1));
+    assert!(!store.heartbeat(expired, LONG).await.unwrap());
+    assert_eq!(
+        store.claim(expired, 1).await.unwrap_err().kind(),
+        ErrorKind::LeaseLost
+    );
+    let fresh = lease(&*store).await;
+    assert_ne!(fresh, expired, "a number is not used again");
+    assert_eq!(claim(&store, fresh, 5).await.len(), 2);
+    let never = crate::store::LeaseId(fresh.0 + 1000);
+    assert_eq!(
+        store.claim(never, 1).await.unwrap_err().kind(),
+        ErrorKind::LeaseLost
+    );
+}
+
+/// A worker that starts again under its old name must not keep the items of its dead self.
+pub(super) async fn a_lease_of_the_same_name_is_another_lease(store: Store) {
+    create(&*store, "a", 3).await;
+    let dead = store.register("w", LONG).await.unwrap();
+    assert_eq!(claim(&store, dead, 2).await.len(), 2);
+    let again = store.register("w", LONG).await.unwrap();
+    assert_ne!(dead, again);
+    assert!(store.heartbeat(dead, Duration::ZERO).await.unwrap());
+    assert!(store.heartbeat(again, LONG).await.unwrap());
+    assert_eq!(store.reap().await.unwrap().requeued, 2);
+    assert_eq!(claim(&store, again, 5).await.len(), 3);
+}
+
+pub(super) async fn a_retired_lease_gives_its_items_back_without_charge(store: Store) {
+    let run = create(&*store, "a", 3).await;
+    let first = lease(&*store).await;
+    let items = claim(&store, first, 3).await;
+    assert_eq!(commit(&store, vec![done(items[0].hold())]).await, 1);
+    assert_eq!(store.retire(first).await.unwrap(), 2);
+    assert!(!store.heartbeat(first, LONG).await.unwrap());
+    assert_eq!(store.retire(first).await.unwrap(), 0);
+    let items = claim(&store, lease(&*store).await, 3).await;
+    assert_eq!(
+        items.iter().map(|item| item.attempt).collect::<Vec<_>>(),
+        [1, 1]
+    );
+    assert_eq!(read(&*store, run).await.completed, 1);
+}
+
+pub(super) async fn a_dead_workers_items_go_to_others_until_their_attempts_are_used_up(
+    store: Store,
+) {
+    let items = ["a", "b"].map(|key| NewItem::new(key, "1"));
+    let new = NewRun::new("t", "p").max_attempts(2).items(items);
+    let run = store.create_run(new).await.unwrap().run;
+    for attempt in 1..=2 {
+        let dying = lease(&*store).await;
+        let held = claim(&store, dying, 1).await.remove(0);
+        assert_eq!((held.seq, held.attempt), (0, attempt));
+        assert_eq!(
+            store.reap().await.unwrap(),
+            Reaped::default(),
+            "it is alive"
+        );
+        store.heartbeat(dying, Duration::ZERO).await.unwrap();
+        let reaped = store.reap().await.unwrap();
+        assert_eq!(reaped.requeued + reaped.failed, 1);
+        assert_eq!(reaped.failed, u64::from(attempt == 2));
+        assert_eq!(commit(&store, vec![done(held.hold())]).await, 0);
+    }
+    let kept = read(&*store, run).await;
+    assert_eq!((kept.status, kept.failed), (Status::Processing, 1));
+    let failed = store.items(run, 0, 1).await.unwrap().remove(0);
+    assert_eq!(failed.error.unwrap().kind(), ErrorKind::LeaseLost);
+
+    let last = claim(&store, lease(&*store).await, 5).await;
+    assert_eq!(commit(&store, vec![done(last[0].hold())]).await, 1);
+    assert_eq!(read(&*store, run).await.status, Status::Failed);
+}
+
+pub(super) async fn released_items_come_back_when_their_delay_is_over(store: Store) {
+    create(&*store, "a", 3).await;
+    let lease = lease(&*store).await;
+    let items = claim(&store, lease, 3).await;
+    let delays = [Duration::ZERO, Duration::from_millis(1), LONG];
+    for (item, delay) in items.iter().zip(delays) {
+        assert_eq!(
+            store
+                .release(&[item.hold()], delay, delay == LONG)
+                .await
+                .unwrap(),
+            1
+        );
+    }
+    let now = claim(&store, lease, 3).await;
+    assert_eq!(
+        now.iter()
+            .map(|item| (item.seq, item.attempt))
+            .collect::<Vec<_>>(),
+        [(0, 1)]
+    );
+    tokio::time::sleep(Duration::from_millis(5)).await;
+    assert_eq!(
+        store.reap().await.unwrap(),
+        Reaped {
+            due: 1,
+            ..Reaped::default()
+        }
+    );
+    let due = claim(&store, lease, 3).await;
+    assert_eq!(
+        due.iter()
+            .map(|item| (item.seq, item.attempt))
+            .collect::<Vec<_>>(),
+        [(1, 1)]
+    );
+    let delayed = store.items(items[0].run, 2, 1).await.unwrap().remove(0);
+    assert_eq!((delayed.status, delayed.attempt), (Status::Pending, 1));
+    assert_eq!(store.cancel(items[0].run).await.unwrap(), 3);
+}
+
+pub(super) async fn a_cancelled_run_stops_at_once(store: Store) {
+    let (run, other) = (create(&*store, "a", 4).await, create(&*store, "a", 1).await);
+    let items = claim(&store, lease(&*store).await, 2).await;
+    assert_eq!(commit(&store, vec![done(items[0].hold())]).await, 1);
+    assert_eq!(store.cancel(run).await.unwrap(), 3);
+    let kept = read(&*store, run).await;
+    assert_eq!(
+        (kept.status, kept.completed, kept.cancelled),
+        (Status::Cancelled, 1, 3)
+    );
+    assert_eq!(store.lost(&[items[1].hold()]).await.unwrap(), [items[1].id]);
+    assert_eq!(commit(&store, vec![done(items[1].hold())]).await, 0);
+    assert_eq!(store.cancel(run).await.unwrap(), 0);
+    assert_eq!(store.retry_failed(run).await.unwrap(), 0);
+    assert_eq!(read(&*store, run).await.log_seq, kept.log_seq);
+    let log = log(&store, run).await;
+    assert_eq!(
+        log[log.len() - 2..],
+        [
+            entry("cancelled", json!({"items": 3})),
+            entry("ended", json!({"status": "cancelled"}))
+        ]
+    );
+    let left = claim(&store, lease(&*store).await, 5).await;
+    assert_eq!(
+        left.iter().map(|item| item.run).collect::<Vec<_>>(),
+        [other]
+    );
+    assert_eq!(store.cancel(RunId(other.0 + 1000)).await.unwrap(), 0);
+}
+
+pub(super) async fn failed_items_can_be_tried_again(store: Store) {
+    let run = create(&*store, "a", 3).await;
+    let lease = lease(&*store).await;
+    let items = claim(&store, lease, 3).await;
+    let fail = |item: &Item| settle(item.hold(), Err(broken("b")));
+    commit(
+        &store,
+        vec![done(items[0].hold()), fail(&items[1]), fail(&items[2])],
+    )
+    .await;
+    assert_eq!(read(&*store, run).await.status, Status::Failed);
+
+    assert_eq!(store.retry_failed(run).await.unwrap(), 2);
+    assert_eq!(store.retry_failed(run).await.unwrap(), 0);
+    let kept = read(&*store, run).await;
+    assert_eq!(
+        (kept.status, kept.completed, kept.failed),
+        (Status::Pending, 1, 0)
+    );
+    assert!(kept.error.is_none() && kept.ended_at.is_none());
+    let again = claim(&store, lease, 3).await;
+    assert_eq!(
+        again
+            .iter()
+            .map(|item| (item.seq, item.attempt))
+            .collect::<Vec<_>>(),
+        [(1, 1), (2, 1)]
+    );
+    assert_eq!(
+        commit(&store, again.iter().map(|item| done(item.hold())).collect()).await,
+        2
+    );
+    let kept = read(&*store, run).await;
+    assert_eq!((kept.status, kept.completed), (Status::Completed, 3));
+    let kinds: Vec<_> = log(&store, run)
+        .await
+        .into_iter()
+        .map(|(kind, _)| kind)
+        .collect();
+    assert_eq!(
+        kinds,
+        [
+            "created", "started", "settled", "ended", "retried", "started", "settled", "ended"
+        ]
+    );
+}
+
+pub(super) async fn intents_of_items_that_nobody_holds_are_ambiguous(store: Store) {
+    create(&*store, "a", 3).await;
+    let (alive, dying) = (lease(&*store).await, lease(&*store).await);
+    let mut items = claim(&store, alive, 1).await;
+    items.extend(claim(&store, dying, 2).await);
+    let intent = |n: usize, attempt, of: u8, provider_ref: Option<&str>| Intent {
+        item: items[n].id,
+        attempt,
+        key: key(of),
+        provider_ref: provider_ref.map(str::to_owned),
+    };
+    let intents = [
+        intent(0, 1, 1, None),
+        intent(1, 1, 3, None),
+        intent(1, 1, 2, None),
+        intent(2, 1, 4, None),
+    ];
+    store.put_intents(&intents).await.unwrap();
+    store
+        .put_intents(&[intent(2, 1, 4, Some("batch_1"))])
+        .await
+        .unwrap();
+    assert!(
+        store.ambiguous(None, 10).await.unwrap().is_empty(),
+        "all are held"
+    );
+
+    store.heartbeat(dying, Duration::ZERO).await.unwrap();
+    let open = [
+        intent(1, 1, 2, None),
+        intent(1, 1, 3, None),
+        intent(2, 1, 4, Some("batch_1")),
+    ];
+    assert_eq!(store.ambiguous(None, 10).await.unwrap(), open);
+    store.reap().await.unwrap();
+    assert_eq!(store.ambiguous(None, 10).await.unwrap(), open);
+    assert_eq!(store.ambiguous(None, 2).await.unwrap(), open[..2]);
+    assert_eq!(
+        store.ambiguous(Some(open[1].name()), 2).await.unwrap(),
+        open[2..]
+    );
+
+    let commit = Commit::new()
+        .generations(vec![generation("a", 1, "1")])
+        .over(vec![intents[0].name(), open[0].name(), open[2].name()]);
+    store.commit(commit).await.unwrap();
+    assert_eq!(store.ambiguous(None, 10).await.unwrap(), open[1..2]);
+}
+
+pub(super) async fn notes_are_logged_in_order(store: Store) {
+    let (run, other) = (create(&*store, "a", 1).await, create(&*store, "a", 0).await);
+    let items = claim(&store, lease(&*store).await, 1).await;
+    let note = |run, kind: &str, n: u32| Note {
+        run,
+        kind: kind.to_owned(),
+        data: json!({ "n": n }).to_string(),
+    };
+    let commit = Commit::new()
+        .notes(vec![
+            note(run, "x", 1),
+            note(other, "y", 2),
+            note(run, "x", 3),
+            note(RunId(other.0 + 99), "z", 4),
+        ])
+        .settlements(vec![done(items[0].hold())]);
+    store.commit(commit).await.unwrap();
+    assert_eq!(
+        log(&store, run).await[2..],
+        [
+            entry("x", json!({"n": 1})),
+            entry("x", json!({"n": 3})),
+            entry("settled", json!({"completed": [0], "failed": []})),
+            entry("ended", json!({"status": "completed"})),
+        ]
+    );
+    assert_eq!(log(&store, other).await[2..], [entry("y", json!({"n": 2}))]);
+}
+
+pub(super) async fn old_runs_and_generations_are_purged(store: Store) {
+    let (old, _older) = (create(&*store, "a", 2).await, create(&*store, "a", 0).await);
+    let live = create(&*store, "a", 1).await;
+    let items = all_items(&*store, old).await;
+    let intent = Intent {
+        item: items[0].id,
+        attempt: 1,
+        key: key(1),
+        provider_ref: None,
+    };
+    store.put_intents(&[intent]).await.unwrap();
+    let commit = Commit::new()
+        .settlements(items.iter().map(|item| done(item.hold())))
+        .generations(vec![generation("a", 1, "1"), generation("a", 2, "2")]);
+    store.commit(commit).await.unwrap();
+
+    let purged = store.purge(LONG, 10).await.unwrap();
+    assert_eq!((purged.runs, purged.generations), (0, 0));
+    let purged = store.purge(Duration::ZERO, 1).await.unwrap();
+    assert_eq!((purged.runs, purged.generations), (1, 1));
+    let purged = store.purge(Duration::ZERO, 10).await.unwrap();
+    assert_eq!((purged.runs, purged.generations), (1, 1));
+    let left = store.runs(RunFilter::default(), 10).await.unwrap();
+    assert_eq!(left.iter().map(|run| run.id).collect::<Vec<_>>(), [live]);
+    assert!(store.items(old, 0, 10).await.unwrap().is_empty());
+    assert!(store.log(old, 0, 10).await.unwrap().is_empty());
+    assert!(store.ambiguous(None, 10).await.unwrap().is_empty());
+    assert!(
+        store
+            .generations("a", &[key(1), key(2)])
+            .await
+            .unwrap()
+            .is_empty()
+    );
+}

@@ -1,0 +1,210 @@
+//! What every [`Queue`] must do: a suite for backends of your own. Ours pass it.
+//!
+//! ```
+//! use std::sync::Arc;
+//! use throughline::store::{Memory, Queue};
+//! use throughline::testing::store;
+//!
+//! # #[tokio::main(flavor = "current_thread")] async fn main() {
+//! // Each call must give a store of its own that is empty.
+//! let open = async || Arc::new(Memory::new()) as Arc<dyn Queue>;
+//! store::conformance(open).await;
+//! for seed in 0..8 {
+//!     store::against_model(open().await, seed, 100).await;
+//! }
+//! # }
+//! ```
+
+mod cases;
+mod model;
+mod races;
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde_json::Value;
+
+use crate::store::{Item, LeaseId, NewItem, NewRun, Queue, Run, RunId, Status, Store};
+
+pub use self::model::against_model;
+
+/// Longer than any test.
+const LONG: Duration = Duration::from_secs(3600);
+
+/// Runs every case on an empty store of its own.
+///
+/// # Panics
+/// Where the store does not keep the contract; the name of the case is printed before.
+pub async fn conformance(open: impl AsyncFn() -> Arc<dyn Queue>) {
+    macro_rules! run {
+        ($($room:ident: $($case:ident),+;)+) => {$($(
+            let name = concat!(stringify!($room), "::", stringify!($case));
+            // Shown by the test harness if a case panics.
+            println!("store conformance: {name}");
+            let store = open().await;
+            $room::$case(Arc::clone(&store)).await;
+            audit(&*store).await;
+        )+)+};
+    }
+    run! {
+        cases:
+            a_run_is_kept_as_it_was_given,
+            a_run_without_items_is_completed,
+            creating_a_run_twice_is_harmless,
+            what_cannot_be_kept_is_refused,
+            runs_are_listed_newest_first_and_by_page,
+            items_are_dealt_fairly_and_by_priority,
+            more_tenants_than_places_take_turns,
+            a_commit_counts_logs_and_ends_the_run,
+            a_commit_sent_again_changes_nothing,
+            who_lost_an_item_cannot_commit_it_but_its_generation_stays,
+            the_first_generation_under_a_key_stays,
+            unclaimed_items_can_be_committed_against_their_epoch,
+            a_lease_that_is_over_claims_nothing,
+            a_lease_of_the_same_name_is_another_lease,
+            a_retired_lease_gives_its_items_back_without_charge,
+            a_dead_workers_items_go_to_others_until_their_attempts_are_used_up,
+            released_items_come_back_when_their_delay_is_over,
+            a_cancelled_run_stops_at_once,
+            failed_items_can_be_tried_again,
+            intents_of_items_that_nobody_holds_are_ambiguous,
+            notes_are_logged_in_order,
+            old_runs_and_generations_are_purged;
+        races:
+            claimers_never_share_an_item,
+            counters_and_logs_are_exact_under_concurrent_commits,
+            one_of_many_that_create_the_same_run_creates_it,
+            each_item_is_settled_once_whoever_dies;
+    }
+}
+
+/// Counters equal what the items say, the log has no gap and tells the same story.
+///
+/// # Panics
+/// Where that is not so.
+pub async fn audit(store: &dyn Store) {
+    let mut before = None;
+    loop {
+        let page = crate::store::RunFilter {
+            before,
+            ..Default::default()
+        };
+        let runs = store.runs(page, 100).await.expect("runs");
+        let Some(last) = runs.last() else { break };
+        before = Some(last.id);
+        for run in runs {
+            audit_run(store, &run).await;
+        }
+    }
+}
+
+async fn audit_run(store: &dyn Store, run: &Run) {
+    let items = all_items(store, run.id).await;
+    let count = |status| items.iter().filter(|item| item.status == status).count() as u64;
+    let id = run.id;
+    assert_eq!(run.total, items.len() as u64, "total of run {id}");
+    assert_eq!(
+        run.completed,
+        count(Status::Completed),
+        "completed of run {id}"
+    );
+    assert_eq!(run.failed, count(Status::Failed), "failed of run {id}");
+    assert_eq!(
+        run.cancelled,
+        count(Status::Cancelled),
+        "cancelled of run {id}"
+    );
+    assert_eq!(
+        run.ended_at.is_some(),
+        run.status.is_over(),
+        "end of run {id}"
+    );
+    assert_eq!(run.status.is_over(), run.ended() == run.total, "{run:?}");
+    for (seq, item) in (0..).zip(&items) {
+        assert_eq!((item.seq, item.run), (seq, id), "place of {item:?}");
+        assert_eq!(
+            item.output.is_some(),
+            item.status == Status::Completed,
+            "{item:?}"
+        );
+        assert_eq!(
+            item.error.is_some(),
+            item.status == Status::Failed,
+            "{item:?}"
+        );
+    }
+
+    let (mut completed, mut failed) = (BTreeSet::new(), BTreeSet::new());
+    let log = store.log(id, 0, u32::MAX).await.expect("log");
+    for (seq, entry) in (1..).zip(&log) {
+        assert_eq!(entry.seq, seq, "a gap in the log of run {id}");
+        let data: Value = serde_json::from_str(&entry.data).expect("JSON in the log");
+        let seqs = |field: &str| {
+            let seqs = data[field]
+                .as_array()
+                .unwrap_or_else(|| panic!("no {field} in {entry:?}"));
+            seqs.iter().filter_map(Value::as_u64).collect::<Vec<_>>()
+        };
+        match &*entry.kind {
+            "settled" => {
+                for seq in seqs("completed") {
+                    assert!(
+                        completed.insert(seq),
+                        "item {seq} of run {id} completed twice"
+                    );
+                }
+                for seq in seqs("failed") {
+                    assert!(failed.insert(seq), "item {seq} of run {id} failed twice");
+                }
+            }
+            "retried" => failed.clear(),
+            _ => {}
+        }
+    }
+    assert_eq!(run.log_seq, log.len() as u64, "log_seq of run {id}");
+    assert_eq!(
+        run.completed,
+        completed.len() as u64,
+        "completed in the log of run {id}"
+    );
+    assert_eq!(
+        run.failed,
+        failed.len() as u64,
+        "failed in the log of run {id}"
+    );
+}
+
+/// All items of a run, by pages.
+async fn all_items(store: &dyn Store, run: RunId) -> Vec<Item> {
+    let mut items = Vec::new();
+    loop {
+        let page = store
+            .items(run, items.len() as u64, 500)
+            .await
+            .expect("items");
+        if page.is_empty() {
+            return items;
+        }
+        items.extend(page);
+    }
+}
+
+/// A run of `n` items for `tenant`.
+async fn create(store: &dyn Queue, tenant: &str, n: usize) -> RunId {
+    let items = (0..n).map(|i| NewItem::new(format!("k{i}"), format!("{{\"n\":{i}}}")));
+    let new = NewRun::new(tenant, "p").items(items);
+    store.create_run(new).await.expect("create_run").run
+}
+
+async fn read(store: &dyn Queue, run: RunId) -> Run {
+    store
+        .run(run)
+        .await
+        .expect("run")
+        .expect("the run is there")
+}
+
+async fn lease(store: &dyn Queue) -> LeaseId {
+    store.register("worker", LONG).await.expect("register")
+}

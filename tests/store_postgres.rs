@@ -1,0 +1,227 @@
+//! The store in Postgres, held to the contract of all stores; and what is the server's own.
+//!
+//! `scripts/services start` starts a server for it. Without one these tests say so and pass,
+//! unless `THROUGHLINE_REQUIRE_POSTGRES` is set.
+#![cfg(all(feature = "postgres", feature = "testing"))]
+
+#[path = "support/postgres.rs"]
+mod server;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use sqlx::Connection as _;
+use throughline::ErrorKind;
+use throughline::store::{
+    Commit, Item, NewItem, NewRun, Postgres, Queue, Settlement, Status, Store,
+};
+use throughline::testing::store;
+
+use server::Schemas;
+
+const LONG: Duration = Duration::from_secs(3600);
+
+fn run_of(n: usize) -> NewRun {
+    let items = (0..n).map(|i| NewItem::new(format!("k{i}"), format!("{{\"n\":{i}}}")));
+    NewRun::new("a", "p").items(items)
+}
+
+fn done(items: &[Item]) -> Commit {
+    Commit::new().settlements(items.iter().map(|item| Settlement {
+        hold: item.hold(),
+        result: Ok("1".to_owned()),
+    }))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn it_conforms() {
+    let Some(schemas) = Schemas::find() else {
+        return;
+    };
+    store::conformance(async || Arc::new(schemas.open().await) as Arc<dyn Queue>).await;
+    schemas.clear().await;
+}
+
+#[tokio::test]
+async fn it_walks_with_the_model() {
+    let Some(schemas) = Schemas::find() else {
+        return;
+    };
+    for seed in 0..12 {
+        store::against_model(Arc::new(schemas.open().await), seed, 150).await;
+    }
+    schemas.clear().await;
+}
+
+/// Not one statement for each row: N results are ⌈N / batch⌉ round trips.
+#[tokio::test]
+async fn a_batch_is_one_round_trip() {
+    const N: u64 = 1_000;
+    const BATCH: u32 = 256;
+    let Some(schemas) = Schemas::find() else {
+        return;
+    };
+    let store = schemas.open().await;
+    let lease = store.register("w", LONG).await.unwrap();
+    let before = store.round_trips();
+    let run = store.create_run(run_of(N as usize)).await.unwrap().run;
+    assert_eq!(store.round_trips() - before, 1);
+    for expected in 1..=N.div_ceil(BATCH.into()) {
+        let claimed = store.claim(lease, BATCH).await.unwrap();
+        store.commit(done(&claimed)).await.unwrap();
+        assert_eq!(store.round_trips() - before, 1 + 2 * expected);
+    }
+    let kept = store.run(run).await.unwrap().unwrap();
+    assert_eq!((kept.status, kept.completed), (Status::Completed, N));
+    schemas.clear().await;
+}
+
+#[tokio::test]
+async fn more_items_than_one_statement_takes_keep_their_order() {
+    let Some(schemas) = Schemas::find() else {
+        return;
+    };
+    let store = schemas.open().await;
+    let run = store.create_run(run_of(25_000)).await.unwrap().run;
+    store::audit(&store).await;
+    let items = store.items(run, 9_998, 4).await.unwrap();
+    let keys: Vec<_> = items.iter().map(|item| &*item.key).collect();
+    assert_eq!(keys, ["k9998", "k9999", "k10000", "k10001"]);
+    assert!(items.is_sorted_by_key(|item| item.id));
+    schemas.clear().await;
+}
+
+#[tokio::test]
+async fn several_may_make_the_tables_at_once_and_a_newer_release_is_refused() {
+    let Some(schemas) = Schemas::find() else {
+        return;
+    };
+    let name = schemas.name();
+    let connect = || Postgres::builder(&schemas.url).schema(&name).connect();
+    let all = futures::future::join_all((0..6).map(|_| connect())).await;
+    assert!(all.iter().all(Result::is_ok), "{all:?}");
+    assert!(
+        all[0]
+            .as_ref()
+            .unwrap()
+            .create_run(run_of(1))
+            .await
+            .unwrap()
+            .new
+    );
+
+    schemas
+        .raw(&format!("UPDATE {name}.schema_version SET version = 99"))
+        .await;
+    let newer = connect().await.unwrap_err();
+    assert_eq!(newer.kind(), ErrorKind::Store);
+    assert!(
+        newer.message().contains("newer release (version 99"),
+        "{newer}"
+    );
+    assert!(!newer.is_temporary());
+    schemas.clear().await;
+}
+
+#[tokio::test]
+async fn no_password_in_an_error_or_in_debug() {
+    const SECRET: &str = "do-not-show-this";
+    let urls = [
+        format!("postgres://u:{SECRET}@127.0.0.1:1/d"),
+        format!("postgres://u:{SECRET}@[::/d"),
+        format!("postgres://u:{SECRET}@127.0.0.1:port/d?sslmode=maybe"),
+        format!("mysql://u:{SECRET}@127.0.0.1/d?sslmode={SECRET}"),
+    ];
+    for url in urls {
+        let builder = Postgres::builder(&url);
+        assert!(!format!("{builder:?}").contains(SECRET));
+        let Err(error) = builder.connect().await else {
+            panic!("{url} connects")
+        };
+        assert!(!format!("{error:?} {error}").contains(SECRET), "{error:?}");
+        let source = std::error::Error::source(&error);
+        assert!(source.is_none_or(|source| !format!("{source:?}").contains(SECRET)));
+    }
+    let named = Postgres::builder("postgres://u@h/d")
+        .schema("a\"; DROP")
+        .connect()
+        .await;
+    assert_eq!(named.unwrap_err().kind(), ErrorKind::Config);
+    let Some(schemas) = Schemas::find() else {
+        return;
+    };
+    let password = schemas.url.split([':', '@']).nth(2).unwrap().to_owned();
+    let store = schemas.open().await;
+    assert!(!format!("{store:?}").contains(&password));
+    let wrong = schemas.url.replace(&password, SECRET);
+    let refused = Postgres::connect(wrong).await.unwrap_err();
+    assert!(
+        !format!("{refused:?} {refused}").contains(SECRET),
+        "{refused:?}"
+    );
+    schemas.clear().await;
+}
+
+/// A connection that the server ends is a temporary error at worst, and the next call works.
+#[tokio::test]
+async fn connections_that_the_server_ends_are_made_anew() {
+    let Some(schemas) = Schemas::find() else {
+        return;
+    };
+    let store = schemas.open().await;
+    let run = store.create_run(run_of(1)).await.unwrap().run;
+    schemas
+        .raw(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity \
+             WHERE application_name = 'throughline' AND query LIKE '%new AS (%INSERT INTO runs%'",
+        )
+        .await;
+    let mut tries = 0;
+    loop {
+        match store.run(run).await {
+            Ok(kept) => break assert_eq!(kept.unwrap().total, 1),
+            Err(error) => assert!(error.is_temporary() && tries < 10, "{error:?}"),
+        }
+        tries += 1;
+    }
+    schemas.clear().await;
+}
+
+/// The window between the two statements of a reap: a claim that was under way then, on the
+/// lease that the reap removes, must not leave an item with nobody.
+#[tokio::test]
+async fn a_claim_under_way_is_not_overlooked_by_the_reaper() {
+    let Some(schemas) = Schemas::find() else {
+        return;
+    };
+    let store = schemas.open().await;
+    let run = store.create_run(run_of(4)).await.unwrap().run;
+    let dying = store.register("w", LONG).await.unwrap();
+
+    // The claim, held open by hand after it has taken its items.
+    let mut claimer = schemas.connection().await;
+    let mut claim = claimer.begin().await.unwrap();
+    let take = "UPDATE items SET status = 'processing', lease_id = $1, epoch = epoch + 1, \
+                attempt = 1 FROM (SELECT id FROM leases WHERE id = $1 FOR KEY SHARE) AS lease WHERE run_id = $2";
+    sqlx::query(take)
+        .bind(dying.0)
+        .bind(run.0)
+        .execute(&mut *claim)
+        .await
+        .unwrap();
+
+    assert!(store.heartbeat(dying, Duration::ZERO).await.unwrap());
+    let store = Arc::new(store);
+    let reaping = tokio::spawn({
+        let store = Arc::clone(&store);
+        async move { store.reap().await.unwrap() }
+    });
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    assert!(!reaping.is_finished(), "the reaper waits for the claim");
+    claim.commit().await.unwrap();
+    let reaped = reaping.await.unwrap();
+    assert_eq!((reaped.leases, reaped.requeued), (1, 4));
+    let fresh = store.register("w", LONG).await.unwrap();
+    assert_eq!(store.claim(fresh, 10).await.unwrap().len(), 4);
+    schemas.clear().await;
+}

@@ -1,0 +1,224 @@
+//! The store in an SQLite file, held to the contract of all stores; and what is the file's own.
+#![cfg(all(feature = "sqlite", feature = "testing"))]
+
+use std::path::Path;
+use std::process::Command;
+use std::sync::Arc;
+use std::time::Duration;
+
+use sqlx::Connection as _;
+use tempfile::TempDir;
+use throughline::ErrorKind;
+use throughline::store::{
+    Commit, Durability, Item, NewItem, NewRun, Queue, RunId, Settlement, Sqlite, Status, Store,
+};
+use throughline::testing::store;
+
+const LONG: Duration = Duration::from_secs(3600);
+
+/// A store in a new file.
+async fn open(dir: &TempDir) -> Arc<Sqlite> {
+    let files = std::fs::read_dir(dir.path()).unwrap().count();
+    let path = dir.path().join(format!("{files}.db"));
+    Arc::new(Sqlite::open(path).await.unwrap())
+}
+
+fn run_of(n: usize) -> NewRun {
+    let items = (0..n).map(|i| NewItem::new(format!("k{i}"), format!("{{\"n\":{i}}}")));
+    NewRun::new("a", "p").items(items)
+}
+
+fn done(items: &[Item]) -> Commit {
+    Commit::new().settlements(items.iter().map(|item| Settlement {
+        hold: item.hold(),
+        result: Ok("1".to_owned()),
+    }))
+}
+
+/// Executes SQL on the file, beside the store.
+async fn raw(path: &Path, sql: &'static str) {
+    let url = format!("sqlite://{}?mode=rwc", path.display());
+    let mut connection = sqlx::SqliteConnection::connect(&url).await.unwrap();
+    sqlx::raw_sql(sql).execute(&mut connection).await.unwrap();
+    connection.close().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn it_conforms() {
+    let dir = tempfile::tempdir().unwrap();
+    store::conformance(async || open(&dir).await as Arc<dyn Queue>).await;
+}
+
+#[tokio::test]
+async fn it_walks_with_the_model() {
+    let dir = tempfile::tempdir().unwrap();
+    for seed in 0..12 {
+        store::against_model(open(&dir).await, seed, 150).await;
+    }
+}
+
+#[tokio::test]
+async fn what_is_committed_is_there_when_it_is_opened_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("runs.db");
+    let first = Sqlite::open(&path).await.unwrap();
+    let run = first.create_run(run_of(3)).await.unwrap().run;
+    let lease = first.register("w", LONG).await.unwrap();
+    let items = first.claim(lease, 2).await.unwrap();
+    first.commit(done(&items[..1])).await.unwrap();
+    drop(first);
+
+    let quick = Sqlite::builder(&path).durability(Durability::Process);
+    let second = quick.open().await.unwrap();
+    let kept = second.run(run).await.unwrap().unwrap();
+    assert_eq!((kept.status, kept.completed), (Status::Processing, 1));
+    assert_eq!(
+        second.commit(done(&items)).await.unwrap().items,
+        [items[1].id]
+    );
+    store::audit(&second).await;
+    second.close().await;
+    let closed = second.run(run).await.unwrap_err();
+    assert_eq!(closed.kind(), ErrorKind::Store);
+}
+
+#[tokio::test]
+async fn a_file_of_something_else_or_of_a_newer_release_is_refused_and_left_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let refused = async |path: &Path| {
+        let before = std::fs::read(path).unwrap();
+        let error = Sqlite::open(path).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Store);
+        assert!(!error.is_temporary());
+        assert!(
+            error.message().starts_with(&path.display().to_string()),
+            "{error}"
+        );
+        assert_eq!(std::fs::read(path).unwrap(), before);
+        error.message().to_owned()
+    };
+
+    let text = dir.path().join("notes.txt");
+    std::fs::write(&text, "buy milk ".repeat(1000)).unwrap();
+    assert!(refused(&text).await.contains("not a database"));
+
+    let other = dir.path().join("other.db");
+    raw(&other, "PRAGMA journal_mode = wal; CREATE TABLE runs (id)").await;
+    assert!(
+        refused(&other)
+            .await
+            .contains("not a store of this library")
+    );
+
+    let newer = dir.path().join("newer.db");
+    Sqlite::open(&newer).await.unwrap().close().await;
+    raw(&newer, "PRAGMA user_version = 99").await;
+    let message = refused(&newer).await;
+    assert!(message.contains("newer release (version 99"), "{message}");
+
+    let nowhere = dir.path().join("no/such/folder.db");
+    let error = Sqlite::open(&nowhere).await.unwrap_err();
+    assert!(error.message().contains("folder.db"), "{error}");
+}
+
+/// Not one statement for each row: N results are ⌈N / batch⌉ round trips.
+#[tokio::test]
+async fn a_batch_is_one_round_trip() {
+    const N: u64 = 1_000;
+    const BATCH: u32 = 256;
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(&dir).await;
+    let lease = store.register("w", LONG).await.unwrap();
+    let before = store.round_trips();
+    let run = store.create_run(run_of(N as usize)).await.unwrap().run;
+    assert_eq!(store.round_trips() - before, 1);
+    for expected in 1..=N.div_ceil(BATCH.into()) {
+        let claimed = store.claim(lease, BATCH).await.unwrap();
+        store.commit(done(&claimed)).await.unwrap();
+        assert_eq!(store.round_trips() - before, 1 + 2 * expected);
+    }
+    let kept = store.run(run).await.unwrap().unwrap();
+    assert_eq!((kept.status, kept.completed), (Status::Completed, N));
+}
+
+/// What is dropped half-way happens wholly or not at all, and the next one is not disturbed.
+#[tokio::test]
+async fn dropped_calls_leave_no_half_behind() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(&dir).await;
+    let lease = store.register("w", LONG).await.unwrap();
+    for pause in 0..40 {
+        let run = store.create_run(run_of(50)).await.unwrap().run;
+        let claimed = store.claim(lease, 50).await.unwrap();
+        assert_eq!(claimed.len(), 50);
+        let limit = Duration::from_micros(50 * pause);
+        let _ = tokio::time::timeout(limit, store.commit(done(&claimed))).await;
+        let _ = tokio::time::timeout(limit, store.cancel(run)).await;
+        let kept = store.run(run).await.unwrap().unwrap();
+        assert!([0, 50].contains(&kept.ended()), "{kept:?}");
+        store.cancel(run).await.unwrap();
+    }
+    store::audit(&*store).await;
+}
+
+// Several processes on one file
+
+const PROCESSES: usize = 4;
+const ITEMS_EACH: usize = 600;
+
+/// Not a test: what each process of the test below does, in a copy of this program.
+#[tokio::test]
+async fn process() {
+    let Ok(path) = std::env::var("THROUGHLINE_TEST_FILE") else {
+        return;
+    };
+    let store = Sqlite::open(path).await.unwrap();
+    store.create_run(run_of(ITEMS_EACH)).await.unwrap();
+    let lease = store.register("w", LONG).await.unwrap();
+    loop {
+        let claimed = store.claim(lease, 8).await.unwrap();
+        if claimed.is_empty() {
+            break;
+        }
+        store.commit(done(&claimed)).await.unwrap();
+        assert!(store.heartbeat(lease, LONG).await.unwrap());
+        store.reap().await.unwrap();
+    }
+    store.retire(lease).await.unwrap();
+}
+
+#[tokio::test]
+async fn four_processes_share_a_file_and_none_finds_it_locked() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("shared.db");
+    // The file is not there yet: they race to make it, too.
+    let start = |_| {
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command.args(["process", "--exact", "--nocapture"]);
+        command
+            .env("THROUGHLINE_TEST_FILE", &path)
+            .env("RUST_BACKTRACE", "0");
+        command
+            .stdout(std::process::Stdio::piped())
+            .stderr(std::process::Stdio::piped());
+        command.spawn().unwrap()
+    };
+    let children: Vec<_> = (0..PROCESSES).map(start).collect();
+    for child in children {
+        let output = child.wait_with_output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{said}");
+        assert!(!said.contains("locked"), "{said}");
+    }
+    let store = Sqlite::open(&path).await.unwrap();
+    let runs = store.runs(Default::default(), 100).await.unwrap();
+    assert_eq!(runs.len(), PROCESSES);
+    for run in runs {
+        assert_eq!(
+            (run.status, run.completed),
+            (Status::Completed, ITEMS_EACH as u64)
+        );
+    }
+    store::audit(&store).await;
+    assert!(store.run(RunId(99)).await.unwrap().is_none());
+}
