@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+#[cfg(feature = "sqlite")]
 use super::records::RunId;
 use crate::error::{Error, ErrorKind, Persistence};
 
@@ -88,6 +89,7 @@ pub(super) fn from_sql(number: i64) -> u64 {
 }
 
 /// Log entries of one run that go in from `last` backwards.
+#[cfg(feature = "sqlite")]
 pub(super) fn numbered(
     run: RunId,
     last: i64,
@@ -243,6 +245,7 @@ pub(super) fn dealt(
 }
 
 /// Rows for logs, as one JSON text.
+#[cfg(feature = "sqlite")]
 pub(super) fn log_rows(rows: impl IntoIterator<Item = (RunId, i64, String, String)>) -> String {
     let rows: Vec<_> = rows
         .into_iter()
