@@ -11,11 +11,13 @@ use futures::{FutureExt as _, future};
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 
+use crate::deployment::Deployment;
 use crate::error::{Error, ErrorKind, Result};
 use crate::estimate::TokenCounter;
 use crate::event::{Event, Observer, Observers};
 use crate::guard::Guard;
 use crate::pace::{Binding, Lane, LaneSnapshot, Pace, Priority, Tenant, Who};
+use crate::pool::Pool;
 use crate::provider::Provider;
 use crate::reply::Reply;
 use crate::request::Request;
@@ -63,9 +65,9 @@ impl Context {
     /// Starts a context around `provider`, with no limits and default retries.
     pub fn builder(provider: impl Provider) -> ContextBuilder {
         ContextBuilder {
-            provider: Arc::new(provider),
-            pace: Pace::unlimited(),
-            lane: None,
+            first: Deployment::new(provider),
+            others: Vec::new(),
+            retries: None,
             counter: None,
             retry: None,
             model: None,
@@ -278,14 +280,38 @@ impl Context {
         self.scope.tally()
     }
 
-    /// The lane of the provider.
+    /// The lane of the provider; of the first, where there are several.
     pub fn lane(&self) -> &Lane {
-        self.shared.guard.lane()
+        self.first().1
     }
 
-    /// The bare provider, without lane and retries.
+    /// The lanes of all deployments, in the order in which the builder was given them.
+    pub fn lanes(&self) -> impl Iterator<Item = &Lane> {
+        let deployments = self.shared.guard.pool().deployments();
+        deployments.map(|(_, lane)| lane)
+    }
+
+    /// The bare provider, without lane and retries; the first, where there are several.
     pub fn provider(&self) -> &Arc<dyn Provider> {
-        self.shared.guard.provider()
+        &self.first().0.provider
+    }
+
+    fn first(&self) -> (&Deployment, &Lane) {
+        let mut deployments = self.shared.guard.pool().deployments();
+        deployments.next().expect("a pool is made around its first")
+    }
+
+    /// Changes the limits under those who wait and those in flight, as [`Lane::retune`] does
+    /// (of the first lane, where there are several), and tells the observers.
+    pub fn retune(&self, pace: Pace) {
+        let limits: Vec<_> = pace.limits().collect();
+        self.lane().retune(pace);
+        for (limit, per_minute) in limits {
+            self.observers().tell(|| Event::LaneRetuned {
+                limit: limit.as_str(),
+                per_minute,
+            });
+        }
     }
 
     /// How the work stands, to poll as often as you like.
@@ -294,7 +320,8 @@ impl Context {
         let items = &self.shared.items;
         // Settled first, started last: a reader never sees more settled than started.
         let (items_done, items_failed) = (count(&items.done), count(&items.failed));
-        let mut lane = self.lane().snapshot();
+        let others = self.lanes().skip(1).map(Lane::snapshot);
+        let mut lane = others.fold(self.lane().snapshot(), LaneSnapshot::beside);
         if lane.binding == Binding::Nothing && self.shared.guard.budget_is_dry() {
             lane.binding = Binding::Budget;
         }
@@ -374,9 +401,11 @@ impl Snapshot {
 /// Builds a [`Context`].
 #[must_use = "a builder does nothing until `build`"]
 pub struct ContextBuilder {
-    provider: Arc<dyn Provider>,
-    pace: Pace,
-    lane: Option<Lane>,
+    first: Deployment,
+    /// Those after it, and whether each begins the next group.
+    others: Vec<(Deployment, bool)>,
+    /// The retries that the pace brings.
+    retries: Option<u32>,
     counter: Option<Box<dyn TokenCounter>>,
     retry: Option<Retry>,
     model: Option<Arc<str>>,
@@ -392,14 +421,29 @@ impl ContextBuilder {
     /// A pace that brings a number of retries ([`Pace::safe`]) sets them, unless
     /// [`retry`](Self::retry) does.
     pub fn pace(mut self, pace: Pace) -> Self {
-        self.pace = pace;
-        self.lane = None;
-        self
+        self.retries = pace.retries();
+        self.lane(Lane::new(pace))
     }
 
     /// A lane that several contexts share, because the account is the same.
     pub fn lane(mut self, lane: Lane) -> Self {
-        self.lane = Some(lane);
+        self.first.lane = lane;
+        self
+    }
+
+    /// Another deployment of what the context calls: an account, a region, a server. A call
+    /// goes where it can start first; one that failed goes elsewhere next; one whose
+    /// account is refused ([`Error::is_account_wide`]) is left out. See [`Pool`].
+    pub fn beside(mut self, deployment: Deployment) -> Self {
+        self.others.push((deployment, false));
+        self
+    }
+
+    /// A deployment, often of another model, for calls that those before it cannot make: when
+    /// all of them are left out or closed for more than 10 minutes, or when a call has used up
+    /// its attempts there. It gets the same number of attempts here.
+    pub fn fallback(mut self, deployment: Deployment) -> Self {
+        self.others.push((deployment, true));
         self
     }
 
@@ -460,20 +504,27 @@ impl ContextBuilder {
 
     /// The context.
     pub fn build(self) -> Context {
-        let retry = self.retry.unwrap_or_else(|| match self.pace.retries() {
+        let retry = self.retry.unwrap_or_else(|| match self.retries {
             Some(retries) => Retry::default().attempts(retries + 1),
             None => Retry::default(),
         });
-        let lane = self.lane.unwrap_or_else(|| Lane::new(self.pace));
+        let lane = |deployment: &Deployment| deployment.lane.clone();
+        let mut pool = Pool::new(self.first.clone(), lane(&self.first));
+        for (deployment, is_fallback) in self.others {
+            let lane = lane(&deployment);
+            pool = match is_fallback {
+                true => pool.fallback(deployment, lane),
+                false => pool.beside(deployment, lane),
+            };
+        }
         let observers = Arc::new(self.observers);
         let mut bounds = Bounds::new(self.cancel);
         bounds.deadline = self.deadline;
         Context {
             shared: Arc::new(Shared {
                 guard: Guard::new(
-                    self.provider,
+                    pool,
                     self.counter,
-                    lane,
                     retry,
                     self.call_timeout,
                     Arc::clone(&observers),

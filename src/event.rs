@@ -84,7 +84,8 @@ pub enum Event {
         /// How many there may be now.
         in_flight: usize,
     },
-    /// A limit of the lane is new or has changed, by the headers of a reply.
+    /// A limit of the lane is new or has changed: by the headers of a reply, or by
+    /// [`Context::retune`](crate::Context::retune).
     #[non_exhaustive]
     LaneRetuned {
         /// Which limit, as [`Binding`](crate::Binding) names it.

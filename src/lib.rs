@@ -55,6 +55,7 @@ pub mod bar;
 mod batch;
 mod budget;
 mod context;
+mod deployment;
 mod digest;
 mod error;
 mod estimate;
@@ -87,6 +88,7 @@ pub use tokio_util::sync::CancellationToken;
 
 pub use crate::batch::{Batch, IntoInputs, Outcomes, Over, Progress};
 pub use crate::context::{Context, ContextBuilder, Snapshot};
+pub use crate::deployment::Deployment;
 pub use crate::digest::RequestDigest;
 pub use crate::error::{Error, ErrorKind, Persistence, Result};
 pub use crate::estimate::TokenCounter;

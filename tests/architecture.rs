@@ -15,6 +15,7 @@ const LAYERS: &[(&str, u8)] = &[
     ("store", 1),
     ("scope", 2),
     ("pace", 2),
+    ("deployment", 2),
     ("pool", 2),
     ("retry", 2),
     ("estimate", 2),

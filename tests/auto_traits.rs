@@ -56,8 +56,8 @@ async fn futures_are_send() {
     send(&cx.generate("a"));
     send(&cx.lane().acquire(throughline::Need::new(1, 1)));
     let pool = throughline::Pool::new("a", cx.lane().clone());
-    let visit = pool.arrive();
-    send(&pool.acquire(throughline::Need::new(1, 1), &visit));
+    let mut visit = pool.arrive();
+    send(&pool.acquire(throughline::Need::new(1, 1), &mut visit));
     send(&cx.alongside(async { Ok(()) }, cx.generate("a")));
     let nested = cx.fan_out("a", [1]).settle(|cx, _| async move {
         let inner = cx

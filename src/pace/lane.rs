@@ -132,15 +132,18 @@ impl Lane {
     /// If it must wait outside a Tokio runtime that has its timer enabled.
     pub async fn acquire(&self, need: Need) -> Result<Permit> {
         let charge = Charge::from(&need);
-        let entry = self.shared.step(|turnstile, now, errands| {
-            turnstile.enter(now, need.place, need.who, charge, errands)
+        let (place, entry) = self.shared.step(|turnstile, now, errands| {
+            let place = need.place.unwrap_or_else(|| turnstile.arrive());
+            let entry = turnstile.enter(now, Some(place), need.who, charge, errands);
+            (place, entry)
         });
         match entry {
-            Entry::Granted(grant) => Ok(self.permit(grant)),
+            Entry::Granted(grant) => Ok(self.permit(grant, place)),
             Entry::Stopped(why) => Err(why),
             Entry::Queued(key) => {
                 let waiting = Waiting {
                     lane: self,
+                    place,
                     key: Some(key),
                     alarm: None,
                 };
@@ -152,10 +155,11 @@ impl Lane {
     /// A permit if one is to be had at once, and nobody waits for it.
     pub fn try_acquire(&self, need: &Need) -> Option<Permit> {
         let charge = Charge::from(need);
-        let grant = self
-            .shared
-            .step(|turnstile, now, _| turnstile.try_enter(now, charge));
-        grant.map(|grant| self.permit(grant))
+        self.shared.step(|turnstile, now, _| {
+            let grant = turnstile.try_enter(now, charge)?;
+            let place = need.place.unwrap_or_else(|| turnstile.arrive());
+            Some(self.permit(grant, place))
+        })
     }
 
     /// Takes the next place in the order of arrival, for [`Need::at`].
@@ -221,10 +225,11 @@ impl Lane {
             .step(|turnstile, now, _| turnstile.snapshot(now))
     }
 
-    fn permit(&self, grant: Grant) -> Permit {
+    fn permit(&self, grant: Grant, place: Place) -> Permit {
         Permit {
             lane: self.clone(),
             grant: Some(grant),
+            place,
             sent: false,
         }
     }
@@ -266,6 +271,7 @@ impl Shared {
 /// The future of one who waits.
 struct Waiting<'a> {
     lane: &'a Lane,
+    place: Place,
     /// `None` once the grant is collected.
     key: Option<Key>,
     /// Made when this is first the one to keep the time, which most never are.
@@ -301,7 +307,7 @@ impl Future for Waiting<'_> {
             match turn {
                 Turn::Granted(grant) => {
                     this.key = None;
-                    return Poll::Ready(Ok(this.lane.permit(grant)));
+                    return Poll::Ready(Ok(this.lane.permit(grant, this.place)));
                 }
                 Turn::Stopped(why) => {
                     this.key = None;
@@ -346,10 +352,17 @@ pub struct Permit {
     lane: Lane,
     /// `None` once it has ended.
     grant: Option<Grant>,
+    place: Place,
     sent: bool,
 }
 
 impl Permit {
+    /// Where its call stood in the queue: with [`Need::at`], a retry stands there again
+    /// and comes before all that arrived since.
+    pub fn place(&self) -> Place {
+        self.place
+    }
+
     /// Says that the call is on its way, so that from here on a drop does not
     /// give its charge back.
     pub fn mark_sent(&mut self) {
