@@ -97,7 +97,9 @@ impl Context {
         if request.item_key.is_none() {
             request.item_key = self.scope.item_key().cloned();
         }
-        self.shared.guard.call(&self.scope, &request).await
+        let guard = &self.shared.guard;
+        let result = guard.call(&self.scope, &request).await;
+        result.inspect_err(|error| guard.failed(&self.scope, error))
     }
 
     /// A context one label further down the path, with a tally and a cancellation of its own.

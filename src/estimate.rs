@@ -5,7 +5,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use crate::pace::Need;
 use crate::provider::OutputCharge;
 use crate::request::Request;
 use crate::scope::Scope;
@@ -155,11 +154,11 @@ pub(crate) fn charged(charge: OutputCharge, request: &Request, mut usage: Usage)
 /// not charged where only production is. What else was charged nobody says.
 pub(crate) fn charged_in_vain(
     charge: OutputCharge,
-    need: &Need,
+    input_tokens: u64,
     billed: Option<bool>,
 ) -> Option<Usage> {
     let unproduced = charge == OutputCharge::Produced && billed == Some(false);
-    unproduced.then(|| Usage::new(need.input_tokens, 0))
+    unproduced.then(|| Usage::new(input_tokens, 0))
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -196,10 +195,7 @@ mod tests {
         assert_eq!(estimator.output(&scope, &request, charge), 900);
         let usage = charged(charge, &request, Usage::new(1, 5));
         assert_eq!(usage.output_tokens, 900);
-        assert_eq!(
-            charged_in_vain(charge, &Need::new(1, 900), Some(false)),
-            None
-        );
+        assert_eq!(charged_in_vain(charge, 1, Some(false)), None);
     }
 
     #[test]
@@ -223,10 +219,9 @@ mod tests {
         );
         assert!(output(&long, &request) >= 1_900, "the last 64 count");
         assert_eq!(output(&long, &Request::new("a").max_tokens(50)), 50);
-        let need = Need::new(7, 18);
-        let free = charged_in_vain(charge, &need, Some(false));
+        let free = charged_in_vain(charge, 7, Some(false));
         assert_eq!(free, Some(Usage::new(7, 0)));
-        assert_eq!(charged_in_vain(charge, &need, None), None);
+        assert_eq!(charged_in_vain(charge, 7, None), None);
     }
 
     #[test]

@@ -63,24 +63,21 @@ impl Guard {
         self.budget.is_dry()
     }
 
-    /// One request, as many calls as it takes.
-    pub(crate) async fn call(&self, scope: &Scope, request: &Request) -> Result<Reply> {
-        let result = self.attempts(scope, request).await;
-        if let Err(error) = &result {
-            scope.add(Tally {
-                calls: 1,
-                ..Tally::default()
-            });
-            tracing::debug!(path = %scope, %error, "call failed");
-            self.observers.tell(|| Event::CallFailed {
-                path: scope.path(),
-                error: error.clone(),
-            });
-        }
-        result
+    /// Counts and tells of a request that has failed for good.
+    pub(crate) fn failed(&self, scope: &Scope, error: &Error) {
+        scope.add(Tally {
+            calls: 1,
+            ..Tally::default()
+        });
+        tracing::debug!(path = %scope, %error, "call failed");
+        self.observers.tell(|| Event::CallFailed {
+            path: scope.path(),
+            error: error.clone(),
+        });
     }
 
-    async fn attempts(&self, scope: &Scope, request: &Request) -> Result<Reply> {
+    /// One request, as many calls as it takes.
+    pub(crate) async fn call(&self, scope: &Scope, request: &Request) -> Result<Reply> {
         let bounds = &scope.bounds;
         let input = self.estimator.input(request);
         // A retry goes back to where its call stood in the queue, not to the end.
@@ -168,7 +165,22 @@ impl Guard {
         visit: &mut Visit,
         attempt: u32,
     ) -> Result<Sent> {
-        let mut turn = self.turn(scope, request, input, visit).await?;
+        let bounds = &scope.bounds;
+        bounds.check()?;
+        let need = |deployment: &Deployment| {
+            let charge = deployment.charge();
+            let output = self.estimator.output(scope, request, charge);
+            Need::new(input, output).of(scope.who)
+        };
+        let mut turn = match self.pool.try_acquire_by(need, visit) {
+            Some(turn) => turn,
+            // In a box, so that the many calls that need not wait are not as large as this.
+            None => Box::pin(bounds.before_send(self.pool.acquire_by(need, visit))).await??,
+        };
+        if bounds.deadline.is_some_and(|end| self.is_too_late(end)) {
+            let message = "not even a fast call would be answered before the deadline";
+            return Err(Error::new(ErrorKind::DeadlineExceeded, message));
+        }
         turn.mark_sent();
         let (index, deployment) = (turn.index(), turn.deployment());
         let charge = deployment.charge();
@@ -202,41 +214,12 @@ impl Guard {
                     ErrorKind::Throttled => CallOutcome::Throttled { wait: error.wait() },
                     ErrorKind::Overloaded => CallOutcome::Overloaded { wait: error.wait() },
                     _ => CallOutcome::Failed {
-                        usage: charged_in_vain(charge, turn.need(), error.billed()),
+                        usage: charged_in_vain(charge, input, error.billed()),
                     },
                 };
                 self.conclude(turn, error.rate(), outcome);
                 Ok(Sent::Failed(index, error))
             }
-        }
-    }
-
-    /// Waits for a permit, if it must, and looks whether the call is still worth sending.
-    async fn turn<'a>(
-        &'a self,
-        scope: &Scope,
-        request: &Request,
-        input: u64,
-        visit: &mut Visit,
-    ) -> Result<Turn<'a, Deployment>> {
-        let bounds = &scope.bounds;
-        bounds.check()?;
-        let need = |deployment: &Deployment| {
-            let charge = deployment.charge();
-            let output = self.estimator.output(scope, request, charge);
-            Need::new(input, output).of(scope.who)
-        };
-        let turn = match self.pool.try_acquire_by(need, visit) {
-            Some(turn) => turn,
-            // In a box, so that the many calls that need not wait are not as large as this.
-            None => Box::pin(bounds.before_send(self.pool.acquire_by(need, visit))).await??,
-        };
-        match bounds.deadline {
-            Some(end) if self.is_too_late(end) => Err(Error::new(
-                ErrorKind::DeadlineExceeded,
-                "not even a fast call would be answered before the deadline",
-            )),
-            _ => Ok(turn),
         }
     }
 
@@ -307,7 +290,6 @@ impl Guard {
         } else {
             call.instrument(span.clone()).await
         };
-        let result = result.and_then(|result| result);
         record(&span, &result);
         scope.add(by_class(&result));
         if let Ok(reply) = &result {

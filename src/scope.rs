@@ -200,30 +200,35 @@ impl Bounds {
 
     /// Runs a call that has been sent: cancel, the deadline and `limit` end it,
     /// and nobody can know whether it is paid for.
-    pub(crate) async fn in_flight<F: Future>(&self, limit: Duration, call: F) -> Result<F::Output> {
+    pub(crate) async fn in_flight<T>(
+        &self,
+        limit: Duration,
+        call: impl Future<Output = Result<T>>,
+    ) -> Result<T> {
         let mut call = pin!(call);
         // A provider that answers at once (a cache, a test) need not arm a timer.
         if let Poll::Ready(done) = poll!(call.as_mut()) {
-            return Ok(done);
+            return done;
         }
         let end = Instant::now() + limit;
         let at = self.deadline.map_or(end, |deadline| deadline.min(end));
         let ended = Box::pin(async {
-            tokio::select! {
+            let error = tokio::select! {
                 biased;
-                done = call => Ok(done),
+                done = call => return done,
                 () = self.cancel.cancelled() => {
-                    Err(Error::cancelled("cancelled while the call was in flight"))
+                    Error::cancelled("cancelled while the call was in flight")
                 }
-                () = sleep_until(at) => Err(if at < end {
+                () = sleep_until(at) => if at < end {
                     let message = "the deadline passed while the call was in flight";
                     Error::new(ErrorKind::DeadlineExceeded, message)
                 } else {
                     Error::new(ErrorKind::Timeout, format!("no reply within {limit:?}"))
-                }),
-            }
+                },
+            };
+            Err(error.with_billed(None))
         });
-        ended.await.map_err(|error| error.with_billed(None))
+        ended.await
     }
 }
 
@@ -369,14 +374,17 @@ mod tests {
         bounds.drain.cancel();
         let waiting = bounds.before_send(std::future::ready(())).await;
         assert!(waiting.unwrap_err().is_cancelled());
-        let call = tokio::time::sleep(Duration::from_secs(1));
+        let call = async {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            Ok(())
+        };
         assert!(bounds.in_flight(Duration::from_secs(2), call).await.is_ok());
     }
 
     #[tokio::test(start_paused = true)]
     async fn the_nearer_of_deadline_and_limit_ends_a_call() {
         let mut bounds = Bounds::new(CancellationToken::new());
-        let forever = || std::future::pending::<()>();
+        let forever = || std::future::pending::<Result<()>>();
         let limit = Duration::from_secs(2);
         let error = bounds.in_flight(limit, forever()).await.unwrap_err();
         assert!(error.is_timeout() && error.billed().is_none());

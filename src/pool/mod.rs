@@ -147,7 +147,7 @@ impl<T> Pool<T> {
         if let Some(only) = self.only(visit) {
             let need = visit.stand(need(&only.what), 0);
             let permit = only.lane.acquire(need).await?;
-            return Ok(self.turn(0, permit, need, visit));
+            return Ok(self.turn(0, permit, visit));
         }
         loop {
             let mut changed = pin!(self.changed.notified());
@@ -164,20 +164,20 @@ impl<T> Pool<T> {
             for index in &chosen {
                 let (lane, need) = wanted(*index);
                 if let Some(permit) = lane.try_acquire(&need) {
-                    return Ok(self.turn(*index, permit, need, visit));
+                    return Ok(self.turn(*index, permit, visit));
                 }
             }
             let waits = chosen.iter().map(|index| {
                 let (lane, need) = wanted(*index);
                 let permit = lane.acquire(need);
-                permit.map(move |permit| (*index, permit, need)).boxed()
+                permit.map(|permit| (*index, permit)).boxed()
             });
             let mut race = future::select_all(waits);
             loop {
                 tokio::select! {
                     biased;
-                    ((index, permit, need), ..) = &mut race => match permit {
-                        Ok(permit) => return Ok(self.turn(index, permit, need, visit)),
+                    ((index, permit), ..) = &mut race => match permit {
+                        Ok(permit) => return Ok(self.turn(index, permit, visit)),
                         // That lane was stopped: the others are left.
                         Err(_) => break,
                     },
@@ -204,7 +204,7 @@ impl<T> Pool<T> {
         let only = self.only(visit)?;
         let need = visit.stand(need(&only.what), 0);
         let permit = only.lane.try_acquire(&need)?;
-        Some(self.turn(0, permit, need, visit))
+        Some(self.turn(0, permit, visit))
     }
 
     /// The only deployment there is: nothing to choose.
@@ -228,14 +228,13 @@ impl<T> Pool<T> {
         !self.choose(visit).is_empty()
     }
 
-    fn turn(&self, index: usize, permit: Permit, need: Need, visit: &mut Visit) -> Turn<'_, T> {
+    fn turn(&self, index: usize, permit: Permit, visit: &mut Visit) -> Turn<'_, T> {
         if visit.places.is_empty() {
             visit.first = Some(permit.place());
         }
         Turn {
             pool: self,
             index,
-            need,
             permit,
         }
     }
@@ -319,7 +318,6 @@ impl Visit {
 pub struct Turn<'a, T> {
     pool: &'a Pool<T>,
     index: usize,
-    need: Need,
     permit: Permit,
 }
 
@@ -337,11 +335,6 @@ impl<'a, T> Turn<'a, T> {
     /// As [`Permit::mark_sent`].
     pub fn mark_sent(&mut self) {
         self.permit.mark_sent();
-    }
-
-    /// What it was acquired for.
-    pub(crate) fn need(&self) -> &Need {
-        &self.need
     }
 
     /// As [`Permit::observe`].
