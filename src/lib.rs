@@ -60,6 +60,7 @@ mod error;
 mod estimate;
 mod event;
 mod guard;
+pub mod json;
 mod pace;
 mod pipeline;
 mod pool;

@@ -11,6 +11,7 @@ const LAYERS: &[(&str, u8)] = &[
     ("digest", 0),
     ("usage", 0),
     ("event", 0),
+    ("json", 0),
     ("provider", 1),
     ("store", 1),
     ("scope", 2),
