@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use crate::error::{Error, ErrorKind, Result};
 use crate::estimate::TokenCounter;
 use crate::event::{Event, Observer, Observers};
-use crate::guard::Guard;
+use crate::guard::{Guard, Sink};
 use crate::pace::{Binding, Lane, LaneSnapshot, Pace, Priority, Tenant, Who};
 use crate::provider::Provider;
 use crate::reply::Reply;
@@ -88,14 +88,23 @@ impl Context {
     /// Dropped before the call was sent, nothing is paid and the permit goes back whole.
     /// Dropped after, the provider may bill a reply that nobody receives.
     pub async fn generate(&self, request: impl Into<Request>) -> Result<Reply> {
-        let mut request = request.into();
+        self.generate_into(request.into(), None).await
+    }
+
+    /// As [`generate`](Self::generate); with a sink, the reply is passed on to it while it is
+    /// being written.
+    pub(crate) async fn generate_into(
+        &self,
+        mut request: Request,
+        sink: Option<&Sink>,
+    ) -> Result<Reply> {
         if request.model.is_none() {
             request.model.clone_from(&self.shared.model);
         }
         if request.item_key.is_none() {
             request.item_key = self.scope.item_key().cloned();
         }
-        self.shared.guard.call(&self.scope, &request).await
+        self.shared.guard.call(&self.scope, &request, sink).await
     }
 
     /// A context one label further down the path, with a tally and a cancellation of its own.

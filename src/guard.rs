@@ -3,6 +3,8 @@
 //! The order is the point. A retry *around* a paced call waits with its permit in
 //! hand and starves the others; a second retry layer *below* it multiplies attempts.
 
+mod stream;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -21,6 +23,8 @@ use crate::request::Request;
 use crate::retry::{Class, Retry, Streak};
 use crate::scope::{Scope, Tally};
 use crate::usage::RateSnapshot;
+
+pub(crate) use self::stream::Sink;
 
 pub(crate) struct Guard {
     provider: Arc<dyn Provider>,
@@ -69,9 +73,15 @@ impl Guard {
         &self.provider
     }
 
-    /// One request, as many calls as it takes.
-    pub(crate) async fn call(&self, scope: &Scope, request: &Request) -> Result<Reply> {
-        let result = self.attempts(scope, request).await;
+    /// One request, as many calls as it takes. With a sink, the reply is passed on to it while
+    /// it is being written.
+    pub(crate) async fn call(
+        &self,
+        scope: &Scope,
+        request: &Request,
+        sink: Option<&Sink>,
+    ) -> Result<Reply> {
+        let result = self.attempts(scope, request, sink).await;
         if let Err(error) = &result {
             scope.add(Tally {
                 calls: 1,
@@ -86,7 +96,12 @@ impl Guard {
         result
     }
 
-    async fn attempts(&self, scope: &Scope, request: &Request) -> Result<Reply> {
+    async fn attempts(
+        &self,
+        scope: &Scope,
+        request: &Request,
+        sink: Option<&Sink>,
+    ) -> Result<Reply> {
         let bounds = &scope.bounds;
         // A retry goes back to where its call stood in the queue, not to the end.
         let need = self.estimator.need(scope, request).at(self.lane.arrive());
@@ -96,7 +111,7 @@ impl Guard {
         let mut attempt = 0;
         let mut stall = None;
         loop {
-            let error = match self.send(scope, request, need, attempt + 1).await {
+            let error = match self.send(scope, request, sink, need, attempt + 1).await {
                 Ok(Sent::Answered(reply)) => return Ok(reply),
                 Ok(Sent::Failed(error)) => error,
                 Err(error) => return Err(error.exhausted(attempt)),
@@ -159,6 +174,7 @@ impl Guard {
         &self,
         scope: &Scope,
         request: &Request,
+        sink: Option<&Sink>,
         need: Need,
         attempt: u32,
     ) -> Result<Sent> {
@@ -168,7 +184,7 @@ impl Guard {
         // Who learns nothing from it and tells nobody need not look at the clock.
         let sampled = self.estimator.samples();
         let sent = (sampled || self.observers.listen()).then(Instant::now);
-        match self.attempt(scope, request, attempt, sent).await {
+        match self.attempt(scope, request, sink, attempt, sent).await {
             Ok(reply) => {
                 let usage = Some(self.estimator.charged(request, reply.usage));
                 self.conclude(permit, reply.rate.as_deref(), CallOutcome::Done { usage });
@@ -239,6 +255,7 @@ impl Guard {
         &self,
         scope: &Scope,
         request: &Request,
+        sink: Option<&Sink>,
         attempt: u32,
         sent: Option<Instant>,
     ) -> Result<Reply> {
@@ -249,7 +266,10 @@ impl Guard {
         let limit = request.timeout.unwrap_or(self.call_timeout);
         let span = span(self.provider.name(), request);
         // The provider itself: through the `Arc` the call would be boxed once more.
-        let call = (*self.provider).generate(request);
+        let call = match sink {
+            None => (*self.provider).generate(request),
+            Some(sink) => Box::pin(sink.call(&*self.provider, request)),
+        };
         let call = scope.bounds.in_flight(limit, call);
         let result = if span.is_disabled() {
             call.await

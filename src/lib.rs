@@ -71,6 +71,7 @@ mod retry;
 mod scope;
 mod settled;
 pub mod store;
+mod stream;
 #[cfg(feature = "testing")]
 pub mod testing;
 mod usage;
@@ -111,4 +112,5 @@ pub use crate::request::{Message, Request, ResponseFormat, Role};
 pub use crate::retry::Retry;
 pub use crate::scope::Tally;
 pub use crate::settled::{Outcome, Settled};
+pub use crate::stream::Deltas;
 pub use crate::usage::{Quota, RateSnapshot, Usage};

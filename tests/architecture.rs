@@ -22,6 +22,7 @@ const LAYERS: &[(&str, u8)] = &[
     ("budget", 2),
     ("guard", 2),
     ("context", 3),
+    ("stream", 3),
     ("pipeline", 4),
     ("settled", 4),
     ("batch", 4),
