@@ -276,7 +276,10 @@ impl Guard {
         } else {
             call.instrument(span.clone()).await
         };
-        let result = result.and_then(|result| result);
+        let mut result = result.and_then(|result| result);
+        if let Some(sink) = sink {
+            result = result.map_err(|error| sink.judge(error));
+        }
         record(&span, &result);
         scope.add(by_class(&result));
         if let Ok(reply) = &result {

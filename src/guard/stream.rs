@@ -61,14 +61,16 @@ impl Sink {
         if self.yielded.swap(false, Ordering::Relaxed) {
             self.send(Delta::Discard);
         }
-        let result = self.read(provider, request).await;
-        result.map_err(|error| {
-            if self.yielded.load(Ordering::Relaxed) && !self.discard && error.is_temporary() {
-                error.with_persistence(Persistence::Exhausted)
-            } else {
-                error
-            }
-        })
+        self.read(provider, request).await
+    }
+
+    /// What a failed call means: one of which something was read is not made again unasked.
+    pub(super) fn judge(&self, error: Error) -> Error {
+        let begun = self.yielded.load(Ordering::Relaxed);
+        if begun && !self.discard && error.is_temporary() {
+            return error.with_persistence(Persistence::Exhausted);
+        }
+        error
     }
 
     async fn read(&self, provider: &dyn Provider, request: &Request) -> Result<Reply> {
