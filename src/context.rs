@@ -317,6 +317,20 @@ impl Context {
         }
     }
 
+    /// A reply could not be used and is asked for again.
+    #[cfg(feature = "structured")]
+    pub(crate) fn reask(&self, ask: u32, error: &Error) {
+        self.scope.add(Tally {
+            reasked: 1,
+            ..Tally::default()
+        });
+        self.observers().tell(|| Event::ReplyRejected {
+            path: self.path(),
+            ask,
+            error: error.clone(),
+        });
+    }
+
     /// The key of the item this context belongs to.
     pub(crate) fn key(&self) -> Option<Arc<str>> {
         self.scope.key.clone()

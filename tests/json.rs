@@ -286,14 +286,22 @@ fn what_is_missing_is_named() {
     let field = || Reader::field("a");
     for (error, message) in [
         (error(Reader::array(), "No."), "does not hold an array"),
-        (error(field(), r#"{"b": [1]}"#), "object does not have an array in a field `a`"),
+        (
+            error(field(), r#"{"b": [1]}"#),
+            "object does not have an array in a field `a`",
+        ),
         (error(field(), r#"{"a": null}"#), "holds something else"),
         (error(Reader::array(), "[1}"), "a `}` that closes nothing"),
     ] {
         assert!(error.is_invalid_output(), "{error}");
         assert!(error.to_string().contains(message), "{error}");
     }
-    for text in [r#"{"a": [1"#, r#"{"a": [{"#, r#"{"b": 1, "a"#, r#"{"a": ["x"#] {
+    for text in [
+        r#"{"a": [1"#,
+        r#"{"a": [{"#,
+        r#"{"b": 1, "a"#,
+        r#"{"a": ["x"#,
+    ] {
         assert!(error(field(), text).is_truncated(), "{text}");
     }
     end(Reader::array(), "[]").unwrap();

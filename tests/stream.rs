@@ -46,7 +46,10 @@ async fn text_comes_as_it_is_written_and_is_counted_like_any_call() {
         .on_event(move |event| sender.send(event.to_string()).unwrap())
         .build();
     let told = told(cx.stream("Name a river.")).await;
-    assert_eq!(words(&told), [(1, "The "), (2, "Po."), (2, "(end: The Po.)")]);
+    assert_eq!(
+        words(&told),
+        [(1, "The "), (2, "Po."), (2, "(end: The Po.)")]
+    );
     let tally = cx.tally();
     assert_eq!((tally.calls, tally.attempts), (1, 1));
     assert!(tally.usage.output_tokens > 0);
@@ -89,7 +92,10 @@ async fn after_it_the_failure_is_the_readers() {
         .reply("never");
     let cx = Context::builder(script.clone()).build();
     let mut deltas = cx.stream("a");
-    assert_eq!(deltas.next().await.unwrap().unwrap(), Delta::Text("half ".into()));
+    assert_eq!(
+        deltas.next().await.unwrap().unwrap(),
+        Delta::Text("half ".into())
+    );
     let error = deltas.next().await.unwrap().unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Connection);
     assert!(error.is_exhausted() && error.attempts() == 1);
@@ -139,7 +145,10 @@ async fn silence_ends_a_reply_but_not_the_thinking_before_it() {
 #[tokio::test(start_paused = true)]
 async fn timeout_deadline_and_cancel_end_it() {
     let cx = Context::builder(Stalls).call_timeout(15 * SECOND).build();
-    assert_eq!(words(&told(cx.stream("a")).await), [(10, "a"), (15, "(timeout)")]);
+    assert_eq!(
+        words(&told(cx.stream("a")).await),
+        [(10, "a"), (15, "(timeout)")]
+    );
     let cx = Context::builder(Stalls).build();
     let bounded = cx.with_timeout(12 * SECOND);
     let end = (12, "(deadline_exceeded)");
@@ -183,7 +192,9 @@ async fn dropping_it_settles_the_permit_and_counts_the_attempt() {
 
 #[tokio::test(start_paused = true)]
 async fn a_busy_reader_holds_up_no_permit() {
-    let script = Scripted::new().streamed(2 * SECOND, ["a", "b"]).reply("other");
+    let script = Scripted::new()
+        .streamed(2 * SECOND, ["a", "b"])
+        .reply("other");
     let cx = Context::builder(script)
         .pace(Pace::unlimited().in_flight(1))
         .build();

@@ -182,12 +182,20 @@ impl Draft {
                     _ => State::Seek,
                 }
             }
-            (State::Value, b']') if self.text[..self.text.len() - 1].trim_ascii_end().ends_with(b"[") => {
+            (State::Value, b']')
+                if self.text[..self.text.len() - 1]
+                    .trim_ascii_end()
+                    .ends_with(b"[") =>
+            {
                 self.closed_by(byte)
             }
             (State::Value, _) => self.value(byte),
             (State::Key, b'"') => State::InKey,
-            (State::Key, b'}') if self.text[..self.text.len() - 1].trim_ascii_end().ends_with(b"{") => {
+            (State::Key, b'}')
+                if self.text[..self.text.len() - 1]
+                    .trim_ascii_end()
+                    .ends_with(b"{") =>
+            {
                 self.closed_by(byte)
             }
             (State::Colon, b':') => State::Value,

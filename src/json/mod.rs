@@ -10,3 +10,5 @@ mod reader;
 
 pub use self::draft::Draft;
 pub use self::reader::Reader;
+#[cfg(feature = "structured")]
+pub(crate) use self::reader::spans;

@@ -435,7 +435,14 @@ impl Reader {
                 };
                 matches!(
                     word,
-                    b"true" | b"false" | b"null" | b"NaN" | b"Infinity" | b"None" | b"True" | b"False"
+                    b"true"
+                        | b"false"
+                        | b"null"
+                        | b"NaN"
+                        | b"Infinity"
+                        | b"None"
+                        | b"True"
+                        | b"False"
                 )
             }
         };
@@ -564,6 +571,24 @@ impl Reader {
         self.state = State::Done;
         error
     }
+}
+
+/// The stretches of a text between a bracket and the one that closes it, or that should
+/// have and does not fit, or the end.
+#[cfg(feature = "structured")]
+pub(crate) fn spans(text: &str) -> impl Iterator<Item = std::ops::Range<usize>> {
+    let mut pos = 0;
+    std::iter::from_fn(move || {
+        let start = pos + text.get(pos..)?.find(['[', '{'])?;
+        pos = start;
+        // What follows a bracket that does not fit is looked at anew, what is before it is not:
+        // the parts of a broken value are no values.
+        match Nest::default().run(text.as_bytes(), &mut pos, MAX_DEPTH) {
+            Stop::Closed | Stop::Open => {}
+            _ => pos += 1,
+        }
+        Some(start..pos)
+    })
 }
 
 fn is_key(raw: &[u8], name: &str) -> bool {
