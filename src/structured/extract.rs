@@ -37,7 +37,7 @@ pub(super) fn value<T: DeserializeOwned>(text: &str, wrapped: bool) -> Result<T,
         }
         (None, _) => Err(match longest(&spans) {
             Some(json) if is_json(json) => typed::<T>(json, wrapped).err().unwrap_or_default(),
-            Some(broken) => syntax(broken),
+            Some(broken) => syntax(broken).unwrap_or_default(),
             None => format!("the reply holds no JSON: {:?}", quote(text, SHOWN)),
         }),
     }
@@ -61,10 +61,13 @@ fn bare<T: DeserializeOwned>(json: &str) -> Result<T, String> {
         match error.classify() {
             Category::Data if path == "." => error.to_string(),
             Category::Data => format!("at `{path}`: {error}"),
-            _ => syntax(json),
+            // As deep as it is read, which is less deep than it is scanned.
+            _ => syntax(json).unwrap_or_else(|| error.to_string()),
         }
     })?;
-    reader.end().map_err(|_| syntax(json))?;
+    reader
+        .end()
+        .map_err(|error| syntax(json).unwrap_or_else(|| error.to_string()))?;
     Ok(value)
 }
 
@@ -89,14 +92,12 @@ fn longest<'a>(spans: &[&'a str]) -> Option<&'a str> {
     spans.iter().copied().max_by_key(|span| span.len())
 }
 
-/// What is wrong with a text that is not JSON, by its name.
-fn syntax(json: &str) -> String {
-    let Err(error) = serde_json::from_str::<IgnoredAny>(json) else {
-        return "it is not JSON".into();
-    };
+/// What is wrong with a text that is not JSON, by its name; `None` if it is JSON.
+fn syntax(json: &str) -> Option<String> {
+    let error = serde_json::from_str::<IgnoredAny>(json).err()?;
     let place = format!("line {} column {}", error.line(), error.column());
     if error.is_eof() {
-        return format!("the JSON ends in the middle, at {place}");
+        return Some(format!("the JSON ends in the middle, at {place}"));
     }
     // serde_json points at the byte it could not take, or right behind it.
     let line = json.lines().nth(error.line().saturating_sub(1));
@@ -117,7 +118,7 @@ fn syntax(json: &str) -> String {
         ("True" | "False" | "None", _) => {
             format!("`{word}` is Python, not JSON: write true, false or null")
         }
-        _ if error.to_string().starts_with("trailing comma") => "a trailing comma".into(),
+        (_, Some('}' | ']')) if line[..at].trim_end().ends_with(',') => "a trailing comma".into(),
         (_, Some('\'')) => "a single quote where JSON has double quotes".into(),
         (_, Some('/')) => "a comment, which JSON does not have".into(),
         (_, Some('.')) if rest.starts_with("...") => "an ellipsis in the place of values".into(),
@@ -130,7 +131,7 @@ fn syntax(json: &str) -> String {
             words.split(" at line").next().unwrap_or(&words).to_owned()
         }
     };
-    format!("it is not JSON: {what}, at {place}")
+    Some(format!("it is not JSON: {what}, at {place}"))
 }
 
 #[derive(serde::Deserialize)]
