@@ -15,7 +15,7 @@ use crate::deployment::Deployment;
 use crate::error::{Error, ErrorKind, Result};
 use crate::estimate::TokenCounter;
 use crate::event::{Event, Observer, Observers};
-use crate::guard::Guard;
+use crate::guard::{Guard, Sink};
 use crate::pace::{Binding, Lane, LaneSnapshot, Pace, Priority, Tenant, Who};
 use crate::pool::Pool;
 use crate::provider::Provider;
@@ -90,7 +90,16 @@ impl Context {
     /// Dropped before the call was sent, nothing is paid and the permit goes back whole.
     /// Dropped after, the provider may bill a reply that nobody receives.
     pub async fn generate(&self, request: impl Into<Request>) -> Result<Reply> {
-        let mut request = request.into();
+        self.generate_into(request.into(), None).await
+    }
+
+    /// As [`generate`](Self::generate); with a sink, the reply is passed on to it while it is
+    /// being written.
+    pub(crate) async fn generate_into(
+        &self,
+        mut request: Request,
+        sink: Option<&Sink>,
+    ) -> Result<Reply> {
         if request.model.is_none() {
             request.model.clone_from(&self.shared.model);
         }
@@ -98,7 +107,7 @@ impl Context {
             request.item_key = self.scope.item_key().cloned();
         }
         let guard = &self.shared.guard;
-        let result = guard.call(&self.scope, &request).await;
+        let result = guard.call(&self.scope, &request, sink).await;
         result.inspect_err(|error| guard.failed(&self.scope, error))
     }
 
@@ -335,6 +344,20 @@ impl Context {
             lane,
             observer_panics: self.observers().panics(),
         }
+    }
+
+    /// A reply could not be used and is asked for again.
+    #[cfg(feature = "structured")]
+    pub(crate) fn reask(&self, ask: u32, error: &Error) {
+        self.scope.add(Tally {
+            reasked: 1,
+            ..Tally::default()
+        });
+        self.observers().tell(|| Event::ReplyRejected {
+            path: self.path(),
+            ask,
+            error: error.clone(),
+        });
     }
 
     /// The key of the item this context belongs to.

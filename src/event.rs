@@ -64,6 +64,16 @@ pub enum Event {
         /// Why, after how many attempts.
         error: Error,
     },
+    /// A reply came and could not be used. It is asked for again.
+    #[non_exhaustive]
+    ReplyRejected {
+        /// Where.
+        path: Arc<str>,
+        /// The how-manieth request for the same value it answered, from 1.
+        ask: u32,
+        /// What is wrong with it.
+        error: Error,
+    },
     /// The lane closed, for everybody, because the provider refused a call.
     #[non_exhaustive]
     LaneClosed {
@@ -137,6 +147,9 @@ impl fmt::Display for Event {
                 "{path}: call {attempt} failed, again in {delay:.1?}: {error}"
             ),
             Self::CallFailed { path, error } => write!(f, "{path}: failed: {error}"),
+            Self::ReplyRejected { path, ask, error } => {
+                write!(f, "{path}: reply {ask} is asked for again: {error}")
+            }
             Self::LaneClosed { wait } => write!(f, "the lane is closed for {wait:.1?}"),
             Self::LaneSlowed { limit, scale } => {
                 write!(

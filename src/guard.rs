@@ -3,6 +3,8 @@
 //! The order is the point. A retry *around* a paced call waits with its permit in
 //! hand and starves the others; a second retry layer *below* it multiplies attempts.
 
+mod stream;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -23,6 +25,8 @@ use crate::request::Request;
 use crate::retry::{Class, Retry, Streak};
 use crate::scope::{Scope, Tally};
 use crate::usage::RateSnapshot;
+
+pub(crate) use self::stream::Sink;
 
 pub(crate) struct Guard {
     pool: Pool<Deployment>,
@@ -76,8 +80,14 @@ impl Guard {
         });
     }
 
-    /// One request, as many calls as it takes.
-    pub(crate) async fn call(&self, scope: &Scope, request: &Request) -> Result<Reply> {
+    /// One request, as many calls as it takes. With a sink, the reply is passed on to it while
+    /// it is being written.
+    pub(crate) async fn call(
+        &self,
+        scope: &Scope,
+        request: &Request,
+        sink: Option<&Sink>,
+    ) -> Result<Reply> {
         let bounds = &scope.bounds;
         let input = self.estimator.input(request);
         // A retry goes back to where its call stood in the queue, not to the end.
@@ -90,7 +100,7 @@ impl Guard {
         let mut before = 0;
         let mut stall = None;
         loop {
-            let sent = self.send(scope, request, input, &mut visit, attempt + 1);
+            let sent = self.send(scope, request, sink, input, &mut visit, attempt + 1);
             let (index, error) = match sent.await {
                 Ok(Sent::Answered(reply)) => return Ok(reply),
                 Ok(Sent::Failed(index, error)) => (index, error),
@@ -161,6 +171,7 @@ impl Guard {
         &self,
         scope: &Scope,
         request: &Request,
+        sink: Option<&Sink>,
         input: u64,
         visit: &mut Visit,
         attempt: u32,
@@ -190,7 +201,8 @@ impl Guard {
         let sampled = self.estimator.samples();
         let sent = (sampled || self.observers.listen()).then(Instant::now);
         let provider = &*deployment.provider;
-        match self.attempt(scope, provider, request, attempt, sent).await {
+        let call = self.attempt(scope, provider, request, sink, attempt, sent);
+        match call.await {
             Ok(reply) => {
                 let usage = Some(charged(charge, request, reply.usage));
                 self.conclude(turn, reply.rate.as_deref(), CallOutcome::Done { usage });
@@ -274,6 +286,7 @@ impl Guard {
         scope: &Scope,
         provider: &dyn Provider,
         request: &Request,
+        sink: Option<&Sink>,
         attempt: u32,
         sent: Option<Instant>,
     ) -> Result<Reply> {
@@ -283,12 +296,19 @@ impl Guard {
         });
         let limit = request.timeout.unwrap_or(self.call_timeout);
         let span = span(provider.name(), request);
-        let call = provider.generate(request);
+        let call = match sink {
+            None => provider.generate(request),
+            Some(sink) => Box::pin(sink.call(provider, request)),
+        };
         let call = scope.bounds.in_flight(limit, call);
         let result = if span.is_disabled() {
             call.await
         } else {
             call.instrument(span.clone()).await
+        };
+        let result = match sink {
+            Some(sink) => result.map_err(|error| sink.judge(error)),
+            None => result,
         };
         record(&span, &result);
         scope.add(by_class(&result));

@@ -40,11 +40,13 @@
 //!
 //! - `openai`: [`OpenAi`], chat completions at any base URL.
 //! - `anthropic`: [`Anthropic`], the Messages API.
+//! - `structured`: replies as Rust values, whole ([`Context::generate_as`]), element by element
+//!   ([`Context::generate_items`]) and growing ([`Context::generate_drafts`]).
 //! - `sqlite`, `postgres`: durable [stores](store) besides the one in memory. They need Rust 1.94.
 //! - `sim`: [`Sim`], a provider that enforces limits on Tokio's clock and bills a ledger.
 //! - `testing`: [`testing::Scripted`] and `sim`, for tests of your own code.
 //! - `bar`: [`bar::Bar`], a terminal progress bar.
-//! - `full`: `openai`, `anthropic`, `sim` and `bar`.
+//! - `full`: `openai`, `anthropic`, `structured`, `sim` and `bar`.
 //!
 //! [`design`] tells the decisions behind it and their reasons.
 
@@ -61,6 +63,7 @@ mod error;
 mod estimate;
 mod event;
 mod guard;
+pub mod json;
 mod pace;
 mod pipeline;
 mod pool;
@@ -68,9 +71,14 @@ pub mod provider;
 mod reply;
 mod request;
 mod retry;
+#[cfg(any(feature = "http", feature = "structured"))]
+mod schema;
 mod scope;
 mod settled;
 pub mod store;
+mod stream;
+#[cfg(feature = "structured")]
+mod structured;
 #[cfg(feature = "testing")]
 pub mod testing;
 mod usage;
@@ -112,4 +120,9 @@ pub use crate::request::{Message, Request, ResponseFormat, Role};
 pub use crate::retry::Retry;
 pub use crate::scope::Tally;
 pub use crate::settled::{Outcome, Settled};
+pub use crate::stream::Deltas;
+#[cfg(feature = "structured")]
+pub use crate::structured::{
+    Drafts, GenerateAs, Generated, Growing, Items, OnBreak, OnLength, Rejection,
+};
 pub use crate::usage::{Quota, RateSnapshot, Usage};

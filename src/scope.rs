@@ -30,6 +30,10 @@ pub struct Tally {
     /// Attempts that a failed one had come before.
     #[serde(default)]
     pub retries: u64,
+    /// Requests made once more because a reply could not be used: not the JSON that was asked
+    /// for, cut, broken off. They are calls too.
+    #[serde(default)]
+    pub reasked: u64,
     /// Attempts that met an overloaded provider.
     #[serde(default)]
     pub overloaded: u64,
@@ -55,6 +59,7 @@ impl AddAssign for Tally {
         self.attempts += other.attempts;
         self.throttled += other.throttled;
         self.retries += other.retries;
+        self.reasked += other.reasked;
         self.overloaded += other.overloaded;
         self.timed_out += other.timed_out;
         self.transient += other.transient;
@@ -71,6 +76,7 @@ struct Meter {
     attempts: AtomicU64,
     throttled: AtomicU64,
     retries: AtomicU64,
+    reasked: AtomicU64,
     overloaded: AtomicU64,
     timed_out: AtomicU64,
     transient: AtomicU64,
@@ -83,13 +89,14 @@ struct Meter {
 }
 
 impl Meter {
-    fn pairs<'a>(&'a self, tally: &'a mut Tally) -> [(&'a AtomicU64, &'a mut u64); 13] {
+    fn pairs<'a>(&'a self, tally: &'a mut Tally) -> [(&'a AtomicU64, &'a mut u64); 14] {
         let usage = &mut tally.usage;
         [
             (&self.calls, &mut tally.calls),
             (&self.attempts, &mut tally.attempts),
             (&self.throttled, &mut tally.throttled),
             (&self.retries, &mut tally.retries),
+            (&self.reasked, &mut tally.reasked),
             (&self.overloaded, &mut tally.overloaded),
             (&self.timed_out, &mut tally.timed_out),
             (&self.transient, &mut tally.transient),
