@@ -16,6 +16,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::estimate::TokenCounter;
 use crate::event::{Event, Observer, Observers};
 use crate::guard::{Guard, Sink};
+use crate::join::Switch;
 use crate::pace::{Binding, Lane, LaneSnapshot, Pace, Priority, Tenant, Who};
 use crate::pool::Pool;
 use crate::provider::Provider;
@@ -50,6 +51,7 @@ struct Shared {
     observers: Arc<Observers>,
     model: Option<Arc<str>>,
     grace: Duration,
+    parallel: Switch,
     items: Items,
 }
 
@@ -73,6 +75,7 @@ impl Context {
             model: None,
             call_timeout: Duration::from_secs(600),
             grace: Duration::from_secs(1),
+            parallel: Switch::new(true),
             cancel: CancellationToken::new(),
             deadline: None,
             observers: Observers::default(),
@@ -190,7 +193,7 @@ impl Context {
 
     /// Runs `update` beside `work`, as "working on it" beside the work itself.
     ///
-    /// Both start together. The result of `work` is never failed by the update, not even
+    /// Both start together (in turn while the context's [`Switch`] is off). The result of `work` is never failed by the update, not even
     /// by a panic in it, and never delayed by more than a grace
     /// ([`ContextBuilder::alongside_grace`], 1 s unless set): an update that is
     /// not done by then is dropped and its result is an [`ErrorKind::Timeout`].
@@ -215,9 +218,13 @@ impl Context {
     ) -> (W, Result<U>) {
         let grace = self.shared.grace;
         let update = AssertUnwindSafe(update).catch_unwind();
-        let (work, update) = match future::select(pin!(work), pin!(update)).await {
-            future::Either::Left((work, update)) => (work, timeout(grace, update).await),
-            future::Either::Right((update, work)) => (work.await, Ok(update)),
+        let (work, update) = if self.is_parallel() {
+            match future::select(pin!(work), pin!(update)).await {
+                future::Either::Left((work, update)) => (work, timeout(grace, update).await),
+                future::Either::Right((update, work)) => (work.await, Ok(update)),
+            }
+        } else {
+            (work.await, timeout(grace, update).await)
         };
         let update = match update {
             Ok(Ok(result)) => result,
@@ -259,6 +266,11 @@ impl Context {
     /// ```
     pub fn drain(&self) {
         self.scope.bounds.drain.cancel();
+    }
+
+    /// Whether batches and joins run in parallel ([`ContextBuilder::parallel`]).
+    pub fn is_parallel(&self) -> bool {
+        self.shared.parallel.is_on()
     }
 
     /// Whether [`cancel`](Self::cancel) was called here or above.
@@ -436,6 +448,7 @@ pub struct ContextBuilder {
     model: Option<Arc<str>>,
     call_timeout: Duration,
     grace: Duration,
+    parallel: Switch,
     cancel: CancellationToken,
     deadline: Option<Instant>,
     observers: Observers,
@@ -504,6 +517,12 @@ impl ContextBuilder {
         self
     }
 
+    /// A switch that turns the parallelism of this context off and on at run time.
+    pub fn parallel(mut self, switch: &Switch) -> Self {
+        self.parallel = switch.clone();
+        self
+    }
+
     /// When everything ends.
     pub fn deadline(mut self, deadline: Instant) -> Self {
         self.deadline = Some(deadline);
@@ -557,6 +576,7 @@ impl ContextBuilder {
                 observers,
                 model: self.model,
                 grace: self.grace,
+                parallel: self.parallel,
                 items: Items::default(),
             }),
             scope: Arc::new(Scope::root(Arc::new(bounds))),

@@ -110,6 +110,16 @@ pub enum Event {
         /// Why.
         error: Error,
     },
+    /// A [stage](crate::Context::stage) has ended.
+    #[non_exhaustive]
+    StageEnded {
+        /// Where.
+        path: Arc<str>,
+        /// How long it took.
+        elapsed: Duration,
+        /// Why it failed, if it did.
+        error: Option<Error>,
+    },
     /// An item of a batch has its outcome.
     #[non_exhaustive]
     ItemSettled {
@@ -165,12 +175,22 @@ impl fmt::Display for Event {
                 write!(f, "the lane keeps to {per_minute} {limit} a minute")
             }
             Self::LaneStopped { error } => write!(f, "the lane is stopped: {error}"),
-            Self::ItemSettled {
+            Self::StageEnded {
+                path,
+                elapsed,
+                error: None,
+            }
+            | Self::ItemSettled {
                 path,
                 elapsed,
                 error: None,
             } => write!(f, "{path}: done in {elapsed:.1?}"),
-            Self::ItemSettled {
+            Self::StageEnded {
+                path,
+                elapsed,
+                error: Some(error),
+            }
+            | Self::ItemSettled {
                 path,
                 elapsed,
                 error: Some(error),

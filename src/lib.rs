@@ -46,6 +46,7 @@
 //! - `sim`: [`Sim`], a provider that enforces limits on Tokio's clock and bills a ledger.
 //! - `testing`: [`testing::Scripted`] and `sim`, for tests of your own code.
 //! - `bar`: [`bar::Bar`], a terminal progress bar.
+//! - `stages`: [`stages::Stages`], percentiles of calls, stages and items by label.
 //! - `full`: `openai`, `anthropic`, `structured`, `sim` and `bar`.
 //!
 //! [`design`] tells the decisions behind it and their reasons.
@@ -63,6 +64,7 @@ mod error;
 mod estimate;
 mod event;
 mod guard;
+mod join;
 pub mod json;
 mod pace;
 mod pipeline;
@@ -75,12 +77,15 @@ mod retry;
 mod schema;
 mod scope;
 mod settled;
+#[cfg(feature = "stages")]
+pub mod stages;
 pub mod store;
 mod stream;
 #[cfg(feature = "structured")]
 mod structured;
 #[cfg(feature = "testing")]
 pub mod testing;
+mod timeline;
 mod usage;
 
 #[doc = include_str!("../DESIGN.md")]
@@ -101,6 +106,7 @@ pub use crate::digest::RequestDigest;
 pub use crate::error::{Error, ErrorKind, Persistence, Result};
 pub use crate::estimate::TokenCounter;
 pub use crate::event::{Event, Observer};
+pub use crate::join::{Join, Switch};
 pub use crate::pace::{
     Binding, CallOutcome, Lane, LaneSnapshot, Need, Pace, Permit, Place, Priority, Tenant,
 };
@@ -125,4 +131,5 @@ pub use crate::stream::Deltas;
 pub use crate::structured::{
     Drafts, GenerateAs, Generated, Growing, Items, OnBreak, OnLength, Rejection,
 };
+pub use crate::timeline::Timeline;
 pub use crate::usage::{Quota, RateSnapshot, Usage};

@@ -24,12 +24,15 @@ const LAYERS: &[(&str, u8)] = &[
     ("budget", 2),
     ("guard", 2),
     ("context", 3),
+    ("join", 3),
     ("stream", 3),
     ("structured", 3),
     ("pipeline", 4),
     ("settled", 4),
     ("batch", 4),
     ("bar", 5),
+    ("stages", 5),
+    ("timeline", 5),
     // For users' tests: sees everything, and nothing may see it.
     ("testing", 9),
 ];
