@@ -307,6 +307,12 @@ impl Buckets {
         lowered.then(|| (resource, meter.scale()))
     }
 
+    /// Whether a refusal is hardly for one of these limits: at least half of each is left.
+    pub(super) fn are_half_full(&self, now: Duration) -> bool {
+        let now = nanos(now);
+        self.0.iter().all(|(_, meter)| meter.fullness(now) >= 0.5)
+    }
+
     /// The smallest share of a limit that is used now because of refusals.
     pub(super) fn scale(&self) -> f64 {
         let named = self.0.iter().map(|(_, meter)| meter);

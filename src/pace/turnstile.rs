@@ -353,7 +353,13 @@ impl<W> Turnstile<W> {
             End::Finished(CallOutcome::Throttled { wait }) => {
                 self.throttled += 1;
                 self.buckets.settle(now, charge, Charge::default(), at);
-                self.slow_down(now, &grant, &mut changes);
+                if self.is_crowd(now, &grant, wait) {
+                    self.slots.crowded(now, at);
+                    let in_flight = self.slots.limit();
+                    changes.push(LaneChange::Eased { in_flight });
+                } else {
+                    self.slow_down(now, &grant, &mut changes);
+                }
                 self.close(now, at, wait, LONGEST_THROTTLE, &mut changes);
                 if let Some(wait) = wait.filter(|wait| *wait > LONGEST_WAIT) {
                     self.park(now, wait, errands, &mut changes);
@@ -444,6 +450,14 @@ impl<W> Turnstile<W> {
         self.buckets.advance(now, waited);
         self.stop
             .take_if(|stop| stop.until.is_some_and(|until| until <= now));
+    }
+
+    /// Whether a call was refused for the number in flight: nobody says how long to wait or
+    /// for what, no rate is near its end, and most slots are taken.
+    fn is_crowd(&self, now: Duration, grant: &Grant, wait: Option<Duration>) -> bool {
+        let unexplained = grant.named.is_none() && wait.is_none();
+        let many = || self.slots.are_many() && self.buckets.are_half_full(now);
+        self.adaptive && unexplained && (self.slots.was_crowded(grant.at) || many())
     }
 
     /// Uses the limit that was refused more slowly, where no limit was known one
