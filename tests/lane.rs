@@ -670,6 +670,37 @@ async fn overload_halves_the_calls_in_flight() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_refusal_that_no_rate_explains_lowers_the_calls_in_flight() {
+    let refused = || CallOutcome::Throttled { wait: None };
+    let lane = Lane::new(Pace::per_minute(6_000).burst(secs(1)).in_flight(16));
+    let mut permits = join_all((0..16).map(|_| lane.acquire(small()))).await;
+    for permit in permits.drain(8..) {
+        permit.unwrap().finish(refused());
+    }
+    let snapshot = lane.snapshot();
+    assert_eq!((snapshot.most_in_flight, snapshot.scale), (Some(8), 1.0));
+
+    // Where a rate is nearly used up, that is the reason.
+    let lane = Lane::new(Pace::per_minute(1_200).burst(secs(1)).in_flight(16));
+    let mut permits = join_all((0..16).map(|_| lane.acquire(small()))).await;
+    permits.pop().unwrap().unwrap().finish(refused());
+    let snapshot = lane.snapshot();
+    assert_eq!(snapshot.most_in_flight, Some(16));
+    assert!(snapshot.scale < 1.0);
+
+    // And where somebody says how long to wait, too.
+    let lane = Lane::new(Pace::per_minute(6_000).burst(secs(1)).in_flight(16));
+    let mut permits = join_all((0..16).map(|_| lane.acquire(small()))).await;
+    let wait = Some(secs(1));
+    permits
+        .pop()
+        .unwrap()
+        .unwrap()
+        .finish(CallOutcome::Throttled { wait });
+    assert_eq!(lane.snapshot().most_in_flight, Some(16));
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_stopped_lane_tells_those_who_wait_and_those_who_come() {
     let lane = Lane::new(Pace::per_minute(1));
     lane.acquire(small()).await.unwrap().mark_sent();

@@ -7,15 +7,30 @@
 //! duration, the time until the bucket is full again. That makes it exact in whole
 //! nanoseconds, and makes a refund, a debt or a standstill an addition.
 //!
-//! Times are durations since any fixed instant of the caller's choice.
+//! Times are counted from any fixed instant of the caller's choice.
 
 use std::time::Duration;
+
+/// A time in nanoseconds. `Duration` keeps seconds and nanoseconds apart, and its arithmetic
+/// was half of what a grant cost.
+pub(super) type Nanos = u64;
+
+/// 584 years are as good as for ever.
+pub(super) fn nanos(time: Duration) -> Nanos {
+    saturating(time.as_nanos())
+}
+
+fn saturating(nanos: u128) -> Nanos {
+    Nanos::try_from(nanos).unwrap_or(Nanos::MAX)
+}
 
 /// How fast a bucket fills: `units` in every `period`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Rate {
     units: u64,
-    period_nanos: u64,
+    period: Nanos,
+    /// The time of one unit: what every call asks for of the limit on requests.
+    one: Nanos,
 }
 
 impl Rate {
@@ -31,22 +46,27 @@ impl Rate {
 
     fn new(units: u64, period: Duration) -> Self {
         debug_assert!(units > 0 && !period.is_zero());
+        let period = nanos(period);
         Self {
             units,
-            period_nanos: saturating_nanos(period.as_nanos()),
+            period,
+            one: period.div_ceil(units),
         }
     }
 
     /// The time in which `n` units flow in, rounded up once for all of them.
-    pub(super) fn time_for(self, n: u64) -> Duration {
-        let nanos = match n.checked_mul(self.period_nanos) {
+    #[inline]
+    pub(super) fn time_for(self, n: u64) -> Nanos {
+        if n <= 1 {
+            return n * self.one;
+        }
+        match n.checked_mul(self.period) {
             Some(product) => product.div_ceil(self.units),
             None => {
-                let product = u128::from(n) * u128::from(self.period_nanos);
-                saturating_nanos(product.div_ceil(self.units.into()))
+                let product = u128::from(n) * u128::from(self.period);
+                saturating(product.div_ceil(self.units.into()))
             }
-        };
-        Duration::from_nanos(nanos)
+        }
     }
 
     pub(super) fn per_second(self) -> f64 {
@@ -54,13 +74,8 @@ impl Rate {
     }
 
     fn nanos_per_unit(self) -> f64 {
-        self.period_nanos as f64 / self.units as f64
+        self.period as f64 / self.units as f64
     }
-}
-
-/// 584 years are as good as for ever.
-fn saturating_nanos(nanos: u128) -> u64 {
-    u64::try_from(nanos).unwrap_or(u64::MAX)
 }
 
 /// One limit's bucket. It starts full.
@@ -68,24 +83,25 @@ fn saturating_nanos(nanos: u128) -> u64 {
 pub(super) struct Bucket {
     rate: Rate,
     /// What the bucket holds when full, as the time in which it fills.
-    capacity: Duration,
+    capacity: Nanos,
     /// The time until it is full, as of `at`. Above `capacity` the bucket owes.
-    deficit: Duration,
+    deficit: Nanos,
     /// When `deficit` was true.
-    at: Duration,
+    at: Nanos,
 }
 
 impl Bucket {
     /// A full bucket that holds `burst` of its rate, and one unit at least.
-    pub(super) fn new(rate: Rate, burst: Duration, now: Duration) -> Self {
+    pub(super) fn new(rate: Rate, burst: Nanos, now: Nanos) -> Self {
         Self {
             rate,
             capacity: burst.max(rate.time_for(1)),
-            deficit: Duration::ZERO,
+            deficit: 0,
             at: now,
         }
     }
 
+    #[inline]
     pub(super) fn rate(&self) -> Rate {
         self.rate
     }
@@ -94,36 +110,43 @@ impl Bucket {
     ///
     /// More than the bucket ever holds waits until it is full. Zero units wait
     /// while the bucket owes, because a debt is paid by waiting.
-    pub(super) fn ready_at(&self, now: Duration, n: u64) -> Duration {
+    #[inline]
+    pub(super) fn ready_at(&self, now: Nanos, n: u64) -> Nanos {
         let spare = self.capacity.saturating_sub(self.rate.time_for(n));
         now.saturating_add(self.deficit_at(now).saturating_sub(spare))
     }
 
     /// As [`ready_at`](Bucket::ready_at), if `before` units were taken now.
-    pub(super) fn ready_after(&self, now: Duration, before: u64, n: u64) -> Duration {
+    pub(super) fn ready_after(&self, now: Nanos, before: u64, n: u64) -> Nanos {
         let mut bucket = self.clone();
         bucket.take(now, before);
         bucket.ready_at(now, n)
     }
 
-    /// The whole units that are there.
-    pub(super) fn level(&self, now: Duration) -> u64 {
-        let level = self.capacity.saturating_sub(self.deficit_at(now));
-        (level.as_nanos() as f64 / self.rate.nanos_per_unit()) as u64
+    /// What is there, as the time in which it flowed in.
+    #[inline]
+    pub(super) fn filled(&self, now: Nanos) -> Nanos {
+        self.capacity.saturating_sub(self.deficit_at(now))
+    }
+
+    /// The whole units that flow in so much time.
+    pub(super) fn units(&self, time: Nanos) -> u64 {
+        (time as f64 / self.rate.nanos_per_unit()) as u64
     }
 
     /// The time until what it owes is paid.
-    pub(super) fn debt(&self, now: Duration) -> Duration {
+    pub(super) fn debt(&self, now: Nanos) -> Nanos {
         self.deficit_at(now).saturating_sub(self.capacity)
     }
 
     /// How full it is, from 1.0 down to 0.0 and below that in debt.
-    pub(super) fn fullness(&self, now: Duration) -> f64 {
-        1.0 - self.deficit_at(now).as_secs_f64() / self.capacity.as_secs_f64()
+    pub(super) fn fullness(&self, now: Nanos) -> f64 {
+        1.0 - self.deficit_at(now) as f64 / self.capacity as f64
     }
 
     /// Takes `n` units, whether they are there or not.
-    pub(super) fn take(&mut self, now: Duration, n: u64) {
+    #[inline]
+    pub(super) fn take(&mut self, now: Nanos, n: u64) {
         self.debit(now, self.rate.time_for(n));
     }
 
@@ -132,14 +155,18 @@ impl Bucket {
     /// Only what has not flowed in again since comes back: the rest may long be
     /// lost at the brim, and giving it out would put more into a window than the
     /// limit allows. A refund at once is a full one.
-    pub(super) fn refund(&mut self, now: Duration, n: u64, taken_at: Duration) {
+    pub(super) fn refund(&mut self, now: Nanos, n: u64, taken_at: Nanos) {
         let refilled = now.saturating_sub(taken_at);
         self.credit(now, self.rate.time_for(n).saturating_sub(refilled));
     }
 
     /// Replaces a charge of `charged` units by one of `actual`, as the provider does
     /// when a reply is complete. Too small a charge becomes a debt.
-    pub(super) fn settle(&mut self, now: Duration, charged: u64, actual: u64) {
+    #[inline]
+    pub(super) fn settle(&mut self, now: Nanos, charged: u64, actual: u64) {
+        if charged == actual {
+            return;
+        }
         let (charged, actual) = (self.rate.time_for(charged), self.rate.time_for(actual));
         if actual > charged {
             self.debit(now, actual - charged);
@@ -149,7 +176,7 @@ impl Bucket {
     }
 
     /// Lowers the level to `n` units, if there are more. A debt stays.
-    pub(super) fn lower_to(&mut self, now: Duration, n: u64) {
+    pub(super) fn lower_to(&mut self, now: Nanos, n: u64) {
         self.flow(now);
         let deficit = self.capacity.saturating_sub(self.rate.time_for(n));
         self.deficit = self.deficit.max(deficit);
@@ -157,13 +184,12 @@ impl Bucket {
 
     /// Changes rate and burst. The level stays in units, so far as the bucket holds it;
     /// so does a debt.
-    pub(super) fn retune(&mut self, now: Duration, rate: Rate, burst: Duration) {
+    pub(super) fn retune(&mut self, now: Nanos, rate: Rate, burst: Nanos) {
         self.flow(now);
         let capacity = burst.max(rate.time_for(1));
         if rate != self.rate || capacity != self.capacity {
             let stretch = rate.nanos_per_unit() / self.rate.nanos_per_unit();
-            let scaled =
-                |time: Duration| Duration::from_nanos((time.as_nanos() as f64 * stretch) as u64);
+            let scaled = |time: Nanos| (time as f64 * stretch) as Nanos;
             let level = scaled(self.capacity.saturating_sub(self.deficit));
             let debt = scaled(self.deficit.saturating_sub(self.capacity));
             self.deficit = capacity.saturating_sub(level).saturating_add(debt);
@@ -173,7 +199,7 @@ impl Bucket {
 
     /// Changes the burst alone. The level stays, so far as the bucket holds it, and so does
     /// a debt.
-    pub(super) fn resize(&mut self, now: Duration, burst: Duration) {
+    pub(super) fn resize(&mut self, now: Nanos, burst: Nanos) {
         let capacity = burst.max(self.rate.time_for(1));
         if capacity != self.capacity {
             self.flow(now);
@@ -184,21 +210,25 @@ impl Bucket {
         }
     }
 
-    fn deficit_at(&self, now: Duration) -> Duration {
+    #[inline]
+    fn deficit_at(&self, now: Nanos) -> Nanos {
         self.deficit.saturating_sub(now.saturating_sub(self.at))
     }
 
-    fn flow(&mut self, now: Duration) {
+    #[inline]
+    fn flow(&mut self, now: Nanos) {
         self.deficit = self.deficit_at(now);
         self.at = self.at.max(now);
     }
 
-    fn debit(&mut self, now: Duration, time: Duration) {
+    #[inline]
+    fn debit(&mut self, now: Nanos, time: Nanos) {
         self.flow(now);
         self.deficit = self.deficit.saturating_add(time);
     }
 
-    fn credit(&mut self, now: Duration, time: Duration) {
+    #[inline]
+    fn credit(&mut self, now: Nanos, time: Nanos) {
         self.flow(now);
         self.deficit = self.deficit.saturating_sub(time);
     }
@@ -214,18 +244,18 @@ mod tests {
 
     use super::*;
 
-    const SECOND: Duration = Duration::from_secs(1);
+    const SECOND: Nanos = 1_000_000_000;
 
-    fn ms(ms: u64) -> Duration {
-        Duration::from_millis(ms)
+    fn ms(ms: u64) -> Nanos {
+        ms * 1_000_000
     }
 
     /// 10 units a second, 10 of burst.
     fn bucket() -> Bucket {
-        Bucket::new(Rate::per_minute(600), SECOND, Duration::ZERO)
+        Bucket::new(Rate::per_minute(600), SECOND, 0)
     }
 
-    fn try_take(bucket: &mut Bucket, now: Duration, n: u64) -> bool {
+    fn try_take(bucket: &mut Bucket, now: Nanos, n: u64) -> bool {
         let ready = bucket.ready_at(now, n) <= now;
         if ready {
             bucket.take(now, n);
@@ -236,15 +266,11 @@ mod tests {
     #[test]
     fn cost_is_rounded_up_once_for_all_units() {
         let rate = Rate::per_minute(7);
-        assert_eq!(rate.time_for(7), Duration::from_secs(60));
-        assert_eq!(rate.time_for(1), Duration::from_nanos(8_571_428_572));
-        assert_eq!(
-            rate.time_for(u64::MAX),
-            Duration::from_nanos(u64::MAX),
-            "it saturates"
-        );
+        assert_eq!(rate.time_for(7), 60 * SECOND);
+        assert_eq!(rate.time_for(1), 8_571_428_572);
+        assert_eq!(rate.time_for(u64::MAX), Nanos::MAX, "it saturates");
         let fast = Rate::per_minute(u64::MAX);
-        assert_eq!(fast.time_for(u64::MAX), Duration::from_secs(60));
+        assert_eq!(fast.time_for(u64::MAX), 60 * SECOND);
     }
 
     #[test]
@@ -370,12 +396,12 @@ mod tests {
         per_second: f64,
         capacity: f64,
         level: f64,
-        at: Duration,
+        at: Nanos,
     }
 
     impl Plain {
-        fn spare(&mut self, now: Duration, n: u64) -> f64 {
-            let elapsed = (now - self.at).as_secs_f64();
+        fn spare(&mut self, now: Nanos, n: u64) -> f64 {
+            let elapsed = (now - self.at) as f64 / 1e9;
             self.level = (self.level + elapsed * self.per_second).min(self.capacity);
             self.at = now;
             self.level - (n as f64).min(self.capacity)
@@ -383,12 +409,8 @@ mod tests {
     }
 
     /// Steps of (advance, n): many close to nothing, some long.
-    fn steps(largest: u64) -> impl Strategy<Value = Vec<(Duration, u64)>> {
-        let advance = prop_oneof![
-            Just(Duration::ZERO),
-            (0..5_000_000u64).prop_map(Duration::from_nanos),
-            (0..3_000u64).prop_map(Duration::from_millis),
-        ];
+    fn steps(largest: u64) -> impl Strategy<Value = Vec<(Nanos, u64)>> {
+        let advance = prop_oneof![Just(0), 0..5_000_000u64, (0..3_000u64).prop_map(ms),];
         proptest::collection::vec((advance, 1..=largest), 1..200)
     }
 
@@ -398,16 +420,19 @@ mod tests {
             period in 1..2_000_000_000u64,
             (burst, steps) in (1..50u32).prop_flat_map(|b| (Just(b), steps(b.into()))),
         ) {
-            let period = Duration::from_nanos(period);
             let clock = FakeRelativeClock::default();
-            let quota = Quota::with_period(period)
+            let quota = Quota::with_period(Duration::from_nanos(period))
                 .unwrap()
                 .allow_burst(NonZeroU32::new(burst).unwrap());
             let governor = RateLimiter::direct_with_clock(quota, clock.clone());
-            let mut ours = Bucket::new(Rate::every(period), period * burst, Duration::ZERO);
-            let mut now = Duration::ZERO;
+            let mut ours = Bucket::new(
+                Rate::every(Duration::from_nanos(period)),
+                period * u64::from(burst),
+                0,
+            );
+            let mut now = 0;
             for (advance, n) in steps {
-                clock.advance(advance);
+                clock.advance(Duration::from_nanos(advance));
                 now += advance;
                 let cells = NonZeroU32::new(u32::try_from(n).unwrap()).unwrap();
                 let theirs = governor.check_n(cells).unwrap().is_ok();
@@ -422,15 +447,15 @@ mod tests {
             steps in steps(2_000),
         ) {
             let rate = Rate::per_minute(limit);
-            let mut ours = Bucket::new(rate, ms(burst), Duration::ZERO);
+            let mut ours = Bucket::new(rate, ms(burst), 0);
             let capacity = (limit as f64 * burst as f64 / 60_000.0).max(1.0);
             let mut plain = Plain {
                 per_second: limit as f64 / 60.0,
                 capacity,
                 level: capacity,
-                at: Duration::ZERO,
+                at: 0,
             };
-            let mut now = Duration::ZERO;
+            let mut now = 0;
             for (advance, n) in steps {
                 now += advance;
                 let spare = plain.spare(now, n);
@@ -454,10 +479,10 @@ mod tests {
             held in 0..2_000u64,
         ) {
             let rate = Rate::per_minute(limit);
-            let mut bucket = Bucket::new(rate, ms(burst), Duration::ZERO);
-            let mut now = Duration::ZERO;
+            let mut bucket = Bucket::new(rate, ms(burst), 0);
+            let mut now = 0;
             let mut grants = Vec::new();
-            let mut refunds: Vec<(Duration, u64, Duration)> = Vec::new();
+            let mut refunds: Vec<(Nanos, u64, Nanos)> = Vec::new();
             for ((advance, n), kept) in steps.into_iter().zip(kept) {
                 now += advance;
                 refunds.retain(|&(due, n, taken_at)| {
@@ -475,13 +500,13 @@ mod tests {
                 }
             }
             for first in 0..grants.len() {
-                let mut sum = Duration::ZERO;
+                let mut sum = 0;
                 for &(end, cost) in &grants[first..] {
                     sum += cost;
                     let window = end - grants[first].0;
                     // One larger than the bucket goes through a full bucket.
                     let most = bucket.capacity.max(cost);
-                    prop_assert!(sum <= most + window, "{sum:?} in {window:?}");
+                    prop_assert!(sum <= most + window, "{sum} in {window}");
                 }
             }
         }

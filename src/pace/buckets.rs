@@ -2,14 +2,14 @@
 
 use std::time::Duration;
 
-use super::bucket::Rate;
+use super::bucket::{Nanos, Rate, nanos};
 use super::headers;
 use super::limits::Pace;
 use super::meter::{Burst, Meter, Source};
 use super::words::{Binding, Charge};
 use crate::usage::{Quota, RateSnapshot};
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Resource {
     Spacing,
     Requests,
@@ -104,37 +104,42 @@ impl Named {
 
 /// One meter for each limited resource, in the order of [`Resource::ALL`].
 #[derive(Debug)]
-pub(super) struct Buckets([Option<Meter>; Resource::ALL.len()]);
+pub(super) struct Buckets(Vec<(Resource, Meter)>);
 
-/// How much was left of each limit when a call had been granted.
-pub(super) type Mark = [u64; Resource::ALL.len()];
+/// How much was left of each limit when a call had been granted, as time of its rate.
+pub(super) type Mark = [Nanos; Resource::ALL.len()];
 
 impl Buckets {
     pub(super) fn new(pace: &Pace, now: Duration) -> Self {
-        Self(Resource::ALL.map(|resource| {
+        let meters = Resource::ALL.into_iter().filter_map(|resource| {
             let (rate, burst) = resource.limit(pace)?;
-            Some(Meter::new(Source::Configured, rate, burst, now))
-        }))
+            let meter = Meter::new(Source::Configured, rate, burst, nanos(now));
+            Some((resource, meter))
+        });
+        Self(meters.collect())
     }
 
     /// Passes the time until `now`, in which somebody waited or nobody did.
+    #[inline]
     pub(super) fn advance(&mut self, now: Duration, waited: bool) {
-        for (_, meter) in self.iter_mut() {
+        let now = nanos(now);
+        for (_, meter) in &mut self.0 {
             meter.advance(now, waited);
         }
     }
 
     /// When all of `charge` can be taken, and which resource comes last: `now` and
     /// nothing, or later.
+    #[inline]
     pub(super) fn ready_at(&self, now: Duration, charge: Charge) -> (Duration, Binding) {
-        let mut last = (now, Binding::Nothing);
-        for (resource, meter) in self.iter() {
-            let ready_at = meter.ready_at(now, resource.of(charge));
+        let mut last = (nanos(now), Binding::Nothing);
+        for (resource, meter) in &self.0 {
+            let ready_at = meter.ready_at(nanos(now), resource.of(charge));
             if ready_at > last.0 {
                 last = (ready_at, resource.binding());
             }
         }
-        last
+        (Duration::from_nanos(last.0), last.1)
     }
 
     /// Whether `first` could be taken now without keeping `head` beyond `until`.
@@ -145,7 +150,8 @@ impl Buckets {
         head: Charge,
         until: Duration,
     ) -> bool {
-        self.iter().all(|(resource, meter)| {
+        let (now, until) = (nanos(now), nanos(until));
+        self.0.iter().all(|(resource, meter)| {
             let (first, head) = (resource.of(first), resource.of(head));
             meter.ready_at(now, first) <= now && meter.ready_after(now, first, head) <= until
         })
@@ -153,40 +159,50 @@ impl Buckets {
 
     /// What `charge` takes of the scarcest limit: nanoseconds of its rate.
     pub(super) fn cost(&self, charge: Charge) -> u64 {
-        let costs = self.iter().map(|(resource, meter)| {
-            let time = meter.rate().time_for(resource.of(charge));
-            u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
-        });
+        let costs = self
+            .0
+            .iter()
+            .map(|(resource, meter)| meter.rate().time_for(resource.of(charge)));
         // An hour is as good as for ever, and sums of hours overflow nothing.
         costs.fold(1, u64::max).min(3_600_000_000_000)
     }
 
+    #[inline]
     pub(super) fn take(&mut self, now: Duration, charge: Charge) {
-        for (resource, meter) in self.iter_mut() {
+        let now = nanos(now);
+        for (resource, meter) in &mut self.0 {
             meter.take(now, resource.of(charge));
         }
     }
 
+    #[inline]
     pub(super) fn mark(&self, now: Duration) -> Mark {
-        let level = |meter: &Option<Meter>| meter.as_ref().map_or(0, |meter| meter.level(now));
-        std::array::from_fn(|i| level(&self.0[i]))
+        let mut mark = Mark::default();
+        let now = nanos(now);
+        for (resource, meter) in &self.0 {
+            mark[*resource as usize] = meter.filled(now);
+        }
+        mark
     }
 
     /// Lets every bucket hold as much as goes with what was learned of its limit.
     pub(super) fn resize(&mut self, now: Duration) {
-        for (_, meter) in self.iter_mut() {
+        let now = nanos(now);
+        for (_, meter) in &mut self.0 {
             meter.resize(now);
         }
     }
 
     /// Takes everything back, for a call that was never sent.
     pub(super) fn refund(&mut self, now: Duration, charge: Charge, taken_at: Duration) {
-        for (resource, meter) in self.iter_mut().filter(|(_, m)| m.knows(taken_at)) {
+        let (now, taken_at) = (nanos(now), nanos(taken_at));
+        for (resource, meter) in self.0.iter_mut().filter(|(_, m)| m.knows(taken_at)) {
             meter.refund(now, resource.of(charge), taken_at);
         }
     }
 
     /// Settles tokens to what was used. The request itself stays charged.
+    #[inline]
     pub(super) fn settle(
         &mut self,
         now: Duration,
@@ -194,13 +210,15 @@ impl Buckets {
         actual: Charge,
         taken_at: Duration,
     ) {
-        for (resource, meter) in self.iter_mut().filter(|(_, m)| m.knows(taken_at)) {
+        let (now, taken_at) = (nanos(now), nanos(taken_at));
+        for (resource, meter) in self.0.iter_mut().filter(|(_, m)| m.knows(taken_at)) {
             meter.settle(now, resource.of(charge), resource.of(actual));
         }
     }
 
     pub(super) fn close_until(&mut self, now: Duration, until: Duration) {
-        for (_, meter) in self.iter_mut() {
+        let (now, until) = (nanos(now), nanos(until));
+        for (_, meter) in &mut self.0 {
             meter.close_until(now, until);
         }
     }
@@ -215,33 +233,34 @@ impl Buckets {
         burst: Burst,
         closed_until: Duration,
     ) -> Vec<(Resource, Rate)> {
+        let (now, granted_at) = (nanos(now), nanos(granted_at));
         let mut adopted = Vec::new();
-        for (i, resource) in Resource::ALL.into_iter().enumerate() {
+        for resource in Resource::ALL {
             let Some(quota) = resource.quota(said) else {
                 continue;
             };
-            let slot = &mut self.0[i];
-            if slot
-                .as_ref()
-                .is_none_or(|m| m.source() != Source::Configured)
+            let known = self.get_mut(resource);
+            let source = known.as_ref().map(|meter| meter.source());
+            if source != Some(Source::Configured)
                 && let Some(rate) = headers::per_minute(quota)
-                && slot
-                    .as_ref()
-                    .is_none_or(|m| m.source() != Source::Told || m.rate() != rate)
             {
-                match slot {
-                    Some(meter) => meter.retune(now, Source::Told, rate, burst),
+                match known {
+                    Some(meter) if source == Some(Source::Told) && meter.rate() == rate => {}
+                    Some(meter) => {
+                        meter.retune(now, Source::Told, rate, burst);
+                        adopted.push((resource, rate));
+                    }
                     None => {
                         let mut meter = Meter::new(Source::Told, rate, burst, now);
                         // It is not fresh: what revealed it has used it.
-                        meter.close_until(now, closed_until);
-                        *slot = Some(meter);
+                        meter.close_until(now, nanos(closed_until));
+                        self.insert(resource, meter);
+                        adopted.push((resource, rate));
                     }
                 }
-                adopted.push((resource, rate));
             }
-            if let (Some(meter), Some(left)) = (slot, quota.remaining) {
-                meter.lower(now, left, granted_at, mark[i]);
+            if let (Some(meter), Some(left)) = (self.get_mut(resource), quota.remaining) {
+                meter.lower(now, left, granted_at, mark[resource as usize]);
             }
         }
         adopted
@@ -257,26 +276,28 @@ impl Buckets {
         named: Option<Named>,
         guess: impl FnOnce() -> (Rate, Burst),
     ) -> Option<(Resource, f64)> {
+        let (now, sent_at) = (nanos(now), nanos(sent_at));
         let resource = named.map(|named| named.resource).or_else(|| {
-            let fullness = self.iter().map(|(r, meter)| (r, meter.fullness(now)));
+            let fullness = self.0.iter().map(|(r, meter)| (r, meter.fullness(now)));
             let emptiest = fullness.min_by(|(_, a), (_, b)| a.total_cmp(b));
-            emptiest.map(|(resource, _)| resource)
+            emptiest.map(|(resource, _)| *resource)
         });
-        let resource = match resource {
+        let resource = match resource.filter(|resource| self.get(*resource).is_some()) {
+            Some(resource) => resource,
             // Calls spaced apart are requests that are limited.
-            Some(resource) if self.0[resource as usize].is_some() => resource,
-            _ if self.0[Resource::Requests as usize].is_none()
-                && self.0[Resource::Spacing as usize].is_some() =>
+            None if self.get(Resource::Requests).is_none()
+                && self.get(Resource::Spacing).is_some() =>
             {
                 Resource::Spacing
             }
-            _ => Resource::Requests,
+            None => Resource::Requests,
         };
         let told = named.filter(|named| named.resource == resource);
-        let meter = self.0[resource as usize].get_or_insert_with(|| {
+        if self.get(resource).is_none() {
             let (rate, burst) = guess();
-            Meter::new(Source::Guessed, rate, burst, now)
-        });
+            self.insert(resource, Meter::new(Source::Guessed, rate, burst, now));
+        }
+        let meter = self.get_mut(resource)?;
         let lowered = meter.refuse(
             now,
             sent_at,
@@ -286,47 +307,60 @@ impl Buckets {
         lowered.then(|| (resource, meter.scale()))
     }
 
+    /// Whether a refusal is hardly for one of these limits: at least half of each is left.
+    pub(super) fn are_half_full(&self, now: Duration) -> bool {
+        let now = nanos(now);
+        self.0.iter().all(|(_, meter)| meter.fullness(now) >= 0.5)
+    }
+
     /// The smallest share of a limit that is used now because of refusals.
     pub(super) fn scale(&self) -> f64 {
-        let named = self.iter().map(|(_, meter)| meter);
+        let named = self.0.iter().map(|(_, meter)| meter);
         let named = named.filter(|meter| meter.source() != Source::Guessed);
         named.map(Meter::scale).fold(1.0, f64::min)
     }
 
     /// The limit on requests in a minute that is kept now.
     pub(super) fn requests_per_minute(&self) -> Option<f64> {
-        let meter = self.0[Resource::Requests as usize].as_ref()?;
+        let meter = self.get(Resource::Requests)?;
         Some(meter.rate().per_second() * 60.0 * meter.scale())
     }
 
     /// Changes the limits. One that was there keeps its level, a new one is fresh
     /// unless the lane is closed until later; one that was learned stays.
     pub(super) fn retune(&mut self, now: Duration, pace: &Pace, closed_until: Duration) {
-        for (slot, resource) in self.0.iter_mut().zip(Resource::ALL) {
-            match (slot.as_mut(), resource.limit(pace)) {
+        let (now, closed_until) = (nanos(now), nanos(closed_until));
+        for resource in Resource::ALL {
+            match (self.get_mut(resource), resource.limit(pace)) {
                 (Some(meter), Some((rate, burst))) => {
                     meter.retune(now, Source::Configured, rate, burst);
                 }
                 (Some(meter), None) if meter.source() != Source::Configured && pace.adaptive => {}
-                (_, None) => *slot = None,
+                (_, None) => self.0.retain(|(other, _)| *other != resource),
                 (None, Some((rate, burst))) => {
                     let mut meter = Meter::new(Source::Configured, rate, burst, now);
                     if closed_until > now {
                         meter.close_until(now, closed_until);
                     }
-                    *slot = Some(meter);
+                    self.insert(resource, meter);
                 }
             }
         }
     }
 
-    fn iter(&self) -> impl Iterator<Item = (Resource, &Meter)> {
-        let slots = Resource::ALL.into_iter().zip(&self.0);
-        slots.filter_map(|(resource, slot)| Some((resource, slot.as_ref()?)))
+    fn get(&self, resource: Resource) -> Option<&Meter> {
+        let mut meters = self.0.iter();
+        meters.find_map(|(other, meter)| (*other == resource).then_some(meter))
     }
 
-    fn iter_mut(&mut self) -> impl Iterator<Item = (Resource, &mut Meter)> {
-        let slots = Resource::ALL.into_iter().zip(&mut self.0);
-        slots.filter_map(|(resource, slot)| Some((resource, slot.as_mut()?)))
+    fn get_mut(&mut self, resource: Resource) -> Option<&mut Meter> {
+        let mut meters = self.0.iter_mut();
+        meters.find_map(|(other, meter)| (*other == resource).then_some(meter))
+    }
+
+    /// A meter for a resource that has none.
+    fn insert(&mut self, resource: Resource, meter: Meter) {
+        let place = self.0.partition_point(|(other, _)| *other < resource);
+        self.0.insert(place, (resource, meter));
     }
 }

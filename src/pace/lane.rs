@@ -11,7 +11,7 @@ use tokio::time::{Instant, Sleep};
 
 use super::limits::Pace;
 use super::queue::Key;
-use super::turnstile::{End, Entry, Errands, Grant, Turn, Turnstile};
+use super::turnstile::{End, Errands, Grant, Turn, Turnstile};
 use super::words::{CallOutcome, Charge, LaneChange, LaneSnapshot, Need, Place};
 use crate::error::{Error, Result};
 use crate::usage::RateSnapshot;
@@ -131,25 +131,13 @@ impl Lane {
     ///
     /// If it must wait outside a Tokio runtime that has its timer enabled.
     pub async fn acquire(&self, need: Need) -> Result<Permit> {
-        let charge = Charge::from(&need);
-        let (place, entry) = self.shared.step(|turnstile, now, errands| {
-            let place = need.place.unwrap_or_else(|| turnstile.arrive());
-            let entry = turnstile.enter(now, Some(place), need.who, charge, errands);
-            (place, entry)
-        });
-        match entry {
-            Entry::Granted(grant) => Ok(self.permit(grant, place)),
-            Entry::Stopped(why) => Err(why),
-            Entry::Queued(key) => {
-                let waiting = Waiting {
-                    lane: self,
-                    place,
-                    key: Some(key),
-                    alarm: None,
-                };
-                waiting.await
-            }
-        }
+        let acquire = Acquire {
+            lane: self,
+            stage: Stage::Arriving(need),
+            place: None,
+            alarm: None,
+        };
+        acquire.await
     }
 
     /// A permit if one is to be had at once, and nobody waits for it.
@@ -261,24 +249,28 @@ impl Shared {
             let mut turnstile = self.lock();
             step(&mut turnstile, self.start.elapsed(), &mut errands)
         };
-        for waker in errands.wake {
-            waker.wake();
-        }
+        errands.run(Waker::wake);
         result
     }
 }
 
-/// The future of one who waits.
-struct Waiting<'a> {
+/// The future of one who comes and waits.
+struct Acquire<'a> {
     lane: &'a Lane,
-    place: Place,
-    /// `None` once the grant is collected.
-    key: Option<Key>,
+    stage: Stage,
+    /// Where it stands in the queue, once it has come.
+    place: Option<Place>,
     /// Made when this is first the one to keep the time, which most never are.
     alarm: Option<Pin<Box<Sleep>>>,
 }
 
-impl Waiting<'_> {
+enum Stage {
+    Arriving(Need),
+    Waiting(Key),
+    Done,
+}
+
+impl Acquire<'_> {
     fn set_alarm(&mut self, at: Duration) -> Option<Pin<&mut Sleep>> {
         let deadline = self.lane.shared.start.checked_add(at)?;
         let alarm = match self.alarm.take() {
@@ -292,41 +284,53 @@ impl Waiting<'_> {
     }
 }
 
-impl Future for Waiting<'_> {
+impl Future for Acquire<'_> {
     type Output = Result<Permit>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<Permit>> {
         let this = &mut *self;
         loop {
-            let key = this.key.expect("not polled after it was ready");
-            let waker = cx.waker().clone();
+            let mut waker = Some(cx.waker().clone());
+            let (stage, place) = (&mut this.stage, &mut this.place);
             let turn = this
                 .lane
                 .shared
-                .step(|turnstile, now, errands| turnstile.poll(now, key, waker, errands));
-            match turn {
+                .step(|turnstile, now, errands| match stage {
+                    Stage::Arriving(need) => {
+                        *place = Some(*need.place.get_or_insert_with(|| turnstile.arrive()));
+                        turnstile.enter(now, need, &mut waker, errands)
+                    }
+                    Stage::Waiting(key) => turnstile.poll(now, *key, &mut waker, errands),
+                    Stage::Done => panic!("polled after it was ready"),
+                });
+            let alarm = match turn {
                 Turn::Granted(grant) => {
-                    this.key = None;
-                    return Poll::Ready(Ok(this.lane.permit(grant, this.place)));
+                    this.stage = Stage::Done;
+                    let place = this.place.expect("it has come");
+                    return Poll::Ready(Ok(this.lane.permit(grant, place)));
                 }
                 Turn::Stopped(why) => {
-                    this.key = None;
+                    this.stage = Stage::Done;
                     return Poll::Ready(Err(why));
                 }
-                Turn::Wait(None) => return Poll::Pending,
-                Turn::Wait(Some(at)) => match this.set_alarm(at) {
-                    Some(alarm) => ready!(alarm.poll(cx)),
-                    // Beyond the end of the clock's time.
-                    None => return Poll::Pending,
-                },
+                Turn::Wait(key, alarm) => {
+                    this.stage = Stage::Waiting(key);
+                    alarm
+                }
+            };
+            match alarm.map(|at| this.set_alarm(at)) {
+                None => return Poll::Pending,
+                Some(Some(alarm)) => ready!(alarm.poll(cx)),
+                // Beyond the end of the clock's time.
+                Some(None) => return Poll::Pending,
             }
         }
     }
 }
 
-impl Drop for Waiting<'_> {
+impl Drop for Acquire<'_> {
     fn drop(&mut self) {
-        if let Some(key) = self.key.take() {
+        if let Stage::Waiting(key) = self.stage {
             self.lane
                 .shared
                 .step(|turnstile, now, errands| turnstile.leave(now, key, errands));

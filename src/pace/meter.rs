@@ -7,7 +7,7 @@
 
 use std::time::Duration;
 
-use super::bucket::{Bucket, Rate};
+use super::bucket::{Bucket, Nanos, Rate, nanos};
 use super::scale::Scale;
 
 /// Fewer calls than this between two refusals say nothing of what passes.
@@ -37,41 +37,44 @@ pub(super) struct Burst {
 pub(super) struct Meter {
     bucket: Bucket,
     /// How much of its rate it holds, as the lane counts time.
-    burst: Duration,
+    burst: Nanos,
     scale: Scale,
+    /// The scale that the bucket's size goes with.
+    sized_for: f64,
     source: Source,
     /// The bucket's own time at `at`, the lane's.
-    clock: Duration,
+    clock: Nanos,
     /// In the future while the clock stands still.
-    at: Duration,
+    at: Nanos,
     /// When it was made: what was granted earlier was not taken from it.
-    born: Duration,
+    born: Nanos,
     /// Nothing was ever taken: the first call may go and owe.
     fresh: bool,
     /// Units and calls taken so far.
     taken: u64,
     calls: u64,
     /// Both at the last refusal, and what was owed then.
-    before: (u64, u64, Duration),
+    before: (u64, u64, Nanos),
     /// How long somebody has waited for more since the last refusal.
-    busy: Duration,
+    busy: Nanos,
     /// When headers lowered it last: what they told earlier calls is in that.
-    lowered_at: Duration,
+    lowered_at: Nanos,
 }
 
 impl Meter {
-    pub(super) fn new(source: Source, rate: Rate, burst: Burst, now: Duration) -> Self {
-        let mut bucket = Bucket::new(rate, burst.time, now);
+    pub(super) fn new(source: Source, rate: Rate, burst: Burst, now: Nanos) -> Self {
+        let mut bucket = Bucket::new(rate, nanos(burst.time), now);
         if !burst.at_once {
             bucket.lower_to(now, 1);
         }
         Self {
             bucket,
-            burst: burst.time,
+            burst: nanos(burst.time),
             scale: match source {
                 Source::Guessed => Scale::of_a_guess(),
                 Source::Configured | Source::Told => Scale::whole(),
             },
+            sized_for: 1.0,
             source,
             clock: now,
             at: now,
@@ -79,9 +82,9 @@ impl Meter {
             fresh: !burst.at_once,
             taken: 0,
             calls: 0,
-            before: (0, 0, Duration::ZERO),
-            busy: Duration::ZERO,
-            lowered_at: Duration::ZERO,
+            before: (0, 0, 0),
+            busy: 0,
+            lowered_at: 0,
         }
     }
 
@@ -97,19 +100,21 @@ impl Meter {
         self.scale.value()
     }
 
-    /// The whole units that are there.
-    pub(super) fn level(&self, now: Duration) -> u64 {
-        self.bucket.level(self.clock_at(now))
+    /// What is there, as the time in which it flowed in.
+    #[inline]
+    pub(super) fn filled(&self, now: Nanos) -> Nanos {
+        self.bucket.filled(self.clock_at(now))
     }
 
     /// Whether what was granted at `granted_at` was taken from this limit.
-    pub(super) fn knows(&self, granted_at: Duration) -> bool {
+    pub(super) fn knows(&self, granted_at: Nanos) -> bool {
         self.born <= granted_at
     }
 
     /// Passes the time until `now`, in which somebody `wanted` more or nobody did.
-    pub(super) fn advance(&mut self, now: Duration, wanted: bool) {
-        let Some(passed) = now.checked_sub(self.at).filter(|time| !time.is_zero()) else {
+    #[inline]
+    pub(super) fn advance(&mut self, now: Nanos, wanted: bool) {
+        let Some(passed) = now.checked_sub(self.at).filter(|time| *time > 0) else {
             return;
         };
         self.clock = self.clock_at(now);
@@ -117,13 +122,14 @@ impl Meter {
         if wanted {
             self.busy = self.busy.saturating_add(passed);
             if !self.scale.is_settled() {
-                self.scale.grow(passed);
+                self.scale.grow(Duration::from_nanos(passed));
             }
         }
     }
 
     /// When `n` units can be taken if nobody takes any before: `now`, or later.
-    pub(super) fn ready_at(&self, now: Duration, n: u64) -> Duration {
+    #[inline]
+    pub(super) fn ready_at(&self, now: Nanos, n: u64) -> Nanos {
         let now = now.max(self.at);
         let clock = self.clock_at(now);
         if self.fresh {
@@ -133,16 +139,17 @@ impl Meter {
     }
 
     /// As [`ready_at`](Meter::ready_at), if `before` units were taken now.
-    pub(super) fn ready_after(&self, now: Duration, before: u64, n: u64) -> Duration {
+    pub(super) fn ready_after(&self, now: Nanos, before: u64, n: u64) -> Nanos {
         let clock = self.clock_at(now);
         now.saturating_add(self.slowed(self.bucket.ready_after(clock, before, n) - clock))
     }
 
-    pub(super) fn fullness(&self, now: Duration) -> f64 {
+    pub(super) fn fullness(&self, now: Nanos) -> f64 {
         self.bucket.fullness(self.clock_at(now))
     }
 
-    pub(super) fn take(&mut self, now: Duration, n: u64) {
+    #[inline]
+    pub(super) fn take(&mut self, now: Nanos, n: u64) {
         self.fresh = false;
         self.taken = self.taken.saturating_add(n);
         self.calls += 1;
@@ -150,30 +157,33 @@ impl Meter {
     }
 
     /// The refill since is counted at the full rate: never too little.
-    pub(super) fn refund(&mut self, now: Duration, n: u64, taken_at: Duration) {
+    pub(super) fn refund(&mut self, now: Nanos, n: u64, taken_at: Nanos) {
         let clock = self.clock_at(now);
-        let passed = now.saturating_sub(taken_at).mul_f64(self.scale().max(1.0));
-        self.bucket.refund(clock, n, clock.saturating_sub(passed));
+        let passed = now.saturating_sub(taken_at) as f64 * self.scale().max(1.0);
+        self.bucket
+            .refund(clock, n, clock.saturating_sub(passed as Nanos));
         self.keep_empty_while_closed(now);
     }
 
-    pub(super) fn settle(&mut self, now: Duration, charged: u64, actual: u64) {
+    #[inline]
+    pub(super) fn settle(&mut self, now: Nanos, charged: u64, actual: u64) {
         self.bucket.settle(self.clock_at(now), charged, actual);
         self.keep_empty_while_closed(now);
     }
 
-    /// What the provider says is left, to a call granted at `granted_at` that left `level` here.
+    /// What the provider says is left, to a call granted at `granted_at` that left so much here,
+    /// as [`filled`](Meter::filled) says it.
     ///
     /// Nobody says whether that was true when the call was let in or when it was
     /// answered. In the first case what was sent since has been taken here too,
     /// in the second it is known to the provider as well: so the limit is lowered by
     /// what it had too much in either case, and never raised.
-    pub(super) fn lower(&mut self, now: Duration, left: u64, granted_at: Duration, level: u64) {
+    pub(super) fn lower(&mut self, now: Nanos, left: u64, granted_at: Nanos, filled: Nanos) {
         if granted_at < self.lowered_at {
             return;
         }
-        let here = self.level(now);
-        let excess = level.min(here).saturating_sub(left);
+        let here = self.bucket.units(self.filled(now));
+        let excess = self.bucket.units(filled).min(here).saturating_sub(left);
         if excess > 0 {
             self.bucket.lower_to(self.clock_at(now), here - excess);
             self.lowered_at = now;
@@ -182,7 +192,7 @@ impl Meter {
 
     /// Empties the limit and lets it stand still until `until`; a debt stays. It is
     /// still empty then, whatever is credited before.
-    pub(super) fn close_until(&mut self, now: Duration, until: Duration) {
+    pub(super) fn close_until(&mut self, now: Nanos, until: Nanos) {
         self.fresh = false;
         self.clock = self.clock_at(now);
         self.at = self.at.max(now).max(until);
@@ -198,8 +208,8 @@ impl Meter {
     /// now used more slowly.
     pub(super) fn refuse(
         &mut self,
-        now: Duration,
-        sent_at: Duration,
+        now: Nanos,
+        sent_at: Nanos,
         refused: u64,
         told: Option<Rate>,
     ) -> bool {
@@ -213,14 +223,15 @@ impl Meter {
         let debt = self.bucket.debt(self.clock_at(now));
         let passed = rate.time_for((self.taken - taken).saturating_sub(refused));
         let passed = passed.saturating_add(owed).saturating_sub(debt);
-        let passed = passed.as_secs_f64() / self.busy.as_secs_f64();
+        let passed = passed as f64 / self.busy as f64;
         let passed = (self.calls - calls >= TELLING && passed.is_finite()).then_some(passed);
         let told = told.map(|told| told.per_second() / rate.per_second());
-        let call = rate.time_for(average);
-        let lowered = self.scale.refuse(now, sent_at, passed, told, call);
+        let call = Duration::from_nanos(rate.time_for(average));
+        let [at, sent_at] = [now, sent_at].map(Duration::from_nanos);
+        let lowered = self.scale.refuse(at, sent_at, passed, told, call);
         if lowered {
             self.before = (self.taken, self.calls, debt);
-            self.busy = Duration::ZERO;
+            self.busy = 0;
             self.resize(now);
         }
         lowered
@@ -228,59 +239,68 @@ impl Meter {
 
     /// Changes the limit; what was learned of it is forgotten, for whoever sets it
     /// now knows better.
-    pub(super) fn retune(&mut self, now: Duration, source: Source, rate: Rate, burst: Burst) {
+    pub(super) fn retune(&mut self, now: Nanos, source: Source, rate: Rate, burst: Burst) {
         let clock = self.clock_at(now);
         if source != self.source || rate != self.bucket.rate() {
+            // What was left at the old rate says nothing of the new one.
+            self.lowered_at = now;
             let fresh = Self::new(source, rate, burst, now);
             (self.scale, self.source) = (fresh.scale, source);
         }
-        (self.clock, self.at, self.burst) = (clock, self.at.max(now), burst.time);
+        (self.clock, self.at, self.burst) = (clock, self.at.max(now), nanos(burst.time));
         self.bucket.retune(clock, rate, self.scaled_burst());
+        self.sized_for = self.scale.value();
     }
 
     /// Lets the bucket hold as much as goes with the scale. Not while somebody waits until
     /// it is full: that would never come nearer.
-    pub(super) fn resize(&mut self, now: Duration) {
+    #[inline]
+    pub(super) fn resize(&mut self, now: Nanos) {
+        if self.sized_for == self.scale.value() {
+            return;
+        }
+        self.sized_for = self.scale.value();
         let clock = self.clock_at(now);
         self.bucket.resize(clock, self.scaled_burst());
     }
 
-    fn scaled_burst(&self) -> Duration {
+    fn scaled_burst(&self) -> Nanos {
         let scale = self.scale.value();
         if scale == 1.0 {
             return self.burst;
         }
-        let scaled = self.burst.as_secs_f64() * scale;
-        Duration::try_from_secs_f64(scaled).unwrap_or(Duration::MAX)
+        (self.burst as f64 * scale) as Nanos
     }
 
-    fn keep_empty_while_closed(&mut self, now: Duration) {
+    #[inline]
+    fn keep_empty_while_closed(&mut self, now: Nanos) {
         if now < self.at {
             let least = u64::from(self.source == Source::Guessed);
             self.bucket.lower_to(self.clock, least);
         }
     }
 
-    fn clock_at(&self, now: Duration) -> Duration {
+    #[inline]
+    fn clock_at(&self, now: Nanos) -> Nanos {
         let passed = now.saturating_sub(self.at);
         let scale = self.scale.value();
         let passed = if scale == 1.0 {
             passed
         } else {
-            passed.mul_f64(scale)
+            (passed as f64 * scale) as Nanos
         };
         self.clock.saturating_add(passed)
     }
 
     /// A time of the bucket's as the lane sees it.
-    fn slowed(&self, time: Duration) -> Duration {
+    #[inline]
+    fn slowed(&self, time: Nanos) -> Nanos {
         let scale = self.scale.value();
-        if scale == 1.0 || time.is_zero() {
+        if scale == 1.0 || time == 0 {
             return time;
         }
         // Up, and one on top: the way back must not fall short by a rounding.
-        let nanos = (time.as_nanos() as f64 / scale).ceil() as u64;
-        Duration::from_nanos(nanos.saturating_add(1))
+        ((time as f64 / scale).ceil() as Nanos).saturating_add(1)
     }
 }
 
@@ -288,31 +308,28 @@ impl Meter {
 mod tests {
     use super::*;
 
-    const SECOND: Duration = Duration::from_secs(1);
+    const SECOND: Nanos = 1_000_000_000;
 
     /// 10 a second, of which 10 may go at once.
     fn meter(source: Source) -> Meter {
         let burst = Burst {
-            time: SECOND,
+            time: Duration::from_secs(1),
             at_once: true,
         };
-        Meter::new(source, Rate::per_minute(600), burst, Duration::ZERO)
+        Meter::new(source, Rate::per_minute(600), burst, 0)
     }
 
     #[test]
     fn a_slower_clock_is_a_lower_rate_and_a_smaller_burst() {
         let mut meter = meter(Source::Configured);
         let part = Rate::per_minute(450);
-        assert!(meter.refuse(Duration::ZERO, Duration::ZERO, 1, Some(part)));
-        meter.close_until(Duration::ZERO, SECOND);
+        assert!(meter.refuse(0, 0, 1, Some(part)));
+        meter.close_until(0, SECOND);
         assert!((meter.scale() - 0.6).abs() < 1e-9);
         let wait = meter.ready_at(SECOND, 1) - SECOND;
-        assert!(
-            wait.abs_diff(SECOND / 6) < Duration::from_micros(1),
-            "{wait:?}"
-        );
+        assert!(wait.abs_diff(SECOND / 6) < 1_000, "{wait}");
         let wait = meter.ready_at(SECOND, 6) - SECOND;
-        assert!(wait.abs_diff(SECOND) < Duration::from_micros(1), "{wait:?}");
+        assert!(wait.abs_diff(SECOND) < 1_000, "{wait}");
         assert_eq!(
             meter.ready_at(SECOND, 10),
             meter.ready_at(SECOND, 6),
@@ -321,13 +338,13 @@ mod tests {
         meter.advance(1_000 * SECOND, true);
         assert_eq!(meter.scale(), 1.0);
         meter.resize(1_000 * SECOND);
-        assert_eq!(meter.level(1_002 * SECOND), 10, "and with ten again");
+        assert_eq!(meter.filled(1_002 * SECOND), SECOND, "and with ten again");
     }
 
     #[test]
     fn closed_it_stands_still_and_resumes_empty() {
         let mut meter = meter(Source::Configured);
-        let ms = Duration::from_millis;
+        let ms = |ms: u64| ms * 1_000_000;
         meter.close_until(ms(500), ms(5_000));
         meter.settle(ms(600), 10, 0);
         meter.refund(ms(600), 10, ms(600));
@@ -343,7 +360,7 @@ mod tests {
     #[test]
     fn only_time_in_which_somebody_waits_brings_it_back() {
         let mut meter = meter(Source::Configured);
-        meter.refuse(Duration::ZERO, Duration::ZERO, 1, None);
+        meter.refuse(0, 0, 1, None);
         let low = meter.scale();
         meter.advance(1_000 * SECOND, false);
         assert_eq!(meter.scale(), low);
@@ -354,9 +371,9 @@ mod tests {
     #[test]
     fn what_passed_between_two_refusals_is_the_better_guess() {
         let mut meter = meter(Source::Configured);
-        meter.take(Duration::ZERO, 1);
-        meter.refuse(Duration::ZERO, Duration::ZERO, 1, None);
-        let mut now = Duration::ZERO;
+        meter.take(0, 1);
+        meter.refuse(0, 0, 1, None);
+        let mut now = 0;
         for _ in 0..51 {
             now += SECOND / 5;
             meter.advance(now, true);
@@ -377,7 +394,7 @@ mod tests {
     #[test]
     fn a_fresh_limit_lets_one_call_go_and_owe() {
         let burst = Burst {
-            time: SECOND,
+            time: Duration::from_secs(1),
             at_once: false,
         };
         let mut meter = Meter::new(Source::Configured, Rate::per_minute(600), burst, SECOND);

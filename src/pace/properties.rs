@@ -5,12 +5,13 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 
+use super::bucket::nanos;
 use super::buckets::Resource;
 use super::limits::Pace;
 use super::meter::Burst;
 use super::queue::Key;
-use super::turnstile::{End, Entry, Errands, Grant, Turn, Turnstile};
-use super::words::{CallOutcome, Charge, Place, Who};
+use super::turnstile::{End, Errands, Grant, Turn, Turnstile};
+use super::words::{CallOutcome, Charge, Need, Place};
 use crate::usage::Usage;
 
 /// One thing that can happen to a lane. Indices count modulo what there is.
@@ -139,18 +140,21 @@ impl World {
     }
 
     fn arrive(&mut self, place: Option<Place>, charge: Charge) {
-        let errands = &mut Errands::default();
-        let entry = self
+        let mut need = Need::new(charge.input, charge.output);
+        need.place = place;
+        let mut errands = Errands::default();
+        let id = self.next_id;
+        self.next_id += 1;
+        let turn = self
             .turnstile
-            .enter(self.now, place, Who::default(), charge, errands);
-        self.awake.extend(errands.wake.drain(..));
-        match entry {
-            Entry::Granted(grant) => self.granted(grant, None, charge),
-            Entry::Stopped(_) => {}
-            Entry::Queued(key) => {
-                self.waiting.insert(self.next_id, Waiter { key, charge });
-                self.awake.push_back(self.next_id);
-                self.next_id += 1;
+            .enter(self.now, &need, &mut Some(id), &mut errands);
+        errands.run(|id| self.awake.push_back(id));
+        match turn {
+            Turn::Granted(grant) => self.granted(grant, place, charge),
+            Turn::Stopped(_) => {}
+            Turn::Wait(key, alarm) => {
+                self.waiting.insert(id, Waiter { key, charge });
+                self.set_alarm(id, alarm);
             }
         }
         self.settle();
@@ -200,8 +204,16 @@ impl World {
     fn step(&mut self, step: impl FnOnce(&mut Turnstile<u64>, Duration, &mut Errands<u64>)) {
         let mut errands = Errands::default();
         step(&mut self.turnstile, self.now, &mut errands);
-        self.awake.extend(errands.wake);
+        errands.run(|id| self.awake.push_back(id));
         self.settle();
+    }
+
+    fn set_alarm(&mut self, id: u64, alarm: Option<Duration>) {
+        if let Some(at) = alarm {
+            assert!(at > self.now, "an alarm in the past");
+            self.alarms.retain(|(_, of)| *of != id);
+            self.alarms.insert((at, id));
+        }
     }
 
     fn pass_until(&mut self, then: Duration) {
@@ -222,9 +234,11 @@ impl World {
                 continue;
             };
             let (key, charge) = (waiter.key, waiter.charge);
-            let errands = &mut Errands::default();
-            let turn = self.turnstile.poll(self.now, key, id, errands);
-            self.awake.extend(errands.wake.drain(..));
+            let mut errands = Errands::default();
+            let turn = self
+                .turnstile
+                .poll(self.now, key, &mut Some(id), &mut errands);
+            errands.run(|id| self.awake.push_back(id));
             match turn {
                 Turn::Granted(grant) => {
                     granted.push((key, charge));
@@ -232,12 +246,7 @@ impl World {
                     self.alarms.retain(|(_, of)| *of != id);
                     self.granted(grant, Some(key.place), charge);
                 }
-                Turn::Wait(Some(at)) => {
-                    assert!(at > self.now, "an alarm in the past");
-                    self.alarms.retain(|(_, of)| *of != id);
-                    self.alarms.insert((at, id));
-                }
-                Turn::Wait(None) => {}
+                Turn::Wait(_, alarm) => self.set_alarm(id, alarm),
                 Turn::Stopped(_) => {
                     self.waiting.remove(&id);
                     self.alarms.retain(|(_, of)| *of != id);
@@ -289,20 +298,18 @@ impl World {
             let Some((rate, Burst { time: burst, .. })) = resource.limit(&self.pace) else {
                 continue;
             };
-            let capacity = burst.max(rate.time_for(1)).as_nanos() as i128;
-            let cost = |charge| rate.time_for(resource.of(charge));
-            let nanos = |time: Duration| time.as_nanos() as i128;
+            let capacity = i128::from(nanos(burst).max(rate.time_for(1)));
+            let cost = |charge| i128::from(rate.time_for(resource.of(charge)));
+            let time = |time: Duration| i128::from(nanos(time));
             // Tokens are booked when they are known; a request counts when it was sent.
             let by_request = matches!(resource, Resource::Spacing | Resource::Requests);
             let lines = self.books.iter().filter_map(|line| {
                 let full = cost(line.charge);
                 let booked = match line.kind {
-                    Kind::Grant { unsent } => (!(by_request && unsent)).then_some(nanos(full)),
+                    Kind::Grant { unsent } => (!(by_request && unsent)).then_some(full),
                     _ if by_request => None,
-                    Kind::Refund { taken_at } => {
-                        Some(-nanos(full.saturating_sub(line.at - taken_at)))
-                    }
-                    Kind::Settled { before } => Some(nanos(full) - nanos(cost(before))),
+                    Kind::Refund { taken_at } => Some(-(full - time(line.at - taken_at)).max(0)),
+                    Kind::Settled { before } => Some(full - cost(before)),
                 };
                 Some((line, booked?))
             });
@@ -312,7 +319,7 @@ impl World {
                 for (line, booked) in &lines[i..] {
                     sum += booked;
                     if matches!(line.kind, Kind::Grant { .. }) {
-                        let window = (line.at - first.at).as_nanos() as i128;
+                        let window = time(line.at - first.at);
                         let most = capacity.max(*booked) + window;
                         assert!(sum <= most, "{resource:?}: {sum} ns in {window} ns");
                     }
@@ -439,23 +446,20 @@ fn a_hundred_thousand_waiters_go_one_by_one() {
     );
     let mut now = Duration::ZERO;
     let mut errands = Errands::default();
-    let charge = Charge::default();
+    let need = Need::default();
     let mut keys = VecDeque::new();
     let mut granted = 0;
     for id in 0..1_100_000 {
-        match world.enter(now, None, Who::default(), charge, &mut errands) {
-            Entry::Granted(_) => granted += 1,
-            Entry::Queued(key) => {
-                let _ = world.poll(now, key, id, &mut errands);
-                keys.push_back((id, key));
-            }
-            Entry::Stopped(_) => panic!("nobody stopped it"),
+        match world.enter(now, &need, &mut Some(id), &mut errands) {
+            Turn::Granted(_) => granted += 1,
+            Turn::Wait(key, _) => keys.push_back((id, key)),
+            Turn::Stopped(_) => panic!("nobody stopped it"),
         }
     }
     assert_eq!((granted, keys.len()), (1_000_000, 100_000));
     while let Some((id, key)) = keys.pop_front() {
         now += Duration::from_micros(1);
-        match world.poll(now, key, id, &mut errands) {
+        match world.poll(now, key, &mut Some(id), &mut errands) {
             Turn::Granted(_) => granted += 1,
             _ => panic!("its time has come"),
         }

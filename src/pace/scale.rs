@@ -69,11 +69,13 @@ impl Scale {
         self.ceiling == UNBOUNDED
     }
 
+    #[inline]
     pub(super) fn value(&self) -> f64 {
         self.value
     }
 
     /// Whether time alone changes nothing.
+    #[inline]
     pub(super) fn is_settled(&self) -> bool {
         self.value >= self.ceiling || (self.decreased_at.is_none() && !self.is_of_a_guess())
     }

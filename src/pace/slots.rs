@@ -1,6 +1,11 @@
-//! [`Slots`]: the calls in flight, and how many there may be while the provider is overloaded.
+//! [`Slots`]: the calls in flight, and how many there may be while the provider is overloaded
+//! or lets in fewer than it was said to.
 
 use std::time::Duration;
+
+/// Where it was their number that was refused, one more is tried after so many rounds of
+/// successes: while nothing has changed, the one is refused, and the lane closes for it.
+const PATIENCE: usize = 16;
 
 #[derive(Debug)]
 pub(super) struct Slots {
@@ -9,6 +14,8 @@ pub(super) struct Slots {
     /// Fewer than `most` since an overload.
     eased: Option<usize>,
     eased_at: Option<Duration>,
+    /// It was the number of calls that was refused.
+    crowded: bool,
     successes: usize,
 }
 
@@ -19,6 +26,7 @@ impl Slots {
             used: 0,
             eased: None,
             eased_at: None,
+            crowded: false,
             successes: 0,
         }
     }
@@ -57,8 +65,35 @@ impl Slots {
         }
         self.eased = Some((self.used.min(self.limit()) / 2).max(1));
         self.eased_at = Some(now);
+        self.crowded = false;
         self.successes = 0;
         true
+    }
+
+    /// Whether so many are in flight that it may be their number that is refused.
+    pub(super) fn are_many(&self) -> bool {
+        self.limit() < usize::MAX && self.used > self.limit() / 2
+    }
+
+    /// A call was refused for the number in flight, of which it still is one: it was one too
+    /// many, and so is each that went with it and is refused. What is left is what
+    /// the provider let in.
+    pub(super) fn crowded(&mut self, now: Duration, sent_at: Duration) {
+        let most = match self.eased {
+            Some(eased) if self.was_crowded(sent_at) => eased,
+            _ => {
+                self.eased_at = Some(now);
+                self.used.min(self.limit())
+            }
+        };
+        self.eased = Some(most.saturating_sub(1).max(1));
+        self.crowded = true;
+        self.successes = 0;
+    }
+
+    /// Whether calls sent then went with those that were too many.
+    pub(super) fn was_crowded(&self, sent_at: Duration) -> bool {
+        self.crowded && self.eased_at.is_some_and(|at| sent_at <= at)
     }
 
     /// One more for every so many successes as there are slots.
@@ -70,7 +105,8 @@ impl Slots {
             return;
         }
         self.successes += 1;
-        if self.successes >= eased {
+        let rounds = if self.crowded { PATIENCE } else { 1 };
+        if self.successes >= eased.saturating_mul(rounds) {
             self.successes = 0;
             self.eased = Some(eased + 1).filter(|more| *more < self.most);
         }
@@ -98,6 +134,33 @@ mod tests {
         }
         (0..100).for_each(|_| slots.succeeded(at(22)));
         assert_eq!(slots.limit(), 10);
+    }
+
+    #[test]
+    fn a_crowd_leaves_as_many_as_were_let_in() {
+        let at = Duration::from_secs;
+        let mut slots = Slots::new(Some(16));
+        (0..16).for_each(|_| slots.take());
+        assert!(slots.are_many());
+        for _ in 0..8 {
+            slots.crowded(at(1), at(1));
+            slots.give_back();
+        }
+        assert_eq!(slots.limit(), 8);
+        (0..8 * PATIENCE - 1).for_each(|_| slots.succeeded(at(2)));
+        assert_eq!(slots.limit(), 8);
+        slots.succeeded(at(2));
+        assert_eq!(slots.limit(), 9);
+        slots.take();
+        slots.crowded(at(3), at(3));
+        assert_eq!(slots.limit(), 8);
+    }
+
+    #[test]
+    fn without_a_limit_nobody_is_many() {
+        let mut slots = Slots::new(None);
+        (0..1_000).for_each(|_| slots.take());
+        assert!(!slots.are_many());
     }
 
     #[test]

@@ -7,7 +7,6 @@
 //! through who can go by then. Whenever somebody else becomes the next, or the
 //! next can go earlier than its alarm, the turnstile wakes it to set its alarm anew.
 
-use std::collections::HashMap;
 use std::time::Duration;
 
 use super::bucket::Rate;
@@ -15,9 +14,9 @@ use super::buckets::{Buckets, Mark, Named};
 use super::gate::Gate;
 use super::limits::Pace;
 use super::meter::Burst;
-use super::queue::{Key, Queue};
+use super::queue::{Key, Map, Queue};
 use super::slots::Slots;
-use super::words::{Binding, CallOutcome, Charge, LaneChange, LaneSnapshot, Place, Who};
+use super::words::{Binding, CallOutcome, Charge, LaneChange, LaneSnapshot, Need, Place};
 use crate::error::{Error, ErrorKind, Persistence};
 use crate::usage::RateSnapshot;
 
@@ -39,25 +38,18 @@ pub(super) struct Grant {
     charge: Charge,
     at: Duration,
     mark: Mark,
-    /// Which limit the headers of its refusal name.
-    named: Option<Named>,
+    /// Which limit the headers of its refusal name. Boxed, because few are refused and all
+    /// are moved.
+    named: Option<Box<Named>>,
 }
 
-/// What becomes of someone who arrives.
-#[derive(Debug)]
-pub(super) enum Entry {
-    Granted(Grant),
-    Queued(Key),
-    Stopped(Error),
-}
-
-/// What a waiter finds when it looks.
+/// What someone finds who arrives, or who waits and looks again.
 #[derive(Debug)]
 pub(super) enum Turn {
     Granted(Grant),
     /// Not yet. With a time: it is the timekeeper, and must look again then.
-    Wait(Option<Duration>),
-    /// The lane was stopped while it waited.
+    Wait(Key, Option<Duration>),
+    /// The lane is stopped, or was while it waited.
     Stopped(Error),
 }
 
@@ -65,15 +57,34 @@ pub(super) enum Turn {
 /// others when it wakes and even when it is dropped.
 #[derive(Debug)]
 pub(super) struct Errands<W> {
-    pub(super) wake: Vec<W>,
-    pub(super) discard: Vec<W>,
+    /// Whom to wake. Most often there is one, who costs no allocation.
+    first: Option<W>,
+    more: Vec<W>,
+    discard: Option<W>,
 }
 
 impl<W> Default for Errands<W> {
     fn default() -> Self {
         Self {
-            wake: Vec::new(),
-            discard: Vec::new(),
+            first: None,
+            more: Vec::new(),
+            discard: None,
+        }
+    }
+}
+
+impl<W> Errands<W> {
+    fn wake(&mut self, waker: Option<W>) {
+        match self.first {
+            None => self.first = waker,
+            Some(_) => self.more.extend(waker),
+        }
+    }
+
+    pub(super) fn run(self, mut wake: impl FnMut(W)) {
+        if let Some(first) = self.first {
+            wake(first);
+            self.more.into_iter().for_each(wake);
         }
     }
 }
@@ -89,6 +100,7 @@ pub(super) enum End {
 }
 
 /// What keeps a call from going.
+#[derive(Clone, Copy)]
 struct Obstacle {
     binding: Binding,
     /// When it is gone; `None` if that depends on a call in flight.
@@ -136,7 +148,7 @@ pub(super) struct Turnstile<W> {
     slots: Slots,
     queue: Queue<W>,
     /// Granted out of the queue and not yet collected, by ticket.
-    uncollected: HashMap<u64, Grant>,
+    uncollected: Map<u64, Grant>,
     /// Who will look next, and when at the latest.
     timekeeper: Option<(Key, Duration)>,
     stop: Option<Stop>,
@@ -161,7 +173,7 @@ impl<W> Turnstile<W> {
             gate: Gate::new(seed),
             slots: Slots::new(pace.in_flight),
             queue: Queue::new(),
-            uncollected: HashMap::new(),
+            uncollected: Map::default(),
             timekeeper: None,
             stop: None,
             last_stop: None,
@@ -190,27 +202,27 @@ impl<W> Turnstile<W> {
         Some(self.grant(now, charge))
     }
 
-    /// Lets `charge` through, or queues it. Who is queued must [`poll`](Turnstile::poll)
-    /// at once, and in the end either collect its grant or [`leave`](Turnstile::leave).
+    /// Lets `charge` through, or queues it and takes its waker. Who is queued must
+    /// [`poll`](Turnstile::poll) when it is woken or its alarm rings, and in the end either
+    /// collect its grant or [`leave`](Turnstile::leave). A waker that is not taken is of no use.
     pub(super) fn enter(
         &mut self,
         now: Duration,
-        place: Option<Place>,
-        who: Who,
-        charge: Charge,
+        need: &Need,
+        waker: &mut Option<W>,
         errands: &mut Errands<W>,
-    ) -> Entry {
+    ) -> Turn {
+        let charge = Charge::from(need);
         if let Some(grant) = self.try_enter(now, charge) {
-            return Entry::Granted(grant);
+            return Turn::Granted(grant);
         }
         if let Some(stop) = &self.stop {
-            return Entry::Stopped(stop.why.clone());
+            return Turn::Stopped(stop.why.clone());
         }
-        let place = place.unwrap_or_else(|| self.arrive());
+        let place = need.place.unwrap_or_else(|| self.arrive());
         self.next_ticket += 1;
-        let key = self.queue.push(who, place, self.next_ticket, charge);
-        self.pump(now, errands);
-        Entry::Queued(key)
+        let key = self.queue.push(need.who, place, self.next_ticket, charge);
+        self.look(now, key, waker, errands)
     }
 
     /// A waiter looks whether it has been let through, and leaves its waker if not.
@@ -218,31 +230,43 @@ impl<W> Turnstile<W> {
         &mut self,
         now: Duration,
         key: Key,
-        waker: W,
+        waker: &mut Option<W>,
         errands: &mut Errands<W>,
     ) -> Turn {
         self.advance(now);
-        // It is awake: its old waker must not wake it again, its old alarm is spent.
-        if let Some(waiter) = self.queue.get_mut(key) {
-            errands.discard.extend(waiter.waker.take());
+        if self.queue.get_mut(key).is_none() {
+            // Whoever let it through has seen to the others.
+            return self.collect(now, key);
         }
+        // It is awake, and its old alarm is spent.
         self.timekeeper.take_if(|(keeper, _)| *keeper == key);
-        self.grant_all(now, errands);
+        self.look(now, key, waker, errands)
+    }
+
+    /// One in the queue looks after itself and everybody else.
+    fn look(
+        &mut self,
+        now: Duration,
+        key: Key,
+        waker: &mut Option<W>,
+        errands: &mut Errands<W>,
+    ) -> Turn {
+        // It must not be woken by what it does itself.
+        errands.discard = self
+            .queue
+            .get_mut(key)
+            .and_then(|waiter| waiter.waker.take());
+        let alarm = self.grant_all(now, errands);
         let turn = match self.queue.get_mut(key) {
             Some(waiter) => {
-                waiter.waker = Some(waker);
-                let alarm = self.alarm(now).filter(|(head, _)| *head == key);
-                if alarm.is_some() {
-                    self.timekeeper = alarm;
-                }
-                Turn::Wait(alarm.map(|(_, at)| at))
+                waiter.waker = waker.take();
+                let own = alarm.filter(|(head, _)| *head == key);
+                self.timekeeper = own.or(self.timekeeper);
+                Turn::Wait(key, own.map(|(_, at)| at))
             }
-            None => {
-                errands.discard.push(waker);
-                self.collect(now, key)
-            }
+            None => self.collect(now, key),
         };
-        self.appoint(now, errands);
+        self.appoint(now, alarm, errands);
         turn
     }
 
@@ -268,7 +292,7 @@ impl<W> Turnstile<W> {
             self.finish(now, grant, End::Unsent, errands);
         } else if let Some(waiter) = self.queue.remove(key) {
             self.advance(now);
-            errands.discard.extend(waiter.waker);
+            errands.discard = waiter.waker;
             self.pump(now, errands);
         }
     }
@@ -282,7 +306,7 @@ impl<W> Turnstile<W> {
         said: &RateSnapshot,
         errands: &mut Errands<W>,
     ) -> Vec<LaneChange> {
-        grant.named = Named::of(said, grant.charge);
+        grant.named = Named::of(said, grant.charge).map(Box::new);
         if !self.adaptive || grant.at < self.observed {
             return Vec::new();
         }
@@ -329,7 +353,13 @@ impl<W> Turnstile<W> {
             End::Finished(CallOutcome::Throttled { wait }) => {
                 self.throttled += 1;
                 self.buckets.settle(now, charge, Charge::default(), at);
-                self.slow_down(now, &grant, &mut changes);
+                if self.is_crowd(now, &grant, wait) {
+                    self.slots.crowded(now, at);
+                    let in_flight = self.slots.limit();
+                    changes.push(LaneChange::Eased { in_flight });
+                } else {
+                    self.slow_down(now, &grant, &mut changes);
+                }
                 self.close(now, at, wait, LONGEST_THROTTLE, &mut changes);
                 if let Some(wait) = wait.filter(|wait| *wait > LONGEST_WAIT) {
                     self.park(now, wait, errands, &mut changes);
@@ -362,7 +392,7 @@ impl<W> Turnstile<W> {
     /// Sends everybody away who waits or comes, until [`reopen`](Turnstile::reopen).
     pub(super) fn stop(&mut self, why: Error, until: Option<Duration>, errands: &mut Errands<W>) {
         for waiter in self.queue.clear() {
-            errands.wake.extend(waiter.waker);
+            errands.wake(waiter.waker);
         }
         self.timekeeper = None;
         self.last_stop = Some(why.clone());
@@ -422,6 +452,14 @@ impl<W> Turnstile<W> {
             .take_if(|stop| stop.until.is_some_and(|until| until <= now));
     }
 
+    /// Whether a call was refused for the number in flight: nobody says how long to wait or
+    /// for what, no rate is near its end, and most slots are taken.
+    fn is_crowd(&self, now: Duration, grant: &Grant, wait: Option<Duration>) -> bool {
+        let unexplained = grant.named.is_none() && wait.is_none();
+        let many = || self.slots.are_many() && self.buckets.are_half_full(now);
+        self.adaptive && unexplained && (self.slots.was_crowded(grant.at) || many())
+    }
+
     /// Uses the limit that was refused more slowly, where no limit was known one
     /// that is guessed.
     fn slow_down(&mut self, now: Duration, grant: &Grant, changes: &mut Vec<LaneChange>) {
@@ -430,7 +468,9 @@ impl<W> Turnstile<W> {
         }
         let guess = || (self.pulse.rate(now), self.burst);
         let sent = (grant.at, grant.charge);
-        let slowed = self.buckets.refuse(now, sent, grant.named, guess);
+        let slowed = self
+            .buckets
+            .refuse(now, sent, grant.named.as_deref().copied(), guess);
         changes.extend(slowed.map(|(resource, scale)| LaneChange::Slowed {
             limit: resource.binding(),
             scale,
@@ -474,18 +514,25 @@ impl<W> Turnstile<W> {
     }
 
     fn obstacle(&self, now: Duration, charge: Charge) -> Option<Obstacle> {
+        let opens_at = self.gate.opens_at();
+        if self.slots.free() == 0 {
+            let closed = opens_at > now;
+            return Some(Obstacle {
+                binding: if closed {
+                    Binding::Gate
+                } else {
+                    Binding::InFlight
+                },
+                until: None,
+            });
+        }
         let (mut until, mut binding) = self.buckets.ready_at(now, charge);
-        let full = self.slots.free() == 0;
-        if full {
-            binding = Binding::InFlight;
+        if opens_at > now {
+            (until, binding) = (until.max(opens_at), Binding::Gate);
         }
-        if self.gate.opens_at() > now {
-            binding = Binding::Gate;
-            until = until.max(self.gate.opens_at());
-        }
-        (full || until > now).then_some(Obstacle {
+        (until > now).then_some(Obstacle {
             binding,
-            until: (!full).then_some(until),
+            until: Some(until),
         })
     }
 
@@ -505,24 +552,24 @@ impl<W> Turnstile<W> {
     /// After anything has changed: lets everybody through who can go, and sees to
     /// it that somebody keeps the time for the rest.
     fn pump(&mut self, now: Duration, errands: &mut Errands<W>) {
-        self.grant_all(now, errands);
-        self.appoint(now, errands);
+        let alarm = self.grant_all(now, errands);
+        self.appoint(now, alarm, errands);
     }
 
-    fn grant_all(&mut self, now: Duration, errands: &mut Errands<W>) {
-        while let Some((head, charge)) = self.queue.head() {
+    /// Says who must look next, and when: nobody if only a call in flight can change anything.
+    fn grant_all(&mut self, now: Duration, errands: &mut Errands<W>) -> Option<(Key, Duration)> {
+        loop {
+            let (head, charge) = self.queue.head()?;
             match self.obstacle(now, charge) {
                 None => {
                     self.let_through(now, head, charge, errands);
                     // Bursts grow between two heads, so that none waits for a goal that moves.
                     self.buckets.resize(now);
                 }
-                Some(obstacle) => {
-                    let Some((key, charge)) = self.backfill(now, head, charge, obstacle) else {
-                        return;
-                    };
-                    self.let_through(now, key, charge, errands);
-                }
+                Some(obstacle) => match self.backfill(now, head, charge, obstacle) {
+                    Some((key, charge)) => self.let_through(now, key, charge, errands),
+                    None => return Some((head, obstacle.until?)),
+                },
             }
         }
     }
@@ -530,7 +577,7 @@ impl<W> Turnstile<W> {
     fn let_through(&mut self, now: Duration, key: Key, charge: Charge, errands: &mut Errands<W>) {
         let cost = self.buckets.cost(charge);
         let waiter = self.queue.serve(key, cost);
-        errands.wake.extend(waiter.and_then(|waiter| waiter.waker));
+        errands.wake(waiter.and_then(|waiter| waiter.waker));
         let grant = self.grant(now, charge);
         self.uncollected.insert(key.ticket, grant);
     }
@@ -557,15 +604,9 @@ impl<W> Turnstile<W> {
         behind.find(|(_, first)| self.buckets.leaves_room(now, *first, charge, until))
     }
 
-    /// Who must look next, and when: nobody if only a call in flight can change anything.
-    fn alarm(&self, now: Duration) -> Option<(Key, Duration)> {
-        let (head, charge) = self.queue.head()?;
-        Some((head, self.obstacle(now, charge)?.until?))
-    }
-
     /// Wakes the one who must look next, unless it is awake or will be in time.
-    fn appoint(&mut self, now: Duration, errands: &mut Errands<W>) {
-        let Some((head, at)) = self.alarm(now) else {
+    fn appoint(&mut self, now: Duration, alarm: Option<(Key, Duration)>, errands: &mut Errands<W>) {
+        let Some((head, at)) = alarm else {
             return;
         };
         if self
@@ -576,8 +617,6 @@ impl<W> Turnstile<W> {
         }
         self.timekeeper = Some((head, now));
         let waiter = self.queue.get_mut(head);
-        errands
-            .wake
-            .extend(waiter.and_then(|waiter| waiter.waker.take()));
+        errands.wake(waiter.and_then(|waiter| waiter.waker.take()));
     }
 }
