@@ -50,6 +50,7 @@
 //! backend can keep; [`ErrorKind::LeaseLost`](crate::ErrorKind::LeaseLost) where said.
 
 mod change;
+mod given;
 mod memory;
 #[cfg(feature = "postgres")]
 mod postgres;
@@ -65,13 +66,13 @@ use async_trait::async_trait;
 
 use crate::error::Result;
 
+pub use self::given::{Commit, NewItem, NewRun, Note, RunFilter, Settlement};
 pub use self::memory::Memory;
 #[cfg(feature = "postgres")]
 pub use self::postgres::{Postgres, PostgresBuilder};
 pub use self::records::{
-    Commit, Committed, Created, FORMAT, Generation, Hold, Intent, IntentName, Item, ItemId,
-    LeaseId, LogEntry, MemoKey, NewItem, NewRun, Note, Purged, Reaped, Run, RunFilter, RunId,
-    Settlement, Status,
+    Committed, Created, FORMAT, Generation, Hold, Intent, IntentName, Item, ItemId, LeaseId,
+    LogEntry, MemoKey, Purged, Reaped, Run, RunId, Status,
 };
 #[cfg(feature = "sqlite")]
 pub use self::sqlite::{Durability, Sqlite, SqliteBuilder};

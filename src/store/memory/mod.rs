@@ -15,9 +15,10 @@ use self::state::{Row, State, ready};
 use super::change::{
     Changes, at_millis, duration_millis, ended_entry, lease_lost, millis, worker_died,
 };
+use super::given::{Commit, NewRun, RunFilter, Settlement};
 use super::records::{
-    Commit, Committed, Created, Generation, Hold, Intent, IntentName, Item, ItemId, LeaseId,
-    LogEntry, MemoKey, NewRun, Purged, Reaped, Run, RunFilter, RunId, Settlement, Status,
+    Committed, Created, Generation, Hold, Intent, IntentName, Item, ItemId, LeaseId, LogEntry,
+    MemoKey, Purged, Reaped, Run, RunId, Status,
 };
 use super::{Queue, Store};
 use crate::error::Result;

@@ -16,9 +16,10 @@ use sqlx::{ConnectOptions as _, Connection as _, Row as _};
 
 use super::Store;
 use super::change::duration_millis;
+use super::given::{Commit, NewItem, NewRun, RunFilter};
 use super::records::{
-    Commit, Committed, Created, Generation, Intent, IntentName, Item, ItemId, LogEntry, MemoKey,
-    NewItem, NewRun, Purged, Run, RunFilter, RunId,
+    Committed, Created, Generation, Intent, IntentName, Item, ItemId, LogEntry, MemoKey, Purged,
+    Run, RunId,
 };
 use super::sql::{failed, from_sql, retrying, to_sql, write_error};
 use crate::error::{Error, ErrorKind, Result};

@@ -5,7 +5,8 @@ use sqlx::{AssertSqlSafe, Connection as _, Row as _, SqliteConnection};
 use super::Sqlite;
 use super::rows::*;
 use super::write::settle_statement;
-use crate::store::records::{Hold, ItemId, Settlement};
+use crate::store::given::Settlement;
+use crate::store::records::{Hold, ItemId};
 
 /// What the planner says of a statement, step by step.
 async fn plan(connection: &mut SqliteConnection, sql: &str) -> Vec<String> {
