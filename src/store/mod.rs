@@ -190,12 +190,20 @@ pub trait Queue: Store {
     /// # Errors
     /// [`ErrorKind::LeaseLost`](crate::ErrorKind::LeaseLost) if the lease is gone or has expired.
     /// It is checked in the transaction that takes the items, against a reaper at the same time.
+    ///
+    /// # Cancel safety
+    /// A claim that is dropped, or whose answer is lost with its connection, may have taken items that
+    /// nobody works on, under a lease that lives. [`held`](Self::held) finds them.
     async fn claim(&self, lease: LeaseId, limit: u32) -> Result<Vec<Item>>;
 
     /// Gives items back: those that are not over and have the epoch that is named are pending again, with
     /// the epoch raised. They can be claimed when `delay` is over, at the next reap; at once where it is zero.
     /// With `charge` false their attempt counts for nothing. Gives the number of items released.
     async fn release(&self, holds: &[Hold], delay: Duration, charge: bool) -> Result<u64>;
+
+    /// All items that a lease holds, in the order of their numbers. What a worker does not know of among
+    /// them, a claim took whose answer was lost: it can be worked on, or released.
+    async fn held(&self, lease: LeaseId) -> Result<Vec<Item>>;
 
     /// Those of the holds that are lost: the item was cancelled, reaped, or settled by somebody.
     /// A call for it may be aborted.

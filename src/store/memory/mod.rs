@@ -432,6 +432,12 @@ impl Queue for Memory {
         Ok(released)
     }
 
+    async fn held(&self, lease: LeaseId) -> Result<Vec<Item>> {
+        let (_, state) = self.lock();
+        let held = state.items.values().filter(|row| row.lease == Some(lease));
+        Ok(held.map(|row| row.item.clone()).collect())
+    }
+
     async fn lost(&self, holds: &[Hold]) -> Result<Vec<ItemId>> {
         let (_, state) = self.lock();
         let lost = holds.iter().filter(|hold| !state.current(hold));

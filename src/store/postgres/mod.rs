@@ -100,6 +100,15 @@ impl PostgresBuilder {
         let pool = PgPoolOptions::new()
             .max_connections(self.connections.max(1))
             .acquire_timeout(Duration::from_secs(30))
+            // A ping before each statement would double the round trips; one that has been idle may
+            // have been ended by the server, or by a firewall in between.
+            .test_before_acquire(false)
+            .before_acquire(|connection, meta| {
+                Box::pin(async move {
+                    let idle = meta.idle_for > Duration::from_secs(5);
+                    Ok(!idle || connection.ping().await.is_ok())
+                })
+            })
             .connect_lazy_with(options);
         Ok(Postgres {
             schema: self.schema,
@@ -145,7 +154,8 @@ impl Postgres {
     }
 
     /// How many statements were sent since it was connected: one for each batch, two or three where a
-    /// transaction needs several, and more only where another worker was in the way.
+    /// transaction needs several, and more only where another worker was in the way. The begin and the
+    /// end of a transaction and the pings of idle connections are not counted.
     pub fn round_trips(&self) -> u64 {
         self.round_trips.load(Ordering::Relaxed)
     }

@@ -339,6 +339,12 @@ pub(super) const RELEASE: &str = concat!(
     WHERE i.id = h.id AND i.epoch = h.epoch AND i.status NOT IN ('completed', 'failed', 'cancelled')"
 );
 
+pub(super) const HELD: &str = concat!(
+    "SELECT ",
+    item!(),
+    " FROM items WHERE lease_id = $1 ORDER BY id"
+);
+
 pub(super) const LOST: &str = "
     SELECT h.id FROM unnest($1::bigint[], $2::bigint[]) WITH ORDINALITY AS h (id, epoch, place)
     WHERE NOT EXISTS (SELECT 1 FROM items AS i WHERE i.id = h.id AND i.epoch = h.epoch

@@ -77,6 +77,7 @@ async fn no_statement_reads_a_whole_table() {
         RETIRE,
         RETIRE_ITEMS,
         RELEASE,
+        HELD,
         LOST,
         ANYTHING_TO_REAP,
         REAP_LEASES,

@@ -125,6 +125,9 @@ pub(super) const RELEASE: &str = "UPDATE items NOT INDEXED SET status = 'pending
     WHERE items.id = h.id AND items.epoch = h.epoch \
     AND items.status NOT IN ('completed', 'failed', 'cancelled')";
 
+pub(super) const HELD: &str = "SELECT id, run_id, seq, key, tenant, status, epoch, attempt, \
+    max_attempts, input, output, error, priority FROM items WHERE lease_id = ?1 ORDER BY id";
+
 pub(super) const LOST: &str = "SELECT h.id FROM \
     (SELECT key AS place, value ->> 0 AS id, value ->> 1 AS epoch FROM json_each(?1)) AS h \
     WHERE NOT EXISTS (SELECT 1 FROM items i NOT INDEXED WHERE i.id = h.id AND i.epoch = h.epoch \

@@ -56,7 +56,11 @@ pub(super) async fn a_retired_lease_gives_its_items_back_without_charge(store: S
     let first = lease(&*store).await;
     let items = claim(&store, first, 3).await;
     assert_eq!(commit(&store, vec![done(items[0].hold())]).await, 1);
+    let held = store.held(first).await.unwrap();
+    let holds: Vec<_> = held.iter().map(Item::hold).collect();
+    assert_eq!(holds, [items[1].hold(), items[2].hold()]);
     assert_eq!(store.retire(first).await.unwrap(), 2);
+    assert!(store.held(first).await.unwrap().is_empty());
     assert!(!store.heartbeat(first, LONG).await.unwrap());
     assert_eq!(store.retire(first).await.unwrap(), 0);
     let items = claim(&store, lease(&*store).await, 3).await;
