@@ -14,6 +14,7 @@ use crate::budget::Budget;
 use crate::error::{Error, ErrorKind, Persistence, Result};
 use crate::estimate::{Estimator, TokenCounter};
 use crate::event::{Event, Observers};
+use crate::memo::Asked;
 use crate::pace::{CallOutcome, Lane, LaneChange, Need, Permit};
 use crate::provider::Provider;
 use crate::reply::Reply;
@@ -70,8 +71,15 @@ impl Guard {
     }
 
     /// One request, as many calls as it takes.
-    pub(crate) async fn call(&self, scope: &Scope, request: &Request) -> Result<Reply> {
-        let result = self.attempts(scope, request).await;
+    ///
+    /// `asked` is written down before the first is sent.
+    pub(crate) async fn call(
+        &self,
+        scope: &Scope,
+        request: &Request,
+        asked: Option<&Asked>,
+    ) -> Result<Reply> {
+        let result = self.attempts(scope, request, asked).await;
         if let Err(error) = &result {
             scope.add(Tally {
                 calls: 1,
@@ -86,7 +94,12 @@ impl Guard {
         result
     }
 
-    async fn attempts(&self, scope: &Scope, request: &Request) -> Result<Reply> {
+    async fn attempts(
+        &self,
+        scope: &Scope,
+        request: &Request,
+        asked: Option<&Asked>,
+    ) -> Result<Reply> {
         let bounds = &scope.bounds;
         // A retry goes back to where its call stood in the queue, not to the end.
         let need = self.estimator.need(scope, request).at(self.lane.arrive());
@@ -96,7 +109,7 @@ impl Guard {
         let mut attempt = 0;
         let mut stall = None;
         loop {
-            let error = match self.send(scope, request, need, attempt + 1).await {
+            let error = match self.send(scope, request, asked, need, attempt + 1).await {
                 Ok(Sent::Answered(reply)) => return Ok(reply),
                 Ok(Sent::Failed(error)) => error,
                 Err(error) => return Err(error.exhausted(attempt)),
@@ -159,11 +172,16 @@ impl Guard {
         &self,
         scope: &Scope,
         request: &Request,
+        asked: Option<&Asked>,
         need: Need,
         attempt: u32,
     ) -> Result<Sent> {
         let permit = scope.bounds.before_send(self.lane.acquire(need));
         let mut permit = permit.await??;
+        if let Some(asked) = asked {
+            // With the permit in hand, so that what only waits in line is not written down as sent.
+            scope.bounds.before_send(asked.intend()).await?;
+        }
         permit.mark_sent();
         // Who learns nothing from it and tells nobody need not look at the clock.
         let sampled = self.estimator.samples();

@@ -60,6 +60,8 @@ mod error;
 mod estimate;
 mod event;
 mod guard;
+mod journal;
+mod memo;
 mod pace;
 mod pipeline;
 mod pool;
@@ -91,6 +93,7 @@ pub use crate::digest::RequestDigest;
 pub use crate::error::{Error, ErrorKind, Persistence, Result};
 pub use crate::estimate::TokenCounter;
 pub use crate::event::{Event, Observer};
+pub use crate::journal::{Journal, JournalStats};
 pub use crate::pace::{
     Binding, CallOutcome, Lane, LaneSnapshot, Need, Pace, Permit, Place, Priority, Tenant,
 };
