@@ -393,6 +393,10 @@ impl Context {
         &self.shared.observers
     }
 
+    pub(crate) fn shared_observers(&self) -> Arc<Observers> {
+        Arc::clone(&self.shared.observers)
+    }
+
     pub(crate) fn item_started(&self) {
         self.shared.items.started.fetch_add(1, Ordering::Relaxed);
     }

@@ -69,12 +69,14 @@ pub mod provider;
 mod reply;
 mod request;
 mod retry;
+mod run;
 mod scope;
 mod settled;
 pub mod store;
 #[cfg(feature = "testing")]
 pub mod testing;
 mod usage;
+mod worker;
 
 #[doc = include_str!("../DESIGN.md")]
 pub mod design {}
@@ -111,6 +113,8 @@ pub use crate::provider::{OpenAi, OpenAiBuilder};
 pub use crate::reply::{Delta, FinishReason, Reply, ReplyStream};
 pub use crate::request::{Message, Request, ResponseFormat, Role};
 pub use crate::retry::Retry;
+pub use crate::run::{ItemResult, RunSnapshot, Runner, Submit};
 pub use crate::scope::Tally;
 pub use crate::settled::{Outcome, Settled};
 pub use crate::usage::{Quota, RateSnapshot, Usage};
+pub use crate::worker::{Ambiguous, Drive, Worker, WorkerBuilder, WorkerStats};

@@ -49,6 +49,8 @@ impl Lookups {
                     },
                     _turn = self.turn.lock() => {
                         // Those who come in this moment need not wait for the next round trip.
+                        // Twice, because who bounds a wait polls it once more at once.
+                        yield_now().await;
                         yield_now().await;
                         self.ask().await;
                     }

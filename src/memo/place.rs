@@ -42,6 +42,19 @@ impl Place {
         }
     }
 
+    /// The place of an item that a worker runs: the same as that of an item with this key in a batch of this
+    /// label at the top of a context.
+    pub(crate) fn durable(memo: Arc<Memo>, tenant: Arc<str>, name: &str, key: &str) -> Self {
+        let root = Self::root(memo, tenant);
+        root.below(root.item_name(&[], name, &format!("k{key}")), true)
+    }
+
+    fn item_name(&self, labels: &[&Arc<str>], label: &str, name: &str) -> MemoKey {
+        let labels = labels.iter().map(|label| label.as_bytes());
+        let parts = [self.name.as_bytes().as_slice()].into_iter().chain(labels);
+        MemoKey::of(parts.chain([label.as_bytes(), name.as_bytes()]))
+    }
+
     fn below(&self, name: MemoKey, is_item: bool) -> Self {
         Self {
             memo: Arc::clone(&self.memo),
@@ -67,12 +80,7 @@ impl Place {
             None if self.is_item => return Arc::clone(self),
             None => format!("i{index}"),
         };
-        let labels = labels.iter().copied().chain([label]);
-        let parts = labels
-            .map(|label| label.as_bytes())
-            .chain([name.as_bytes()]);
-        let parts = [self.name.as_bytes().as_slice()].into_iter().chain(parts);
-        Arc::new(self.below(MemoKey::of(parts), true))
+        Arc::new(self.below(self.item_name(labels, label, &name), true))
     }
 
     /// This place, where nothing has been asked yet. `tag` tells one such from another.
