@@ -19,7 +19,7 @@ use self::flights::Flights;
 use self::lookups::Lookups;
 pub(crate) use self::place::Place;
 use crate::digest::RequestDigest;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::journal::Journal;
 use crate::reply::Reply;
 use crate::request::Request;
@@ -40,7 +40,6 @@ pub(crate) struct Asked {
     place: Arc<Place>,
     key: MemoKey,
     digest: RequestDigest,
-    shared: bool,
     intent: Option<Intent>,
     intended: AtomicBool,
 }
@@ -78,7 +77,6 @@ impl Asked {
             place,
             key,
             digest,
-            shared: request.sample.is_some(),
             intent,
             intended: AtomicBool::new(false),
         })
@@ -86,19 +84,13 @@ impl Asked {
 
     /// The reply out of the store, or what `pay` gets for it: that is kept before it is returned.
     ///
-    /// `pay` is given what has to be written down before the call is sent. Of several that share a
-    /// reply and ask at a time one pays; if that one is dropped, the next does.
+    /// Of several that ask for one reply at a time one pays, and if that one is dropped, the next: those that share it,
+    /// and an item that came back to a worker whose call for it is still under way.
     pub(crate) async fn answer<'a>(
         &'a self,
         scope: &'a Scope,
         pay: impl FnOnce() -> BoxFuture<'a, Result<Reply>> + Send,
     ) -> Result<Reply> {
-        if !self.shared {
-            return match self.lookup(scope).await? {
-                Some(reply) => Ok(reply),
-                None => self.keep(pay().await),
-            };
-        }
         let board = self.place.memo.flights.board(self.key);
         let mut flight = scope.bounds.before_send(board).await?;
         match flight.landed() {
@@ -163,7 +155,10 @@ impl Asked {
     /// Hands a reply over to be stored, and ends the intent of its call.
     pub(crate) fn keep(&self, result: Result<Reply>) -> Result<Reply> {
         let intended = self.intended.load(Ordering::Relaxed);
-        let intent = self.intent.as_ref().filter(|_| intended);
+        // A call that we dropped ourselves has no end: nobody knows whether it is paid for.
+        let dropped = |error: &Error| error.is_cancelled() && error.billed().is_none();
+        let ended = intended && !result.as_ref().err().is_some_and(dropped);
+        let intent = self.intent.as_ref().filter(|_| ended);
         let mut commit = Commit::new().over(intent.map(Intent::name));
         if let Ok(reply) = &result {
             commit.generations.push(Generation {

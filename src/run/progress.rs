@@ -3,7 +3,7 @@
 use std::fmt;
 use std::time::{Duration, SystemTime};
 
-use futures::{Stream, stream};
+use futures::stream::{self, BoxStream, StreamExt as _};
 use tokio::time::sleep;
 
 use super::Runner;
@@ -85,7 +85,7 @@ impl Runner {
     /// yielded and does not end the stream.
     ///
     /// ```
-    /// use futures::{StreamExt as _, TryStreamExt as _};
+    /// use futures::TryStreamExt as _;
     /// # use throughline::{Context, Runner, pipeline, store::Memory};
     /// # #[tokio::main(flavor = "current_thread")] async fn main() -> throughline::Result<()> {
     /// # let double = pipeline("double", |_cx: Context, n: u32| async move { Ok(2 * n) });
@@ -96,7 +96,7 @@ impl Runner {
     /// assert_eq!(seen.last().unwrap().run.cancelled, 3);
     /// # Ok(()) }
     /// ```
-    pub fn watch(&self, run: RunId) -> impl Stream<Item = Result<RunSnapshot>> + Send + 'static {
+    pub fn watch(&self, run: RunId) -> BoxStream<'static, Result<RunSnapshot>> {
         let runner = self.clone();
         let first: Option<Seen> = None;
         stream::unfold(Some((runner, first)), move |state| async move {
@@ -117,6 +117,7 @@ impl Runner {
                 sleep(runner.poll).await;
             }
         })
+        .boxed()
     }
 }
 

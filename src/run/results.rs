@@ -1,6 +1,6 @@
 //! [`ItemResult`]: what became of the items of a run, in pages or as a stream.
 
-use futures::{Stream, TryStreamExt as _, stream};
+use futures::stream::{self, BoxStream, StreamExt as _, TryStreamExt as _};
 use serde::de::DeserializeOwned;
 
 use super::Runner;
@@ -94,7 +94,7 @@ impl Runner {
     /// does not grow with the run.
     ///
     /// ```
-    /// use futures::{StreamExt as _, TryStreamExt as _};
+    /// use futures::TryStreamExt as _;
     /// # use throughline::{Context, Runner, pipeline, store::Memory};
     /// # #[tokio::main(flavor = "current_thread")] async fn main() -> throughline::Result<()> {
     /// # let double = pipeline("double", |_cx: Context, n: u32| async move { Ok(2 * n) });
@@ -107,7 +107,7 @@ impl Runner {
     pub fn stream_results<O: DeserializeOwned + Send + 'static>(
         &self,
         run: RunId,
-    ) -> impl Stream<Item = Result<ItemResult<O>>> + Send + 'static {
+    ) -> BoxStream<'static, Result<ItemResult<O>>> {
         let runner = self.clone();
         let pages = stream::try_unfold((runner, 0), move |(runner, from)| async move {
             let page = runner.results::<O>(run, from, PAGE).await?;
@@ -117,5 +117,6 @@ impl Runner {
         pages
             .map_ok(|page| stream::iter(page.into_iter().map(Ok)))
             .try_flatten()
+            .boxed()
     }
 }

@@ -72,12 +72,8 @@ impl Inner {
             return End::Cut(hold, result);
         }
         match result {
-            Err(error) if error.is_account_wide() => {
-                count(&self.counters.unfinished, 1);
-                End::Hopeless(hold, error)
-            }
+            Err(error) if error.is_account_wide() => End::Hopeless(hold, error),
             Err(error) if error.kind() == ErrorKind::Store && error.is_temporary() => {
-                count(&self.counters.unfinished, 1);
                 End::Release(hold, NO_STORE)
             }
             result => {

@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 use self::builder::Options;
 pub use self::builder::WorkerBuilder;
 use self::registry::Registry;
-use self::session::{Ended, Session, Until};
+use self::session::{Ended, Hands, Session, Until};
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::journal::JournalStats;
@@ -242,6 +242,7 @@ impl Worker {
 impl Inner {
     /// One session after the other: a lost lease is followed by a new one.
     async fn sessions(self: &Arc<Self>, stop: &CancellationToken, until: Until) -> Result<Drive> {
+        let mut hands = Hands::default();
         loop {
             let Some(lease) = self.register(stop, until.end).await? else {
                 return Ok(if until.idle {
@@ -251,7 +252,7 @@ impl Inner {
                 });
             };
             match Session::new(Arc::clone(self), lease)
-                .work(stop, until)
+                .work(&mut hands, stop, until)
                 .await?
             {
                 Ended::Idle | Ended::Stopped => return Ok(Drive::Done),

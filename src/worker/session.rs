@@ -56,12 +56,19 @@ struct Running {
     lost: bool,
 }
 
-/// What is claimed and not settled, by those who must give it back.
+/// The items under way, also those of leases that were lost: their calls are paid for already, so they
+/// go on to their end, and their replies are kept.
 #[derive(Default)]
-struct Hands {
-    tasks: JoinSet<(ItemId, End)>,
+pub(super) struct Hands {
+    tasks: JoinSet<Done>,
     release: HashMap<Duration, Vec<Hold>>,
     hopeless: Option<Error>,
+}
+
+struct Done {
+    lease: LeaseId,
+    item: ItemId,
+    end: End,
 }
 
 impl Session {
@@ -78,13 +85,17 @@ impl Session {
         self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) async fn work(self, stop: &CancellationToken, until: Until) -> Result<Ended> {
-        let mut hands = Hands::default();
+    pub(super) async fn work(
+        self,
+        hands: &mut Hands,
+        stop: &CancellationToken,
+        until: Until,
+    ) -> Result<Ended> {
         let ended = {
             let life = async {
-                let ended = self.claim_and_run(&mut hands, stop, until).await;
+                let ended = self.claim_and_run(hands, stop, until).await;
                 if !matches!(ended, Ended::LeaseLost) {
-                    self.wind_up(&mut hands, until).await?;
+                    self.wind_up(hands, until).await?;
                 }
                 Ok::<_, Error>(ended)
             };
@@ -95,12 +106,10 @@ impl Session {
             }
         };
         if matches!(ended, Ended::LeaseLost) {
-            // What is in flight is paid for already: its reply is kept, whoever has the item now.
             self.cx.drain();
-            self.finish(&mut hands, Instant::now() + until.drain).await;
-            return Ok(ended);
+            hands.release.clear();
         }
-        match hands.hopeless {
+        match hands.hopeless.take() {
             Some(error) => Err(error),
             None => Ok(ended),
         }
@@ -216,10 +225,15 @@ impl Session {
             lost: false,
         };
         self.running().insert(id, running);
-        let worker = Arc::clone(&self.worker);
-        hands
-            .tasks
-            .spawn(async move { (id, worker.run_item(ready).await) });
+        let (worker, lease) = (Arc::clone(&self.worker), self.lease);
+        hands.tasks.spawn(async move {
+            let end = worker.run_item(ready).await;
+            Done {
+                lease,
+                item: id,
+                end,
+            }
+        });
     }
 
     fn collect(&self, hands: &mut Hands) {
@@ -228,11 +242,18 @@ impl Session {
         }
     }
 
-    fn ended(&self, hands: &mut Hands, done: Result<(ItemId, End), JoinError>) {
+    fn ended(&self, hands: &mut Hands, done: Result<Done, JoinError>) {
         // Panics of pipelines are caught where they are run.
-        let Ok((id, end)) = done else { return };
-        let running = self.running().remove(&id);
-        match end {
+        let Ok(done) = done else { return };
+        if done.lease != self.lease {
+            // Of a lease that was lost: others have it.
+            if !matches!(done.end, End::Settled) {
+                count(&self.worker.counters.unfinished, 1);
+            }
+            return;
+        }
+        let running = self.running().remove(&done.item);
+        match done.end {
             End::Settled => {}
             End::Cut(hold, result) => {
                 let lost = running.is_some_and(|running| running.lost);
@@ -244,8 +265,12 @@ impl Session {
                     self.worker.settle(hold, result);
                 }
             }
-            End::Release(hold, delay) => hands.release.entry(delay).or_default().push(hold),
+            End::Release(hold, delay) => {
+                count(&self.worker.counters.unfinished, 1);
+                hands.release.entry(delay).or_default().push(hold);
+            }
             End::Hopeless(hold, error) => {
+                count(&self.worker.counters.unfinished, 1);
                 hands.release.entry(Duration::ZERO).or_default().push(hold);
                 hands.hopeless.get_or_insert(error);
             }
