@@ -12,7 +12,8 @@ use futures::{StreamExt as _, TryStreamExt as _};
 use serde_json::Value;
 use throughline::store::{Memory, NewItem, NewRun, Queue, RunFilter, RunId, Status, Store};
 use throughline::{
-    Context, Drive, Error, ErrorKind, Pace, Pipeline, Runner, Sim, Worker, WorkerBuilder, pipeline,
+    Ambiguous, Context, Drive, Error, ErrorKind, Pace, Pipeline, Runner, Sim, Worker,
+    WorkerBuilder, pipeline,
 };
 use tokio::time::{Instant, sleep, timeout};
 
@@ -147,7 +148,7 @@ async fn writes_are_counted_in_batches() {
         "{}",
         calls("put_intents")
     );
-    assert!(calls("claim") <= 12, "{}", calls("claim"));
+    assert!(calls("claim") <= 32, "{}", calls("claim"));
     assert!(calls("generations") <= 32, "{}", calls("generations"));
     assert_eq!(calls("run"), 1);
     assert!(calls("create_run") == 0 && calls("items") == 0 && calls("release") == 0);
@@ -602,4 +603,39 @@ async fn an_input_of_another_type_fails_and_says_so() {
         message.contains("not one of this pipeline: invalid type"),
         "{message}"
     );
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_policy_for_calls_in_flight_at_a_crash_is_kept() {
+    for policy in [Ambiguous::Retry, Ambiguous::Fail] {
+        let (store, sim) = (Arc::new(Memory::new()), sim(10));
+        let runner = Runner::new(Arc::clone(&store));
+        let run = runner.submit("ask", &ask(), 0..6).await.unwrap();
+        let dying = worker(&store, &sim).in_flight(2).build();
+        // As good as a crash: two replies are in, two calls under way.
+        let crash = dying.run_until(std::future::pending());
+        assert!(timeout(Duration::from_secs(15), crash).await.is_err());
+        assert!(runner.ambiguous(None, 10).await.unwrap().is_empty());
+        sleep(MINUTE).await;
+        let ambiguous = runner.ambiguous(None, 10).await.unwrap();
+        assert_eq!(ambiguous.len(), 2);
+
+        let next = worker(&store, &sim).on_ambiguous(policy).build();
+        assert_eq!(next.drive(5 * MINUTE).await.unwrap(), Drive::Done);
+        let record = runner.snapshot(run).await.unwrap().unwrap().run;
+        let failed = if policy == Ambiguous::Fail { 2 } else { 0 };
+        assert_eq!((record.completed, record.failed), (6 - failed, failed));
+        if failed > 0 {
+            let results = runner.results::<String>(run, 0, 10).await.unwrap();
+            let mut errors = results.iter().filter_map(|result| result.error());
+            assert!(errors.all(|error| error.message().contains("may have been paid for")));
+            assert_eq!(runner.retry_failed(run).await.unwrap(), 2);
+            assert_eq!(next.drive(5 * MINUTE).await.unwrap(), Drive::Done);
+            assert_eq!(runner.status(run).await.unwrap(), Some(Status::Completed));
+        }
+        // They stay on the list until somebody has dealt with them.
+        assert_eq!(runner.ambiguous(None, 10).await.unwrap(), ambiguous);
+        let ledger = sim.ledger().total;
+        assert_eq!((ledger.admitted, ledger.cancelled), (8, 2));
+    }
 }

@@ -142,6 +142,9 @@ pub trait Store: Send + Sync + 'static {
     /// which nobody knows whether they were paid. In the order of their names, after `after`.
     async fn ambiguous(&self, after: Option<IntentName>, limit: u32) -> Result<Vec<Intent>>;
 
+    /// The intents of these items, whoever holds them, in the order of their names.
+    async fn intents(&self, items: &[ItemId]) -> Result<Vec<Intent>>;
+
     /// Ends a run: its items that are not over are cancelled and their epochs raised, so that who
     /// works on them cannot commit. Gives the number of items it stopped; 0 if the run
     /// is over or not there.

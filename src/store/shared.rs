@@ -54,6 +54,10 @@ impl<S: Store + ?Sized> Store for Arc<S> {
         (**self).ambiguous(after, limit).await
     }
 
+    async fn intents(&self, items: &[ItemId]) -> Result<Vec<Intent>> {
+        (**self).intents(items).await
+    }
+
     async fn cancel(&self, run: RunId) -> Result<u64> {
         (**self).cancel(run).await
     }

@@ -1,18 +1,26 @@
 //! One item: from a claim to its end.
 
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
 use super::registry::Work;
-use super::{Inner, RunInfo, count};
+use super::{Ambiguous, Inner, RunInfo, count};
 use crate::context::Context;
 use crate::error::{Error, ErrorKind, Result};
 use crate::memo::Place;
-use crate::store::{Commit, Hold, Item, Settlement};
+use crate::store::{Commit, Hold, Item, ItemId, Settlement};
 
 /// How long an item rests whose run nobody here can work on, and one that the store did not answer.
 pub(super) const UNKNOWN: Duration = Duration::from_secs(30);
 const NO_STORE: Duration = Duration::from_secs(5);
+
+/// Why an item is not done again whose last worker died with a call in flight.
+pub(super) fn sent_before() -> Error {
+    let message = "its worker died with a call in flight, which may have been paid for; \
+                   the policy is not to send it again, and `retry_failed` does";
+    Error::new(ErrorKind::LeaseLost, message).with_billed(None)
+}
 
 /// What an item came to for who claimed it.
 pub(super) enum End {
@@ -81,6 +89,35 @@ impl Inner {
                 End::Settled
             }
         }
+    }
+
+    /// Those of the items whose earlier attempts sent calls of which nobody knows the end, where
+    /// such an item is not to be done again.
+    pub(super) async fn ambiguous(&self, items: &[Item]) -> Result<HashSet<ItemId>> {
+        let mut ambiguous = HashSet::new();
+        if self.options.ambiguous == Ambiguous::Retry {
+            return Ok(ambiguous);
+        }
+        let again = items.iter().filter(|item| item.attempt > 1);
+        let again: HashMap<_, _> = again.map(|item| (item.id, item)).collect();
+        if again.is_empty() {
+            return Ok(ambiguous);
+        }
+        let ids: Vec<_> = again.keys().copied().collect();
+        for intent in self.queue.intents(&ids).await? {
+            let Some(item) = again
+                .get(&intent.item)
+                .filter(|item| intent.attempt < item.attempt)
+            else {
+                continue;
+            };
+            // Its reply may have been kept by a worker that was only thought dead.
+            let kept = self.queue.generations(&item.tenant, &[intent.key]).await?;
+            if kept.is_empty() {
+                ambiguous.insert(intent.item);
+            }
+        }
+        Ok(ambiguous)
     }
 
     pub(super) fn settle(&self, hold: Hold, result: Result<String>) {

@@ -8,7 +8,7 @@ use tokio::task::{JoinError, JoinSet};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until, timeout_at};
 use tokio_util::sync::CancellationToken;
 
-use super::item::{End, Ready, UNKNOWN};
+use super::item::{End, Ready, UNKNOWN, sent_before};
 use super::{Inner, count};
 use crate::context::Context;
 use crate::error::{Error, ErrorKind, Result};
@@ -186,8 +186,22 @@ impl Session {
     /// Starts what was claimed; what nobody here can do goes back.
     async fn start(&self, hands: &mut Hands, items: Vec<Item>) {
         count(&self.worker.counters.claimed, items.len() as u64);
+        let ambiguous = match self.worker.ambiguous(&items).await {
+            Ok(ambiguous) => ambiguous,
+            Err(error) => {
+                tracing::warn!(%error, "intents cannot be read: the items go back");
+                let holds = items.iter().map(Item::hold);
+                let poll = self.worker.options.poll;
+                hands.release.entry(poll).or_default().extend(holds);
+                return;
+            }
+        };
         for item in items {
             let hold = item.hold();
+            if ambiguous.contains(&item.id) {
+                self.worker.settle(hold, Err(sent_before()));
+                continue;
+            }
             let info = match self.worker.run_info(item.run).await {
                 Ok(Some(info)) => info,
                 gone => {

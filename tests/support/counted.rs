@@ -67,6 +67,7 @@ counted!(Store {
     fn generations(&self, tenant: &str, keys: &[MemoKey]) -> Result<Vec<Generation>>;
     fn put_intents(&self, intents: &[Intent]) -> Result<()>;
     fn ambiguous(&self, after: Option<IntentName>, limit: u32) -> Result<Vec<Intent>>;
+    fn intents(&self, items: &[ItemId]) -> Result<Vec<Intent>>;
     fn cancel(&self, run: RunId) -> Result<u64>;
     fn retry_failed(&self, run: RunId) -> Result<u64>;
     fn purge(&self, older_than: Duration, limit: u32) -> Result<Purged>;

@@ -234,6 +234,15 @@ impl Store for Memory {
             .collect())
     }
 
+    async fn intents(&self, items: &[ItemId]) -> Result<Vec<Intent>> {
+        let (_, state) = self.lock();
+        let intents = state.intents.values();
+        Ok(intents
+            .filter(|intent| items.contains(&intent.item))
+            .cloned()
+            .collect())
+    }
+
     async fn cancel(&self, run: RunId) -> Result<u64> {
         let (now, mut state) = self.lock();
         let state = &mut *state;

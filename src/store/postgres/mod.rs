@@ -468,6 +468,17 @@ impl Store for Postgres {
             .map_err(failed)
     }
 
+    async fn intents(&self, items: &[ItemId]) -> Result<Vec<Intent>> {
+        let items: Vec<_> = items.iter().map(|item| item.0).collect();
+        let list = sqlx::query(rows::INTENTS).bind(items);
+        let found = list.fetch_all(self.pool()).await.map_err(failed)?;
+        found
+            .iter()
+            .map(rows::intent)
+            .collect::<sqlx::Result<_>>()
+            .map_err(failed)
+    }
+
     async fn cancel(&self, run: RunId) -> Result<u64> {
         retrying!(is_conflict, self.turn_run(rows::CANCEL, run))
     }

@@ -21,7 +21,8 @@ use super::Store;
 use super::change::millis;
 use super::given::{Commit, NewRun, RunFilter};
 use super::records::{
-    Committed, Created, Generation, Intent, IntentName, Item, LogEntry, MemoKey, Purged, Run, RunId,
+    Committed, Created, Generation, Intent, IntentName, Item, ItemId, LogEntry, MemoKey, Purged,
+    Run, RunId,
 };
 use super::sql::{failed, retrying, to_sql};
 use crate::error::{Error, ErrorKind, Result};
@@ -337,6 +338,21 @@ impl Store for Sqlite {
                 .bind(now())
                 .fetch_all(self.reader())
         })?;
+        found
+            .iter()
+            .map(rows::intent)
+            .collect::<sqlx::Result<_>>()
+            .map_err(failed)
+    }
+
+    async fn intents(&self, items: &[ItemId]) -> Result<Vec<Intent>> {
+        let items = serde_json::to_string(items)?;
+        let found = retrying!(
+            is_busy,
+            sqlx::query(rows::INTENTS)
+                .bind(&items)
+                .fetch_all(self.reader())
+        )?;
         found
             .iter()
             .map(rows::intent)

@@ -48,6 +48,9 @@ pub(super) const AMBIGUOUS: &str = "SELECT t.item_id, t.attempt, t.memo_key, t.p
     WHERE i.id = t.item_id AND l.expires_at > ?5) \
     ORDER BY t.item_id, t.attempt, t.memo_key LIMIT ?4";
 
+pub(super) const INTENTS: &str = "SELECT item_id, attempt, memo_key, provider_ref FROM intents \
+    WHERE item_id IN (SELECT value FROM json_each(?1)) ORDER BY item_id, attempt, memo_key";
+
 /// A lease that is live.
 pub(super) const LIVE: &str = "SELECT 1 FROM leases WHERE id = ?1 AND expires_at > ?2";
 

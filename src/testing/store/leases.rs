@@ -255,6 +255,16 @@ pub(super) async fn intents_of_items_that_nobody_holds_are_ambiguous(store: Stor
         intent(2, 1, 4, Some("batch_1")),
     ];
     assert_eq!(store.ambiguous(None, 10).await.unwrap(), open);
+    let items: Vec<_> = open.iter().map(|intent| intent.item).collect();
+    assert_eq!(store.intents(&items).await.unwrap(), open);
+    assert!(
+        store
+            .intents(&[crate::store::ItemId(i64::MAX)])
+            .await
+            .unwrap()
+            .is_empty()
+    );
+    assert!(store.intents(&[]).await.unwrap().is_empty());
     store.reap().await.unwrap();
     assert_eq!(store.ambiguous(None, 10).await.unwrap(), open);
     assert_eq!(store.ambiguous(None, 2).await.unwrap(), open[..2]);
