@@ -15,8 +15,10 @@ use crate::deployment::Deployment;
 use crate::error::{Error, ErrorKind, Result};
 use crate::estimate::TokenCounter;
 use crate::event::{Event, Observer, Observers};
-use crate::guard::{Guard, Sink};
+use crate::guard::{Guard, Sink, With};
 use crate::join::Switch;
+use crate::journal::Journal;
+use crate::memo::{Asked, Memo, Place};
 use crate::pace::{Binding, Lane, LaneSnapshot, Pace, Priority, Tenant, Who};
 use crate::pool::Pool;
 use crate::provider::Provider;
@@ -24,6 +26,7 @@ use crate::reply::Reply;
 use crate::request::Request;
 use crate::retry::Retry;
 use crate::scope::{Bounds, Scope, Tally};
+use crate::store::Store;
 
 /// What a run works with: the provider behind its lane and retries, observers, the
 /// deadline, cancellation, and the path of labels so far. Cheap to clone.
@@ -79,6 +82,7 @@ impl Context {
             cancel: CancellationToken::new(),
             deadline: None,
             observers: Observers::default(),
+            store: None,
         }
     }
 
@@ -110,8 +114,60 @@ impl Context {
             request.item_key = self.scope.item_key().cloned();
         }
         let guard = &self.shared.guard;
-        let result = guard.call(&self.scope, &request, sink).await;
+        // In boxes, so that calls without a store are not as large as those with one.
+        let asked = Asked::new(&self.scope, &request).map(Box::new);
+        let with = With {
+            sink,
+            asked: asked.as_deref(),
+        };
+        let result = match &asked {
+            None => guard.call(&self.scope, &request, with).await,
+            Some(asked) => {
+                let pay = || guard.call(&self.scope, &request, with).boxed();
+                Box::pin(asked.answer(&self.scope, pay)).await
+            }
+        };
         result.inspect_err(|error| guard.failed(&self.scope, error))
+    }
+
+    /// A context that asks anew, where there is a store: no reply of before is used, and those
+    /// that it pays for are remembered apart from all others.
+    ///
+    /// ```
+    /// use throughline::store::Memory;
+    /// use throughline::{Context, testing::Scripted};
+    ///
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> throughline::Result<()> {
+    /// let provider = Scripted::new().reply("The Danube.").reply("The Rhine.");
+    /// let cx = Context::builder(provider).store(Memory::new()).build();
+    /// let first = cx.child("river").generate("Name a river.").await?;
+    /// let again = cx.fresh().child("river").generate("Name a river.").await?;
+    /// assert_eq!((&*first.text, &*again.text), ("The Danube.", "The Rhine."));
+    /// # Ok(()) }
+    /// ```
+    pub fn fresh(&self) -> Self {
+        let tag = || format!("{:016x}{:016x}", fastrand::u64(..), fastrand::u64(..));
+        self.at(|scope| {
+            let place = scope.place.take();
+            scope.place = place.map(|place| Arc::new(place.fresh(tag())));
+        })
+    }
+
+    /// Waits until everything that was paid for is in the store. Nothing to do without a store.
+    ///
+    /// # Errors
+    /// The store's, while it fails; what is not written yet is still tried again. See [`Journal::flush`].
+    pub async fn flush(&self) -> Result<()> {
+        match &self.scope.place {
+            Some(place) => place.memo.journal().flush().await,
+            None => Ok(()),
+        }
+    }
+
+    /// The journal in front of the store, if there is one.
+    pub fn journal(&self) -> Option<&Journal> {
+        let place = self.scope.place.as_ref()?;
+        Some(place.memo.journal())
     }
 
     /// A context one label further down the path, with a tally and a cancellation of its own.
@@ -168,8 +224,12 @@ impl Context {
     }
 
     fn in_line(&self, change: impl FnOnce(&mut Who)) -> Self {
+        self.at(|scope| change(&mut scope.who))
+    }
+
+    fn at(&self, change: impl FnOnce(&mut Scope)) -> Self {
         let mut scope = Scope::child(&self.scope, "".into(), Arc::clone(&self.scope.bounds));
-        change(&mut scope.who);
+        change(&mut scope);
         Self {
             shared: Arc::clone(&self.shared),
             scope: Arc::new(scope),
@@ -188,6 +248,25 @@ impl Context {
         Self {
             shared: Arc::clone(&self.shared),
             scope: Arc::new(Scope::item(&self.scope, label, index, key)),
+        }
+    }
+
+    /// The context of an item that a worker runs: below this one, but with a place and bounds of its own.
+    pub(crate) fn durable_item(
+        &self,
+        label: Arc<str>,
+        key: Arc<str>,
+        place: Arc<Place>,
+        who: impl FnOnce(&mut Who),
+    ) -> Self {
+        let bounds = Arc::new(self.scope.bounds.separate());
+        let mut scope = Scope::child(&self.scope, label, bounds);
+        scope.key = Some(key);
+        scope.place = Some(place);
+        who(&mut scope.who);
+        Self {
+            shared: Arc::clone(&self.shared),
+            scope: Arc::new(scope),
         }
     }
 
@@ -385,6 +464,10 @@ impl Context {
         &self.shared.observers
     }
 
+    pub(crate) fn shared_observers(&self) -> Arc<Observers> {
+        Arc::clone(&self.shared.observers)
+    }
+
     pub(crate) fn item_started(&self) {
         self.shared.items.started.fetch_add(1, Ordering::Relaxed);
     }
@@ -452,6 +535,7 @@ pub struct ContextBuilder {
     cancel: CancellationToken,
     deadline: Option<Instant>,
     observers: Observers,
+    store: Option<Arc<dyn Store>>,
 }
 
 impl ContextBuilder {
@@ -535,6 +619,42 @@ impl ContextBuilder {
         self
     }
 
+    /// Where replies are remembered: each is looked for before it is paid for, and kept before it is parsed.
+    ///
+    /// A reply is remembered under where it was asked (batch and [key](crate::Batch::key) of the item, labels),
+    /// what was asked ([`Request::digest`]), and which time (the nth identical request there). So a second run replays,
+    /// also with another parser; two items with one prompt get two answers, and n identical
+    /// requests of one item get n. [`Request::shared`] shares an answer among items; [`Context::fresh`]
+    /// asks anew. Give items keys: without one the index names an item, and an inserted one re-pays those behind it.
+    ///
+    /// Replies are written behind the work, in batches ([`Journal`]): [`Context::flush`] before the end.
+    ///
+    /// ```
+    /// use std::sync::Arc;
+    /// use throughline::store::Memory;
+    /// use throughline::{Context, testing::Scripted};
+    ///
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> throughline::Result<()> {
+    /// let store = Arc::new(Memory::new());
+    /// let provider = Scripted::new().reply("2,850 km");
+    /// for run in [1, 2] {
+    ///     let cx = Context::builder(provider.clone()).store(Arc::clone(&store)).build();
+    ///     let lengths = cx
+    ///         .fan_out("length", ["Danube"])
+    ///         .key(|river| river.to_string())
+    ///         .settle(|cx, river| async move { cx.generate(format!("How long is the {river}?")).await })
+    ///         .await;
+    ///     assert_eq!(lengths.tally().replayed, run - 1);
+    ///     assert_eq!(lengths.all()?[0].text, "2,850 km");
+    ///     cx.flush().await?;
+    /// }
+    /// # Ok(()) }
+    /// ```
+    pub fn store(mut self, store: impl Store) -> Self {
+        self.store = Some(Arc::new(store));
+        self
+    }
+
     /// A closure that is told of every event; see [`Observer`].
     pub fn on_event(self, observer: impl Fn(&Event) + Send + Sync + 'static) -> Self {
         self.observer(observer)
@@ -564,6 +684,11 @@ impl ContextBuilder {
         let observers = Arc::new(self.observers);
         let mut bounds = Bounds::new(self.cancel);
         bounds.deadline = self.deadline;
+        let mut scope = Scope::root(Arc::new(bounds));
+        scope.place = self.store.map(|store| {
+            let journal = Journal::observed(store, Arc::clone(&observers));
+            Arc::new(Place::root(Arc::new(Memo::new(journal)), "".into()))
+        });
         Context {
             shared: Arc::new(Shared {
                 guard: Guard::new(
@@ -579,7 +704,7 @@ impl ContextBuilder {
                 parallel: self.parallel,
                 items: Items::default(),
             }),
-            scope: Arc::new(Scope::root(Arc::new(bounds))),
+            scope: Arc::new(scope),
         }
     }
 }

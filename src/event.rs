@@ -120,6 +120,14 @@ pub enum Event {
         /// Why it failed, if it did.
         error: Option<Error>,
     },
+    /// Results could not be written into the store. They are kept and written later.
+    #[non_exhaustive]
+    StoreFailed {
+        /// Why.
+        error: Error,
+        /// How many results wait to be written.
+        waiting: usize,
+    },
     /// An item of a batch has its outcome.
     #[non_exhaustive]
     ItemSettled {
@@ -175,6 +183,9 @@ impl fmt::Display for Event {
                 write!(f, "the lane keeps to {per_minute} {limit} a minute")
             }
             Self::LaneStopped { error } => write!(f, "the lane is stopped: {error}"),
+            Self::StoreFailed { error, waiting } => {
+                write!(f, "{waiting} results wait for the store: {error}")
+            }
             Self::StageEnded {
                 path,
                 elapsed,

@@ -17,6 +17,7 @@ use crate::deployment::Deployment;
 use crate::error::{Error, ErrorKind, Persistence, Result};
 use crate::estimate::{Estimator, TokenCounter, charged, charged_in_vain};
 use crate::event::{Event, Observers};
+use crate::memo::Asked;
 use crate::pace::{CallOutcome, LaneChange, Need};
 use crate::pool::{Pool, Turn, Visit};
 use crate::provider::Provider;
@@ -80,13 +81,12 @@ impl Guard {
         });
     }
 
-    /// One request, as many calls as it takes. With a sink, the reply is passed on to it while
-    /// it is being written.
+    /// One request, as many calls as it takes.
     pub(crate) async fn call(
         &self,
         scope: &Scope,
         request: &Request,
-        sink: Option<&Sink>,
+        with: With<'_>,
     ) -> Result<Reply> {
         let bounds = &scope.bounds;
         let input = self.estimator.input(request);
@@ -100,7 +100,7 @@ impl Guard {
         let mut before = 0;
         let mut stall = None;
         loop {
-            let sent = self.send(scope, request, sink, input, &mut visit, attempt + 1);
+            let sent = self.send(scope, request, with, input, &mut visit, attempt + 1);
             let (index, error) = match sent.await {
                 Ok(Sent::Answered(reply)) => return Ok(reply),
                 Ok(Sent::Failed(index, error)) => (index, error),
@@ -171,7 +171,7 @@ impl Guard {
         &self,
         scope: &Scope,
         request: &Request,
-        sink: Option<&Sink>,
+        with: With<'_>,
         input: u64,
         visit: &mut Visit,
         attempt: u32,
@@ -192,6 +192,10 @@ impl Guard {
             let message = "not even a fast call would be answered before the deadline";
             return Err(Error::new(ErrorKind::DeadlineExceeded, message));
         }
+        if let Some(asked) = with.asked {
+            // With the permit in hand, so that what only waits in line is not written down as sent.
+            bounds.before_send(asked.intend()).await?;
+        }
         turn.mark_sent();
         let (index, deployment) = (turn.index(), turn.deployment());
         let charge = deployment.charge();
@@ -201,7 +205,7 @@ impl Guard {
         let sampled = self.estimator.samples();
         let sent = (sampled || self.observers.listen()).then(Instant::now);
         let provider = &*deployment.provider;
-        let call = self.attempt(scope, provider, request, sink, attempt, sent);
+        let call = self.attempt(scope, provider, request, with.sink, attempt, sent);
         match call.await {
             Ok(reply) => {
                 let usage = Some(charged(charge, request, reply.usage));
@@ -339,6 +343,15 @@ impl Guard {
     fn answers(&self) -> u64 {
         self.answers.load(Ordering::Relaxed)
     }
+}
+
+/// What goes with a request through the guard.
+#[derive(Clone, Copy)]
+pub(crate) struct With<'a> {
+    /// Who reads the reply while it is being written.
+    pub(crate) sink: Option<&'a Sink>,
+    /// What is written down before the request is sent.
+    pub(crate) asked: Option<&'a Asked>,
 }
 
 /// Since when the lane has answered nobody.

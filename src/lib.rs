@@ -65,7 +65,9 @@ mod estimate;
 mod event;
 mod guard;
 mod join;
+mod journal;
 pub mod json;
+mod memo;
 mod pace;
 mod pipeline;
 mod pool;
@@ -73,6 +75,7 @@ pub mod provider;
 mod reply;
 mod request;
 mod retry;
+mod run;
 #[cfg(any(feature = "http", feature = "structured"))]
 mod schema;
 mod scope;
@@ -87,6 +90,7 @@ mod structured;
 pub mod testing;
 mod timeline;
 mod usage;
+mod worker;
 
 #[doc = include_str!("../DESIGN.md")]
 pub mod design {}
@@ -107,6 +111,7 @@ pub use crate::error::{Error, ErrorKind, Persistence, Result};
 pub use crate::estimate::TokenCounter;
 pub use crate::event::{Event, Observer};
 pub use crate::join::{Join, Switch};
+pub use crate::journal::{Journal, JournalStats};
 pub use crate::pace::{
     Binding, CallOutcome, Lane, LaneSnapshot, Need, Pace, Permit, Place, Priority, Tenant,
 };
@@ -124,6 +129,7 @@ pub use crate::provider::{OpenAi, OpenAiBuilder};
 pub use crate::reply::{Delta, FinishReason, Reply, ReplyStream};
 pub use crate::request::{Message, Request, ResponseFormat, Role};
 pub use crate::retry::Retry;
+pub use crate::run::{ItemResult, RunSnapshot, Runner, Submit};
 pub use crate::scope::Tally;
 pub use crate::settled::{Outcome, Settled};
 pub use crate::stream::Deltas;
@@ -133,3 +139,4 @@ pub use crate::structured::{
 };
 pub use crate::timeline::Timeline;
 pub use crate::usage::{Quota, RateSnapshot, Usage};
+pub use crate::worker::{Ambiguous, Drive, Worker, WorkerBuilder, WorkerStats};

@@ -4,7 +4,7 @@ use std::fmt::{self, Write as _};
 use std::ops::AddAssign;
 use std::pin::pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::task::Poll;
 use std::time::Duration;
 
@@ -14,6 +14,7 @@ use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::memo::Place;
 use crate::pace::Who;
 use crate::usage::Usage;
 
@@ -49,7 +50,11 @@ pub struct Tally {
     /// Attempts that ended without anybody knowing whether they were paid for:
     /// a broken connection, a timeout, a cancelled call.
     pub ambiguous: u64,
-    /// The tokens of all answers.
+    /// Requests that were answered out of the store: nothing was paid for them, and they count
+    /// nowhere else.
+    #[serde(default)]
+    pub replayed: u64,
+    /// The tokens of all answers that were paid for.
     pub usage: Usage,
 }
 
@@ -65,6 +70,7 @@ impl AddAssign for Tally {
         self.transient += other.transient;
         self.failed += other.failed;
         self.ambiguous += other.ambiguous;
+        self.replayed += other.replayed;
         self.usage += other.usage;
     }
 }
@@ -82,6 +88,7 @@ struct Meter {
     transient: AtomicU64,
     failed: AtomicU64,
     ambiguous: AtomicU64,
+    replayed: AtomicU64,
     input_tokens: AtomicU64,
     output_tokens: AtomicU64,
     cached_input_tokens: AtomicU64,
@@ -89,7 +96,7 @@ struct Meter {
 }
 
 impl Meter {
-    fn pairs<'a>(&'a self, tally: &'a mut Tally) -> [(&'a AtomicU64, &'a mut u64); 14] {
+    fn pairs<'a>(&'a self, tally: &'a mut Tally) -> [(&'a AtomicU64, &'a mut u64); 15] {
         let usage = &mut tally.usage;
         [
             (&self.calls, &mut tally.calls),
@@ -102,6 +109,7 @@ impl Meter {
             (&self.transient, &mut tally.transient),
             (&self.failed, &mut tally.failed),
             (&self.ambiguous, &mut tally.ambiguous),
+            (&self.replayed, &mut tally.replayed),
             (&self.input_tokens, &mut usage.input_tokens),
             (&self.output_tokens, &mut usage.output_tokens),
             (&self.cached_input_tokens, &mut usage.cached_input_tokens),
@@ -134,6 +142,9 @@ pub(crate) struct Bounds {
     /// Nothing new is sent; calls in flight finish.
     pub(crate) drain: CancellationToken,
     pub(crate) deadline: Option<Instant>,
+    /// Whether something was refused or cut short because of the two tokens. Shared with all
+    /// bounds below: what came out of it need not be what would have come out of the whole.
+    cut: Arc<AtomicBool>,
 }
 
 impl Bounds {
@@ -142,7 +153,21 @@ impl Bounds {
             drain: cancel.child_token(),
             cancel,
             deadline: None,
+            cut: Arc::default(),
         }
+    }
+
+    /// Bounds below these that know by themselves whether they cut something short.
+    pub(crate) fn separate(&self) -> Self {
+        Self {
+            cut: Arc::default(),
+            ..self.child()
+        }
+    }
+
+    /// Whether something was refused or cut short by cancelling or draining.
+    pub(crate) fn was_cut(&self) -> bool {
+        self.cut.load(Ordering::Relaxed)
     }
 
     /// Ends everything. What is cancelled drains too, so that one look at `drain` says
@@ -158,12 +183,14 @@ impl Bounds {
             cancel: self.cancel.child_token(),
             drain: self.drain.child_token(),
             deadline: self.deadline,
+            cut: Arc::clone(&self.cut),
         }
     }
 
     /// Whether new work may still start.
     pub(crate) fn check(&self) -> Result<()> {
         if self.drain.is_cancelled() {
+            self.cut.store(true, Ordering::Relaxed);
             Err(Error::cancelled(if self.cancel.is_cancelled() {
                 "the context was cancelled before the call was sent"
             } else {
@@ -224,6 +251,7 @@ impl Bounds {
                 biased;
                 done = call => return done,
                 () = self.cancel.cancelled() => {
+                    self.cut.store(true, Ordering::Relaxed);
                     Error::cancelled("cancelled while the call was in flight")
                 }
                 () = sleep_until(at) => if at < end {
@@ -242,7 +270,7 @@ impl Bounds {
 /// A place in the tree of work. What is added to its tally is added to its parents'.
 pub(crate) struct Scope {
     parent: Option<Arc<Scope>>,
-    label: Arc<str>,
+    pub(crate) label: Arc<str>,
     /// A number for the labels that lead here, keys and indices left out.
     pub(crate) labels: u64,
     index: Option<usize>,
@@ -250,6 +278,8 @@ pub(crate) struct Scope {
     pub(crate) bounds: Arc<Bounds>,
     /// In which line its calls wait.
     pub(crate) who: Who,
+    /// What replies are remembered under here, where there is a store.
+    pub(crate) place: Option<Arc<Place>>,
     meter: Meter,
 }
 
@@ -263,6 +293,7 @@ impl Scope {
             key: None,
             bounds,
             who: Who::default(),
+            place: None,
             meter: Meter::default(),
         }
     }
@@ -279,6 +310,7 @@ impl Scope {
             key: None,
             bounds,
             who: parent.who,
+            place: parent.place.clone(),
             meter: Meter::default(),
         }
     }
@@ -290,11 +322,31 @@ impl Scope {
         index: usize,
         key: Option<Arc<str>>,
     ) -> Self {
-        Self {
+        let mut item = Self {
             index: Some(index),
             key,
             ..Self::child(batch, label, Arc::clone(&batch.bounds))
+        };
+        if let Some(place) = &batch.place {
+            item.place = Some(place.item(&batch.labels_here(), &item.label, index, &item.key));
         }
+        item
+    }
+
+    /// The labels between the place whose replies are remembered together and here.
+    pub(crate) fn labels_here(&self) -> Vec<&Arc<str>> {
+        let mut labels = Vec::new();
+        let mut scope = self;
+        // The label of the scope that opens a place is in the place's own name.
+        while let Some(parent) = scope.parent.as_deref().filter(|parent| {
+            let places = parent.place.as_ref().zip(scope.place.as_ref());
+            places.is_some_and(|(above, here)| Arc::ptr_eq(above, here))
+        }) {
+            labels.extend(Some(&scope.label).filter(|label| !label.is_empty()));
+            scope = parent;
+        }
+        labels.reverse();
+        labels
     }
 
     pub(crate) fn add(&self, tally: Tally) {
