@@ -72,8 +72,8 @@ impl Inner {
         let Ready { item, cx, work } = ready;
         let result = work.run(&cx, &item.input).await;
         let tally = cx.tally();
-        // Calls are those that ended; of an answered item all were paid for.
-        count(&self.counters.paid, tally.calls);
+        let in_vain = tally.overloaded + tally.timed_out + tally.transient + tally.failed;
+        count(&self.counters.paid, tally.attempts.saturating_sub(in_vain));
         count(&self.counters.replayed, tally.replayed);
         let hold = item.hold();
         if cx.bounds().was_cut() {
