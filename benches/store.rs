@@ -11,6 +11,7 @@
 //! 20,000 items/s claimed and committed on SQLite with `synchronous = FULL` and 10,000 on Postgres;
 //! 10,000 items submitted to SQLite in 150 ms; and a status poll at a million items in 1 ms.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use sqlx::{
@@ -20,7 +21,8 @@ use throughline::store::{
     Commit, Generation, Item, MemoKey, NewItem, NewRun, Postgres, Queue, RunId, Settlement, Sqlite,
     Store as _,
 };
-use throughline::{Request, Usage};
+use throughline::{Context, Drive, Provider, Reply, Request, Result, Runner, Usage, Worker};
+use throughline::{async_trait, pipeline};
 
 const BATCH: u32 = 256;
 const BATCHES: u32 = 40;
@@ -207,6 +209,64 @@ fn report(name: &str, rounds: &[[(Duration, Duration); 2]], kept: Duration) {
     );
 }
 
+/// Answers at once.
+struct Noop;
+
+#[async_trait]
+impl Provider for Noop {
+    fn name(&self) -> &str {
+        "noop"
+    }
+
+    async fn generate(&self, _request: &Request) -> Result<Reply> {
+        Ok(Reply::new("x".repeat(200), Usage::new(100, 50)))
+    }
+}
+
+/// A run through the whole worker: claims, lookups, replies, outcomes, and intents if wanted. With `calls` false the
+/// pipeline asks nothing: what is left is claim and commit.
+async fn worker(store: &Arc<dyn Queue>, calls: bool, intents: bool) -> Duration {
+    let work = pipeline("bench", move |cx: Context, n: u32| async move {
+        if !calls {
+            return Ok("x".repeat(200));
+        }
+        Ok(cx.generate(format!("Describe the number {n}.")).await?.text)
+    });
+    let runner = Runner::new(Arc::clone(store));
+    let submit = runner.submit("bench", &work, 0..ITEMS).fresh();
+    let run = submit.await.expect("submit");
+    let cx = Context::builder(Noop).build();
+    let worker = Worker::builder(Arc::clone(store), cx)
+        .register("bench", work)
+        .in_flight(2048)
+        .intents(intents)
+        .build();
+    let began = Instant::now();
+    let drive = worker.drive(LONG).await.expect("drive");
+    let took = began.elapsed();
+    assert_eq!(drive, Drive::Done);
+    let found = store.run(run).await.expect("run").expect("it is there");
+    assert_eq!(found.completed, u64::from(ITEMS));
+    took
+}
+
+async fn workers(name: &str, store: &Arc<dyn Queue>) {
+    for (what, calls, intents) in [
+        ("claim + commit", false, false),
+        ("with a call each", true, false),
+        ("with a call and its intent", true, true),
+    ] {
+        let mut times = Vec::new();
+        for _ in 0..5 {
+            times.push(worker(store, calls, intents).await);
+        }
+        println!(
+            "{name}: the whole worker, {what}: {:.0} items/s",
+            per_second(median(times))
+        );
+    }
+}
+
 async fn poll(name: &str, store: &dyn Queue, run: RunId) {
     let mut times = Vec::new();
     for _ in 0..1001 {
@@ -251,12 +311,14 @@ async fn main() {
         let kept = ours(&store, length, true).await.1;
         report(&format!("sqlite, texts of {length}"), &rounds, kept);
     }
+    let store: Arc<dyn Queue> = Arc::new(store);
+    workers("sqlite", &store).await;
     let million = store
         .create_run(run_of(1_000_000, 2))
         .await
         .expect("create_run")
         .run;
-    poll("sqlite", &store, million).await;
+    poll("sqlite", &*store, million).await;
     drop(store);
 
     let url = std::env::var("THROUGHLINE_TEST_POSTGRES").or_else(|_| {
@@ -297,12 +359,14 @@ async fn main() {
         let kept = ours(&store, length, true).await.1;
         report(&format!("postgres, texts of {length}"), &rounds, kept);
     }
+    let store: Arc<dyn Queue> = Arc::new(store);
+    workers("postgres", &store).await;
     let million = store
         .create_run(run_of(1_000_000, 2))
         .await
         .expect("create_run")
         .run;
-    poll("postgres", &store, million).await;
+    poll("postgres", &*store, million).await;
     let clear = "DROP SCHEMA bench_ours CASCADE; DROP SCHEMA bench_bare CASCADE";
     sqlx::raw_sql(clear)
         .execute(&mut cleaner)

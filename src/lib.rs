@@ -6,6 +6,8 @@
 //!   cancellation and [observers](Observer).
 //! - Run it for many inputs as a [`Batch`], nested as you like, and get one
 //!   [`Outcome`] for each: [`Settled`].
+//! - Give the context a [store], and nothing is paid for twice ([`ContextBuilder::store`]). Submit the work with a
+//!   [`Runner`], and [`Worker`]s in any number of processes do it, whoever of them dies.
 //!
 //! ```
 //! use std::time::Duration;

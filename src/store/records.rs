@@ -264,7 +264,8 @@ pub struct Generation {
 pub struct Intent {
     /// The item that it was sent for.
     pub item: ItemId,
-    /// The item's attempt in which it was sent.
+    /// In which try of the item it was sent: a number that rises with each, as the epoch that a worker
+    /// claimed it with.
     pub attempt: u32,
     /// What its reply would be remembered under.
     pub key: MemoKey,
@@ -288,7 +289,8 @@ impl Intent {
 pub struct IntentName {
     /// The item that it was sent for.
     pub item: ItemId,
-    /// The item's attempt in which it was sent.
+    /// In which try of the item it was sent: a number that rises with each, as the epoch that a worker
+    /// claimed it with.
     pub attempt: u32,
     /// What its reply would be remembered under.
     pub key: MemoKey,

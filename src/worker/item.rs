@@ -15,6 +15,12 @@ use crate::store::{Commit, Hold, Item, ItemId, Settlement};
 pub(super) const UNKNOWN: Duration = Duration::from_secs(30);
 const NO_STORE: Duration = Duration::from_secs(5);
 
+/// What its intents are numbered by. Not the attempt: that is given back with an item, and an intent of before
+/// would end with one of after.
+fn number(item: &Item) -> u32 {
+    u32::try_from(item.epoch).unwrap_or(u32::MAX)
+}
+
 /// Why an item is not done again whose last worker died with a call in flight.
 pub(super) fn sent_before() -> Error {
     let message = "its worker died with a call in flight, which may have been paid for; \
@@ -57,7 +63,7 @@ impl Inner {
             place = place.fresh(item.run.to_string());
         }
         if self.options.intents {
-            place = place.with_intents(item.id, item.attempt);
+            place = place.with_intents(item.id, number(&item));
         }
         let (priority, tenant) = (self.options.in_line)(&item.tenant);
         let cx = parent.durable_item(name, key, Arc::new(place), |who| {
@@ -72,8 +78,8 @@ impl Inner {
         let Ready { item, cx, work } = ready;
         let result = work.run(&cx, &item.input).await;
         let tally = cx.tally();
-        // Calls are those that ended; of an answered item all were paid for.
-        count(&self.counters.paid, tally.calls);
+        let in_vain = tally.overloaded + tally.timed_out + tally.transient + tally.failed;
+        count(&self.counters.paid, tally.attempts.saturating_sub(in_vain));
         count(&self.counters.replayed, tally.replayed);
         let hold = item.hold();
         if cx.bounds().was_cut() {
@@ -107,7 +113,7 @@ impl Inner {
         for intent in self.queue.intents(&ids).await? {
             let Some(item) = again
                 .get(&intent.item)
-                .filter(|item| intent.attempt < item.attempt)
+                .filter(|item| intent.attempt < number(item))
             else {
                 continue;
             };
