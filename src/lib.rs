@@ -86,7 +86,7 @@ mod usage;
 pub mod design {}
 
 /// The README's examples, run as doc-tests.
-#[cfg(all(doctest, feature = "sim"))]
+#[cfg(all(doctest, feature = "sim", feature = "structured"))]
 #[doc = include_str!("../README.md")]
 mod readme {}
 

@@ -33,7 +33,7 @@ async fn told(mut deltas: Deltas) -> Vec<(u64, String)> {
     told
 }
 
-fn words<'a>(told: &'a [(u64, String)]) -> Vec<(u64, &'a str)> {
+fn words(told: &[(u64, String)]) -> Vec<(u64, &str)> {
     told.iter().map(|(at, word)| (*at, &**word)).collect()
 }
 
