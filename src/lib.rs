@@ -98,7 +98,7 @@ mod worker;
 pub mod design {}
 
 /// The README's examples, run as doc-tests.
-#[cfg(all(doctest, feature = "sim"))]
+#[cfg(all(doctest, feature = "sim", feature = "structured"))]
 #[doc = include_str!("../README.md")]
 mod readme {}
 

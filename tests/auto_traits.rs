@@ -2,9 +2,9 @@
 
 use static_assertions::{assert_impl_all, assert_not_impl_any, assert_obj_safe};
 use throughline::{
-    Batch, BoxPipeline, Context, ContextBuilder, Error, Event, Lane, LaneSnapshot, Observer,
-    Outcome, Outcomes, Pace, Permit, Pool, Progress, Provider, Reply, ReplyStream, Request,
-    RequestDigest, Retry, Settled, Snapshot, Tally, Turn, Usage, Visit,
+    Batch, BoxPipeline, Context, ContextBuilder, Deltas, Error, Event, Lane, LaneSnapshot,
+    Observer, Outcome, Outcomes, Pace, Permit, Pool, Progress, Provider, Reply, ReplyStream,
+    Request, RequestDigest, Retry, Settled, Snapshot, Tally, Turn, Usage, Visit,
 };
 
 type Iter = futures::stream::Iter<std::vec::IntoIter<u8>>;
@@ -33,6 +33,9 @@ assert_impl_all!(BoxPipeline<u8, u8>: Clone, Send, Sync, Unpin);
 assert_impl_all!(Progress: Clone, Send, Sync, Unpin);
 assert_impl_all!(Outcome<u8>: Clone, Send, Sync, Unpin);
 assert_impl_all!(Outcomes<u8>: Send, Unpin);
+assert_impl_all!(Deltas: Send, Unpin);
+assert_impl_all!(throughline::json::Reader: Clone, Send, Sync, Unpin);
+assert_impl_all!(throughline::json::Draft: Clone, Send, Sync, Unpin);
 assert_impl_all!(Settled<u8>: Clone, Send, Sync, Unpin);
 assert_impl_all!(ReplyStream: Send, Unpin);
 assert_obj_safe!(Provider, Observer);

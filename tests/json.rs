@@ -100,12 +100,14 @@ proptest! {
         cuts in vec(any::<usize>(), 0..40),
     ) {
         let array = written(&Value::from(elements.clone()), pretty, ascii);
+        // An empty array may be a box to tick: another one behind it would be the list.
+        let after = match elements.is_empty() {
+            true => after.replace(['[', '{'], ""),
+            false => after,
+        };
         let text = format!("{before}{array}{after}");
-        let first = !elements.is_empty() || !after.contains('[');
-        prop_assume!(first);
         for reader in [Reader::array(), Reader::first_array()] {
             let (read, end) = read(reader, &pieces(text.as_bytes(), &cuts));
-            prop_assume!(!elements.is_empty() || !after.contains('{'));
             prop_assert!(end.is_ok(), "{end:?}: {text}");
             prop_assert_eq!(parsed(&read), elements.clone());
         }

@@ -94,15 +94,21 @@ impl Draft {
 
     /// Takes in more of the text. A piece may end anywhere, within a character too.
     pub fn push(&mut self, piece: impl AsRef<[u8]>) {
-        for byte in piece.as_ref() {
+        let mut piece = piece.as_ref();
+        while let Some((byte, rest)) = piece.split_first() {
             match self.state {
                 State::Done | State::Broken => return,
                 State::Seek if !matches!(byte, b'{' | b'[') => {}
+                State::InString if self.escape == Escape::None => {
+                    piece = self.plain(piece);
+                    continue;
+                }
                 _ => {
                     self.text.push(*byte);
                     self.state = self.step(*byte);
                 }
             }
+            piece = rest;
         }
         if self.text.len() > self.max_bytes {
             self.state = State::Broken;
@@ -140,6 +146,26 @@ impl Draft {
     /// Whether the value has not begun.
     pub fn is_empty(&self) -> bool {
         self.text.is_empty()
+    }
+
+    /// Takes in what is plain text of a string, and the byte behind it.
+    fn plain<'a>(&mut self, piece: &'a [u8]) -> &'a [u8] {
+        let special = piece.iter().position(|b| matches!(b, b'"' | b'\\'));
+        let (plain, rest) = piece.split_at(special.unwrap_or(piece.len()));
+        self.text.extend_from_slice(plain);
+        let Some((byte, rest)) = rest.split_first() else {
+            // A character of several bytes, four at most, is whole when the next one begins.
+            let len = self.text.len();
+            let tail = self.text.iter().enumerate().rev().take(4);
+            self.safe = match tail.into_iter().find(|(_, b)| **b & 0xC0 != 0x80) {
+                Some((last, b)) if *b >= 0x80 => last,
+                _ => len,
+            };
+            return rest;
+        };
+        self.text.push(*byte);
+        self.state = self.step(*byte);
+        rest
     }
 
     /// Takes in the byte that was pushed last.
@@ -281,12 +307,8 @@ impl Draft {
                 self.escape = Escape::None;
                 return self.ended(0);
             }
-            // A character of several bytes is whole when the next one begins.
-            (Escape::None, 0x80..=0xBF) => Escape::None,
-            (Escape::None, _) => {
-                self.safe = if byte < 0x80 { len } else { len - 1 };
-                Escape::None
-            }
+            // The rest of a string is taken in by `plain`.
+            (Escape::None, _) => Escape::None,
             (Escape::Backslash, b'u') => Escape::Unicode(0, 4),
             (Escape::Backslash, _) => {
                 self.safe = len;

@@ -5,6 +5,10 @@ use crate::error::{Error, ErrorKind, Result};
 /// As deep as `serde_json` reads, which is as deep as the bits of a `u128`.
 const MAX_DEPTH: u32 = 128;
 const MAX_ELEMENT: usize = 16 << 20;
+/// Fewer bytes that are not needed any more are not worth moving the rest for.
+const SWEEP: usize = 1 << 10;
+/// Models write in pieces of a few bytes, most of which mean nothing to us.
+const SHORT: usize = 32;
 /// No word that may stand for a value is longer ("-Infinity").
 const MAX_WORD: usize = 9;
 
@@ -240,16 +244,24 @@ impl Reader {
     }
 
     /// Takes in more of the text. A piece may end anywhere, within a character too.
+    #[inline]
     pub fn push(&mut self, piece: impl AsRef<[u8]>) {
         if matches!(self.state, State::Done) {
             return;
         }
-        if self.keep > 0 && self.keep >= self.buf.len() / 2 {
+        if self.keep == self.buf.len() {
+            self.buf.clear();
+            (self.pos, self.keep) = (0, 0);
+        } else if self.keep >= self.buf.len() / 2 && self.keep >= SWEEP {
             self.buf.drain(..self.keep);
             self.pos -= self.keep;
             self.keep = 0;
         }
-        self.buf.extend_from_slice(piece.as_ref());
+        match piece.as_ref() {
+            // Cheaper than a copy.
+            [byte] => self.buf.push(*byte),
+            piece => self.buf.extend_from_slice(piece),
+        }
     }
 
     /// The exact text of the next element that has closed; `None` until more is pushed, or for
@@ -259,7 +271,43 @@ impl Reader {
     /// [`ErrorKind::InvalidOutput`] for an element that is too large or not UTF-8, after which
     /// the next one follows; and for brackets that do not match or are too deep, after which
     /// nothing does.
+    #[inline]
     pub fn next_element(&mut self) -> Option<Result<&str>> {
+        if self.is_quiet() {
+            return None;
+        }
+        self.take()
+    }
+
+    /// Whether a short piece within an element means nothing; then it is done with.
+    #[inline]
+    fn is_quiet(&mut self) -> bool {
+        let rest = &self.buf[self.pos..];
+        let within = matches!(self.state, State::Element) && !self.nest.escaped;
+        if !within || rest.len() > SHORT || self.pos - self.keep >= self.max_element {
+            return false;
+        }
+        let in_string = self.nest.in_string;
+        let special = |byte: &u8| match in_string {
+            true => matches!(byte, b'"' | b'\\'),
+            false => SPECIAL[*byte as usize],
+        };
+        let quiet = match rest {
+            [b'"'] => {
+                self.nest.in_string = !self.nest.in_string;
+                true
+            }
+            [byte] => !special(byte),
+            _ => !rest.iter().any(special),
+        };
+        if quiet {
+            self.pos = self.buf.len();
+        }
+        quiet
+    }
+
+    #[inline(never)]
+    fn take(&mut self) -> Option<Result<&str>> {
         let found = self.advance()?;
         self.elements += 1;
         Some(found.and_then(|(start, end)| {

@@ -3,7 +3,7 @@
 use serde::de::{DeserializeOwned, IgnoredAny};
 use serde_json::error::Category;
 
-use super::{SHOWN, quote};
+use super::{SHOWN, boundary, quote};
 use crate::json;
 
 /// The `T` in a reply. It may be in a code fence, have prose around it, and be JSON within a
@@ -102,7 +102,7 @@ fn syntax(json: &str) -> Option<String> {
     // serde_json points at the byte it could not take, or right behind it.
     let line = json.lines().nth(error.line().saturating_sub(1));
     let line = line.unwrap_or_default();
-    let at = line.floor_char_boundary(error.column().saturating_sub(1));
+    let at = boundary(line, error.column().saturating_sub(1));
     let rest = &line[at..];
     let back = line[..at]
         .rfind(|c: char| !c.is_alphabetic())

@@ -27,10 +27,19 @@ fn quote(text: &str, most: usize) -> String {
     if text.len() <= most {
         return text.to_owned();
     }
-    let head = text.floor_char_boundary(most / 2);
-    let tail = text.ceil_char_boundary(text.len() - most / 2);
+    let head = boundary(text, most / 2);
+    let tail = boundary(text, text.len() - most / 2);
     let mut quote = text[..head].to_owned();
     let _ = write!(quote, " [{} bytes left out] ", tail - head);
     quote.push_str(&text[tail..]);
     quote
+}
+
+/// The beginning of the character at this byte.
+fn boundary(text: &str, mut at: usize) -> usize {
+    at = at.min(text.len());
+    while !text.is_char_boundary(at) {
+        at -= 1;
+    }
+    at
 }
