@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
+use futures::StreamExt as _;
 use schemars::JsonSchema;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -414,4 +415,72 @@ fn futures_and_streams_can_be_sent() {
     send(cx.generate_items::<River>("a"));
     send(cx.generate_drafts::<River>("a"));
     send(cx.stream("a"));
+}
+
+/// A reply is in the store before anybody parses it: what was wrong with the parser costs nothing.
+#[tokio::test(start_paused = true)]
+async fn a_parser_that_was_broken_and_then_repaired_pays_nothing() {
+    let provider = Scripted::new()
+        .reply(PO)
+        .reply("[1, 2, 3]")
+        .reply("not again");
+    let store = Arc::new(throughline::store::Memory::new());
+    let cx = || {
+        Context::builder(provider.clone())
+            .store(Arc::clone(&store))
+            .build()
+    };
+    let river = |cx: Context, accepts: bool| async move {
+        let found = cx
+            .generate_as::<River>("Describe a river.")
+            .attempts(1)
+            .validate(move |_| {
+                if accepts {
+                    Ok(())
+                } else {
+                    Err("a bug".to_owned())
+                }
+            })
+            .await?;
+        let mut numbers = cx.generate_items::<u32>("Count.");
+        let mut sum = 0;
+        while let Some(number) = numbers.next().await {
+            sum += number?;
+        }
+        Ok((found, sum))
+    };
+    let run = |cx: Context, accepts| async move {
+        let batch = cx.fan_out("river", ["po"]).key(|name| (*name).to_owned());
+        let settled = batch.settle(move |cx, _| river(cx, accepts)).await;
+        cx.flush().await.unwrap();
+        (settled, cx.tally())
+    };
+    let (broken, paid) = run(cx(), false).await;
+    assert!(
+        broken
+            .failures()
+            .next()
+            .unwrap()
+            .error()
+            .unwrap()
+            .is_invalid_output()
+    );
+    assert_eq!((paid.attempts, paid.replayed), (1, 0));
+
+    let (mended, paid) = run(cx(), true).await;
+    assert_eq!(mended.oks().next(), Some(&(po(), 6)));
+    assert_eq!(
+        (paid.attempts, paid.replayed),
+        (1, 1),
+        "only what it had not asked"
+    );
+
+    let (again, paid) = run(cx(), true).await;
+    assert_eq!(again.oks().next(), Some(&(po(), 6)));
+    assert_eq!(
+        (paid.attempts, paid.replayed),
+        (0, 2),
+        "streams are replayed too"
+    );
+    assert_eq!(provider.lines_left(), 1);
 }
