@@ -96,15 +96,18 @@ impl Context {
     /// # Cancel safety
     /// Dropped before the call was sent, nothing is paid and the permit goes back whole.
     /// Dropped after, the provider may bill a reply that nobody receives.
-    pub async fn generate(&self, request: impl Into<Request>) -> Result<Reply> {
-        self.generate_into(request.into(), None).await
+    pub fn generate(
+        &self,
+        request: impl Into<Request>,
+    ) -> impl Future<Output = Result<Reply>> + Send {
+        self.generate_into(Box::new(request.into()), None)
     }
 
     /// As [`generate`](Self::generate); with a sink, the reply is passed on to it while it is
     /// being written.
     pub(crate) async fn generate_into(
         &self,
-        mut request: Request,
+        mut request: Box<Request>,
         sink: Option<&Sink>,
     ) -> Result<Reply> {
         if request.model.is_none() {

@@ -9,6 +9,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use futures::FutureExt as _;
+use futures::future::BoxFuture;
 use tokio::time::{Instant, sleep};
 use tracing::{Instrument, Span, field};
 
@@ -100,8 +102,11 @@ impl Guard {
         let mut before = 0;
         let mut stall = None;
         loop {
-            let sent = self.send(scope, request, with, input, &mut visit, attempt + 1);
-            let (index, error) = match sent.await {
+            // Awaited where it is made: under a name, it would be in here twice.
+            let (index, error) = match self
+                .send(scope, request, with, input, &mut visit, attempt + 1)
+                .await
+            {
                 Ok(Sent::Answered(reply)) => return Ok(reply),
                 Ok(Sent::Failed(index, error)) => (index, error),
                 Err(error) => return Err(error.exhausted(attempt)),
@@ -140,7 +145,7 @@ impl Guard {
                         };
                         return Err(error.exhausted(attempt));
                     }
-                    let backoff = backoff.get_or_insert_with(|| self.retry.backoff());
+                    let backoff = backoff.get_or_insert_with(|| Box::new(self.retry.backoff()));
                     let mut delay = backoff.next(fastrand::f64(), error.wait());
                     if !self.budget.spend(error.is_timeout()) {
                         delay = delay.max(self.retry.longest_delay());
@@ -178,15 +183,10 @@ impl Guard {
     ) -> Result<Sent> {
         let bounds = &scope.bounds;
         bounds.check()?;
-        let need = |deployment: &Deployment| {
-            let charge = deployment.charge();
-            let output = self.estimator.output(scope, request, charge);
-            Need::new(input, output).of(scope.who)
-        };
+        let need = self.need(scope, request, input);
         let mut turn = match self.pool.try_acquire_by(need, visit) {
             Some(turn) => turn,
-            // In a box, so that the many calls that need not wait are not as large as this.
-            None => Box::pin(bounds.before_send(self.pool.acquire_by(need, visit))).await??,
+            None => self.wait(scope, request, input, visit).await?,
         };
         if bounds.deadline.is_some_and(|end| self.is_too_late(end)) {
             let message = "not even a fast call would be answered before the deadline";
@@ -194,7 +194,7 @@ impl Guard {
         }
         if let Some(asked) = with.asked {
             // With the permit in hand, so that what only waits in line is not written down as sent.
-            bounds.before_send(asked.intend()).await?;
+            bounds.before_send(asked.intend().boxed()).await?;
         }
         turn.mark_sent();
         let (index, deployment) = (turn.index(), turn.deployment());
@@ -205,8 +205,10 @@ impl Guard {
         let sampled = self.estimator.samples();
         let sent = (sampled || self.observers.listen()).then(Instant::now);
         let provider = &*deployment.provider;
-        let call = self.attempt(scope, provider, request, with.sink, attempt, sent);
-        match call.await {
+        match self
+            .attempt(scope, provider, request, with.sink, attempt, sent)
+            .await
+        {
             Ok(reply) => {
                 let usage = Some(charged(charge, request, reply.usage));
                 self.conclude(turn, reply.rate.as_deref(), CallOutcome::Done { usage });
@@ -237,6 +239,37 @@ impl Guard {
                 Ok(Sent::Failed(index, error))
             }
         }
+    }
+
+    /// What the request needs at a deployment.
+    fn need(
+        &self,
+        scope: &Scope,
+        request: &Request,
+        input: u64,
+    ) -> impl Fn(&Deployment) -> Need + Send + Sync {
+        move |deployment| {
+            let output = self.estimator.output(scope, request, deployment.charge());
+            Need::new(input, output).of(scope.who)
+        }
+    }
+
+    /// In a box, so that the many calls that need not wait are not as large as this.
+    fn wait<'a>(
+        &'a self,
+        scope: &'a Scope,
+        request: &'a Request,
+        input: u64,
+        visit: &'a mut Visit,
+    ) -> BoxFuture<'a, Result<Turn<'a, Deployment>>> {
+        let need = self.need(scope, request, input);
+        async move {
+            let bounds = &scope.bounds;
+            bounds
+                .before_send(self.pool.acquire_by(need, visit))
+                .await?
+        }
+        .boxed()
     }
 
     /// Whether nine of ten calls take longer than there is time until `end`.
@@ -304,11 +337,11 @@ impl Guard {
             None => provider.generate(request),
             Some(sink) => Box::pin(sink.call(provider, request)),
         };
-        let call = scope.bounds.in_flight(limit, call);
         let result = if span.is_disabled() {
-            call.await
+            scope.bounds.in_flight(limit, call).await
         } else {
-            call.instrument(span.clone()).await
+            let call = scope.bounds.in_flight(limit, call);
+            Box::pin(call.instrument(span.clone())).await
         };
         let result = match sink {
             Some(sink) => result.map_err(|error| sink.judge(error)),
@@ -395,6 +428,10 @@ fn by_class(result: &Result<Reply>) -> Tally {
 }
 
 fn span(provider: &str, request: &Request) -> Span {
+    // Nobody listens: a disabled span still looks at each of its fields.
+    if !tracing::enabled!(tracing::Level::DEBUG) {
+        return Span::none();
+    }
     tracing::debug_span!(
         "chat",
         gen_ai.operation.name = "chat",

@@ -109,7 +109,7 @@ impl Deltas {
         let cx = self.cx.clone();
         let driver = tokio::spawn(async move {
             let sink = Sink::new(sender, idle, discard);
-            let result = cx.generate_into(request, Some(&sink)).await;
+            let result = cx.generate_into(Box::new(request), Some(&sink)).await;
             sink.end(result);
         });
         State::Running(receiver, driver)
