@@ -105,7 +105,9 @@ impl Estimator {
             Some(counter) => counter.count(request),
             None => request.estimated_input_tokens(),
         };
-        Need::new(input, self.output(scope, request)).of(scope.who)
+        Need::new(input, self.output(scope, request))
+            .in_arrears(self.charge == OutputCharge::Produced)
+            .of(scope.who)
     }
 
     /// `max_tokens` where that is what is charged; otherwise what nine of ten answers
