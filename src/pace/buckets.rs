@@ -28,6 +28,7 @@ impl Resource {
     ];
 
     /// How much of this resource a call takes.
+    #[inline]
     pub(super) fn of(self, charge: Charge) -> u64 {
         match self {
             Self::Spacing | Self::Requests => 1,
@@ -38,7 +39,12 @@ impl Resource {
     }
 
     /// The same, by when it is charged.
+    #[inline]
     fn share(self, charge: Charge) -> Share {
+        if !charge.in_arrears {
+            let due = self.of(charge);
+            return Share { due, later: 0 };
+        }
         let due = self.of(charge.on_admission());
         Share {
             due,
