@@ -11,16 +11,22 @@ use futures::{FutureExt as _, future};
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 
+use crate::deployment::Deployment;
 use crate::error::{Error, ErrorKind, Result};
 use crate::estimate::TokenCounter;
 use crate::event::{Event, Observer, Observers};
-use crate::guard::Guard;
+use crate::guard::{Guard, Sink, With};
+use crate::join::Switch;
+use crate::journal::Journal;
+use crate::memo::{Asked, Memo, Place};
 use crate::pace::{Binding, Lane, LaneSnapshot, Pace, Priority, Tenant, Who};
+use crate::pool::Pool;
 use crate::provider::Provider;
 use crate::reply::Reply;
 use crate::request::Request;
 use crate::retry::Retry;
 use crate::scope::{Bounds, Scope, Tally};
+use crate::store::Store;
 
 /// What a run works with: the provider behind its lane and retries, observers, the
 /// deadline, cancellation, and the path of labels so far. Cheap to clone.
@@ -48,6 +54,7 @@ struct Shared {
     observers: Arc<Observers>,
     model: Option<Arc<str>>,
     grace: Duration,
+    parallel: Switch,
     items: Items,
 }
 
@@ -63,17 +70,19 @@ impl Context {
     /// Starts a context around `provider`, with no limits and default retries.
     pub fn builder(provider: impl Provider) -> ContextBuilder {
         ContextBuilder {
-            provider: Arc::new(provider),
-            pace: Pace::unlimited(),
-            lane: None,
+            first: Deployment::new(provider),
+            others: Vec::new(),
+            retries: None,
             counter: None,
             retry: None,
             model: None,
             call_timeout: Duration::from_secs(600),
             grace: Duration::from_secs(1),
+            parallel: Switch::new(true),
             cancel: CancellationToken::new(),
             deadline: None,
             observers: Observers::default(),
+            store: None,
         }
     }
 
@@ -88,14 +97,77 @@ impl Context {
     /// Dropped before the call was sent, nothing is paid and the permit goes back whole.
     /// Dropped after, the provider may bill a reply that nobody receives.
     pub async fn generate(&self, request: impl Into<Request>) -> Result<Reply> {
-        let mut request = request.into();
+        self.generate_into(request.into(), None).await
+    }
+
+    /// As [`generate`](Self::generate); with a sink, the reply is passed on to it while it is
+    /// being written.
+    pub(crate) async fn generate_into(
+        &self,
+        mut request: Request,
+        sink: Option<&Sink>,
+    ) -> Result<Reply> {
         if request.model.is_none() {
             request.model.clone_from(&self.shared.model);
         }
         if request.item_key.is_none() {
             request.item_key = self.scope.item_key().cloned();
         }
-        self.shared.guard.call(&self.scope, &request).await
+        let guard = &self.shared.guard;
+        // In boxes, so that calls without a store are not as large as those with one.
+        let asked = Asked::new(&self.scope, &request).map(Box::new);
+        let with = With {
+            sink,
+            asked: asked.as_deref(),
+        };
+        let result = match &asked {
+            None => guard.call(&self.scope, &request, with).await,
+            Some(asked) => {
+                let pay = || guard.call(&self.scope, &request, with).boxed();
+                Box::pin(asked.answer(&self.scope, pay)).await
+            }
+        };
+        result.inspect_err(|error| guard.failed(&self.scope, error))
+    }
+
+    /// A context that asks anew, where there is a store: no reply of before is used, and those
+    /// that it pays for are remembered apart from all others.
+    ///
+    /// ```
+    /// use throughline::store::Memory;
+    /// use throughline::{Context, testing::Scripted};
+    ///
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> throughline::Result<()> {
+    /// let provider = Scripted::new().reply("The Danube.").reply("The Rhine.");
+    /// let cx = Context::builder(provider).store(Memory::new()).build();
+    /// let first = cx.child("river").generate("Name a river.").await?;
+    /// let again = cx.fresh().child("river").generate("Name a river.").await?;
+    /// assert_eq!((&*first.text, &*again.text), ("The Danube.", "The Rhine."));
+    /// # Ok(()) }
+    /// ```
+    pub fn fresh(&self) -> Self {
+        let tag = || format!("{:016x}{:016x}", fastrand::u64(..), fastrand::u64(..));
+        self.at(|scope| {
+            let place = scope.place.take();
+            scope.place = place.map(|place| Arc::new(place.fresh(tag())));
+        })
+    }
+
+    /// Waits until everything that was paid for is in the store. Nothing to do without a store.
+    ///
+    /// # Errors
+    /// The store's, while it fails; what is not written yet is still tried again. See [`Journal::flush`].
+    pub async fn flush(&self) -> Result<()> {
+        match &self.scope.place {
+            Some(place) => place.memo.journal().flush().await,
+            None => Ok(()),
+        }
+    }
+
+    /// The journal in front of the store, if there is one.
+    pub fn journal(&self) -> Option<&Journal> {
+        let place = self.scope.place.as_ref()?;
+        Some(place.memo.journal())
     }
 
     /// A context one label further down the path, with a tally and a cancellation of its own.
@@ -152,8 +224,12 @@ impl Context {
     }
 
     fn in_line(&self, change: impl FnOnce(&mut Who)) -> Self {
+        self.at(|scope| change(&mut scope.who))
+    }
+
+    fn at(&self, change: impl FnOnce(&mut Scope)) -> Self {
         let mut scope = Scope::child(&self.scope, "".into(), Arc::clone(&self.scope.bounds));
-        change(&mut scope.who);
+        change(&mut scope);
         Self {
             shared: Arc::clone(&self.shared),
             scope: Arc::new(scope),
@@ -175,9 +251,28 @@ impl Context {
         }
     }
 
+    /// The context of an item that a worker runs: below this one, but with a place and bounds of its own.
+    pub(crate) fn durable_item(
+        &self,
+        label: Arc<str>,
+        key: Arc<str>,
+        place: Arc<Place>,
+        who: impl FnOnce(&mut Who),
+    ) -> Self {
+        let bounds = Arc::new(self.scope.bounds.separate());
+        let mut scope = Scope::child(&self.scope, label, bounds);
+        scope.key = Some(key);
+        scope.place = Some(place);
+        who(&mut scope.who);
+        Self {
+            shared: Arc::clone(&self.shared),
+            scope: Arc::new(scope),
+        }
+    }
+
     /// Runs `update` beside `work`, as "working on it" beside the work itself.
     ///
-    /// Both start together. The result of `work` is never failed by the update, not even
+    /// Both start together (in turn while the context's [`Switch`] is off). The result of `work` is never failed by the update, not even
     /// by a panic in it, and never delayed by more than a grace
     /// ([`ContextBuilder::alongside_grace`], 1 s unless set): an update that is
     /// not done by then is dropped and its result is an [`ErrorKind::Timeout`].
@@ -202,9 +297,13 @@ impl Context {
     ) -> (W, Result<U>) {
         let grace = self.shared.grace;
         let update = AssertUnwindSafe(update).catch_unwind();
-        let (work, update) = match future::select(pin!(work), pin!(update)).await {
-            future::Either::Left((work, update)) => (work, timeout(grace, update).await),
-            future::Either::Right((update, work)) => (work.await, Ok(update)),
+        let (work, update) = if self.is_parallel() {
+            match future::select(pin!(work), pin!(update)).await {
+                future::Either::Left((work, update)) => (work, timeout(grace, update).await),
+                future::Either::Right((update, work)) => (work.await, Ok(update)),
+            }
+        } else {
+            (work.await, timeout(grace, update).await)
         };
         let update = match update {
             Ok(Ok(result)) => result,
@@ -248,6 +347,11 @@ impl Context {
         self.scope.bounds.drain.cancel();
     }
 
+    /// Whether batches and joins run in parallel ([`ContextBuilder::parallel`]).
+    pub fn is_parallel(&self) -> bool {
+        self.shared.parallel.is_on()
+    }
+
     /// Whether [`cancel`](Self::cancel) was called here or above.
     pub fn is_cancelled(&self) -> bool {
         self.scope.bounds.cancel.is_cancelled()
@@ -278,14 +382,38 @@ impl Context {
         self.scope.tally()
     }
 
-    /// The lane of the provider.
+    /// The lane of the provider; of the first, where there are several.
     pub fn lane(&self) -> &Lane {
-        self.shared.guard.lane()
+        self.first().1
     }
 
-    /// The bare provider, without lane and retries.
+    /// The lanes of all deployments, in the order in which the builder was given them.
+    pub fn lanes(&self) -> impl Iterator<Item = &Lane> {
+        let deployments = self.shared.guard.pool().deployments();
+        deployments.map(|(_, lane)| lane)
+    }
+
+    /// The bare provider, without lane and retries; the first, where there are several.
     pub fn provider(&self) -> &Arc<dyn Provider> {
-        self.shared.guard.provider()
+        &self.first().0.provider
+    }
+
+    fn first(&self) -> (&Deployment, &Lane) {
+        let mut deployments = self.shared.guard.pool().deployments();
+        deployments.next().expect("a pool is made around its first")
+    }
+
+    /// Changes the limits under those who wait and those in flight, as [`Lane::retune`] does
+    /// (of the first lane, where there are several), and tells the observers.
+    pub fn retune(&self, pace: Pace) {
+        let limits: Vec<_> = pace.limits().collect();
+        self.lane().retune(pace);
+        for (limit, per_minute) in limits {
+            self.observers().tell(|| Event::LaneRetuned {
+                limit: limit.as_str(),
+                per_minute,
+            });
+        }
     }
 
     /// How the work stands, to poll as often as you like.
@@ -294,7 +422,8 @@ impl Context {
         let items = &self.shared.items;
         // Settled first, started last: a reader never sees more settled than started.
         let (items_done, items_failed) = (count(&items.done), count(&items.failed));
-        let mut lane = self.lane().snapshot();
+        let others = self.lanes().skip(1).map(Lane::snapshot);
+        let mut lane = others.fold(self.lane().snapshot(), LaneSnapshot::beside);
         if lane.binding == Binding::Nothing && self.shared.guard.budget_is_dry() {
             lane.binding = Binding::Budget;
         }
@@ -308,6 +437,20 @@ impl Context {
         }
     }
 
+    /// A reply could not be used and is asked for again.
+    #[cfg(feature = "structured")]
+    pub(crate) fn reask(&self, ask: u32, error: &Error) {
+        self.scope.add(Tally {
+            reasked: 1,
+            ..Tally::default()
+        });
+        self.observers().tell(|| Event::ReplyRejected {
+            path: self.path(),
+            ask,
+            error: error.clone(),
+        });
+    }
+
     /// The key of the item this context belongs to.
     pub(crate) fn key(&self) -> Option<Arc<str>> {
         self.scope.key.clone()
@@ -319,6 +462,10 @@ impl Context {
 
     pub(crate) fn observers(&self) -> &Observers {
         &self.shared.observers
+    }
+
+    pub(crate) fn shared_observers(&self) -> Arc<Observers> {
+        Arc::clone(&self.shared.observers)
     }
 
     pub(crate) fn item_started(&self) {
@@ -374,17 +521,21 @@ impl Snapshot {
 /// Builds a [`Context`].
 #[must_use = "a builder does nothing until `build`"]
 pub struct ContextBuilder {
-    provider: Arc<dyn Provider>,
-    pace: Pace,
-    lane: Option<Lane>,
+    first: Deployment,
+    /// Those after it, and whether each begins the next group.
+    others: Vec<(Deployment, bool)>,
+    /// The retries that the pace brings.
+    retries: Option<u32>,
     counter: Option<Box<dyn TokenCounter>>,
     retry: Option<Retry>,
     model: Option<Arc<str>>,
     call_timeout: Duration,
     grace: Duration,
+    parallel: Switch,
     cancel: CancellationToken,
     deadline: Option<Instant>,
     observers: Observers,
+    store: Option<Arc<dyn Store>>,
 }
 
 impl ContextBuilder {
@@ -392,14 +543,29 @@ impl ContextBuilder {
     /// A pace that brings a number of retries ([`Pace::safe`]) sets them, unless
     /// [`retry`](Self::retry) does.
     pub fn pace(mut self, pace: Pace) -> Self {
-        self.pace = pace;
-        self.lane = None;
-        self
+        self.retries = pace.retries();
+        self.lane(Lane::new(pace))
     }
 
     /// A lane that several contexts share, because the account is the same.
     pub fn lane(mut self, lane: Lane) -> Self {
-        self.lane = Some(lane);
+        self.first.lane = lane;
+        self
+    }
+
+    /// Another deployment of what the context calls: an account, a region, a server. A call
+    /// goes where it can start first; one that failed goes elsewhere next; one whose
+    /// account is refused ([`Error::is_account_wide`]) is left out. See [`Pool`].
+    pub fn beside(mut self, deployment: Deployment) -> Self {
+        self.others.push((deployment, false));
+        self
+    }
+
+    /// A deployment, often of another model, for calls that those before it cannot make: when
+    /// all of them are left out or closed for more than 10 minutes, or when a call has used up
+    /// its attempts there. It gets the same number of attempts here.
+    pub fn fallback(mut self, deployment: Deployment) -> Self {
+        self.others.push((deployment, true));
         self
     }
 
@@ -435,6 +601,12 @@ impl ContextBuilder {
         self
     }
 
+    /// A switch that turns the parallelism of this context off and on at run time.
+    pub fn parallel(mut self, switch: &Switch) -> Self {
+        self.parallel = switch.clone();
+        self
+    }
+
     /// When everything ends.
     pub fn deadline(mut self, deadline: Instant) -> Self {
         self.deadline = Some(deadline);
@@ -444,6 +616,42 @@ impl ContextBuilder {
     /// A token that cancels everything, for an application that has one already.
     pub fn cancellation(mut self, token: CancellationToken) -> Self {
         self.cancel = token;
+        self
+    }
+
+    /// Where replies are remembered: each is looked for before it is paid for, and kept before it is parsed.
+    ///
+    /// A reply is remembered under where it was asked (batch and [key](crate::Batch::key) of the item, labels),
+    /// what was asked ([`Request::digest`]), and which time (the nth identical request there). So a second run replays,
+    /// also with another parser; two items with one prompt get two answers, and n identical
+    /// requests of one item get n. [`Request::shared`] shares an answer among items; [`Context::fresh`]
+    /// asks anew. Give items keys: without one the index names an item, and an inserted one re-pays those behind it.
+    ///
+    /// Replies are written behind the work, in batches ([`Journal`]): [`Context::flush`] before the end.
+    ///
+    /// ```
+    /// use std::sync::Arc;
+    /// use throughline::store::Memory;
+    /// use throughline::{Context, testing::Scripted};
+    ///
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> throughline::Result<()> {
+    /// let store = Arc::new(Memory::new());
+    /// let provider = Scripted::new().reply("2,850 km");
+    /// for run in [1, 2] {
+    ///     let cx = Context::builder(provider.clone()).store(Arc::clone(&store)).build();
+    ///     let lengths = cx
+    ///         .fan_out("length", ["Danube"])
+    ///         .key(|river| river.to_string())
+    ///         .settle(|cx, river| async move { cx.generate(format!("How long is the {river}?")).await })
+    ///         .await;
+    ///     assert_eq!(lengths.tally().replayed, run - 1);
+    ///     assert_eq!(lengths.all()?[0].text, "2,850 km");
+    ///     cx.flush().await?;
+    /// }
+    /// # Ok(()) }
+    /// ```
+    pub fn store(mut self, store: impl Store) -> Self {
+        self.store = Some(Arc::new(store));
         self
     }
 
@@ -460,20 +668,32 @@ impl ContextBuilder {
 
     /// The context.
     pub fn build(self) -> Context {
-        let retry = self.retry.unwrap_or_else(|| match self.pace.retries() {
+        let retry = self.retry.unwrap_or_else(|| match self.retries {
             Some(retries) => Retry::default().attempts(retries + 1),
             None => Retry::default(),
         });
-        let lane = self.lane.unwrap_or_else(|| Lane::new(self.pace));
+        let lane = |deployment: &Deployment| deployment.lane.clone();
+        let mut pool = Pool::new(self.first.clone(), lane(&self.first));
+        for (deployment, is_fallback) in self.others {
+            let lane = lane(&deployment);
+            pool = match is_fallback {
+                true => pool.fallback(deployment, lane),
+                false => pool.beside(deployment, lane),
+            };
+        }
         let observers = Arc::new(self.observers);
         let mut bounds = Bounds::new(self.cancel);
         bounds.deadline = self.deadline;
+        let mut scope = Scope::root(Arc::new(bounds));
+        scope.place = self.store.map(|store| {
+            let journal = Journal::observed(store, Arc::clone(&observers));
+            Arc::new(Place::root(Arc::new(Memo::new(journal)), "".into()))
+        });
         Context {
             shared: Arc::new(Shared {
                 guard: Guard::new(
-                    self.provider,
+                    pool,
                     self.counter,
-                    lane,
                     retry,
                     self.call_timeout,
                     Arc::clone(&observers),
@@ -481,9 +701,10 @@ impl ContextBuilder {
                 observers,
                 model: self.model,
                 grace: self.grace,
+                parallel: self.parallel,
                 items: Items::default(),
             }),
-            scope: Arc::new(Scope::root(Arc::new(bounds))),
+            scope: Arc::new(scope),
         }
     }
 }

@@ -63,6 +63,7 @@ impl Request {
             extra,
             timeout: _,
             item_key: _,
+            sample: _,
         } = self;
         if let Some(model) = model {
             put("model", json!(&**model));
@@ -96,7 +97,7 @@ impl Request {
 
 /// Sorts keys itself: `serde_json` keeps insertion order when any crate of the
 /// tree turns its `preserve_order` feature on.
-fn write_canonical(value: &Value, out: &mut String) {
+pub(crate) fn write_canonical(value: &Value, out: &mut String) {
     match value {
         Value::Object(map) => {
             let mut entries: Vec<_> = map.iter().collect();

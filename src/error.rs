@@ -54,6 +54,12 @@ pub enum ErrorKind {
     Store,
     /// A worker's lease is gone: it must stop, because others have its items.
     LeaseLost,
+    /// A reply came, and it is not what was asked for: not JSON, not of the type, refused by a
+    /// validator or by the model. It is paid for; asking in the same words may end the same way.
+    InvalidOutput,
+    /// A reply was cut at the limit on its tokens, or broke off in the middle of a value.
+    /// Asking again with a higher [`max_tokens`](crate::Request::max_tokens) cures the former.
+    Truncated,
     /// An error of the caller's own code, carried by [`Error::other`].
     Other,
 }
@@ -79,6 +85,8 @@ impl ErrorKind {
             Self::Io => "io",
             Self::Store => "store",
             Self::LeaseLost => "lease_lost",
+            Self::InvalidOutput => "invalid_output",
+            Self::Truncated => "truncated",
             Self::Other => "other",
         }
     }
@@ -102,6 +110,8 @@ impl ErrorKind {
             Self::Io => "input/output failed",
             Self::Store => "store failed",
             Self::LeaseLost => "lease lost",
+            Self::InvalidOutput => "unusable output",
+            Self::Truncated => "output cut",
             Self::Other => "failed",
         }
     }
@@ -122,7 +132,7 @@ impl ErrorKind {
     fn billed(self) -> Option<bool> {
         match self {
             Self::Connection | Self::Timeout | Self::Panicked | Self::Other => None,
-            Self::MalformedReply => Some(true),
+            Self::MalformedReply | Self::InvalidOutput | Self::Truncated => Some(true),
             _ => Some(false),
         }
     }
@@ -403,6 +413,16 @@ impl Error {
     /// User code panicked.
     pub fn is_panic(&self) -> bool {
         self.0.kind == ErrorKind::Panicked
+    }
+
+    /// A reply came and is not what was asked for.
+    pub fn is_invalid_output(&self) -> bool {
+        self.0.kind == ErrorKind::InvalidOutput
+    }
+
+    /// A reply was cut short.
+    pub fn is_truncated(&self) -> bool {
+        self.0.kind == ErrorKind::Truncated
     }
 
     /// No other call of this account can succeed either: credentials or quota.

@@ -5,7 +5,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use crate::pace::Need;
 use crate::provider::OutputCharge;
 use crate::request::Request;
 use crate::scope::Scope;
@@ -82,7 +81,6 @@ impl Recent {
 
 /// What calls need, by the provider's way of charging.
 pub(crate) struct Estimator {
-    charge: OutputCharge,
     counter: Option<Box<dyn TokenCounter>>,
     outputs: Mutex<BTreeMap<u64, Recent>>,
     latencies: Mutex<Recent>,
@@ -90,9 +88,8 @@ pub(crate) struct Estimator {
 }
 
 impl Estimator {
-    pub(crate) fn new(charge: OutputCharge, counter: Option<Box<dyn TokenCounter>>) -> Self {
+    pub(crate) fn new(counter: Option<Box<dyn TokenCounter>>) -> Self {
         Self {
-            charge,
             counter,
             outputs: Mutex::default(),
             latencies: Mutex::default(),
@@ -100,20 +97,17 @@ impl Estimator {
         }
     }
 
-    pub(crate) fn need(&self, scope: &Scope, request: &Request) -> Need {
-        let input = match &self.counter {
+    pub(crate) fn input(&self, request: &Request) -> u64 {
+        match &self.counter {
             Some(counter) => counter.count(request),
             None => request.estimated_input_tokens(),
-        };
-        Need::new(input, self.output(scope, request))
-            .in_arrears(self.charge == OutputCharge::Produced)
-            .of(scope.who)
+        }
     }
 
     /// `max_tokens` where that is what is charged; otherwise what nine of ten answers
     /// under the same labels stay below, and `max_tokens` at most.
-    fn output(&self, scope: &Scope, request: &Request) -> u64 {
-        if let (OutputCharge::Reserved, Some(reserved)) = (self.charge, request.max_tokens) {
+    pub(crate) fn output(&self, scope: &Scope, request: &Request, charge: OutputCharge) -> u64 {
+        if let (OutputCharge::Reserved, Some(reserved)) = (charge, request.max_tokens) {
             return reserved;
         }
         let outputs = lock(&self.outputs);
@@ -138,29 +132,33 @@ impl Estimator {
         }
     }
 
-    /// How long a call takes in the middle, once enough have been answered.
-    pub(crate) fn median_latency(&self) -> Option<Duration> {
+    /// How long such a part of the calls does not exceed, once enough have been answered.
+    pub(crate) fn latency(&self, part: f64) -> Option<Duration> {
         lock(&self.latencies)
-            .quantile(0.5)
+            .quantile(part)
             .map(Duration::from_nanos)
     }
+}
 
-    /// What an answered call costs of the rate limit: a provider that reserves
-    /// `max_tokens` gives nothing back for a shorter answer.
-    pub(crate) fn charged(&self, request: &Request, mut usage: Usage) -> Usage {
-        if self.charge == OutputCharge::Reserved {
-            let reserved = request.max_tokens.unwrap_or(0);
-            usage.output_tokens = usage.output_tokens.max(reserved);
-        }
-        usage
+/// What an answered call costs of the rate limit: a provider that reserves
+/// `max_tokens` gives nothing back for a shorter answer.
+pub(crate) fn charged(charge: OutputCharge, request: &Request, mut usage: Usage) -> Usage {
+    if charge == OutputCharge::Reserved {
+        let reserved = request.max_tokens.unwrap_or(0);
+        usage.output_tokens = usage.output_tokens.max(reserved);
     }
+    usage
+}
 
-    /// What a call that failed unbilled costs of it: an answer that was not produced is
-    /// not charged where only production is. What else was charged nobody says.
-    pub(crate) fn charged_in_vain(&self, need: &Need, billed: Option<bool>) -> Option<Usage> {
-        let unproduced = self.charge == OutputCharge::Produced && billed == Some(false);
-        unproduced.then(|| Usage::new(need.input_tokens, 0))
-    }
+/// What a call that failed unbilled costs of it: an answer that was not produced is
+/// not charged where only production is. What else was charged nobody says.
+pub(crate) fn charged_in_vain(
+    charge: OutputCharge,
+    input_tokens: u64,
+    billed: Option<bool>,
+) -> Option<Usage> {
+    let unproduced = charge == OutputCharge::Produced && billed == Some(false);
+    unproduced.then(|| Usage::new(input_tokens, 0))
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -189,26 +187,28 @@ mod tests {
 
     #[test]
     fn what_is_reserved_is_what_is_charged() {
-        let estimator = Estimator::new(OutputCharge::Reserved, None);
+        let estimator = Estimator::new(None);
         let scope = scope();
+        let charge = OutputCharge::Reserved;
         answered(&estimator, &scope, 1..=20);
-        let need = estimator.need(&scope, &Request::new("a").max_tokens(900));
-        assert_eq!(need.output_tokens, 900);
-        let usage = estimator.charged(&Request::new("a").max_tokens(900), Usage::new(1, 5));
+        let request = Request::new("a").max_tokens(900);
+        assert_eq!(estimator.output(&scope, &request, charge), 900);
+        let usage = charged(charge, &request, Usage::new(1, 5));
         assert_eq!(usage.output_tokens, 900);
-        assert_eq!(estimator.charged_in_vain(&need, Some(false)), None);
+        assert_eq!(charged_in_vain(charge, 1, Some(false)), None);
     }
 
     #[test]
     fn output_is_learned_by_label_and_never_above_max_tokens() {
-        let estimator = Estimator::new(OutputCharge::Produced, None);
+        let estimator = Estimator::new(None);
         let root = scope();
         let short = Scope::item(&root, "short".into(), 0, None);
         let other = Scope::item(&root, "short".into(), 7, Some("key".into()));
         let long = Scope::item(&root, "long".into(), 0, None);
         answered(&estimator, &short, 1..=7);
         let request = Request::new("a");
-        let output = |scope: &Scope, request| estimator.need(scope, request).output_tokens;
+        let charge = OutputCharge::Produced;
+        let output = |scope: &Scope, request| estimator.output(scope, request, charge);
         assert_eq!(output(&short, &request), ASSUMED_OUTPUT_TOKENS, "too few");
         answered(&estimator, &short, 8..=20);
         answered(&estimator, &long, (1..=200).map(|n| n * 10));
@@ -219,21 +219,18 @@ mod tests {
         );
         assert!(output(&long, &request) >= 1_900, "the last 64 count");
         assert_eq!(output(&long, &Request::new("a").max_tokens(50)), 50);
-        let need = estimator.need(&short, &request);
-        let free = estimator.charged_in_vain(&need, Some(false)).unwrap();
-        assert_eq!(
-            (free.input_tokens, free.output_tokens),
-            (need.input_tokens, 0)
-        );
-        assert_eq!(estimator.charged_in_vain(&need, None), None);
+        let free = charged_in_vain(charge, 7, Some(false));
+        assert_eq!(free, Some(Usage::new(7, 0)));
+        assert_eq!(charged_in_vain(charge, 7, None), None);
     }
 
     #[test]
-    fn the_median_latency_needs_some_answers() {
-        let estimator = Estimator::new(OutputCharge::Produced, None);
+    fn latencies_need_some_answers() {
+        let estimator = Estimator::new(None);
         answered(&estimator, &scope(), 1..=7);
-        assert_eq!(estimator.median_latency(), None);
+        assert_eq!(estimator.latency(0.5), None);
         answered(&estimator, &scope(), 8..=9);
-        assert_eq!(estimator.median_latency(), Some(Duration::from_secs(5)));
+        assert_eq!(estimator.latency(0.5), Some(Duration::from_secs(5)));
+        assert_eq!(estimator.latency(0.1), Some(Duration::from_secs(1)));
     }
 }

@@ -64,6 +64,16 @@ pub enum Event {
         /// Why, after how many attempts.
         error: Error,
     },
+    /// A reply came and could not be used. It is asked for again.
+    #[non_exhaustive]
+    ReplyRejected {
+        /// Where.
+        path: Arc<str>,
+        /// The how-manieth request for the same value it answered, from 1.
+        ask: u32,
+        /// What is wrong with it.
+        error: Error,
+    },
     /// The lane closed, for everybody, because the provider refused a call.
     #[non_exhaustive]
     LaneClosed {
@@ -84,7 +94,8 @@ pub enum Event {
         /// How many there may be now.
         in_flight: usize,
     },
-    /// A limit of the lane is new or has changed, by the headers of a reply.
+    /// A limit of the lane is new or has changed: by the headers of a reply, or by
+    /// [`Context::retune`](crate::Context::retune).
     #[non_exhaustive]
     LaneRetuned {
         /// Which limit, as [`Binding`](crate::Binding) names it.
@@ -98,6 +109,24 @@ pub enum Event {
     LaneStopped {
         /// Why.
         error: Error,
+    },
+    /// A [stage](crate::Context::stage) has ended.
+    #[non_exhaustive]
+    StageEnded {
+        /// Where.
+        path: Arc<str>,
+        /// How long it took.
+        elapsed: Duration,
+        /// Why it failed, if it did.
+        error: Option<Error>,
+    },
+    /// Results could not be written into the store. They are kept and written later.
+    #[non_exhaustive]
+    StoreFailed {
+        /// Why.
+        error: Error,
+        /// How many results wait to be written.
+        waiting: usize,
     },
     /// An item of a batch has its outcome.
     #[non_exhaustive]
@@ -136,6 +165,9 @@ impl fmt::Display for Event {
                 "{path}: call {attempt} failed, again in {delay:.1?}: {error}"
             ),
             Self::CallFailed { path, error } => write!(f, "{path}: failed: {error}"),
+            Self::ReplyRejected { path, ask, error } => {
+                write!(f, "{path}: reply {ask} is asked for again: {error}")
+            }
             Self::LaneClosed { wait } => write!(f, "the lane is closed for {wait:.1?}"),
             Self::LaneSlowed { limit, scale } => {
                 write!(
@@ -151,12 +183,25 @@ impl fmt::Display for Event {
                 write!(f, "the lane keeps to {per_minute} {limit} a minute")
             }
             Self::LaneStopped { error } => write!(f, "the lane is stopped: {error}"),
-            Self::ItemSettled {
+            Self::StoreFailed { error, waiting } => {
+                write!(f, "{waiting} results wait for the store: {error}")
+            }
+            Self::StageEnded {
+                path,
+                elapsed,
+                error: None,
+            }
+            | Self::ItemSettled {
                 path,
                 elapsed,
                 error: None,
             } => write!(f, "{path}: done in {elapsed:.1?}"),
-            Self::ItemSettled {
+            Self::StageEnded {
+                path,
+                elapsed,
+                error: Some(error),
+            }
+            | Self::ItemSettled {
                 path,
                 elapsed,
                 error: Some(error),

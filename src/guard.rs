@@ -3,6 +3,8 @@
 //! The order is the point. A retry *around* a paced call waits with its permit in
 //! hand and starves the others; a second retry layer *below* it multiplies attempts.
 
+mod stream;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -11,21 +13,25 @@ use tokio::time::{Instant, sleep};
 use tracing::{Instrument, Span, field};
 
 use crate::budget::Budget;
+use crate::deployment::Deployment;
 use crate::error::{Error, ErrorKind, Persistence, Result};
-use crate::estimate::{Estimator, TokenCounter};
+use crate::estimate::{Estimator, TokenCounter, charged, charged_in_vain};
 use crate::event::{Event, Observers};
-use crate::pace::{CallOutcome, Lane, LaneChange, Need, Permit};
-use crate::provider::Provider;
+use crate::memo::Asked;
+use crate::pace::{CallOutcome, LaneChange, Need};
+use crate::pool::{Pool, Turn, Visit};
+use crate::provider::{OutputCharge, Provider};
 use crate::reply::Reply;
 use crate::request::Request;
 use crate::retry::{Class, Retry, Streak};
 use crate::scope::{Scope, Tally};
 use crate::usage::RateSnapshot;
 
+pub(crate) use self::stream::Sink;
+
 pub(crate) struct Guard {
-    provider: Arc<dyn Provider>,
+    pool: Pool<Deployment>,
     estimator: Estimator,
-    lane: Lane,
     retry: Retry,
     budget: Budget,
     call_timeout: Duration,
@@ -36,18 +42,15 @@ pub(crate) struct Guard {
 
 impl Guard {
     pub(crate) fn new(
-        provider: Arc<dyn Provider>,
+        pool: Pool<Deployment>,
         counter: Option<Box<dyn TokenCounter>>,
-        lane: Lane,
         retry: Retry,
         call_timeout: Duration,
         observers: Arc<Observers>,
     ) -> Self {
-        let charge = provider.capabilities().output_charge;
         Self {
-            estimator: Estimator::new(charge, counter),
-            provider,
-            lane,
+            pool,
+            estimator: Estimator::new(counter),
             retry,
             budget: Budget::new(),
             call_timeout,
@@ -56,8 +59,8 @@ impl Guard {
         }
     }
 
-    pub(crate) fn lane(&self) -> &Lane {
-        &self.lane
+    pub(crate) fn pool(&self) -> &Pool<Deployment> {
+        &self.pool
     }
 
     /// Whether retries wait because so many calls fail.
@@ -65,49 +68,53 @@ impl Guard {
         self.budget.is_dry()
     }
 
-    pub(crate) fn provider(&self) -> &Arc<dyn Provider> {
-        &self.provider
+    /// Counts and tells of a request that has failed for good.
+    pub(crate) fn failed(&self, scope: &Scope, error: &Error) {
+        scope.add(Tally {
+            calls: 1,
+            ..Tally::default()
+        });
+        tracing::debug!(path = %scope, %error, "call failed");
+        self.observers.tell(|| Event::CallFailed {
+            path: scope.path(),
+            error: error.clone(),
+        });
     }
 
     /// One request, as many calls as it takes.
-    pub(crate) async fn call(&self, scope: &Scope, request: &Request) -> Result<Reply> {
-        let result = self.attempts(scope, request).await;
-        if let Err(error) = &result {
-            scope.add(Tally {
-                calls: 1,
-                ..Tally::default()
-            });
-            tracing::debug!(path = %scope, %error, "call failed");
-            self.observers.tell(|| Event::CallFailed {
-                path: scope.path(),
-                error: error.clone(),
-            });
-        }
-        result
-    }
-
-    async fn attempts(&self, scope: &Scope, request: &Request) -> Result<Reply> {
+    pub(crate) async fn call(
+        &self,
+        scope: &Scope,
+        request: &Request,
+        with: With<'_>,
+    ) -> Result<Reply> {
         let bounds = &scope.bounds;
+        let input = self.estimator.input(request);
         // A retry goes back to where its call stood in the queue, not to the end.
-        let need = self.estimator.need(scope, request).at(self.lane.arrive());
+        let mut visit = self.pool.arrive();
         let mut backoff = None;
         let mut streak = Streak::default();
         let answers = self.answers();
         let mut attempt = 0;
+        // Attempts that were made before the call fell back to where it is now.
+        let mut before = 0;
         let mut stall = None;
         loop {
-            let error = match self.send(scope, request, need, attempt + 1).await {
+            let sent = self.send(scope, request, with, input, &mut visit, attempt + 1);
+            let (index, error) = match sent.await {
                 Ok(Sent::Answered(reply)) => return Ok(reply),
-                Ok(Sent::Failed(error)) => error,
+                Ok(Sent::Failed(index, error)) => (index, error),
                 Err(error) => return Err(error.exhausted(attempt)),
             };
             match Class::of(&error) {
+                // Nobody is sent to that account any more; another may do it.
+                Class::Final if error.is_account_wide() && self.pool.is_open_to(&visit) => {}
                 Class::Final => return Err(error.exhausted(attempt + 1)),
                 Class::Throttle => {
                     if self.stalled(&mut stall) {
                         return Err(error.exhausted(attempt));
                     }
-                    let wait = self.lane.snapshot().closed_for.unwrap_or_default();
+                    let wait = self.pool.closed_for(&visit);
                     self.in_time(scope, wait, &error)
                         .map_err(|error| error.exhausted(attempt))?;
                     self.observers.tell(|| Event::CallThrottled {
@@ -118,14 +125,20 @@ impl Guard {
                 Class::Transient => {
                     attempt += 1;
                     stall = None;
-                    if attempt >= self.retry.max_attempts() {
+                    visit.avoid(index);
+                    let used_up = attempt - before >= self.retry.max_attempts();
+                    let quarantined = streak.extend(&error) >= self.retry.max_identical()
+                        && self.answers() > answers;
+                    if used_up || quarantined {
+                        if visit.fall_back(&self.pool, index) && self.pool.is_open_to(&visit) {
+                            (before, backoff, streak) = (attempt, None, Streak::default());
+                            continue;
+                        }
+                        let error = match used_up {
+                            true => error,
+                            false => error.with_persistence(Persistence::Permanent),
+                        };
                         return Err(error.exhausted(attempt));
-                    }
-                    if streak.extend(&error) >= self.retry.max_identical()
-                        && self.answers() > answers
-                    {
-                        let permanent = error.with_persistence(Persistence::Permanent);
-                        return Err(permanent.exhausted(attempt));
                     }
                     let backoff = backoff.get_or_insert_with(|| self.retry.backoff());
                     let mut delay = backoff.next(fastrand::f64(), error.wait());
@@ -140,8 +153,7 @@ impl Guard {
                         delay,
                         error,
                     });
-                    bounds
-                        .before_send(sleep(delay))
+                    Box::pin(bounds.before_send(sleep(delay)))
                         .await
                         .map_err(|error| error.exhausted(attempt))?;
                     scope.add(Tally {
@@ -159,19 +171,47 @@ impl Guard {
         &self,
         scope: &Scope,
         request: &Request,
-        need: Need,
+        with: With<'_>,
+        input: u64,
+        visit: &mut Visit,
         attempt: u32,
     ) -> Result<Sent> {
-        let permit = scope.bounds.before_send(self.lane.acquire(need));
-        let mut permit = permit.await??;
-        permit.mark_sent();
+        let bounds = &scope.bounds;
+        bounds.check()?;
+        let need = |deployment: &Deployment| {
+            let charge = deployment.charge();
+            let output = self.estimator.output(scope, request, charge);
+            Need::new(input, output)
+                .in_arrears(charge == OutputCharge::Produced)
+                .of(scope.who)
+        };
+        let mut turn = match self.pool.try_acquire_by(need, visit) {
+            Some(turn) => turn,
+            // In a box, so that the many calls that need not wait are not as large as this.
+            None => Box::pin(bounds.before_send(self.pool.acquire_by(need, visit))).await??,
+        };
+        if bounds.deadline.is_some_and(|end| self.is_too_late(end)) {
+            let message = "not even a fast call would be answered before the deadline";
+            return Err(Error::new(ErrorKind::DeadlineExceeded, message));
+        }
+        if let Some(asked) = with.asked {
+            // With the permit in hand, so that what only waits in line is not written down as sent.
+            bounds.before_send(asked.intend()).await?;
+        }
+        turn.mark_sent();
+        let (index, deployment) = (turn.index(), turn.deployment());
+        let charge = deployment.charge();
+        let adapted = deployment.adapt(request);
+        let request = adapted.as_deref().unwrap_or(request);
         // Who learns nothing from it and tells nobody need not look at the clock.
         let sampled = self.estimator.samples();
         let sent = (sampled || self.observers.listen()).then(Instant::now);
-        match self.attempt(scope, request, attempt, sent).await {
+        let provider = &*deployment.provider;
+        let call = self.attempt(scope, provider, request, with.sink, attempt, sent);
+        match call.await {
             Ok(reply) => {
-                let usage = Some(self.estimator.charged(request, reply.usage));
-                self.conclude(permit, reply.rate.as_deref(), CallOutcome::Done { usage });
+                let usage = Some(charged(charge, request, reply.usage));
+                self.conclude(turn, reply.rate.as_deref(), CallOutcome::Done { usage });
                 if let Some(sent) = sent.filter(|_| sampled) {
                     self.estimator.learn(scope, reply.usage, sent.elapsed());
                 }
@@ -182,27 +222,34 @@ impl Guard {
             Err(error) => {
                 if error.is_account_wide() {
                     // Before the slot is free again: nobody else must go.
-                    self.lane.stop(error.clone());
+                    turn.leave_out(error.clone());
                     self.observers.tell(|| Event::LaneStopped {
                         error: error.clone(),
                     });
+                    return Ok(Sent::Failed(index, error));
                 }
                 let outcome = match error.kind() {
                     ErrorKind::Throttled => CallOutcome::Throttled { wait: error.wait() },
                     ErrorKind::Overloaded => CallOutcome::Overloaded { wait: error.wait() },
                     _ => CallOutcome::Failed {
-                        usage: self.estimator.charged_in_vain(&need, error.billed()),
+                        usage: charged_in_vain(charge, input, error.billed()),
                     },
                 };
-                self.conclude(permit, error.rate(), outcome);
-                Ok(Sent::Failed(error))
+                self.conclude(turn, error.rate(), outcome);
+                Ok(Sent::Failed(index, error))
             }
         }
     }
 
+    /// Whether nine of ten calls take longer than there is time until `end`.
+    fn is_too_late(&self, end: Instant) -> bool {
+        let fast = self.estimator.latency(0.1).unwrap_or_default();
+        Instant::now() + fast >= end
+    }
+
     /// Fails if a call that waits first could not be answered before the deadline.
     fn in_time(&self, scope: &Scope, wait: Duration, error: &Error) -> Result<()> {
-        let latency = self.estimator.median_latency().unwrap_or_default();
+        let latency = self.estimator.latency(0.5).unwrap_or_default();
         let answered = Instant::now() + wait + latency;
         if scope.bounds.deadline.is_none_or(|end| answered < end) {
             return Ok(());
@@ -214,9 +261,14 @@ impl Guard {
     }
 
     /// Gives the permit back with all the lane can learn from the call.
-    fn conclude(&self, mut permit: Permit, said: Option<&RateSnapshot>, outcome: CallOutcome) {
-        let mut changes = said.map_or_else(Vec::new, |said| permit.listen(said));
-        changes.extend(permit.conclude(outcome));
+    fn conclude(
+        &self,
+        mut turn: Turn<'_, Deployment>,
+        said: Option<&RateSnapshot>,
+        outcome: CallOutcome,
+    ) {
+        let mut changes = said.map_or_else(Vec::new, |said| turn.listen(said));
+        changes.extend(turn.conclude(outcome));
         for change in changes {
             self.observers.tell(|| match change {
                 LaneChange::Closed { wait } => Event::LaneClosed { wait },
@@ -238,7 +290,9 @@ impl Guard {
     async fn attempt(
         &self,
         scope: &Scope,
+        provider: &dyn Provider,
         request: &Request,
+        sink: Option<&Sink>,
         attempt: u32,
         sent: Option<Instant>,
     ) -> Result<Reply> {
@@ -247,16 +301,21 @@ impl Guard {
             attempt,
         });
         let limit = request.timeout.unwrap_or(self.call_timeout);
-        let span = span(self.provider.name(), request);
-        // The provider itself: through the `Arc` the call would be boxed once more.
-        let call = (*self.provider).generate(request);
+        let span = span(provider.name(), request);
+        let call = match sink {
+            None => provider.generate(request),
+            Some(sink) => Box::pin(sink.call(provider, request)),
+        };
         let call = scope.bounds.in_flight(limit, call);
         let result = if span.is_disabled() {
             call.await
         } else {
             call.instrument(span.clone()).await
         };
-        let result = result.and_then(|result| result);
+        let result = match sink {
+            Some(sink) => result.map_err(|error| sink.judge(error)),
+            None => result,
+        };
         record(&span, &result);
         scope.add(by_class(&result));
         if let Ok(reply) = &result {
@@ -288,6 +347,15 @@ impl Guard {
     }
 }
 
+/// What goes with a request through the guard.
+#[derive(Clone, Copy)]
+pub(crate) struct With<'a> {
+    /// Who reads the reply while it is being written.
+    pub(crate) sink: Option<&'a Sink>,
+    /// What is written down before the request is sent.
+    pub(crate) asked: Option<&'a Asked>,
+}
+
 /// Since when the lane has answered nobody.
 #[derive(Clone, Copy)]
 struct Stall {
@@ -298,7 +366,8 @@ struct Stall {
 /// How a call ended that was sent.
 enum Sent {
     Answered(Reply),
-    Failed(Error),
+    /// At which deployment, and why.
+    Failed(usize, Error),
 }
 
 /// The counters that an attempt belongs to, by how it ended. An answer ends its request too.

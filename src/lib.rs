@@ -6,6 +6,8 @@
 //!   cancellation and [observers](Observer).
 //! - Run it for many inputs as a [`Batch`], nested as you like, and get one
 //!   [`Outcome`] for each: [`Settled`].
+//! - Give the context a [store], and nothing is paid for twice ([`ContextBuilder::store`]). Submit the work with a
+//!   [`Runner`], and [`Worker`]s in any number of processes do it, whoever of them dies.
 //!
 //! ```
 //! use std::time::Duration;
@@ -40,11 +42,14 @@
 //!
 //! - `openai`: [`OpenAi`], chat completions at any base URL.
 //! - `anthropic`: [`Anthropic`], the Messages API.
+//! - `structured`: replies as Rust values, whole ([`Context::generate_as`]), element by element
+//!   ([`Context::generate_items`]) and growing ([`Context::generate_drafts`]).
 //! - `sqlite`, `postgres`: durable [stores](store) besides the one in memory. They need Rust 1.94.
 //! - `sim`: [`Sim`], a provider that enforces limits on Tokio's clock and bills a ledger.
 //! - `testing`: [`testing::Scripted`] and `sim`, for tests of your own code.
 //! - `bar`: [`bar::Bar`], a terminal progress bar.
-//! - `full`: `openai`, `anthropic`, `sim` and `bar`.
+//! - `stages`: [`stages::Stages`], percentiles of calls, stages and items by label.
+//! - `full`: `openai`, `anthropic`, `structured`, `sim` and `bar`.
 //!
 //! [`design`] tells the decisions behind it and their reasons.
 
@@ -55,11 +60,16 @@ pub mod bar;
 mod batch;
 mod budget;
 mod context;
+mod deployment;
 mod digest;
 mod error;
 mod estimate;
 mod event;
 mod guard;
+mod join;
+mod journal;
+pub mod json;
+mod memo;
 mod pace;
 mod pipeline;
 mod pool;
@@ -67,18 +77,28 @@ pub mod provider;
 mod reply;
 mod request;
 mod retry;
+mod run;
+#[cfg(any(feature = "http", feature = "structured"))]
+mod schema;
 mod scope;
 mod settled;
+#[cfg(feature = "stages")]
+pub mod stages;
 pub mod store;
+mod stream;
+#[cfg(feature = "structured")]
+mod structured;
 #[cfg(feature = "testing")]
 pub mod testing;
+mod timeline;
 mod usage;
+mod worker;
 
 #[doc = include_str!("../DESIGN.md")]
 pub mod design {}
 
 /// The README's examples, run as doc-tests.
-#[cfg(all(doctest, feature = "sim"))]
+#[cfg(all(doctest, feature = "sim", feature = "structured"))]
 #[doc = include_str!("../README.md")]
 mod readme {}
 
@@ -87,10 +107,13 @@ pub use tokio_util::sync::CancellationToken;
 
 pub use crate::batch::{Batch, IntoInputs, Outcomes, Over, Progress};
 pub use crate::context::{Context, ContextBuilder, Snapshot};
+pub use crate::deployment::Deployment;
 pub use crate::digest::RequestDigest;
 pub use crate::error::{Error, ErrorKind, Persistence, Result};
 pub use crate::estimate::TokenCounter;
 pub use crate::event::{Event, Observer};
+pub use crate::join::{Join, Switch};
+pub use crate::journal::{Journal, JournalStats};
 pub use crate::pace::{
     Binding, CallOutcome, Lane, LaneSnapshot, Need, Pace, Permit, Place, Priority, Tenant,
 };
@@ -108,6 +131,14 @@ pub use crate::provider::{OpenAi, OpenAiBuilder};
 pub use crate::reply::{Delta, FinishReason, Reply, ReplyStream};
 pub use crate::request::{Message, Request, ResponseFormat, Role};
 pub use crate::retry::Retry;
+pub use crate::run::{ItemResult, RunSnapshot, Runner, Submit};
 pub use crate::scope::Tally;
 pub use crate::settled::{Outcome, Settled};
+pub use crate::stream::Deltas;
+#[cfg(feature = "structured")]
+pub use crate::structured::{
+    Drafts, GenerateAs, Generated, Growing, Items, OnBreak, OnLength, Rejection,
+};
+pub use crate::timeline::Timeline;
 pub use crate::usage::{Quota, RateSnapshot, Usage};
+pub use crate::worker::{Ambiguous, Drive, Worker, WorkerBuilder, WorkerStats};

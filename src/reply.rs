@@ -84,6 +84,9 @@ impl Reply {
 pub enum Delta {
     /// More text.
     Text(String),
+    /// What came so far is void: the call is made again. A provider never says so; it is
+    /// [asked for](crate::Deltas::discarding).
+    Discard,
     /// The end: the whole reply, text included. A stream that ends without it was cut.
     End(Box<Reply>),
 }

@@ -107,6 +107,10 @@ pub struct Request {
     /// nobody and is not part of the digest; the simulated provider's ledger shows it.
     #[serde(skip)]
     pub item_key: Option<Arc<str>>,
+    /// Where the context has a store: `Some(n)` shares the nth answer to this request among
+    /// all items of a tenant; `None` gives each item an answer of its own. Not part of the digest.
+    #[serde(skip)]
+    pub sample: Option<u32>,
 }
 
 impl Request {
@@ -186,6 +190,21 @@ impl Request {
     #[must_use]
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.timeout = Some(timeout);
+        self
+    }
+
+    /// Shares one answer among all items of a tenant that ask the same, where the context has a
+    /// store: it is paid for once, also while it is still in flight.
+    #[must_use]
+    pub fn shared(self) -> Self {
+        self.sample(0)
+    }
+
+    /// As [`shared`](Self::shared), for who wants several answers to one request: all that ask for
+    /// sample `n` get the same one.
+    #[must_use]
+    pub fn sample(mut self, n: u32) -> Self {
+        self.sample = Some(n);
         self
     }
 

@@ -4,7 +4,7 @@ use std::fmt::{self, Write as _};
 use std::ops::AddAssign;
 use std::pin::pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::task::Poll;
 use std::time::Duration;
 
@@ -14,6 +14,7 @@ use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::memo::Place;
 use crate::pace::Who;
 use crate::usage::Usage;
 
@@ -30,6 +31,10 @@ pub struct Tally {
     /// Attempts that a failed one had come before.
     #[serde(default)]
     pub retries: u64,
+    /// Requests made once more because a reply could not be used: not the JSON that was asked
+    /// for, cut, broken off. They are calls too.
+    #[serde(default)]
+    pub reasked: u64,
     /// Attempts that met an overloaded provider.
     #[serde(default)]
     pub overloaded: u64,
@@ -45,7 +50,11 @@ pub struct Tally {
     /// Attempts that ended without anybody knowing whether they were paid for:
     /// a broken connection, a timeout, a cancelled call.
     pub ambiguous: u64,
-    /// The tokens of all answers.
+    /// Requests that were answered out of the store: nothing was paid for them, and they count
+    /// nowhere else.
+    #[serde(default)]
+    pub replayed: u64,
+    /// The tokens of all answers that were paid for.
     pub usage: Usage,
 }
 
@@ -55,11 +64,13 @@ impl AddAssign for Tally {
         self.attempts += other.attempts;
         self.throttled += other.throttled;
         self.retries += other.retries;
+        self.reasked += other.reasked;
         self.overloaded += other.overloaded;
         self.timed_out += other.timed_out;
         self.transient += other.transient;
         self.failed += other.failed;
         self.ambiguous += other.ambiguous;
+        self.replayed += other.replayed;
         self.usage += other.usage;
     }
 }
@@ -71,11 +82,13 @@ struct Meter {
     attempts: AtomicU64,
     throttled: AtomicU64,
     retries: AtomicU64,
+    reasked: AtomicU64,
     overloaded: AtomicU64,
     timed_out: AtomicU64,
     transient: AtomicU64,
     failed: AtomicU64,
     ambiguous: AtomicU64,
+    replayed: AtomicU64,
     input_tokens: AtomicU64,
     output_tokens: AtomicU64,
     cached_input_tokens: AtomicU64,
@@ -83,18 +96,20 @@ struct Meter {
 }
 
 impl Meter {
-    fn pairs<'a>(&'a self, tally: &'a mut Tally) -> [(&'a AtomicU64, &'a mut u64); 13] {
+    fn pairs<'a>(&'a self, tally: &'a mut Tally) -> [(&'a AtomicU64, &'a mut u64); 15] {
         let usage = &mut tally.usage;
         [
             (&self.calls, &mut tally.calls),
             (&self.attempts, &mut tally.attempts),
             (&self.throttled, &mut tally.throttled),
             (&self.retries, &mut tally.retries),
+            (&self.reasked, &mut tally.reasked),
             (&self.overloaded, &mut tally.overloaded),
             (&self.timed_out, &mut tally.timed_out),
             (&self.transient, &mut tally.transient),
             (&self.failed, &mut tally.failed),
             (&self.ambiguous, &mut tally.ambiguous),
+            (&self.replayed, &mut tally.replayed),
             (&self.input_tokens, &mut usage.input_tokens),
             (&self.output_tokens, &mut usage.output_tokens),
             (&self.cached_input_tokens, &mut usage.cached_input_tokens),
@@ -127,6 +142,9 @@ pub(crate) struct Bounds {
     /// Nothing new is sent; calls in flight finish.
     pub(crate) drain: CancellationToken,
     pub(crate) deadline: Option<Instant>,
+    /// Whether something was refused or cut short because of the two tokens. Shared with all
+    /// bounds below: what came out of it need not be what would have come out of the whole.
+    cut: Arc<AtomicBool>,
 }
 
 impl Bounds {
@@ -135,7 +153,21 @@ impl Bounds {
             drain: cancel.child_token(),
             cancel,
             deadline: None,
+            cut: Arc::default(),
         }
+    }
+
+    /// Bounds below these that know by themselves whether they cut something short.
+    pub(crate) fn separate(&self) -> Self {
+        Self {
+            cut: Arc::default(),
+            ..self.child()
+        }
+    }
+
+    /// Whether something was refused or cut short by cancelling or draining.
+    pub(crate) fn was_cut(&self) -> bool {
+        self.cut.load(Ordering::Relaxed)
     }
 
     /// Ends everything. What is cancelled drains too, so that one look at `drain` says
@@ -151,12 +183,14 @@ impl Bounds {
             cancel: self.cancel.child_token(),
             drain: self.drain.child_token(),
             deadline: self.deadline,
+            cut: Arc::clone(&self.cut),
         }
     }
 
     /// Whether new work may still start.
     pub(crate) fn check(&self) -> Result<()> {
         if self.drain.is_cancelled() {
+            self.cut.store(true, Ordering::Relaxed);
             Err(Error::cancelled(if self.cancel.is_cancelled() {
                 "the context was cancelled before the call was sent"
             } else {
@@ -200,37 +234,43 @@ impl Bounds {
 
     /// Runs a call that has been sent: cancel, the deadline and `limit` end it,
     /// and nobody can know whether it is paid for.
-    pub(crate) async fn in_flight<F: Future>(&self, limit: Duration, call: F) -> Result<F::Output> {
+    pub(crate) async fn in_flight<T>(
+        &self,
+        limit: Duration,
+        call: impl Future<Output = Result<T>>,
+    ) -> Result<T> {
         let mut call = pin!(call);
         // A provider that answers at once (a cache, a test) need not arm a timer.
         if let Poll::Ready(done) = poll!(call.as_mut()) {
-            return Ok(done);
+            return done;
         }
         let end = Instant::now() + limit;
         let at = self.deadline.map_or(end, |deadline| deadline.min(end));
         let ended = Box::pin(async {
-            tokio::select! {
+            let error = tokio::select! {
                 biased;
-                done = call => Ok(done),
+                done = call => return done,
                 () = self.cancel.cancelled() => {
-                    Err(Error::cancelled("cancelled while the call was in flight"))
+                    self.cut.store(true, Ordering::Relaxed);
+                    Error::cancelled("cancelled while the call was in flight")
                 }
-                () = sleep_until(at) => Err(if at < end {
+                () = sleep_until(at) => if at < end {
                     let message = "the deadline passed while the call was in flight";
                     Error::new(ErrorKind::DeadlineExceeded, message)
                 } else {
                     Error::new(ErrorKind::Timeout, format!("no reply within {limit:?}"))
-                }),
-            }
+                },
+            };
+            Err(error.with_billed(None))
         });
-        ended.await.map_err(|error| error.with_billed(None))
+        ended.await
     }
 }
 
 /// A place in the tree of work. What is added to its tally is added to its parents'.
 pub(crate) struct Scope {
     parent: Option<Arc<Scope>>,
-    label: Arc<str>,
+    pub(crate) label: Arc<str>,
     /// A number for the labels that lead here, keys and indices left out.
     pub(crate) labels: u64,
     index: Option<usize>,
@@ -238,6 +278,8 @@ pub(crate) struct Scope {
     pub(crate) bounds: Arc<Bounds>,
     /// In which line its calls wait.
     pub(crate) who: Who,
+    /// What replies are remembered under here, where there is a store.
+    pub(crate) place: Option<Arc<Place>>,
     meter: Meter,
 }
 
@@ -251,6 +293,7 @@ impl Scope {
             key: None,
             bounds,
             who: Who::default(),
+            place: None,
             meter: Meter::default(),
         }
     }
@@ -267,6 +310,7 @@ impl Scope {
             key: None,
             bounds,
             who: parent.who,
+            place: parent.place.clone(),
             meter: Meter::default(),
         }
     }
@@ -278,11 +322,31 @@ impl Scope {
         index: usize,
         key: Option<Arc<str>>,
     ) -> Self {
-        Self {
+        let mut item = Self {
             index: Some(index),
             key,
             ..Self::child(batch, label, Arc::clone(&batch.bounds))
+        };
+        if let Some(place) = &batch.place {
+            item.place = Some(place.item(&batch.labels_here(), &item.label, index, &item.key));
         }
+        item
+    }
+
+    /// The labels between the place whose replies are remembered together and here.
+    pub(crate) fn labels_here(&self) -> Vec<&Arc<str>> {
+        let mut labels = Vec::new();
+        let mut scope = self;
+        // The label of the scope that opens a place is in the place's own name.
+        while let Some(parent) = scope.parent.as_deref().filter(|parent| {
+            let places = parent.place.as_ref().zip(scope.place.as_ref());
+            places.is_some_and(|(above, here)| Arc::ptr_eq(above, here))
+        }) {
+            labels.extend(Some(&scope.label).filter(|label| !label.is_empty()));
+            scope = parent;
+        }
+        labels.reverse();
+        labels
     }
 
     pub(crate) fn add(&self, tally: Tally) {
@@ -369,14 +433,17 @@ mod tests {
         bounds.drain.cancel();
         let waiting = bounds.before_send(std::future::ready(())).await;
         assert!(waiting.unwrap_err().is_cancelled());
-        let call = tokio::time::sleep(Duration::from_secs(1));
+        let call = async {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            Ok(())
+        };
         assert!(bounds.in_flight(Duration::from_secs(2), call).await.is_ok());
     }
 
     #[tokio::test(start_paused = true)]
     async fn the_nearer_of_deadline_and_limit_ends_a_call() {
         let mut bounds = Bounds::new(CancellationToken::new());
-        let forever = || std::future::pending::<()>();
+        let forever = || std::future::pending::<Result<()>>();
         let limit = Duration::from_secs(2);
         let error = bounds.in_flight(limit, forever()).await.unwrap_err();
         assert!(error.is_timeout() && error.billed().is_none());

@@ -7,7 +7,7 @@ use std::time::Duration;
 use throughline::testing::Scripted;
 use throughline::{
     CancellationToken, Context, Error, ErrorKind, Event, Lane, Pace, Persistence, Provider, Reply,
-    Request, Result, Retry, Usage, async_trait,
+    Request, Result, Retry, Sim, Switch, Usage, async_trait,
 };
 use tokio::time::{Instant, sleep, timeout};
 
@@ -576,4 +576,74 @@ async fn a_request_that_fails_identically_while_others_succeed_is_given_up() {
     let poison = poison.unwrap_err();
     assert!(poison.is_permanent(), "{poison}");
     assert_eq!(poison.attempts(), 3);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_switch_changes_how_long_things_take_and_nothing_else() {
+    let second = Duration::from_secs(1);
+    let parallel = Switch::new(true);
+    let mut told = Vec::new();
+    for on in [true, false] {
+        parallel.set(on);
+        let sim = Sim::builder().latency(second).build();
+        let cx = Context::builder(sim).parallel(&parallel).build();
+        let ask = |label: &'static str| {
+            cx.stage(label, move |cx| async move {
+                Ok(cx.generate(label).await?.text)
+            })
+        };
+        let began = Instant::now();
+        let (a, b, c) = cx.join((ask("a"), ask("b"), ask("c"))).await;
+        let joined = began.elapsed();
+        let items = cx.fan_out("item", 0..4).join_all();
+        let items =
+            items.try_all(|cx, n| async move { Ok(cx.generate(n.to_string()).await?.text) });
+        let items = items.await.unwrap();
+        let fanned = began.elapsed() - joined;
+        let update = async {
+            sleep(second / 2).await;
+            Ok(())
+        };
+        let (work, update) = cx.alongside(update, ask("work")).await;
+        assert!(update.is_ok());
+        let beside = began.elapsed() - joined - fanned;
+        told.push((a.unwrap(), b.unwrap(), c.unwrap(), items, work.unwrap()));
+        let times = [joined, fanned, beside].map(|it| it.as_millis());
+        let expected = if on {
+            [1_000, 1_000, 1_000]
+        } else {
+            [3_000, 4_000, 1_500]
+        };
+        assert_eq!(times, expected);
+    }
+    assert_eq!(told[0], told[1]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stage_that_panics_fails_and_is_told() {
+    let told = Arc::new(Mutex::new(Vec::new()));
+    let events = Arc::clone(&told);
+    let cx = Context::builder(Scripted::new())
+        .on_event(move |event| {
+            if let Event::StageEnded { path, error, .. } = event {
+                events
+                    .lock()
+                    .unwrap()
+                    .push((path.to_string(), error.is_some()));
+            }
+        })
+        .build();
+    let inner = cx.child("plan");
+    let failed = inner.stage("bad", |_| async { panic!("at the disco") });
+    let failed: Result<()> = failed.await;
+    assert!(failed.unwrap_err().is_panic());
+    inner.stage("good", |_| async { Ok(()) }).await.unwrap();
+    let told = told.lock().unwrap();
+    assert_eq!(
+        *told,
+        [
+            ("plan/bad".to_owned(), true),
+            ("plan/good".to_owned(), false)
+        ]
+    );
 }

@@ -30,10 +30,10 @@ fn unauthorized() -> Error {
 
 /// One call as a guard makes it: again after a refusal, elsewhere after a bad account.
 async fn call(pool: &Pool<Sim>, n: usize) -> Result<usize> {
-    let visit = pool.arrive();
+    let mut visit = pool.arrive();
     let request = Request::new(format!("river {n}"));
     loop {
-        let mut turn = pool.acquire(Need::new(10, 10), &visit).await?;
+        let mut turn = pool.acquire(Need::new(10, 10), &mut visit).await?;
         turn.mark_sent();
         let index = turn.index();
         match turn.deployment().generate(&request).await {
@@ -129,12 +129,12 @@ async fn a_bad_account_is_left_out_and_its_calls_go_elsewhere() {
 #[tokio::test(start_paused = true)]
 async fn when_all_are_out_those_who_wait_are_told_why() {
     let pool = Pool::new("a", lane(1)).beside("b", lane(1));
-    let visit = pool.arrive();
+    let mut visit = pool.arrive();
     let need = Need::new(1, 1);
-    let first = pool.acquire(need, &visit).await.unwrap();
-    let second = pool.acquire(need, &visit).await.unwrap();
+    let first = pool.acquire(need, &mut visit).await.unwrap();
+    let second = pool.acquire(need, &mut visit).await.unwrap();
     assert_ne!(first.index(), second.index());
-    let waiting = pool.acquire(need, &visit);
+    let waiting = pool.acquire(need, &mut visit);
     let leaving = async {
         tokio::time::sleep(SECOND).await;
         first.leave_out(unauthorized());
@@ -143,7 +143,7 @@ async fn when_all_are_out_those_who_wait_are_told_why() {
     let (told, ()) = tokio::join!(timeout(2 * SECOND, waiting), leaving);
     let error = told.expect("at once").unwrap_err();
     assert!(error.is_account_wide());
-    let late = pool.acquire(need, &visit).await;
+    let late = pool.acquire(need, &mut visit).await;
     assert!(late.unwrap_err().is_account_wide());
 }
 
@@ -153,7 +153,7 @@ async fn groups_are_asked_in_order() {
     let pool = Pool::new("main", main.clone()).fallback("older", lane(600));
     let need = Need::new(1, 1);
     let take = async || {
-        let turn = pool.acquire(need, &pool.arrive()).await.unwrap();
+        let turn = pool.acquire(need, &mut pool.arrive()).await.unwrap();
         let deployment = *turn.deployment();
         turn.finish(CallOutcome::Done { usage: None });
         deployment
@@ -165,7 +165,7 @@ async fn groups_are_asked_in_order() {
     }
     assert_eq!((took, start.elapsed()), (vec!["main"; 3], 2 * SECOND));
     // That it is parked is one, for who waits already too.
-    let turn = pool.acquire(need, &pool.arrive()).await.unwrap();
+    let turn = pool.acquire(need, &mut pool.arrive()).await.unwrap();
     let parking = async {
         tokio::time::sleep(SECOND / 2).await;
         let wait = Some(3_600 * SECOND);
@@ -188,26 +188,26 @@ async fn a_call_that_failed_goes_elsewhere_and_then_falls_back() {
     let mut visit = pool.arrive();
     let mut went = Vec::new();
     for _ in 0..2 {
-        let turn = pool.acquire(Need::new(1, 1), &visit).await.unwrap();
+        let turn = pool.acquire(Need::new(1, 1), &mut visit).await.unwrap();
         went.push(*turn.deployment());
         visit.avoid(turn.index());
         turn.finish(CallOutcome::Failed { usage: None });
     }
     assert_eq!(went, ["a", "b"]);
     assert!(visit.fall_back(&pool, 1));
-    let turn = pool.acquire(Need::new(1, 1), &visit).await.unwrap();
+    let turn = pool.acquire(Need::new(1, 1), &mut visit).await.unwrap();
     assert_eq!(*turn.deployment(), "c");
     assert!(!visit.fall_back(&pool, turn.index()), "there is no more");
     drop(turn);
-    assert!(pool.acquire(Need::new(1, 1), &visit).await.is_err());
+    assert!(pool.acquire(Need::new(1, 1), &mut visit).await.is_err());
 }
 
 #[tokio::test(start_paused = true)]
 async fn who_leaves_leaves_every_queue() {
     let pool = Pool::new("a", lane(60)).beside("b", lane(60));
-    let visits: Vec<_> = (0..20).map(|_| pool.arrive()).collect();
+    let mut visits: Vec<_> = (0..20).map(|_| pool.arrive()).collect();
     let waits = visits
-        .iter()
+        .iter_mut()
         .map(|visit| pool.acquire(Need::new(1, 1), visit));
     let waited = timeout(Duration::from_millis(500), join_all(waits)).await;
     assert!(waited.is_err());
@@ -218,7 +218,10 @@ async fn who_leaves_leaves_every_queue() {
     // Nothing was sent, so a whole burst and what flowed in is there again.
     let start = Instant::now();
     for _ in 0..4 {
-        let mut turn = pool.acquire(Need::new(1, 1), &pool.arrive()).await.unwrap();
+        let mut turn = pool
+            .acquire(Need::new(1, 1), &mut pool.arrive())
+            .await
+            .unwrap();
         turn.mark_sent();
     }
     assert!(start.elapsed() <= SECOND, "{:?}", start.elapsed());

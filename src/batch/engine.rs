@@ -41,7 +41,10 @@ impl<T: Send, S: Stream<Item = T> + Send> Batch<Context, S> {
         S: 'a,
         T: 'a,
     {
-        let parallelism = self.parallelism;
+        let parallelism = match self.work.is_parallel() {
+            true => self.parallelism,
+            false => Parallelism::Buffered(1),
+        };
         let batch = match self.priority {
             Some(priority) => self.work.with_priority(priority),
             None => self.work,

@@ -134,6 +134,7 @@ impl Lane {
         let acquire = Acquire {
             lane: self,
             stage: Stage::Arriving(need),
+            place: None,
             alarm: None,
         };
         acquire.await
@@ -142,10 +143,11 @@ impl Lane {
     /// A permit if one is to be had at once, and nobody waits for it.
     pub fn try_acquire(&self, need: &Need) -> Option<Permit> {
         let charge = Charge::from(need);
-        let grant = self
-            .shared
-            .step(|turnstile, now, _| turnstile.try_enter(now, charge));
-        grant.map(|grant| self.permit(grant))
+        self.shared.step(|turnstile, now, _| {
+            let grant = turnstile.try_enter(now, charge)?;
+            let place = need.place.unwrap_or_else(|| turnstile.arrive());
+            Some(self.permit(grant, place))
+        })
     }
 
     /// Takes the next place in the order of arrival, for [`Need::at`].
@@ -211,10 +213,11 @@ impl Lane {
             .step(|turnstile, now, _| turnstile.snapshot(now))
     }
 
-    fn permit(&self, grant: Grant) -> Permit {
+    fn permit(&self, grant: Grant, place: Place) -> Permit {
         Permit {
             lane: self.clone(),
             grant: Some(grant),
+            place,
             sent: false,
         }
     }
@@ -255,6 +258,8 @@ impl Shared {
 struct Acquire<'a> {
     lane: &'a Lane,
     stage: Stage,
+    /// Where it stands in the queue, once it has come.
+    place: Option<Place>,
     /// Made when this is first the one to keep the time, which most never are.
     alarm: Option<Pin<Box<Sleep>>>,
 }
@@ -286,19 +291,23 @@ impl Future for Acquire<'_> {
         let this = &mut *self;
         loop {
             let mut waker = Some(cx.waker().clone());
-            let stage = &this.stage;
+            let (stage, place) = (&mut this.stage, &mut this.place);
             let turn = this
                 .lane
                 .shared
                 .step(|turnstile, now, errands| match stage {
-                    Stage::Arriving(need) => turnstile.enter(now, need, &mut waker, errands),
+                    Stage::Arriving(need) => {
+                        *place = Some(*need.place.get_or_insert_with(|| turnstile.arrive()));
+                        turnstile.enter(now, need, &mut waker, errands)
+                    }
                     Stage::Waiting(key) => turnstile.poll(now, *key, &mut waker, errands),
                     Stage::Done => panic!("polled after it was ready"),
                 });
             let alarm = match turn {
                 Turn::Granted(grant) => {
                     this.stage = Stage::Done;
-                    return Poll::Ready(Ok(this.lane.permit(grant)));
+                    let place = this.place.expect("it has come");
+                    return Poll::Ready(Ok(this.lane.permit(grant, place)));
                 }
                 Turn::Stopped(why) => {
                     this.stage = Stage::Done;
@@ -347,10 +356,17 @@ pub struct Permit {
     lane: Lane,
     /// `None` once it has ended.
     grant: Option<Grant>,
+    place: Place,
     sent: bool,
 }
 
 impl Permit {
+    /// Where its call stood in the queue: with [`Need::at`], a retry stands there again
+    /// and comes before all that arrived since.
+    pub fn place(&self) -> Place {
+        self.place
+    }
+
     /// Says that the call is on its way, so that from here on a drop does not
     /// give its charge back.
     pub fn mark_sent(&mut self) {

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use super::bucket::Rate;
 use super::meter::Burst;
+use super::words::Binding;
 
 /// The limits of one provider account and group of models.
 ///
@@ -196,6 +197,20 @@ impl Pace {
             time: self.burst.unwrap_or(Duration::from_secs(1)),
             at_once: self.burst.is_some(),
         }
+    }
+
+    /// The limits per minute that are set.
+    pub(crate) fn limits(&self) -> impl Iterator<Item = (Binding, u64)> + use<> {
+        let limits = [
+            (Binding::Requests, self.requests),
+            (Binding::Tokens, self.tokens),
+            (Binding::InputTokens, self.input_tokens),
+            (Binding::OutputTokens, self.output_tokens),
+        ];
+        let per_minute = |rate: Rate| (rate.per_second() * 60.0).round() as u64;
+        limits
+            .into_iter()
+            .filter_map(move |(limit, rate)| Some((limit, per_minute(rate?))))
     }
 
     /// How often to retry a call, where the mode suggests it ([`safe`](Pace::safe),

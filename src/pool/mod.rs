@@ -11,7 +11,8 @@ use tokio::sync::Notify;
 
 use self::choose::{Candidate, choose};
 use crate::error::{Error, Result};
-use crate::pace::{CallOutcome, Lane, Need, Permit, Place};
+use crate::pace::{CallOutcome, Lane, LaneChange, Need, Permit, Place};
+use crate::usage::RateSnapshot;
 
 /// Closed for longer than this, a lane is parked.
 const PARKED: Duration = Duration::from_secs(600);
@@ -43,8 +44,8 @@ const PARKED: Duration = Duration::from_secs(600);
 ///     .beside("east", Lane::new(Pace::per_minute(600)))
 ///     .fallback("older model", Lane::new(Pace::per_minute(60)));
 ///
-/// let visit = pool.arrive();
-/// let mut turn = pool.acquire(Need::new(1_000, 500), &visit).await?;
+/// let mut visit = pool.arrive();
+/// let mut turn = pool.acquire(Need::new(1_000, 500), &mut visit).await?;
 /// turn.mark_sent();
 /// // ... the call to `turn.deployment()` ...
 /// turn.finish(CallOutcome::Done { usage: None });
@@ -111,12 +112,17 @@ impl<T> Pool<T> {
         all.map(|deployment| (&deployment.what, &deployment.lane))
     }
 
-    /// Takes a place in every queue, for a call and all its attempts.
+    /// A visit for one call and all its attempts, with a place in every queue.
     pub fn arrive(&self) -> Visit {
-        let deployments = self.deployments.iter();
+        let places = match &self.deployments[..] {
+            // Taken when it queues: the lane is locked once for that anyway.
+            [_] => Vec::new(),
+            all => all.iter().map(|it| it.lane.arrive()).collect(),
+        };
         Visit {
-            places: deployments.map(|it| it.lane.arrive()).collect(),
-            failed: vec![false; self.deployments.len()],
+            first: None,
+            places,
+            failed: Vec::new(),
             group: 0,
         }
     }
@@ -128,7 +134,21 @@ impl<T> Pool<T> {
     ///
     /// # Cancel safety
     /// Dropping the future leaves every queue and gives back whatever was granted.
-    pub async fn acquire(&self, need: Need, visit: &Visit) -> Result<Turn<'_, T>> {
+    pub async fn acquire(&self, need: Need, visit: &mut Visit) -> Result<Turn<'_, T>> {
+        self.acquire_by(|_| need, visit).await
+    }
+
+    /// As [`acquire`](Self::acquire), where what a call needs depends on the deployment.
+    pub(crate) async fn acquire_by(
+        &self,
+        need: impl Fn(&T) -> Need,
+        visit: &mut Visit,
+    ) -> Result<Turn<'_, T>> {
+        if let Some(only) = self.only(visit) {
+            let need = visit.stand(need(&only.what), 0);
+            let permit = only.lane.acquire(need).await?;
+            return Ok(self.turn(0, permit, visit));
+        }
         loop {
             let mut changed = pin!(self.changed.notified());
             // From here on no change is missed.
@@ -137,14 +157,19 @@ impl<T> Pool<T> {
             if chosen.is_empty() {
                 return Err(self.why_none(visit));
             }
-            let lane = |index: usize| &self.deployments[index].lane;
+            let wanted = |index: usize| {
+                let it = &self.deployments[index];
+                (&it.lane, visit.stand(need(&it.what), index))
+            };
             for index in &chosen {
-                if let Some(permit) = lane(*index).try_acquire(&need) {
-                    return Ok(self.turn(*index, permit));
+                let (lane, need) = wanted(*index);
+                if let Some(permit) = lane.try_acquire(&need) {
+                    return Ok(self.turn(*index, permit, visit));
                 }
             }
             let waits = chosen.iter().map(|index| {
-                let permit = lane(*index).acquire(need.at(visit.places[*index]));
+                let (lane, need) = wanted(*index);
+                let permit = lane.acquire(need);
                 permit.map(|permit| (*index, permit)).boxed()
             });
             let mut race = future::select_all(waits);
@@ -152,7 +177,7 @@ impl<T> Pool<T> {
                 tokio::select! {
                     biased;
                     ((index, permit), ..) = &mut race => match permit {
-                        Ok(permit) => return Ok(self.turn(index, permit)),
+                        Ok(permit) => return Ok(self.turn(index, permit, visit)),
                         // That lane was stopped: the others are left.
                         Err(_) => break,
                     },
@@ -169,7 +194,44 @@ impl<T> Pool<T> {
         }
     }
 
-    fn turn(&self, index: usize, permit: Permit) -> Turn<'_, T> {
+    /// A turn, if the only deployment there is has room at once. With several, who waits
+    /// has to choose.
+    pub(crate) fn try_acquire_by(
+        &self,
+        need: impl Fn(&T) -> Need,
+        visit: &mut Visit,
+    ) -> Option<Turn<'_, T>> {
+        let only = self.only(visit)?;
+        let need = visit.stand(need(&only.what), 0);
+        let permit = only.lane.try_acquire(&need)?;
+        Some(self.turn(0, permit, visit))
+    }
+
+    /// The only deployment there is: nothing to choose.
+    fn only(&self, visit: &Visit) -> Option<&Deployment<T>> {
+        match &self.deployments[..] {
+            [only] if visit.group == 0 => Some(only),
+            _ => None,
+        }
+    }
+
+    /// How long until one of the deployments that the visit may go to is open again.
+    pub(crate) fn closed_for(&self, visit: &Visit) -> Duration {
+        let lane = |index: usize| self.deployments[index].lane.snapshot();
+        let chosen = self.choose(visit).into_iter();
+        let closed = chosen.map(|index| lane(index).closed_for.unwrap_or_default());
+        closed.min().unwrap_or_default()
+    }
+
+    /// Whether there is any deployment that the visit may go to.
+    pub(crate) fn is_open_to(&self, visit: &Visit) -> bool {
+        !self.choose(visit).is_empty()
+    }
+
+    fn turn(&self, index: usize, permit: Permit, visit: &mut Visit) -> Turn<'_, T> {
+        if visit.places.is_empty() {
+            visit.first = Some(permit.place());
+        }
         Turn {
             pool: self,
             index,
@@ -188,16 +250,16 @@ impl<T> Pool<T> {
 
 impl<T> Pool<T> {
     fn choose(&self, visit: &Visit) -> Vec<usize> {
-        let deployments = self.deployments.iter().zip(&visit.failed);
+        let deployments = self.deployments.iter().enumerate();
         let candidates: Vec<Candidate> = deployments
-            .map(|(deployment, failed)| {
+            .map(|(index, deployment)| {
                 let lane = deployment.lane.snapshot();
                 Candidate {
                     group: deployment.group,
                     out: deployment.lane.stopped().is_some(),
                     closed_for: lane.closed_for.unwrap_or_default(),
                     in_flight: lane.in_flight,
-                    avoided: *failed,
+                    avoided: visit.failed.contains(&index),
                 }
             })
             .collect();
@@ -216,16 +278,30 @@ impl<T> Pool<T> {
 /// One call's way through a [`Pool`]: its places in the queues, and where it has failed.
 #[derive(Debug, Clone)]
 pub struct Visit {
+    /// Its place in the only queue there is, once it is known.
+    first: Option<Place>,
+    /// Its places in all of them, where there are several.
     places: Vec<Place>,
-    failed: Vec<bool>,
+    /// The deployments it failed at.
+    failed: Vec<usize>,
     group: usize,
 }
 
 impl Visit {
+    /// `need`, where this visit stands in the queue of that deployment.
+    fn stand(&self, need: Need, index: usize) -> Need {
+        match self.places.get(index).copied().or(self.first) {
+            Some(place) => need.at(place),
+            None => need,
+        }
+    }
+
     /// The call failed at the deployment with this [index](Turn::index): its next attempt
     /// goes to another one of the group, if there is one.
     pub fn avoid(&mut self, index: usize) {
-        self.failed[index] = true;
+        if !self.failed.contains(&index) {
+            self.failed.push(index);
+        }
     }
 
     /// Gives up the group of the deployment with this [index](Turn::index): the call waits
@@ -261,17 +337,27 @@ impl<'a, T> Turn<'a, T> {
         self.permit.mark_sent();
     }
 
+    /// As [`Permit::observe`].
+    pub fn observe(&mut self, said: &RateSnapshot) {
+        self.permit.observe(said);
+    }
+
+    pub(crate) fn listen(&mut self, said: &RateSnapshot) -> Vec<LaneChange> {
+        self.permit.listen(said)
+    }
+
     /// As [`Permit::finish`].
     pub fn finish(self, outcome: CallOutcome) {
-        self.permit.finish(outcome);
-        let refused = matches!(
-            outcome,
-            CallOutcome::Throttled { .. } | CallOutcome::Overloaded { .. }
-        );
-        let lane = &self.pool.deployments[self.index].lane;
-        if refused && lane.snapshot().closed_for > Some(self.pool.parked_after) {
+        self.conclude(outcome);
+    }
+
+    pub(crate) fn conclude(self, outcome: CallOutcome) -> Vec<LaneChange> {
+        let changes = self.permit.conclude(outcome);
+        let closed = |change: &LaneChange| matches!(change, LaneChange::Closed { wait } if *wait > self.pool.parked_after);
+        if changes.iter().any(closed) {
             self.pool.changed.notify_waiters();
         }
+        changes
     }
 
     /// The call failed, and so will every other at this deployment
@@ -280,7 +366,6 @@ impl<'a, T> Turn<'a, T> {
     pub fn leave_out(self, reason: Error) {
         self.pool.deployments[self.index].lane.stop(reason);
         self.permit.finish(CallOutcome::Failed { usage: None });
-        self.pool.changed.notify_waiters();
     }
 }
 

@@ -50,10 +50,12 @@
 //! backend can keep; [`ErrorKind::LeaseLost`](crate::ErrorKind::LeaseLost) where said.
 
 mod change;
+mod given;
 mod memory;
 #[cfg(feature = "postgres")]
 mod postgres;
 mod records;
+mod shared;
 #[cfg(any(feature = "sqlite", feature = "postgres"))]
 mod sql;
 #[cfg(feature = "sqlite")]
@@ -65,13 +67,13 @@ use async_trait::async_trait;
 
 use crate::error::Result;
 
+pub use self::given::{Commit, NewItem, NewRun, Note, RunFilter, Settlement};
 pub use self::memory::Memory;
 #[cfg(feature = "postgres")]
 pub use self::postgres::{Postgres, PostgresBuilder};
 pub use self::records::{
-    Commit, Committed, Created, FORMAT, Generation, Hold, Intent, IntentName, Item, ItemId,
-    LeaseId, LogEntry, MemoKey, NewItem, NewRun, Note, Purged, Reaped, Run, RunFilter, RunId,
-    Settlement, Status,
+    Committed, Created, FORMAT, Generation, Hold, Intent, IntentName, Item, ItemId, LeaseId,
+    LogEntry, MemoKey, Purged, Reaped, Run, RunId, Status,
 };
 #[cfg(feature = "sqlite")]
 pub use self::sqlite::{Durability, Sqlite, SqliteBuilder};
@@ -140,6 +142,9 @@ pub trait Store: Send + Sync + 'static {
     /// which nobody knows whether they were paid. In the order of their names, after `after`.
     async fn ambiguous(&self, after: Option<IntentName>, limit: u32) -> Result<Vec<Intent>>;
 
+    /// The intents of these items, whoever holds them, in the order of their names.
+    async fn intents(&self, items: &[ItemId]) -> Result<Vec<Intent>>;
+
     /// Ends a run: its items that are not over are cancelled and their epochs raised, so that who
     /// works on them cannot commit. Gives the number of items it stopped; 0 if the run
     /// is over or not there.
@@ -189,12 +194,20 @@ pub trait Queue: Store {
     /// # Errors
     /// [`ErrorKind::LeaseLost`](crate::ErrorKind::LeaseLost) if the lease is gone or has expired.
     /// It is checked in the transaction that takes the items, against a reaper at the same time.
+    ///
+    /// # Cancel safety
+    /// A claim that is dropped, or whose answer is lost with its connection, may have taken items that
+    /// nobody works on, under a lease that lives. [`held`](Self::held) finds them.
     async fn claim(&self, lease: LeaseId, limit: u32) -> Result<Vec<Item>>;
 
     /// Gives items back: those that are not over and have the epoch that is named are pending again, with
     /// the epoch raised. They can be claimed when `delay` is over, at the next reap; at once where it is zero.
     /// With `charge` false their attempt counts for nothing. Gives the number of items released.
     async fn release(&self, holds: &[Hold], delay: Duration, charge: bool) -> Result<u64>;
+
+    /// All items that a lease holds, in the order of their numbers. What a worker does not know of among
+    /// them, a claim took whose answer was lost: it can be worked on, or released.
+    async fn held(&self, lease: LeaseId) -> Result<Vec<Item>>;
 
     /// Those of the holds that are lost: the item was cancelled, reaped, or settled by somebody.
     /// A call for it may be aborted.

@@ -2,8 +2,6 @@
 
 use std::time::Duration;
 
-#[cfg(feature = "sqlite")]
-use super::records::RunId;
 use crate::error::{Error, ErrorKind, Persistence};
 
 /// How often a transaction is tried again that only its neighbours made fail.
@@ -86,18 +84,6 @@ pub(super) fn to_sql(number: u64) -> i64 {
 /// A counter from SQL.
 pub(super) fn from_sql(number: i64) -> u64 {
     u64::try_from(number).unwrap_or(0)
-}
-
-/// Log entries of one run that go in from `last` backwards.
-#[cfg(feature = "sqlite")]
-pub(super) fn numbered(
-    run: RunId,
-    last: i64,
-    entries: Vec<(String, String)>,
-) -> impl Iterator<Item = (RunId, i64, String, String)> {
-    let first = last - entries.len() as i64 + 1;
-    let entries = entries.into_iter().zip(first..);
-    entries.map(move |((kind, data), seq)| (run, seq, kind, data))
 }
 
 /// A stored error: one that cannot be read any more still says that there was one.
@@ -242,14 +228,4 @@ pub(super) fn dealt(
     }
     ranked.sort_by_key(|(rank, place, _)| (*rank, *place));
     ranked.into_iter().map(|(_, _, item)| item).collect()
-}
-
-/// Rows for logs, as one JSON text.
-#[cfg(feature = "sqlite")]
-pub(super) fn log_rows(rows: impl IntoIterator<Item = (RunId, i64, String, String)>) -> String {
-    let rows: Vec<_> = rows
-        .into_iter()
-        .map(|(run, seq, kind, data)| (run.0, seq, kind, data))
-        .collect();
-    serde_json::to_string(&rows).unwrap_or_default()
 }

@@ -6,10 +6,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use futures::{StreamExt as _, stream};
+use tokio::time::{Instant, sleep_until};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::provider::Provider;
-use crate::reply::Reply;
+use crate::provider::{Capabilities, Provider};
+use crate::reply::{Delta, Reply, ReplyStream};
 use crate::request::Request;
 use crate::usage::Usage;
 
@@ -51,11 +53,15 @@ struct Script {
     /// For the line that is written next.
     delay: Duration,
     requests: Vec<Request>,
+    enforces_schema: bool,
 }
 
 struct Line {
     delay: Duration,
     answer: Answer,
+    /// For a stream: pieces of the text, spread evenly over the time until the answer, which
+    /// come with the end of each stretch. None: the whole text in one piece.
+    pieces: Vec<String>,
 }
 
 type Answer = Box<dyn FnOnce(&Request) -> Result<Reply> + Send>;
@@ -64,6 +70,23 @@ impl Scripted {
     /// An empty script.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    fn next_line(&self, request: &Request) -> Result<Line> {
+        let mut script = self.lock();
+        script.requests.push(request.clone());
+        let calls = script.requests.len();
+        script.lines.pop_front().ok_or_else(|| {
+            let asked = request.last_text();
+            let message = format!("the script has no line for call {calls}: {asked:?}");
+            Error::new(ErrorKind::Config, message)
+        })
+    }
+
+    /// Says that this provider makes replies keep to a JSON schema. The script need not.
+    pub fn enforces_schema(self) -> Self {
+        self.lock().enforces_schema = true;
+        self
     }
 
     fn lock(&self) -> MutexGuard<'_, Script> {
@@ -76,6 +99,7 @@ impl Scripted {
         script.lines.push_back(Line {
             delay,
             answer: Box::new(answer),
+            pieces: Vec::new(),
         });
         drop(script);
         self
@@ -90,6 +114,52 @@ impl Scripted {
     /// The next call is answered with this reply as it is.
     pub fn exact_reply(self, reply: Reply) -> Self {
         self.line(move |_| Ok(reply))
+    }
+
+    /// The next call is answered with these pieces of text, spread evenly over the time `over`:
+    /// of four pieces over 4 s, one comes after each second, and the end with the last.
+    /// Asked for the whole reply, it takes as long.
+    ///
+    /// ```
+    /// use std::time::Duration;
+    /// use futures::StreamExt;
+    /// use throughline::{Delta, Provider, Request, testing::Scripted};
+    ///
+    /// # #[tokio::main(flavor = "current_thread", start_paused = true)]
+    /// # async fn main() -> throughline::Result<()> {
+    /// let provider = Scripted::new().streamed(Duration::from_secs(4), ["a", "b", "c", "d"]);
+    /// let began = tokio::time::Instant::now();
+    /// let mut stream = provider.stream(&Request::new("spell")).await?;
+    /// assert_eq!(stream.next().await.unwrap()?, Delta::Text("a".into()));
+    /// assert_eq!(began.elapsed(), Duration::from_secs(1));
+    /// # Ok(()) }
+    /// ```
+    pub fn streamed<T: Into<String>>(
+        self,
+        over: Duration,
+        pieces: impl IntoIterator<Item = T>,
+    ) -> Self {
+        let pieces: Vec<String> = pieces.into_iter().map(Into::into).collect();
+        self.reply(pieces.concat()).over(over, pieces)
+    }
+
+    /// The next call yields these pieces as [`streamed`](Self::streamed) does and then breaks
+    /// with this error. Asked for the whole reply, it fails after as long.
+    pub fn broken<T: Into<String>>(
+        self,
+        over: Duration,
+        pieces: impl IntoIterator<Item = T>,
+        error: Error,
+    ) -> Self {
+        let pieces = pieces.into_iter().map(Into::into).collect();
+        self.error(error).over(over, pieces)
+    }
+
+    fn over(self, time: Duration, pieces: Vec<String>) -> Self {
+        if let Some(line) = self.lock().lines.back_mut() {
+            (line.delay, line.pieces) = (time, pieces);
+        }
+        self
     }
 
     /// The next call fails with this error.
@@ -136,24 +206,43 @@ impl Provider for Scripted {
     }
 
     async fn generate(&self, request: &Request) -> Result<Reply> {
-        let line = {
-            let mut script = self.lock();
-            script.requests.push(request.clone());
-            let calls = script.requests.len();
-            script.lines.pop_front().ok_or_else(|| {
-                Error::new(
-                    ErrorKind::Config,
-                    format!(
-                        "the script has no line for call {calls}: {:?}",
-                        request.last_text()
-                    ),
-                )
-            })?
-        };
+        let line = self.next_line(request)?;
         if !line.delay.is_zero() {
             tokio::time::sleep(line.delay).await;
         }
         (line.answer)(request)
+    }
+
+    async fn stream(&self, request: &Request) -> Result<ReplyStream> {
+        let mut line = self.next_line(request)?;
+        let began = Instant::now();
+        let request = request.clone();
+        let pieces = std::mem::take(&mut line.pieces);
+        let count = pieces.len() as u32;
+        let spread = stream::iter((1..).zip(pieces)).then(move |(i, piece)| async move {
+            sleep_until(began + line.delay * i / count).await;
+            Ok(Delta::Text(piece))
+        });
+        let end = stream::once(async move {
+            sleep_until(began + line.delay).await;
+            match (line.answer)(&request) {
+                Err(error) => vec![Err(error)],
+                Ok(reply) if count > 0 => vec![Ok(Delta::End(Box::new(reply)))],
+                Ok(reply) => vec![
+                    Ok(Delta::Text(reply.text.clone())),
+                    Ok(Delta::End(Box::new(reply))),
+                ],
+            }
+        });
+        Ok(spread.chain(end.flat_map(stream::iter)).boxed())
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        let capabilities = Capabilities::default().with_streaming();
+        match self.lock().enforces_schema {
+            true => capabilities.with_json(true),
+            false => capabilities,
+        }
     }
 }
 
@@ -169,11 +258,9 @@ impl fmt::Debug for Scripted {
 
 #[cfg(test)]
 mod tests {
-    use futures::StreamExt;
     use futures::future::join;
 
     use super::*;
-    use crate::reply::Delta;
 
     #[tokio::test(start_paused = true)]
     async fn calls_keep_their_lines_when_a_later_one_ends_first() {

@@ -5,14 +5,12 @@
 //! - `sse`: server-sent events out of a body;
 //! - `exchange`: a call from request to [`Reply`](crate::Reply), whole or streamed;
 //! - `classify`: what a refusal means;
-//! - `schema`: JSON schemas in the subset that providers enforce;
 //! - `setters`: the builder methods both providers share;
 //! - `secrets`: what must never be shown.
 
 mod body;
 mod classify;
 mod exchange;
-mod schema;
 mod secrets;
 mod setters;
 mod sse;
@@ -37,8 +35,8 @@ use crate::provider::rate_headers;
 use crate::usage::RateSnapshot;
 
 pub(crate) use self::exchange::{Dialect, Field, Fields, Json, Parts, model};
-pub(crate) use self::schema::enforceable;
 pub(crate) use self::setters::shared_setters;
+pub(crate) use crate::schema::enforceable;
 
 use self::body::Body;
 use self::secrets::Secrets;

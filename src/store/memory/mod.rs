@@ -15,9 +15,10 @@ use self::state::{Row, State, ready};
 use super::change::{
     Changes, at_millis, duration_millis, ended_entry, lease_lost, millis, worker_died,
 };
+use super::given::{Commit, NewRun, RunFilter, Settlement};
 use super::records::{
-    Commit, Committed, Created, Generation, Hold, Intent, IntentName, Item, ItemId, LeaseId,
-    LogEntry, MemoKey, NewRun, Purged, Reaped, Run, RunFilter, RunId, Settlement, Status,
+    Committed, Created, Generation, Hold, Intent, IntentName, Item, ItemId, LeaseId, LogEntry,
+    MemoKey, Purged, Reaped, Run, RunId, Status,
 };
 use super::{Queue, Store};
 use crate::error::Result;
@@ -233,6 +234,15 @@ impl Store for Memory {
             .collect())
     }
 
+    async fn intents(&self, items: &[ItemId]) -> Result<Vec<Intent>> {
+        let (_, state) = self.lock();
+        let intents = state.intents.values();
+        Ok(intents
+            .filter(|intent| items.contains(&intent.item))
+            .cloned()
+            .collect())
+    }
+
     async fn cancel(&self, run: RunId) -> Result<u64> {
         let (now, mut state) = self.lock();
         let state = &mut *state;
@@ -429,6 +439,12 @@ impl Queue for Memory {
             }
         }
         Ok(released)
+    }
+
+    async fn held(&self, lease: LeaseId) -> Result<Vec<Item>> {
+        let (_, state) = self.lock();
+        let held = state.items.values().filter(|row| row.lease == Some(lease));
+        Ok(held.map(|row| row.item.clone()).collect())
     }
 
     async fn lost(&self, holds: &[Hold]) -> Result<Vec<ItemId>> {

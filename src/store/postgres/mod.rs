@@ -16,9 +16,10 @@ use sqlx::{ConnectOptions as _, Connection as _, Row as _};
 
 use super::Store;
 use super::change::duration_millis;
+use super::given::{Commit, NewItem, NewRun, RunFilter};
 use super::records::{
-    Commit, Committed, Created, Generation, Intent, IntentName, Item, ItemId, LogEntry, MemoKey,
-    NewItem, NewRun, Purged, Run, RunFilter, RunId,
+    Committed, Created, Generation, Intent, IntentName, Item, ItemId, LogEntry, MemoKey, Purged,
+    Run, RunId,
 };
 use super::sql::{failed, from_sql, retrying, to_sql, write_error};
 use crate::error::{Error, ErrorKind, Result};
@@ -99,6 +100,15 @@ impl PostgresBuilder {
         let pool = PgPoolOptions::new()
             .max_connections(self.connections.max(1))
             .acquire_timeout(Duration::from_secs(30))
+            // A ping before each statement would double the round trips; one that has been idle may
+            // have been ended by the server, or by a firewall in between.
+            .test_before_acquire(false)
+            .before_acquire(|connection, meta| {
+                Box::pin(async move {
+                    let idle = meta.idle_for > Duration::from_secs(5);
+                    Ok(!idle || connection.ping().await.is_ok())
+                })
+            })
             .connect_lazy_with(options);
         Ok(Postgres {
             schema: self.schema,
@@ -144,7 +154,8 @@ impl Postgres {
     }
 
     /// How many statements were sent since it was connected: one for each batch, two or three where a
-    /// transaction needs several, and more only where another worker was in the way.
+    /// transaction needs several, and more only where another worker was in the way. The begin and the
+    /// end of a transaction and the pings of idle connections are not counted.
     pub fn round_trips(&self) -> u64 {
         self.round_trips.load(Ordering::Relaxed)
     }
@@ -449,6 +460,17 @@ impl Store for Postgres {
             .bind(after.map_or(0, |name| small(name.attempt)))
             .bind(after.map_or_else(Vec::new, |name| name.key.as_bytes().to_vec()))
             .bind(i64::from(limit));
+        let found = list.fetch_all(self.pool()).await.map_err(failed)?;
+        found
+            .iter()
+            .map(rows::intent)
+            .collect::<sqlx::Result<_>>()
+            .map_err(failed)
+    }
+
+    async fn intents(&self, items: &[ItemId]) -> Result<Vec<Intent>> {
+        let items: Vec<_> = items.iter().map(|item| item.0).collect();
+        let list = sqlx::query(rows::INTENTS).bind(items);
         let found = list.fetch_all(self.pool()).await.map_err(failed)?;
         found
             .iter()

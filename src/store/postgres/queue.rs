@@ -88,6 +88,13 @@ impl Queue for Postgres {
         Ok(released.rows_affected())
     }
 
+    async fn held(&self, lease: LeaseId) -> Result<Vec<Item>> {
+        let list = sqlx::query(rows::HELD).bind(lease.0);
+        let held = list.fetch_all(self.pool()).await.map_err(failed)?;
+        let items = held.iter().map(|row| Ok(rows::item(row)?.0));
+        items.collect::<sqlx::Result<_>>().map_err(failed)
+    }
+
     async fn lost(&self, holds: &[Hold]) -> Result<Vec<ItemId>> {
         let (ids, epochs) = columns(holds);
         let look = sqlx::query_scalar(rows::LOST).bind(ids).bind(epochs);

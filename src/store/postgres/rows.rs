@@ -196,6 +196,10 @@ pub(super) const AMBIGUOUS: &str = concat!(
     ORDER BY t.item_id, t.attempt, t.memo_key LIMIT $4"
 );
 
+pub(super) const INTENTS: &str =
+    "SELECT item_id, attempt, memo_key, provider_ref FROM intents WHERE item_id = ANY ($1)
+    ORDER BY item_id, attempt, memo_key";
+
 /// Cancelling and trying again take turns for each run: neither must overlook what the other changes
 /// while it reads. Commits need not: they change items that they name.
 pub(super) const ONE_AT_A_TIME: &str =
@@ -337,6 +341,12 @@ pub(super) const RELEASE: &str = concat!(
         attempt = greatest(i.attempt - $4, 0), not_before = ", now!(), " + $3
     FROM unnest($1::bigint[], $2::bigint[]) AS h (id, epoch)
     WHERE i.id = h.id AND i.epoch = h.epoch AND i.status NOT IN ('completed', 'failed', 'cancelled')"
+);
+
+pub(super) const HELD: &str = concat!(
+    "SELECT ",
+    item!(),
+    " FROM items WHERE lease_id = $1 ORDER BY id"
 );
 
 pub(super) const LOST: &str = "

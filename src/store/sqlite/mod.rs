@@ -19,9 +19,10 @@ use sqlx::{ConnectOptions as _, Connection as _, Row as _, Sqlite as Db, Transac
 
 use super::Store;
 use super::change::millis;
+use super::given::{Commit, NewRun, RunFilter};
 use super::records::{
-    Commit, Committed, Created, Generation, Intent, IntentName, Item, LogEntry, MemoKey, NewRun,
-    Purged, Run, RunFilter, RunId,
+    Committed, Created, Generation, Intent, IntentName, Item, ItemId, LogEntry, MemoKey, Purged,
+    Run, RunId,
 };
 use super::sql::{failed, retrying, to_sql};
 use crate::error::{Error, ErrorKind, Result};
@@ -96,6 +97,8 @@ impl SqliteBuilder {
             .filename(&self.path)
             .busy_timeout(self.busy_timeout)
             .foreign_keys(true)
+            // A claim's rows at once: with the usual 50 the threads wait for each other.
+            .row_buffer_size(1024)
             .disable_statement_logging()
             .synchronous(match self.durability {
                 Durability::Power => SqliteSynchronous::Full,
@@ -118,8 +121,13 @@ impl SqliteBuilder {
                 .acquire_timeout(self.busy_timeout.saturating_mul(4))
         };
         let readers = options.clone().pragma("query_only", "on");
+        // 32 MiB of pages at hand, and the log moved into the file every 16 MiB and not every 4:
+        // pages that change again and again are written there once.
+        let writer = options
+            .pragma("cache_size", "-32768")
+            .pragma("wal_autocheckpoint", "4096");
         Ok(Sqlite {
-            writer: retrying!(is_busy, pool(1).connect_with(options.clone())).map_err(named)?,
+            writer: retrying!(is_busy, pool(1).connect_with(writer.clone())).map_err(named)?,
             readers: retrying!(is_busy, pool(4).connect_with(readers.clone())).map_err(named)?,
             path: self.path,
             cursor: Mutex::default(),
@@ -330,6 +338,21 @@ impl Store for Sqlite {
                 .bind(now())
                 .fetch_all(self.reader())
         })?;
+        found
+            .iter()
+            .map(rows::intent)
+            .collect::<sqlx::Result<_>>()
+            .map_err(failed)
+    }
+
+    async fn intents(&self, items: &[ItemId]) -> Result<Vec<Intent>> {
+        let items = serde_json::to_string(items)?;
+        let found = retrying!(
+            is_busy,
+            sqlx::query(rows::INTENTS)
+                .bind(&items)
+                .fetch_all(self.reader())
+        )?;
         found
             .iter()
             .map(rows::intent)

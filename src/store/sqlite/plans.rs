@@ -5,7 +5,8 @@ use sqlx::{AssertSqlSafe, Connection as _, Row as _, SqliteConnection};
 use super::Sqlite;
 use super::rows::*;
 use super::write::settle_statement;
-use crate::store::records::{Hold, ItemId, Settlement};
+use crate::store::given::Settlement;
+use crate::store::records::{Hold, ItemId};
 
 /// What the planner says of a statement, step by step.
 async fn plan(connection: &mut SqliteConnection, sql: &str) -> Vec<String> {
@@ -76,6 +77,7 @@ async fn no_statement_reads_a_whole_table() {
         RETIRE,
         RETIRE_ITEMS,
         RELEASE,
+        HELD,
         LOST,
         ANYTHING_TO_REAP,
         REAP_LEASES,

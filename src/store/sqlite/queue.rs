@@ -13,7 +13,7 @@ use crate::error::Result;
 use crate::store::Queue;
 use crate::store::change::{Changes, duration_millis, lease_lost, worker_died};
 use crate::store::records::{Hold, Item, ItemId, LeaseId, Reaped, RunId};
-use crate::store::sql::{dealt, retrying, write_error};
+use crate::store::sql::{dealt, failed, retrying, write_error};
 
 fn holds_json(holds: &[Hold]) -> String {
     let holds: Vec<_> = holds.iter().map(|hold| (hold.item.0, hold.epoch)).collect();
@@ -101,6 +101,17 @@ impl Queue for Sqlite {
             Ok(released.rows_affected())
         };
         retrying!(is_busy, write())
+    }
+
+    async fn held(&self, lease: LeaseId) -> Result<Vec<Item>> {
+        let held = retrying!(
+            is_busy,
+            sqlx::query(rows::HELD)
+                .bind(lease.0)
+                .fetch_all(self.reader())
+        )?;
+        let items = held.iter().map(|row| Ok(rows::item(row)?.0));
+        items.collect::<sqlx::Result<_>>().map_err(failed)
     }
 
     async fn lost(&self, holds: &[Hold]) -> Result<Vec<ItemId>> {

@@ -48,6 +48,9 @@ pub(super) const AMBIGUOUS: &str = "SELECT t.item_id, t.attempt, t.memo_key, t.p
     WHERE i.id = t.item_id AND l.expires_at > ?5) \
     ORDER BY t.item_id, t.attempt, t.memo_key LIMIT ?4";
 
+pub(super) const INTENTS: &str = "SELECT item_id, attempt, memo_key, provider_ref FROM intents \
+    WHERE item_id IN (SELECT value FROM json_each(?1)) ORDER BY item_id, attempt, memo_key";
+
 /// A lease that is live.
 pub(super) const LIVE: &str = "SELECT 1 FROM leases WHERE id = ?1 AND expires_at > ?2";
 
@@ -124,6 +127,9 @@ pub(super) const RELEASE: &str = "UPDATE items NOT INDEXED SET status = 'pending
     FROM (SELECT value ->> 0 AS id, value ->> 1 AS epoch FROM json_each(?1)) AS h \
     WHERE items.id = h.id AND items.epoch = h.epoch \
     AND items.status NOT IN ('completed', 'failed', 'cancelled')";
+
+pub(super) const HELD: &str = "SELECT id, run_id, seq, key, tenant, status, epoch, attempt, \
+    max_attempts, input, output, error, priority FROM items WHERE lease_id = ?1 ORDER BY id";
 
 pub(super) const LOST: &str = "SELECT h.id FROM \
     (SELECT key AS place, value ->> 0 AS id, value ->> 1 AS epoch FROM json_each(?1)) AS h \

@@ -7,10 +7,9 @@ use sqlx::{QueryBuilder, Sqlite as Db, SqliteConnection};
 
 use super::{Sqlite, first, now, rows};
 use crate::store::change::{Changes, ended_entry};
-use crate::store::records::{
-    Commit, Committed, Created, Generation, ItemId, NewItem, NewRun, RunId, Settlement, Status,
-};
-use crate::store::sql::{log_rows, numbered, to_sql, write_error};
+use crate::store::given::{Commit, NewItem, NewRun, Settlement};
+use crate::store::records::{Committed, Created, Generation, ItemId, RunId, Status};
+use crate::store::sql::{to_sql, write_error};
 
 /// Rows in one statement: more gain nothing, and SQLite takes 32,766 parameters at most.
 const ROWS: usize = 500;
@@ -299,4 +298,24 @@ pub(super) async fn add_log(
     let add = sqlx::query(rows::ADD_LOG).bind(log_rows(entries)).bind(now);
     add.execute(connection).await?;
     Ok(())
+}
+
+/// Log entries of one run that go in from `last` backwards.
+fn numbered(
+    run: RunId,
+    last: i64,
+    entries: Vec<(String, String)>,
+) -> impl Iterator<Item = (RunId, i64, String, String)> {
+    let first = last - entries.len() as i64 + 1;
+    let entries = entries.into_iter().zip(first..);
+    entries.map(move |((kind, data), seq)| (run, seq, kind, data))
+}
+
+/// Rows for logs, as one JSON text.
+fn log_rows(rows: impl IntoIterator<Item = (RunId, i64, String, String)>) -> String {
+    let rows: Vec<_> = rows
+        .into_iter()
+        .map(|(run, seq, kind, data)| (run.0, seq, kind, data))
+        .collect();
+    serde_json::to_string(&rows).unwrap_or_default()
 }

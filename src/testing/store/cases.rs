@@ -10,22 +10,22 @@ use crate::digest::RequestDigest;
 use crate::error::{Error, ErrorKind, Result};
 use crate::request::Request;
 use crate::store::{
-    Commit, Generation, Hold, Intent, Item, MemoKey, NewItem, NewRun, Note, Queue, Reaped,
-    RunFilter, RunId, Settlement, Status,
+    Commit, Generation, Hold, Intent, Item, MemoKey, NewItem, NewRun, Note, Queue, RunFilter,
+    RunId, Settlement, Status,
 };
 use crate::usage::Usage;
 
-type Store = Arc<dyn Queue>;
+pub(super) type Store = Arc<dyn Queue>;
 
 fn digest() -> RequestDigest {
     Request::new("a").digest()
 }
 
-fn key(n: u8) -> MemoKey {
+pub(super) fn key(n: u8) -> MemoKey {
     MemoKey::new([n; 32])
 }
 
-fn generation(tenant: &str, n: u8, body: &str) -> Generation {
+pub(super) fn generation(tenant: &str, n: u8, body: &str) -> Generation {
     let mut usage = Usage::new(u64::from(n), 7);
     usage.reasoning_tokens = 3;
     Generation {
@@ -38,28 +38,28 @@ fn generation(tenant: &str, n: u8, body: &str) -> Generation {
     }
 }
 
-fn settle(hold: Hold, result: Result<String>) -> Settlement {
+pub(super) fn settle(hold: Hold, result: Result<String>) -> Settlement {
     Settlement { hold, result }
 }
 
-fn done(hold: Hold) -> Settlement {
+pub(super) fn done(hold: Hold) -> Settlement {
     settle(hold, Ok("\"out\"".to_owned()))
 }
 
-fn broken(why: &str) -> Error {
+pub(super) fn broken(why: &str) -> Error {
     Error::new(ErrorKind::MalformedReply, why).with_request_id("req_1")
 }
 
-async fn commit(store: &Store, settlements: Vec<Settlement>) -> usize {
+pub(super) async fn commit(store: &Store, settlements: Vec<Settlement>) -> usize {
     let commit = Commit::new().settlements(settlements);
     store.commit(commit).await.unwrap().items.len()
 }
 
-async fn claim(store: &Store, lease: crate::store::LeaseId, n: u32) -> Vec<Item> {
+pub(super) async fn claim(store: &Store, lease: crate::store::LeaseId, n: u32) -> Vec<Item> {
     store.claim(lease, n).await.unwrap()
 }
 
-async fn log(store: &Store, run: RunId) -> Vec<(String, Value)> {
+pub(super) async fn log(store: &Store, run: RunId) -> Vec<(String, Value)> {
     let entries = store.log(run, 0, 1000).await.unwrap();
     let data = |text: &str| serde_json::from_str(text).unwrap();
     entries
@@ -68,7 +68,7 @@ async fn log(store: &Store, run: RunId) -> Vec<(String, Value)> {
         .collect()
 }
 
-fn entry(kind: &str, data: Value) -> (String, Value) {
+pub(super) fn entry(kind: &str, data: Value) -> (String, Value) {
     (kind.to_owned(), data)
 }
 
@@ -446,263 +446,6 @@ pub(super) async fn unclaimed_items_can_be_committed_against_their_epoch(store: 
         0,
         "it has been claimed since"
     );
-}
-
-pub(super) async fn a_lease_that_is_over_claims_nothing(store: Store) {
-    create(&*store, "a", 2).await;
-    let expired = store.register("w", Duration::ZERO).await.unwrap();
-    let lost = store.claim(expired, 1).await.unwrap_err();
-    assert_eq!(lost.kind(), ErrorKind::LeaseLost);
-    assert!(
-        store.heartbeat(expired, LONG).await.unwrap(),
-        "nobody has reaped it yet"
-    );
-    assert_eq!(claim(&store, expired, 1).await.len(), 1);
-
-    assert!(store.heartbeat(expired, Duration::ZERO).await.unwrap());
-    let reaped = store.reap().await.unwrap();
-    assert_eq!((reaped.leases, reaped.requeued), (1, 1));
-    assert!(!store.heartbeat(expired, LONG).await.unwrap());
-    assert_eq!(
-        store.claim(expired, 1).await.unwrap_err().kind(),
-        ErrorKind::LeaseLost
-    );
-    let fresh = lease(&*store).await;
-    assert_ne!(fresh, expired, "a number is not used again");
-    assert_eq!(claim(&store, fresh, 5).await.len(), 2);
-    let never = crate::store::LeaseId(fresh.0 + 1000);
-    assert_eq!(
-        store.claim(never, 1).await.unwrap_err().kind(),
-        ErrorKind::LeaseLost
-    );
-}
-
-/// A worker that starts again under its old name must not keep the items of its dead self.
-pub(super) async fn a_lease_of_the_same_name_is_another_lease(store: Store) {
-    create(&*store, "a", 3).await;
-    let dead = store.register("w", LONG).await.unwrap();
-    assert_eq!(claim(&store, dead, 2).await.len(), 2);
-    let again = store.register("w", LONG).await.unwrap();
-    assert_ne!(dead, again);
-    assert!(store.heartbeat(dead, Duration::ZERO).await.unwrap());
-    assert!(store.heartbeat(again, LONG).await.unwrap());
-    assert_eq!(store.reap().await.unwrap().requeued, 2);
-    assert_eq!(claim(&store, again, 5).await.len(), 3);
-}
-
-pub(super) async fn a_retired_lease_gives_its_items_back_without_charge(store: Store) {
-    let run = create(&*store, "a", 3).await;
-    let first = lease(&*store).await;
-    let items = claim(&store, first, 3).await;
-    assert_eq!(commit(&store, vec![done(items[0].hold())]).await, 1);
-    assert_eq!(store.retire(first).await.unwrap(), 2);
-    assert!(!store.heartbeat(first, LONG).await.unwrap());
-    assert_eq!(store.retire(first).await.unwrap(), 0);
-    let items = claim(&store, lease(&*store).await, 3).await;
-    assert_eq!(
-        items.iter().map(|item| item.attempt).collect::<Vec<_>>(),
-        [1, 1]
-    );
-    assert_eq!(read(&*store, run).await.completed, 1);
-}
-
-pub(super) async fn a_dead_workers_items_go_to_others_until_their_attempts_are_used_up(
-    store: Store,
-) {
-    let items = ["a", "b"].map(|key| NewItem::new(key, "1"));
-    let new = NewRun::new("t", "p").max_attempts(2).items(items);
-    let run = store.create_run(new).await.unwrap().run;
-    for attempt in 1..=2 {
-        let dying = lease(&*store).await;
-        let held = claim(&store, dying, 1).await.remove(0);
-        assert_eq!((held.seq, held.attempt), (0, attempt));
-        assert_eq!(
-            store.reap().await.unwrap(),
-            Reaped::default(),
-            "it is alive"
-        );
-        store.heartbeat(dying, Duration::ZERO).await.unwrap();
-        let reaped = store.reap().await.unwrap();
-        assert_eq!(reaped.requeued + reaped.failed, 1);
-        assert_eq!(reaped.failed, u64::from(attempt == 2));
-        assert_eq!(commit(&store, vec![done(held.hold())]).await, 0);
-    }
-    let kept = read(&*store, run).await;
-    assert_eq!((kept.status, kept.failed), (Status::Processing, 1));
-    let failed = store.items(run, 0, 1).await.unwrap().remove(0);
-    assert_eq!(failed.error.unwrap().kind(), ErrorKind::LeaseLost);
-
-    let last = claim(&store, lease(&*store).await, 5).await;
-    assert_eq!(commit(&store, vec![done(last[0].hold())]).await, 1);
-    assert_eq!(read(&*store, run).await.status, Status::Failed);
-}
-
-pub(super) async fn released_items_come_back_when_their_delay_is_over(store: Store) {
-    create(&*store, "a", 3).await;
-    let lease = lease(&*store).await;
-    let items = claim(&store, lease, 3).await;
-    let delays = [Duration::ZERO, Duration::from_millis(1), LONG];
-    for (item, delay) in items.iter().zip(delays) {
-        assert_eq!(
-            store
-                .release(&[item.hold()], delay, delay == LONG)
-                .await
-                .unwrap(),
-            1
-        );
-    }
-    let now = claim(&store, lease, 3).await;
-    assert_eq!(
-        now.iter()
-            .map(|item| (item.seq, item.attempt))
-            .collect::<Vec<_>>(),
-        [(0, 1)]
-    );
-    tokio::time::sleep(Duration::from_millis(5)).await;
-    assert_eq!(
-        store.reap().await.unwrap(),
-        Reaped {
-            due: 1,
-            ..Reaped::default()
-        }
-    );
-    let due = claim(&store, lease, 3).await;
-    assert_eq!(
-        due.iter()
-            .map(|item| (item.seq, item.attempt))
-            .collect::<Vec<_>>(),
-        [(1, 1)]
-    );
-    let delayed = store.items(items[0].run, 2, 1).await.unwrap().remove(0);
-    assert_eq!((delayed.status, delayed.attempt), (Status::Pending, 1));
-    assert_eq!(store.cancel(items[0].run).await.unwrap(), 3);
-}
-
-pub(super) async fn a_cancelled_run_stops_at_once(store: Store) {
-    let (run, other) = (create(&*store, "a", 4).await, create(&*store, "a", 1).await);
-    let items = claim(&store, lease(&*store).await, 2).await;
-    assert_eq!(commit(&store, vec![done(items[0].hold())]).await, 1);
-    assert_eq!(store.cancel(run).await.unwrap(), 3);
-    let kept = read(&*store, run).await;
-    assert_eq!(
-        (kept.status, kept.completed, kept.cancelled),
-        (Status::Cancelled, 1, 3)
-    );
-    assert_eq!(store.lost(&[items[1].hold()]).await.unwrap(), [items[1].id]);
-    assert_eq!(commit(&store, vec![done(items[1].hold())]).await, 0);
-    assert_eq!(store.cancel(run).await.unwrap(), 0);
-    assert_eq!(store.retry_failed(run).await.unwrap(), 0);
-    assert_eq!(read(&*store, run).await.log_seq, kept.log_seq);
-    let log = log(&store, run).await;
-    assert_eq!(
-        log[log.len() - 2..],
-        [
-            entry("cancelled", json!({"items": 3})),
-            entry("ended", json!({"status": "cancelled"}))
-        ]
-    );
-    let left = claim(&store, lease(&*store).await, 5).await;
-    assert_eq!(
-        left.iter().map(|item| item.run).collect::<Vec<_>>(),
-        [other]
-    );
-    assert_eq!(store.cancel(RunId(other.0 + 1000)).await.unwrap(), 0);
-}
-
-pub(super) async fn failed_items_can_be_tried_again(store: Store) {
-    let run = create(&*store, "a", 3).await;
-    let lease = lease(&*store).await;
-    let items = claim(&store, lease, 3).await;
-    let fail = |item: &Item| settle(item.hold(), Err(broken("b")));
-    commit(
-        &store,
-        vec![done(items[0].hold()), fail(&items[1]), fail(&items[2])],
-    )
-    .await;
-    assert_eq!(read(&*store, run).await.status, Status::Failed);
-
-    assert_eq!(store.retry_failed(run).await.unwrap(), 2);
-    assert_eq!(store.retry_failed(run).await.unwrap(), 0);
-    let kept = read(&*store, run).await;
-    assert_eq!(
-        (kept.status, kept.completed, kept.failed),
-        (Status::Pending, 1, 0)
-    );
-    assert!(kept.error.is_none() && kept.ended_at.is_none());
-    let again = claim(&store, lease, 3).await;
-    assert_eq!(
-        again
-            .iter()
-            .map(|item| (item.seq, item.attempt))
-            .collect::<Vec<_>>(),
-        [(1, 1), (2, 1)]
-    );
-    assert_eq!(
-        commit(&store, again.iter().map(|item| done(item.hold())).collect()).await,
-        2
-    );
-    let kept = read(&*store, run).await;
-    assert_eq!((kept.status, kept.completed), (Status::Completed, 3));
-    let kinds: Vec<_> = log(&store, run)
-        .await
-        .into_iter()
-        .map(|(kind, _)| kind)
-        .collect();
-    assert_eq!(
-        kinds,
-        [
-            "created", "started", "settled", "ended", "retried", "started", "settled", "ended"
-        ]
-    );
-}
-
-pub(super) async fn intents_of_items_that_nobody_holds_are_ambiguous(store: Store) {
-    create(&*store, "a", 3).await;
-    let (alive, dying) = (lease(&*store).await, lease(&*store).await);
-    let mut items = claim(&store, alive, 1).await;
-    items.extend(claim(&store, dying, 2).await);
-    let intent = |n: usize, attempt, of: u8, provider_ref: Option<&str>| Intent {
-        item: items[n].id,
-        attempt,
-        key: key(of),
-        provider_ref: provider_ref.map(str::to_owned),
-    };
-    let intents = [
-        intent(0, 1, 1, None),
-        intent(1, 1, 3, None),
-        intent(1, 1, 2, None),
-        intent(2, 1, 4, None),
-    ];
-    store.put_intents(&intents).await.unwrap();
-    store
-        .put_intents(&[intent(2, 1, 4, Some("batch_1"))])
-        .await
-        .unwrap();
-    assert!(
-        store.ambiguous(None, 10).await.unwrap().is_empty(),
-        "all are held"
-    );
-
-    store.heartbeat(dying, Duration::ZERO).await.unwrap();
-    let open = [
-        intent(1, 1, 2, None),
-        intent(1, 1, 3, None),
-        intent(2, 1, 4, Some("batch_1")),
-    ];
-    assert_eq!(store.ambiguous(None, 10).await.unwrap(), open);
-    store.reap().await.unwrap();
-    assert_eq!(store.ambiguous(None, 10).await.unwrap(), open);
-    assert_eq!(store.ambiguous(None, 2).await.unwrap(), open[..2]);
-    assert_eq!(
-        store.ambiguous(Some(open[1].name()), 2).await.unwrap(),
-        open[2..]
-    );
-
-    let commit = Commit::new()
-        .generations(vec![generation("a", 1, "1")])
-        .over(vec![intents[0].name(), open[0].name(), open[2].name()]);
-    store.commit(commit).await.unwrap();
-    assert_eq!(store.ambiguous(None, 10).await.unwrap(), open[1..2]);
 }
 
 pub(super) async fn notes_are_logged_in_order(store: Store) {

@@ -16,6 +16,7 @@
 //! ```
 
 mod cases;
+mod leases;
 mod model;
 mod races;
 
@@ -61,6 +62,9 @@ pub async fn conformance(open: impl AsyncFn() -> Arc<dyn Queue>) {
             who_lost_an_item_cannot_commit_it_but_its_generation_stays,
             the_first_generation_under_a_key_stays,
             unclaimed_items_can_be_committed_against_their_epoch,
+            notes_are_logged_in_order,
+            old_runs_and_generations_are_purged;
+        leases:
             a_lease_that_is_over_claims_nothing,
             a_lease_of_the_same_name_is_another_lease,
             a_retired_lease_gives_its_items_back_without_charge,
@@ -68,9 +72,7 @@ pub async fn conformance(open: impl AsyncFn() -> Arc<dyn Queue>) {
             released_items_come_back_when_their_delay_is_over,
             a_cancelled_run_stops_at_once,
             failed_items_can_be_tried_again,
-            intents_of_items_that_nobody_holds_are_ambiguous,
-            notes_are_logged_in_order,
-            old_runs_and_generations_are_purged;
+            intents_of_items_that_nobody_holds_are_ambiguous;
         races:
             claimers_never_share_an_item,
             counters_and_logs_are_exact_under_concurrent_commits,

@@ -1,0 +1,289 @@
+//! What waits to be written, and when it is to be: a state machine that is told the time.
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::store::{Commit, Generation, Intent, IntentName, MemoKey, Note, Settlement};
+
+/// One thing to write.
+#[derive(Debug, Clone)]
+pub(super) enum Entry {
+    Generation(Generation),
+    Settlement(Settlement),
+    Over(IntentName),
+    Note(Note),
+}
+
+/// What is written next, in one call each.
+#[derive(Debug, Default)]
+pub(super) struct Batch {
+    pub(super) intents: Vec<Intent>,
+    pub(super) entries: Vec<Entry>,
+}
+
+#[derive(Debug)]
+pub(super) enum Next {
+    Write(Batch),
+    /// Nothing to do before then, or before there is more.
+    Wait(Option<Instant>),
+    /// Closed, and all is written.
+    End,
+}
+
+/// Entries in the order in which they came. An entry leaves in a batch and counts as waiting
+/// until [`done`](Self::done) says that the batch is written.
+#[derive(Debug)]
+pub(super) struct Pending {
+    batch: usize,
+    linger: Duration,
+    entries: VecDeque<Entry>,
+    intents: VecDeque<Intent>,
+    /// Replies that are not in the store yet, or not known to be.
+    replies: HashMap<MemoKey, Generation>,
+    /// When the oldest entry came.
+    since: Option<Instant>,
+    /// How many entries there have been, and how many are done.
+    entered: Marks,
+    done: Marks,
+    /// Everything up to here is to be written at once.
+    hurry: u64,
+    closed: bool,
+}
+
+/// How far the two lines have come.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Marks {
+    pub(super) entries: u64,
+    pub(super) intents: u64,
+}
+
+impl Pending {
+    pub(super) fn new(batch: usize, linger: Duration) -> Self {
+        Self {
+            batch,
+            linger,
+            entries: VecDeque::new(),
+            intents: VecDeque::new(),
+            replies: HashMap::new(),
+            since: None,
+            entered: Marks::default(),
+            done: Marks::default(),
+            hurry: 0,
+            closed: false,
+        }
+    }
+
+    pub(super) fn push(&mut self, commit: Commit, now: Instant) {
+        let before = self.entries.len();
+        for generation in commit.generations {
+            // The first one under a key stays, here as in the store.
+            let known = self.replies.entry(generation.key);
+            known.or_insert_with(|| generation.clone());
+            self.entries.push_back(Entry::Generation(generation));
+        }
+        self.entries
+            .extend(commit.over.into_iter().map(Entry::Over));
+        self.entries
+            .extend(commit.notes.into_iter().map(Entry::Note));
+        let settlements = commit.settlements.into_iter();
+        self.entries.extend(settlements.map(Entry::Settlement));
+        let new = self.entries.len() - before;
+        self.entered.entries += new as u64;
+        if new > 0 {
+            self.since.get_or_insert(now);
+        }
+    }
+
+    pub(super) fn push_intents(&mut self, intents: impl IntoIterator<Item = Intent>) -> u64 {
+        for intent in intents {
+            self.intents.push_back(intent);
+            self.entered.intents += 1;
+        }
+        self.entered.intents
+    }
+
+    /// Whether the writer would have to do something at once that it had not to do before.
+    pub(super) fn is_due(&self) -> bool {
+        !self.intents.is_empty() || self.entries.len() >= self.batch || self.closed
+    }
+
+    /// Lets nothing wait that is there now, and gives the mark it reaches up to.
+    pub(super) fn hurry(&mut self) -> u64 {
+        self.hurry = self.entered.entries;
+        self.hurry
+    }
+
+    pub(super) fn close(&mut self) {
+        self.closed = true;
+    }
+
+    pub(super) fn is_closed(&self) -> bool {
+        self.closed
+    }
+
+    pub(super) fn next(&mut self, now: Instant) -> Next {
+        let due = self.since.map(|since| since + self.linger);
+        let hurried = self.hurry > self.done.entries || self.closed;
+        let write = !self.entries.is_empty()
+            && (hurried || self.entries.len() >= self.batch || due.is_some_and(|due| due <= now));
+        if !write && self.intents.is_empty() {
+            return match (self.closed, self.entries.is_empty()) {
+                (true, true) => Next::End,
+                (_, true) => Next::Wait(None),
+                (_, false) => Next::Wait(due),
+            };
+        }
+        let intents = self.intents.len().min(self.batch);
+        let entries = if write {
+            self.take_entries()
+        } else {
+            Vec::new()
+        };
+        self.since = (!self.entries.is_empty()).then_some(now);
+        Next::Write(Batch {
+            intents: self.intents.drain(..intents).collect(),
+            entries,
+        })
+    }
+
+    /// The oldest entries. An item that is settled twice, by this process before and after it lost its
+    /// lease, is so in two batches: no commit may hold both.
+    fn take_entries(&mut self) -> Vec<Entry> {
+        let mut items = HashSet::new();
+        let fits = |entry: &Entry| match entry {
+            Entry::Settlement(settlement) => items.insert(settlement.hold.item),
+            _ => true,
+        };
+        let until = self.entries.iter().take(self.batch).map(fits);
+        let until = until.take_while(|fits| *fits).count();
+        self.entries.drain(..until).collect()
+    }
+
+    /// These are not written after all, and are the oldest again.
+    pub(super) fn give_back(&mut self, entries: Vec<Entry>, now: Instant) {
+        for entry in entries.into_iter().rev() {
+            self.entries.push_front(entry);
+        }
+        self.since = Some(now);
+        // Who waited for intents is gone with the runtime.
+        self.done.intents = self.entered.intents - self.intents.len() as u64;
+    }
+
+    /// These are written, or given up.
+    pub(super) fn done(&mut self, entries: &[Entry], intents: usize) {
+        for entry in entries {
+            if let Entry::Generation(generation) = entry {
+                self.replies.remove(&generation.key);
+            }
+        }
+        self.done.entries += entries.len() as u64;
+        self.done.intents += intents as u64;
+    }
+
+    pub(super) fn reached(&self) -> Marks {
+        self.done
+    }
+
+    pub(super) fn waiting(&self) -> usize {
+        let entries = self.entered.entries - self.done.entries;
+        (entries + self.entered.intents - self.done.intents) as usize
+    }
+
+    pub(super) fn reply(&self, key: &MemoKey) -> Option<&Generation> {
+        self.replies.get(key)
+    }
+}
+
+/// The commit that writes these.
+pub(super) fn commit_of(entries: &[Entry]) -> Commit {
+    let mut commit = Commit::new();
+    for entry in entries.iter().cloned() {
+        match entry {
+            Entry::Generation(generation) => commit.generations.push(generation),
+            Entry::Settlement(settlement) => commit.settlements.push(settlement),
+            Entry::Over(name) => commit.over.push(name),
+            Entry::Note(note) => commit.notes.push(note),
+        }
+    }
+    commit
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::{Hold, ItemId, RunId};
+
+    fn settled(item: i64) -> Commit {
+        Commit::new().settlements([Settlement {
+            hold: Hold {
+                item: ItemId(item),
+                epoch: 1,
+            },
+            result: Ok("1".to_owned()),
+        }])
+    }
+
+    fn notes(n: usize) -> Commit {
+        let note = Note {
+            run: RunId(1),
+            kind: "k".to_owned(),
+            data: "{}".to_owned(),
+        };
+        Commit::new().notes(vec![note; n])
+    }
+
+    fn written(next: Next) -> usize {
+        match next {
+            Next::Write(batch) => batch.entries.len(),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn by_size_at_once_and_by_time_in_the_end() {
+        let now = Instant::now();
+        let linger = Duration::from_millis(5);
+        let mut pending = Pending::new(4, linger);
+        assert!(matches!(pending.next(now), Next::Wait(None)));
+        pending.push(notes(6), now);
+        assert_eq!(written(pending.next(now)), 4);
+        let Next::Wait(Some(due)) = pending.next(now) else {
+            panic!("two are left, and not due");
+        };
+        assert_eq!(due, now + linger);
+        assert_eq!(written(pending.next(due)), 2);
+        assert_eq!(pending.waiting(), 6);
+        pending.done(&[], 0);
+        assert_eq!(pending.waiting(), 6);
+    }
+
+    #[test]
+    fn who_flushes_does_not_wait_and_what_came_later_does() {
+        let now = Instant::now();
+        let mut pending = Pending::new(4, Duration::from_secs(1));
+        pending.push(notes(1), now);
+        assert_eq!(pending.hurry(), 1);
+        let Next::Write(batch) = pending.next(now) else {
+            panic!("somebody waits");
+        };
+        pending.done(&batch.entries, 0);
+        pending.push(notes(1), now);
+        assert!(matches!(pending.next(now), Next::Wait(Some(_))));
+        pending.close();
+        assert_eq!(written(pending.next(now)), 1);
+        assert!(matches!(pending.next(now), Next::End));
+    }
+
+    #[test]
+    fn an_item_settled_twice_is_so_in_two_batches() {
+        let now = Instant::now();
+        let mut pending = Pending::new(8, Duration::ZERO);
+        for item in [1, 2, 1] {
+            pending.push(settled(item), now);
+        }
+        assert_eq!(written(pending.next(now)), 2);
+        assert_eq!(written(pending.next(now)), 1);
+    }
+}

@@ -1,0 +1,176 @@
+//! [`Runner`]: durable runs, seen from outside: submit, look, read, cancel, try again.
+
+mod progress;
+mod results;
+mod submit;
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::Serialize;
+
+pub use self::progress::RunSnapshot;
+pub use self::results::ItemResult;
+pub(crate) use self::submit::Spec;
+pub use self::submit::Submit;
+use crate::error::Result;
+use crate::pipeline::Pipeline;
+use crate::store::{
+    Commit, Intent, IntentName, LogEntry, Purged, Run, RunFilter, RunId, Status, Store,
+};
+
+/// Submits durable runs and says how they stand. Cheap to clone; needs no provider.
+///
+/// A run is many inputs for a pipeline, kept in a [store](crate::store) until a
+/// [`Worker`](crate::Worker) has worked on them, here, in another process, or after a crash.
+///
+/// ```
+/// use std::sync::Arc;
+/// use throughline::store::{Memory, Status};
+/// use throughline::{Context, Runner, Worker, pipeline, testing::Scripted};
+///
+/// # #[tokio::main(flavor = "current_thread")] async fn main() -> throughline::Result<()> {
+/// let describe = pipeline("describe", |cx: Context, river: String| async move {
+///     Ok(cx.generate(format!("Describe the {river}.")).await?.text)
+/// });
+/// let store = Arc::new(Memory::new()); // or Sqlite::open("runs.db").await?, or Postgres
+///
+/// let runner = Runner::new(Arc::clone(&store));
+/// let run = runner.submit("describe", &describe, ["Danube".to_owned()]).await?;
+///
+/// let cx = Context::builder(Scripted::new().reply("Long and brown.")).build();
+/// let worker = Worker::builder(store, cx).register("describe", describe).build();
+/// worker.drive(std::time::Duration::from_secs(60)).await?;
+///
+/// assert_eq!(runner.status(run).await?, Some(Status::Completed));
+/// let results = runner.results::<String>(run, 0, 100).await?;
+/// assert_eq!(results[0].output(), Some(&"Long and brown.".to_owned()));
+/// # Ok(()) }
+/// ```
+#[derive(Clone)]
+pub struct Runner {
+    store: Arc<dyn Store>,
+    poll: Duration,
+}
+
+impl Runner {
+    /// A runner in front of `store`. Give it an `Arc` of the store to share it with a worker.
+    pub fn new(store: impl Store) -> Self {
+        Self {
+            store: Arc::new(store),
+            poll: Duration::from_millis(250),
+        }
+    }
+
+    /// How often [`watch`](Self::watch) looks; 250 ms unless set, as each look is a round trip.
+    #[must_use]
+    pub fn poll_every(mut self, poll: Duration) -> Self {
+        self.poll = poll;
+        self
+    }
+
+    /// A run of the pipeline that workers know as `name`, over `inputs`. Await it to submit it: see
+    /// [`Submit`] for its options.
+    ///
+    /// The pipeline itself is not kept, nor run: it says what the inputs are.
+    pub fn submit<P>(
+        &self,
+        name: impl Into<String>,
+        _pipeline: &P,
+        inputs: impl IntoIterator<Item = P::Input>,
+    ) -> Submit<P::Input>
+    where
+        P: Pipeline + ?Sized,
+        P::Input: Serialize,
+    {
+        let inputs = inputs.into_iter().collect();
+        Submit::new(Arc::clone(&self.store), name.into(), inputs)
+    }
+
+    /// Where a run stands; `None` if there is no such run (any more). One indexed read.
+    ///
+    /// # Errors
+    /// The store's, as for all methods here.
+    pub async fn status(&self, run: RunId) -> Result<Option<Status>> {
+        Ok(self.store.run(run).await?.map(|run| run.status))
+    }
+
+    /// The run's record, with what follows from it. One indexed read.
+    ///
+    /// # Errors
+    /// The store's.
+    pub async fn snapshot(&self, run: RunId) -> Result<Option<RunSnapshot>> {
+        Ok(self.store.run(run).await?.map(RunSnapshot::new))
+    }
+
+    /// At most `limit` entries of a run's log after the entry `after`, in order and without a gap; see [`Store::log`].
+    ///
+    /// # Errors
+    /// The store's.
+    pub async fn log_since(&self, run: RunId, after: u64, limit: u32) -> Result<Vec<LogEntry>> {
+        self.store.log(run, after, limit).await
+    }
+
+    /// At most `limit` runs, newest first. The next page is [`before`](RunFilter::before) the last one.
+    ///
+    /// # Errors
+    /// The store's.
+    pub async fn list(&self, filter: RunFilter, limit: u32) -> Result<Vec<Run>> {
+        self.store.runs(filter, limit).await
+    }
+
+    /// Ends a run: what nobody works on stops at once, and calls in flight for it are aborted when their
+    /// worker looks (every second). Gives the number of items it stopped.
+    ///
+    /// # Errors
+    /// The store's.
+    pub async fn cancel(&self, run: RunId) -> Result<u64> {
+        self.store.cancel(run).await
+    }
+
+    /// Makes the failed items of a run pending again. What they have paid for is replayed, so a repaired parser costs
+    /// nothing. Gives their number.
+    ///
+    /// # Errors
+    /// The store's.
+    pub async fn retry_failed(&self, run: RunId) -> Result<u64> {
+        self.store.retry_failed(run).await
+    }
+
+    /// Removes runs that ended at least so long ago and replies written at least so long ago, at most `limit`
+    /// of each and the oldest first: to be called now and then.
+    ///
+    /// # Errors
+    /// The store's.
+    pub async fn purge(&self, older_than: Duration, limit: u32) -> Result<Purged> {
+        self.store.purge(older_than, limit).await
+    }
+
+    /// Calls that were sent and of which nobody knows the end, because their worker died: they may have been paid for.
+    /// At most `limit`, in the order of their names, after `after`. They stay listed, also when the
+    /// item has been done again, until they are [dismissed](Self::dismiss) or purged with their run.
+    ///
+    /// # Errors
+    /// The store's.
+    pub async fn ambiguous(&self, after: Option<IntentName>, limit: u32) -> Result<Vec<Intent>> {
+        self.store.ambiguous(after, limit).await
+    }
+
+    /// Takes calls off the list of [`ambiguous`](Self::ambiguous) ones: somebody has dealt with them.
+    ///
+    /// # Errors
+    /// The store's.
+    pub async fn dismiss(&self, intents: impl IntoIterator<Item = IntentName>) -> Result<()> {
+        let commit = Commit::new().over(intents);
+        self.store.commit(commit).await.map(drop)
+    }
+}
+
+impl fmt::Debug for Runner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Runner")
+            .field("store", &self.store.name())
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,210 @@
+//! [`Submit`]: a run on its way into the store, and what names its items.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::future::IntoFuture;
+use std::sync::Arc;
+
+use futures::FutureExt as _;
+use futures::future::BoxFuture;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use sha2::{Digest as _, Sha256};
+
+use crate::digest::write_canonical;
+use crate::error::{Error, ErrorKind, Result};
+use crate::store::{NewItem, NewRun, RunId, Store};
+
+/// What a run's record says besides the store's own fields.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub(crate) struct Spec {
+    /// Whether it asks anew: its replies are remembered for this run alone.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) fresh: bool,
+}
+
+type Key<I> = Box<dyn Fn(&I) -> String + Send>;
+
+/// A run to be submitted: await it to do so, and get its id at once ([`Runner::submit`](super::Runner::submit)).
+///
+/// ```
+/// # use throughline::{Context, Runner, pipeline, store::Memory};
+/// # #[tokio::main(flavor = "current_thread")] async fn main() -> throughline::Result<()> {
+/// # let double = pipeline("double", |_cx: Context, n: u32| async move { Ok(2 * n) });
+/// # let runner = Runner::new(Memory::new());
+/// let submit = || {
+///     runner
+///         .submit("double", &double, [1, 2, 3])
+///         .key(|n| format!("number-{n}"))
+///         .tenant("ada")
+///         .idempotency_key("2026-07-01")
+/// };
+/// let run = submit().await?;
+/// assert_eq!(submit().await?, run); // the same run, not a second one
+/// # Ok(()) }
+/// ```
+///
+/// # Cancel safety
+/// Dropped while it is awaited, the run may be there or not; an
+/// [idempotency key](Self::idempotency_key) makes submitting it again harmless.
+#[must_use = "a run is submitted when it is awaited"]
+pub struct Submit<I> {
+    store: Arc<dyn Store>,
+    run: NewRun,
+    inputs: Vec<I>,
+    key: Option<Key<I>>,
+    spec: Spec,
+}
+
+impl<I: Serialize + Send> Submit<I> {
+    pub(super) fn new(store: Arc<dyn Store>, name: String, inputs: Vec<I>) -> Self {
+        Self {
+            store,
+            run: NewRun::new("", name),
+            inputs,
+            key: None,
+            spec: Spec::default(),
+        }
+    }
+
+    /// Names each item. What is paid for an item is remembered under its name, so that a later run of the same
+    /// name and tenant replays it: take what stays the same when the input is edited. Of several
+    /// items with one key the second is called `key~1`, the third `key~2`.
+    ///
+    /// Without it, the name is a digest of the serialised input.
+    pub fn key(mut self, f: impl Fn(&I) -> String + Send + 'static) -> Self {
+        self.key = Some(Box::new(f));
+        self
+    }
+
+    /// Whose run it is; nobody's (the empty name) unless set. Tenants share a worker fairly and share no replies.
+    pub fn tenant(mut self, tenant: impl Into<String>) -> Self {
+        self.run.tenant = tenant.into();
+        self
+    }
+
+    /// A second run of the tenant with the same key is the first one again, whatever else differs.
+    pub fn idempotency_key(mut self, key: impl Into<String>) -> Self {
+        self.run.idempotency_key = Some(key.into());
+        self
+    }
+
+    /// Among the tenant's items lower goes first; 0 unless set.
+    pub fn priority(mut self, priority: i32) -> Self {
+        self.run.priority = priority;
+        self
+    }
+
+    /// How often an item may be begun before the death of its worker fails it; 3 unless set.
+    pub fn max_attempts(mut self, attempts: u32) -> Self {
+        self.run.max_attempts = attempts;
+        self
+    }
+
+    /// Asks anew: replies of earlier runs are not used. What this run has paid for is still
+    /// never paid for twice.
+    pub fn fresh(mut self) -> Self {
+        self.spec.fresh = true;
+        self
+    }
+
+    async fn submit(mut self) -> Result<RunId> {
+        let mut names = Names::default();
+        let mut items = Vec::with_capacity(self.inputs.len());
+        for input in &self.inputs {
+            let text = serde_json::to_string(input)
+                .map_err(|error| unusable(items.len(), &error.to_string()))?;
+            let name = match &self.key {
+                Some(key) => key(input),
+                None => digest(&text)?,
+            };
+            items.push(NewItem::new(names.unique(name), text));
+        }
+        self.run.spec = serde_json::to_string(&self.spec)?;
+        self.run.items = items;
+        Ok(self.store.create_run(self.run).await?.run)
+    }
+}
+
+fn unusable(index: usize, why: &str) -> Error {
+    let message = format!("input {index} cannot be written as JSON: {why}");
+    Error::new(ErrorKind::Config, message)
+}
+
+/// The name of an input without a key. By its meaning, so that a map in another order is the same input.
+fn digest(text: &str) -> Result<String> {
+    let mut canonical = String::with_capacity(text.len());
+    write_canonical(&serde_json::from_str::<Value>(text)?, &mut canonical);
+    let digest = Sha256::digest(canonical.as_bytes());
+    // Half of it: 128 bits are enough for what nobody tries to forge.
+    Ok(digest[..16]
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect())
+}
+
+/// Tells items of one name apart by their order among themselves: what comes between does not matter.
+#[derive(Default)]
+struct Names(HashMap<String, u32>);
+
+impl Names {
+    fn unique(&mut self, name: String) -> String {
+        match self.0.get_mut(&name) {
+            None => {
+                self.0.insert(name.clone(), 0);
+                name
+            }
+            Some(count) => {
+                *count += 1;
+                format!("{name}~{count}")
+            }
+        }
+    }
+}
+
+impl<I: Serialize + Send + Sync + 'static> IntoFuture for Submit<I> {
+    type Output = Result<RunId>;
+    type IntoFuture = BoxFuture<'static, Result<RunId>>;
+
+    fn into_future(self) -> Self::IntoFuture {
+        self.submit().boxed()
+    }
+}
+
+impl<I> fmt::Debug for Submit<I> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Submit")
+            .field("name", &self.run.name)
+            .field("tenant", &self.run.tenant)
+            .field("inputs", &self.inputs.len())
+            .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_inserted_input_names_nobody_anew() {
+        let names = |inputs: &[&str]| {
+            let mut names = Names::default();
+            let unique = |input: &&str| names.unique((*input).to_owned());
+            inputs.iter().map(unique).collect::<Vec<_>>()
+        };
+        assert_eq!(names(&["a", "b", "a"]), ["a", "b", "a~1"]);
+        assert_eq!(names(&["a", "new", "b", "a"]), ["a", "new", "b", "a~1"]);
+    }
+
+    #[test]
+    fn an_input_is_named_by_what_it_means() {
+        let same = digest(r#"{"a":1,"b":[2.0]}"#).unwrap();
+        assert_eq!(digest(r#"{"b":[2],"a":1.0}"#).unwrap(), same);
+        assert_ne!(digest(r#"{"b":[2],"a":2}"#).unwrap(), same);
+        // Stores keep these: printf '"river"' | sha256sum | cut -c1-32
+        assert_eq!(
+            digest("\"river\"").unwrap(),
+            "ae274f67c7461b99981eb34dd01761d8"
+        );
+    }
+}

@@ -1,0 +1,215 @@
+//! [`Form`]: the JSON schema of a type, and how a request asks for it.
+
+use schemars::{JsonSchema, SchemaGenerator};
+use serde_json::{Map, Value, json};
+
+use crate::provider::Capabilities;
+use crate::request::{Request, ResponseFormat};
+use crate::schema::enforceable;
+
+/// The field of a value that is no object: providers enforce objects only.
+pub(super) const VALUE: &str = "value";
+/// The field of an array whose field nobody named.
+pub(super) const ITEMS: &str = "items";
+
+/// The form a reply must have: always an object.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Form {
+    name: String,
+    schema: Value,
+    /// The value is in the field [`VALUE`].
+    pub(super) wrapped: bool,
+}
+
+impl Form {
+    /// The form of one `T`.
+    pub(super) fn of<T: JsonSchema>() -> Self {
+        let (schema, definitions) = parts::<T>();
+        let root = root(schema, &definitions);
+        let wrapped = root.get("type") != Some(&json!("object"));
+        let root = if wrapped { field(VALUE, root) } else { root };
+        Self {
+            name: T::schema_name().into_owned(),
+            schema: with_definitions(root, definitions),
+            wrapped,
+        }
+    }
+
+    /// The form of many `T`, in an array in that field.
+    pub(super) fn list_of<T: JsonSchema>(name: Option<&str>) -> Self {
+        let (schema, definitions) = parts::<T>();
+        let array = json!({"type": "array", "items": schema});
+        Self {
+            name: format!("List_of_{}", T::schema_name()),
+            schema: with_definitions(field(name.unwrap_or(ITEMS), array), definitions),
+            wrapped: false,
+        }
+    }
+
+    /// The request that asks for it: in the provider's own field if it enforces this schema, else
+    /// in the prompt. A request that says itself what form it wants is left as it is.
+    pub(super) fn ask(&self, request: Request, can: Capabilities) -> Request {
+        if request.response_format != ResponseFormat::Text {
+            return request;
+        }
+        if can.json_schema {
+            let mut schema = self.schema.clone();
+            strict(&mut schema);
+            if enforceable(&schema, &[]).closed {
+                return request.response_format(ResponseFormat::JsonSchema {
+                    name: self.name.clone(),
+                    schema,
+                });
+            }
+        }
+        let request = request.system(format!(
+            "Answer with JSON alone, without prose and code fences, that satisfies this JSON \
+             schema:\n{}",
+            self.schema
+        ));
+        match can.json {
+            true => request.response_format(ResponseFormat::Json),
+            false => request,
+        }
+    }
+}
+
+fn parts<T: JsonSchema>() -> (Value, Map<String, Value>) {
+    let mut generator = SchemaGenerator::default();
+    let schema = generator.subschema_for::<T>().to_value();
+    (schema, generator.take_definitions(true))
+}
+
+/// The schema itself where it is a reference: a provider wants to see an object.
+fn root(schema: Value, definitions: &Map<String, Value>) -> Value {
+    let reference = schema.get("$ref").and_then(Value::as_str);
+    let name = reference.and_then(|path| path.strip_prefix("#/$defs/"));
+    name.and_then(|name| definitions.get(name))
+        .cloned()
+        .unwrap_or(schema)
+}
+
+fn field(name: &str, schema: Value) -> Value {
+    let mut properties = Map::new();
+    properties.insert(name.to_owned(), schema);
+    json!({"type": "object", "properties": properties, "required": [name]})
+}
+
+/// The root with the definitions that are referred to.
+fn with_definitions(mut root: Value, mut definitions: Map<String, Value>) -> Value {
+    loop {
+        let text = format!("{root}{}", Value::Object(definitions.clone()));
+        let before = definitions.len();
+        definitions.retain(|name, _| text.contains(&format!("\"#/$defs/{name}\"")));
+        if definitions.len() == before {
+            break;
+        }
+    }
+    if let (Value::Object(root), false) = (&mut root, definitions.is_empty()) {
+        root.insert("$defs".into(), definitions.into());
+    }
+    root
+}
+
+/// Makes a schema one that strict modes take: every property required (an `Option` may be null
+/// already, and a default is for who leaves a field out), no default, nothing beside a `$ref`.
+fn strict(schema: &mut Value) {
+    let Value::Object(object) = schema else {
+        return;
+    };
+    object.remove("default");
+    if object.len() > 1
+        && let Some(reference) = object.remove("$ref")
+    {
+        object.insert("anyOf".into(), json!([{ "$ref": reference }]));
+    }
+    if let Some(Value::Object(properties)) = object.get("properties") {
+        let all: Vec<&String> = properties.keys().collect();
+        let all = json!(all);
+        object.insert("required".into(), all);
+    }
+    for (keyword, value) in object.iter_mut() {
+        match (keyword.as_str(), value) {
+            ("properties" | "$defs", Value::Object(parts)) => {
+                parts.values_mut().for_each(strict);
+            }
+            ("anyOf" | "oneOf" | "allOf" | "prefixItems", Value::Array(parts)) => {
+                parts.iter_mut().for_each(strict);
+            }
+            ("items" | "additionalProperties", part) => strict(part),
+            _ => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use serde::Deserialize;
+
+    use super::*;
+
+    #[derive(Deserialize, JsonSchema)]
+    #[allow(dead_code)]
+    struct Node {
+        /// What it is called.
+        name: Option<String>,
+        #[serde(default)]
+        weight: u8,
+        /// Below it.
+        next: Option<Box<Node>>,
+    }
+
+    #[test]
+    fn everything_is_required_and_nothing_stands_beside_a_reference() {
+        let form = Form::of::<Node>();
+        let mut schema = form.schema.clone();
+        strict(&mut schema);
+        assert!(!form.wrapped);
+        assert_eq!(schema["required"], json!(["name", "next", "weight"]));
+        assert_eq!(
+            schema["properties"]["name"]["type"],
+            json!(["string", "null"])
+        );
+        assert_eq!(schema["properties"]["weight"].get("default"), None);
+        let node = &schema["$defs"]["Node"];
+        assert_eq!(node["required"], schema["required"]);
+        let fit = enforceable(&schema, &[]);
+        assert!(fit.closed && fit.all_required, "{:#}", fit.schema);
+    }
+
+    #[test]
+    fn what_is_no_object_is_put_into_one() {
+        let form = Form::of::<Vec<u32>>();
+        assert!(form.wrapped);
+        assert_eq!(form.schema["properties"]["value"]["type"], "array");
+        let list = Form::list_of::<Node>(Some("nodes"));
+        let items = &list.schema["properties"]["nodes"]["items"];
+        assert_eq!(items["$ref"], "#/$defs/Node");
+        assert!(list.schema["$defs"]["Node"].is_object());
+    }
+
+    #[test]
+    fn the_schema_goes_where_it_is_enforced_and_else_into_the_prompt() {
+        let enforces = Capabilities::default().with_json(true);
+        let ask = |form: Form, can| form.ask(Request::new("a"), can);
+        let native = ask(Form::of::<Node>(), enforces);
+        assert!(matches!(
+            native.response_format,
+            ResponseFormat::JsonSchema { .. }
+        ));
+        assert_eq!(native.messages.len(), 1);
+
+        // A map has no fixed shape: nobody enforces it.
+        let map = ask(Form::of::<HashMap<String, Node>>(), enforces);
+        assert_eq!(map.response_format, ResponseFormat::Json);
+        let plain = ask(Form::of::<Node>(), Capabilities::default());
+        assert_eq!(plain.response_format, ResponseFormat::Text);
+        for request in [map, plain] {
+            assert!(request.messages[0].content.contains("What it is called"));
+        }
+        let own = Request::new("a").response_format(ResponseFormat::Json);
+        assert_eq!(Form::of::<Node>().ask(own.clone(), enforces), own);
+    }
+}

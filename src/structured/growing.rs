@@ -1,0 +1,183 @@
+//! [`Drafts`]: one value while it grows.
+
+use std::fmt;
+use std::marker::PhantomData;
+use std::pin::Pin;
+use std::task::{self, Poll};
+use std::time::Duration;
+
+use futures::{Stream, StreamExt as _};
+use schemars::JsonSchema;
+use serde::de::DeserializeOwned;
+
+use super::extract;
+use super::form::Form;
+use super::typed::finished;
+use crate::context::Context;
+use crate::error::{Error, ErrorKind, Result};
+use crate::json::Draft;
+use crate::reply::Delta;
+use crate::request::Request;
+use crate::stream::Deltas;
+
+/// A value while it grows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Growing<T> {
+    /// As far as it is written: fields may be missing, texts and lists short.
+    Partial(T),
+    /// All of it, read from the whole reply.
+    Whole(T),
+}
+
+impl<T> Growing<T> {
+    /// The value.
+    pub fn into_inner(self) -> T {
+        match self {
+            Self::Partial(value) | Self::Whole(value) => value,
+        }
+    }
+
+    /// Whether nothing is to come.
+    pub fn is_whole(&self) -> bool {
+        matches!(self, Self::Whole(_))
+    }
+}
+
+impl Context {
+    /// Asks for one value and yields it as it grows, for somebody who watches; at last
+    /// comes the whole one.
+    ///
+    /// `T`'s fields are best optional or have defaults: a draft that does not fit `T`, because
+    /// a field is still missing, is left out. So is one that is hardly longer than the one
+    /// before (by less than a 64th), which keeps the work linear in the reply.
+    ///
+    /// The schema is sent as with [`generate_as`](Self::generate_as). A reply that does not
+    /// fit is not asked for again: what was shown cannot be taken back unseen.
+    ///
+    /// ```
+    /// use futures::StreamExt;
+    /// use schemars::JsonSchema;
+    /// use serde::Deserialize;
+    /// use throughline::{Context, Growing, testing::Scripted};
+    ///
+    /// #[derive(Debug, Default, PartialEq, Deserialize, JsonSchema)]
+    /// #[serde(default)]
+    /// struct Story {
+    ///     title: String,
+    ///     text: Option<String>,
+    /// }
+    ///
+    /// # #[tokio::main(flavor = "current_thread", start_paused = true)] async fn main() -> throughline::Result<()> {
+    /// # let pieces = [r#"{"title": "Two ri"#, r#"vers", "text": "Once"#, r#"."}"#];
+    /// # let cx = Context::builder(Scripted::new().streamed(std::time::Duration::from_secs(3), pieces)).build();
+    /// let mut drafts = cx.generate_drafts::<Story>("A story, please.");
+    /// let first = drafts.next().await.unwrap()?;
+    /// assert_eq!(first, Growing::Partial(Story { title: "Two ri".into(), text: None }));
+    /// let second = drafts.next().await.unwrap()?.into_inner();
+    /// assert_eq!((&*second.title, second.text.as_deref()), ("Two rivers", Some("Once")));
+    /// # let last = drafts.collect::<Vec<_>>().await.pop().unwrap()?;
+    /// # assert!(last.is_whole());
+    /// # Ok(()) }
+    /// ```
+    pub fn generate_drafts<T>(&self, request: impl Into<Request>) -> Drafts<T>
+    where
+        T: DeserializeOwned + JsonSchema,
+    {
+        let form = Form::of::<T>();
+        let request = form.ask(request.into(), self.provider().capabilities());
+        Drafts {
+            deltas: Some(self.stream(request)),
+            draft: Draft::new(),
+            shown: 0,
+            wrapped: form.wrapped,
+            value: PhantomData,
+        }
+    }
+}
+
+/// A value while it grows ([`Context::generate_drafts`]).
+///
+/// The call starts when the stream is first polled. Drafts that come faster than they are taken
+/// become one.
+///
+/// # Errors
+/// As [`Context::stream`]; [`ErrorKind::InvalidOutput`] if the whole reply does not fit, and
+/// [`ErrorKind::Truncated`] if it reached its limit on tokens. Nothing follows.
+///
+/// # Cancel safety
+/// As [`Deltas`]: dropping it cancels the call.
+#[must_use = "a stream does nothing unless polled"]
+pub struct Drafts<T> {
+    deltas: Option<Deltas>,
+    draft: Draft,
+    /// How long the last draft was.
+    shown: usize,
+    wrapped: bool,
+    value: PhantomData<fn() -> T>,
+}
+
+impl<T> Drafts<T> {
+    /// The longest silence in the middle of the reply; see [`Deltas::idle_timeout`].
+    pub fn idle_timeout(mut self, timeout: Duration) -> Self {
+        self.deltas = self.deltas.map(|deltas| deltas.idle_timeout(timeout));
+        self
+    }
+}
+
+impl<T: DeserializeOwned> Drafts<T> {
+    /// The value so far, if there is enough more of it.
+    fn grown(&mut self) -> Option<T> {
+        if self.draft.len() <= self.shown + self.shown / 64 {
+            return None;
+        }
+        let closed = self.draft.closed()?;
+        let value = extract::typed(&closed, self.wrapped).ok()?;
+        self.shown = self.draft.len();
+        Some(value)
+    }
+}
+
+impl<T: DeserializeOwned> Stream for Drafts<T> {
+    type Item = Result<Growing<T>>;
+
+    fn poll_next(
+        self: Pin<&mut Self>,
+        cx: &mut task::Context<'_>,
+    ) -> Poll<Option<Result<Growing<T>>>> {
+        let this = self.get_mut();
+        let end = loop {
+            let Some(deltas) = &mut this.deltas else {
+                return Poll::Ready(None);
+            };
+            match deltas.poll_next_unpin(cx) {
+                Poll::Pending => {
+                    return match this.grown() {
+                        Some(value) => Poll::Ready(Some(Ok(Growing::Partial(value)))),
+                        None => Poll::Pending,
+                    };
+                }
+                Poll::Ready(Some(Ok(Delta::Text(text)))) => this.draft.push(text),
+                Poll::Ready(Some(Ok(Delta::End(reply)))) => {
+                    break finished(&reply).and_then(|()| {
+                        extract::value(&reply.text, this.wrapped)
+                            .map_err(|problem| Error::new(ErrorKind::InvalidOutput, problem))
+                    });
+                }
+                // `Discard` comes only to who asks for it.
+                Poll::Ready(Some(Ok(_))) => {}
+                Poll::Ready(Some(Err(error))) => break Err(error),
+                Poll::Ready(None) => return Poll::Ready(None),
+            }
+        };
+        this.deltas = None;
+        Poll::Ready(Some(end.map(Growing::Whole)))
+    }
+}
+
+impl<T> fmt::Debug for Drafts<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Drafts")
+            .field("deltas", &self.deltas)
+            .finish_non_exhaustive()
+    }
+}

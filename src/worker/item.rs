@@ -1,0 +1,141 @@
+//! One item: from a claim to its end.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::registry::Work;
+use super::{Ambiguous, Inner, RunInfo, count};
+use crate::context::Context;
+use crate::error::{Error, ErrorKind, Result};
+use crate::memo::Place;
+use crate::store::{Commit, Hold, Item, ItemId, Settlement};
+
+/// How long an item rests whose run nobody here can work on, and one that the store did not answer.
+pub(super) const UNKNOWN: Duration = Duration::from_secs(30);
+const NO_STORE: Duration = Duration::from_secs(5);
+
+/// What its intents are numbered by. Not the attempt: that is given back with an item, and an intent of before
+/// would end with one of after.
+fn number(item: &Item) -> u32 {
+    u32::try_from(item.epoch).unwrap_or(u32::MAX)
+}
+
+/// Why an item is not done again whose last worker died with a call in flight.
+pub(super) fn sent_before() -> Error {
+    let message = "its worker died with a call in flight, which may have been paid for; \
+                   the policy is not to send it again, and `retry_failed` does";
+    Error::new(ErrorKind::LeaseLost, message).with_billed(None)
+}
+
+/// What an item came to for who claimed it.
+pub(super) enum End {
+    /// It has its outcome, which is on its way into the store.
+    Settled,
+    /// It has none, and others may have it after a while.
+    Release(Hold, Duration),
+    /// A part of it was refused or cut short, so what came of it may be a fallback: not even
+    /// an output is to be trusted.
+    Cut(Hold, Result<String>),
+    /// Nobody's calls can succeed any more: it goes back, and the worker stops.
+    Hopeless(Hold, Error),
+}
+
+/// An item that can be run.
+pub(super) struct Ready {
+    pub(super) item: Item,
+    pub(super) cx: Context,
+    work: Arc<dyn Work>,
+}
+
+impl Inner {
+    /// The item with its pipeline and its context; `None` if there is no such pipeline here.
+    pub(super) fn ready(&self, parent: &Context, run: &RunInfo, item: Item) -> Option<Ready> {
+        let (name, work) = self.registry.find(&run.name)?;
+        let key: Arc<str> = item.key.as_str().into();
+        let mut place = Place::durable(
+            Arc::clone(&self.memo),
+            item.tenant.as_str().into(),
+            &name,
+            &key,
+        );
+        if run.spec.fresh {
+            place = place.fresh(item.run.to_string());
+        }
+        if self.options.intents {
+            place = place.with_intents(item.id, number(&item));
+        }
+        let (priority, tenant) = (self.options.in_line)(&item.tenant);
+        let cx = parent.durable_item(name, key, Arc::new(place), |who| {
+            who.priority = priority;
+            who.tenant = tenant.or(who.tenant);
+        });
+        Some(Ready { item, cx, work })
+    }
+
+    /// Runs it to its end.
+    pub(super) async fn run_item(&self, ready: Ready) -> End {
+        let Ready { item, cx, work } = ready;
+        let result = work.run(&cx, &item.input).await;
+        let tally = cx.tally();
+        let in_vain = tally.overloaded + tally.timed_out + tally.transient + tally.failed;
+        count(&self.counters.paid, tally.attempts.saturating_sub(in_vain));
+        count(&self.counters.replayed, tally.replayed);
+        let hold = item.hold();
+        if cx.bounds().was_cut() {
+            return End::Cut(hold, result);
+        }
+        match result {
+            Err(error) if error.is_account_wide() => End::Hopeless(hold, error),
+            Err(error) if error.kind() == ErrorKind::Store && error.is_temporary() => {
+                End::Release(hold, NO_STORE)
+            }
+            result => {
+                self.settle(hold, result);
+                End::Settled
+            }
+        }
+    }
+
+    /// Those of the items whose earlier attempts sent calls of which nobody knows the end, where
+    /// such an item is not to be done again.
+    pub(super) async fn ambiguous(&self, items: &[Item]) -> Result<HashSet<ItemId>> {
+        let mut ambiguous = HashSet::new();
+        if self.options.ambiguous == Ambiguous::Retry {
+            return Ok(ambiguous);
+        }
+        let again = items.iter().filter(|item| item.attempt > 1);
+        let again: HashMap<_, _> = again.map(|item| (item.id, item)).collect();
+        if again.is_empty() {
+            return Ok(ambiguous);
+        }
+        let ids: Vec<_> = again.keys().copied().collect();
+        for intent in self.queue.intents(&ids).await? {
+            let Some(item) = again
+                .get(&intent.item)
+                .filter(|item| intent.attempt < number(item))
+            else {
+                continue;
+            };
+            // Its reply may have been kept by a worker that was only thought dead.
+            let kept = self.queue.generations(&item.tenant, &[intent.key]).await?;
+            if kept.is_empty() {
+                ambiguous.insert(intent.item);
+            }
+        }
+        Ok(ambiguous)
+    }
+
+    pub(super) fn settle(&self, hold: Hold, result: Result<String>) {
+        let counter = match &result {
+            Ok(_) => &self.counters.completed,
+            Err(error) => {
+                tracing::debug!(item = %hold.item, %error, "item failed");
+                &self.counters.failed
+            }
+        };
+        count(counter, 1);
+        let commit = Commit::new().settlements([Settlement { hold, result }]);
+        self.memo.journal().write(commit);
+    }
+}

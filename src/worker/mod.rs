@@ -1,0 +1,336 @@
+//! [`Worker`]: claims the items of durable runs, works on them and commits what came of it.
+
+mod builder;
+mod item;
+mod registry;
+mod session;
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use futures::future;
+use tokio::time::{Instant, sleep};
+use tokio_util::sync::CancellationToken;
+
+use self::builder::Options;
+pub use self::builder::WorkerBuilder;
+use self::registry::Registry;
+use self::session::{Ended, Hands, Session, Until};
+use crate::context::Context;
+use crate::error::{Error, Result};
+use crate::journal::JournalStats;
+use crate::memo::Memo;
+use crate::run::Spec;
+use crate::store::{Queue, RunId};
+
+/// Works on durable runs: claims items, runs their pipelines, commits what came of them. Any number of
+/// workers share a store, in one process or in many.
+///
+/// - **Nothing that was committed is paid for again.** Replies are kept as they come and looked for before a call
+///   is sent; what a crash can cost twice is the calls in flight then, and the last milliseconds of replies.
+/// - **Each item ends once.** Only the worker that holds an item can commit it. One that was thought dead
+///   and comes back is refused; the replies that it paid for are kept all the same.
+/// - **A worker that dies leaves nothing behind**: its lease runs out and the others take its items.
+/// - **Results are written in batches**, behind the work.
+///
+/// An item that fails or panics has failed: the guard has retried its calls already. It keeps its error, and
+/// [`Runner::retry_failed`](crate::Runner::retry_failed) gives it another chance. One that takes its worker
+/// with it stops after its attempts. When the account is refused (credentials, quota), the worker stops, gives its items back
+/// and says why.
+///
+/// ```
+/// use std::sync::Arc;
+/// use std::time::Duration;
+/// use throughline::store::Memory;
+/// use throughline::{Context, Drive, Pace, Runner, Sim, Worker, pipeline};
+///
+/// #[tokio::main(flavor = "current_thread", start_paused = true)]
+/// async fn main() -> throughline::Result<()> {
+///     let summary = pipeline("summary", |cx: Context, page: u32| async move {
+///         Ok(cx.generate(format!("Sum up page {page}.")).await?.text)
+///     });
+///     let store = Arc::new(Memory::new());
+///     let runner = Runner::new(Arc::clone(&store));
+///     let run = runner.submit("summary", &summary, 0..600).await?;
+///
+///     let cx = Context::builder(Sim::builder().latency(Duration::from_secs(20)).build())
+///         .pace(Pace::per_minute(60).in_flight(30))
+///         .build();
+///     let worker = Worker::builder(store, cx).register("summary", summary).build();
+///
+///     // Where a call is cut off after five minutes, as in a serverless function.
+///     let mut calls = 1;
+///     while worker.drive(Duration::from_secs(300)).await? == Drive::Continue {
+///         calls += 1;
+///     }
+///     assert_eq!(calls, 3);
+///     assert_eq!(runner.snapshot(run).await?.unwrap().run.completed, 600);
+///     assert_eq!(worker.stats().replies_paid, 600);
+///     Ok(())
+/// }
+/// ```
+#[derive(Clone)]
+pub struct Worker(Arc<Inner>);
+
+/// How a [`drive`](Worker::drive) ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[must_use = "there may be more to do"]
+pub enum Drive {
+    /// There was nothing left that this worker could claim. Others may still be at work.
+    Done,
+    /// The budget is used up and there may be more: drive again.
+    Continue,
+}
+
+/// What to do with an item whose last worker died with a call in flight: nobody knows whether the call was
+/// paid for.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Ambiguous {
+    /// Sends it again. It may be paid for twice, and is listed.
+    #[default]
+    Retry,
+    /// Fails the item. [`Runner::retry_failed`](crate::Runner::retry_failed) sends it again.
+    /// Needs [intents](WorkerBuilder::intents) of the worker that died.
+    Fail,
+}
+
+/// What a worker has done so far ([`Worker::stats`]).
+#[derive(Debug, Clone, Default)]
+#[non_exhaustive]
+pub struct WorkerStats {
+    /// Items that it claimed, again after each release.
+    pub claimed: u64,
+    /// Items that ended with an output. Whether that could be committed says [`journal`](Self::journal).
+    pub completed: u64,
+    /// Items that ended with an error.
+    pub failed: u64,
+    /// Items that it gave back, or lost, before they had an end.
+    pub unfinished: u64,
+    /// Items of runs that it has no pipeline for, left for others.
+    pub unknown: u64,
+    /// Leases that it lost: others had its items before it was heard of again.
+    pub leases_lost: u64,
+    /// Replies that were paid for.
+    pub replies_paid: u64,
+    /// Replies that the store had.
+    pub replies_replayed: u64,
+    /// What became of the writes.
+    pub journal: JournalStats,
+}
+
+struct Inner {
+    queue: Arc<dyn Queue>,
+    cx: Context,
+    registry: Registry,
+    options: Options,
+    memo: Arc<Memo>,
+    /// What there is to know of runs whose items were claimed.
+    runs: Mutex<HashMap<RunId, Arc<RunInfo>>>,
+    counters: Counters,
+}
+
+/// What a worker has to know of a run.
+struct RunInfo {
+    name: String,
+    spec: Spec,
+}
+
+#[derive(Default)]
+struct Counters {
+    claimed: AtomicU64,
+    completed: AtomicU64,
+    failed: AtomicU64,
+    unfinished: AtomicU64,
+    unknown: AtomicU64,
+    leases_lost: AtomicU64,
+    paid: AtomicU64,
+    replayed: AtomicU64,
+}
+
+fn count(counter: &AtomicU64, by: u64) {
+    counter.fetch_add(by, Ordering::Relaxed);
+}
+
+impl Worker {
+    /// A worker on `store` whose pipelines run below `cx`: with its provider, lane, retries, observers, deadline and cancellation.
+    /// Replies are remembered in `store`, whatever store the context has.
+    pub fn builder(store: impl Queue, cx: Context) -> WorkerBuilder {
+        WorkerBuilder::new(Arc::new(store), cx)
+    }
+
+    /// Works until `shutdown` is ready or the context is cancelled or drained; then stops claiming, lets the calls
+    /// in flight finish, gives back what is not done and returns when all is written.
+    ///
+    /// # Errors
+    /// Why no call can succeed any more (credentials, quota), and the store's error if it cannot be reached
+    /// at the start or at the end. What fails in between is tried again.
+    ///
+    /// # Cancel safety
+    /// Dropping it is a crash with a soft landing: calls in flight are dropped and may be billed, replies that
+    /// came are written, and others take its items when its lease has run out.
+    ///
+    /// ```
+    /// # use throughline::{Context, Worker, store::Memory, testing::Scripted};
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> throughline::Result<()> {
+    /// # let worker = Worker::builder(Memory::new(), Context::builder(Scripted::new()).build()).build();
+    /// # let signal = std::future::ready(());
+    /// worker.run_until(signal).await?; // as `tokio::signal::ctrl_c()`
+    /// # Ok(()) }
+    /// ```
+    pub async fn run_until(&self, shutdown: impl Future<Output = ()>) -> Result<()> {
+        let until = Until {
+            end: None,
+            idle: false,
+            drain: self.0.options.drain,
+        };
+        self.work(shutdown, until).await.map(drop)
+    }
+
+    /// Works until there is nothing left to claim or the budget is used up, and no longer: it stops claiming early enough that
+    /// calls in flight can finish ([`drain_for`](WorkerBuilder::drain_for)), gives back what is not done without charging an attempt,
+    /// and returns when all is written. Called again, it goes on where it was: what was paid for is replayed.
+    ///
+    /// # Errors
+    /// As [`run_until`](Self::run_until).
+    ///
+    /// # Cancel safety
+    /// As [`run_until`](Self::run_until).
+    pub async fn drive(&self, budget: Duration) -> Result<Drive> {
+        let until = Until {
+            end: Some(Instant::now() + budget),
+            idle: true,
+            drain: self.0.options.drain.min(budget / 4),
+        };
+        self.work(future::pending(), until).await
+    }
+
+    /// What it has done so far.
+    pub fn stats(&self) -> WorkerStats {
+        let counters = &self.0.counters;
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        WorkerStats {
+            claimed: read(&counters.claimed),
+            completed: read(&counters.completed),
+            failed: read(&counters.failed),
+            unfinished: read(&counters.unfinished),
+            unknown: read(&counters.unknown),
+            leases_lost: read(&counters.leases_lost),
+            replies_paid: read(&counters.paid),
+            replies_replayed: read(&counters.replayed),
+            journal: self.0.memo.journal().stats(),
+        }
+    }
+
+    async fn work(&self, shutdown: impl Future<Output = ()>, until: Until) -> Result<Drive> {
+        let stop = CancellationToken::new();
+        let signal = async {
+            shutdown.await;
+            stop.cancel();
+            future::pending().await
+        };
+        tokio::select! {
+            never = signal => never,
+            ended = self.0.sessions(&stop, until) => ended,
+        }
+    }
+}
+
+impl Inner {
+    /// One session after the other: a lost lease is followed by a new one.
+    async fn sessions(self: &Arc<Self>, stop: &CancellationToken, until: Until) -> Result<Drive> {
+        let mut hands = Hands::default();
+        loop {
+            let Some(lease) = self.register(stop, until.end).await? else {
+                return Ok(if until.idle {
+                    Drive::Continue
+                } else {
+                    Drive::Done
+                });
+            };
+            match Session::new(Arc::clone(self), lease)
+                .work(&mut hands, stop, until)
+                .await?
+            {
+                Ended::Idle | Ended::Stopped => return Ok(Drive::Done),
+                Ended::OutOfTime => return Ok(Drive::Continue),
+                Ended::LeaseLost => {
+                    count(&self.counters.leases_lost, 1);
+                    tracing::warn!(%lease, worker = self.options.name, "lease lost: others have its items");
+                }
+            }
+        }
+    }
+
+    /// A lease; `None` if it is time to stop before there is one.
+    async fn register(
+        &self,
+        stop: &CancellationToken,
+        end: Option<Instant>,
+    ) -> Result<Option<crate::store::LeaseId>> {
+        let mut delay = Duration::from_millis(100);
+        for attempt in 1.. {
+            if stop.is_cancelled()
+                || self.cx.is_draining()
+                || end.is_some_and(|end| end <= Instant::now())
+            {
+                break;
+            }
+            let error: Error = match self
+                .queue
+                .register(&self.options.name, self.options.lease)
+                .await
+            {
+                Ok(lease) => return Ok(Some(lease)),
+                Err(error) => error,
+            };
+            if !error.is_temporary() || attempt > 10 {
+                return Err(error);
+            }
+            tracing::warn!(%error, "the worker waits for the store");
+            tokio::select! {
+                () = stop.cancelled() => {}
+                () = sleep(delay) => {}
+            }
+            delay = (delay * 2).min(Duration::from_secs(5));
+        }
+        Ok(None)
+    }
+
+    /// What there is to know of a run; `None` if it is gone.
+    async fn run_info(&self, run: RunId) -> Result<Option<Arc<RunInfo>>> {
+        /// Runs are few beside their items; what is forgotten is read again.
+        const KNOWN: usize = 1024;
+        let known = || self.runs.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(info) = known().get(&run) {
+            return Ok(Some(Arc::clone(info)));
+        }
+        let Some(found) = self.queue.run(run).await? else {
+            return Ok(None);
+        };
+        let info = Arc::new(RunInfo {
+            // A spec of somebody else's making says nothing to us.
+            spec: serde_json::from_str(&found.spec).unwrap_or_default(),
+            name: found.name,
+        });
+        let mut known = known();
+        if known.len() >= KNOWN {
+            known.clear();
+        }
+        known.insert(run, Arc::clone(&info));
+        Ok(Some(info))
+    }
+}
+
+impl fmt::Debug for Worker {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Worker")
+            .field("name", &self.0.options.name)
+            .field("pipelines", &self.0.registry.names())
+            .field("stats", &self.stats())
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,641 @@
+//! Runs, workers and what becomes of items, under the paused clock.
+
+#[path = "support/counted.rs"]
+mod counted;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::time::Duration;
+
+use futures::{StreamExt as _, TryStreamExt as _};
+use serde_json::Value;
+use throughline::store::{Memory, NewItem, NewRun, Queue, RunFilter, RunId, Status, Store};
+use throughline::{
+    Ambiguous, Context, Drive, Error, ErrorKind, Pace, Pipeline, Runner, Sim, Worker,
+    WorkerBuilder, pipeline,
+};
+use tokio::time::{Instant, sleep, timeout};
+
+use self::counted::Counted;
+
+const MINUTE: Duration = Duration::from_secs(60);
+
+fn sim(latency: u64) -> Sim {
+    Sim::builder().latency(Duration::from_secs(latency)).build()
+}
+
+fn ask() -> impl Pipeline<Input = u32, Output = String> + Clone {
+    #[derive(Clone)]
+    struct Ask;
+    impl Pipeline for Ask {
+        type Input = u32;
+        type Output = String;
+        fn name(&self) -> &str {
+            "ask"
+        }
+        async fn run(&self, cx: &Context, n: u32) -> throughline::Result<String> {
+            Ok(cx.generate(format!("{n}")).await?.text)
+        }
+    }
+    Ask
+}
+
+fn worker<S: Queue>(store: &Arc<S>, sim: &Sim) -> WorkerBuilder {
+    let cx = Context::builder(sim.clone()).build();
+    Worker::builder(Arc::clone(store), cx).register("ask", ask())
+}
+
+/// Counters are rows, the log has no gap, and says of each item once that it ended.
+async fn check(store: &impl Store, run: RunId) -> BTreeMap<&'static str, u64> {
+    let record = store.run(run).await.unwrap().unwrap();
+    let items = store.items(run, 0, u32::MAX).await.unwrap();
+    let mut counts = BTreeMap::<_, u64>::new();
+    for item in &items {
+        *counts.entry(item.status.as_str()).or_default() += 1;
+    }
+    let of = |status: Status| counts.get(status.as_str()).copied().unwrap_or(0);
+    assert_eq!(record.total, items.len() as u64);
+    assert_eq!(record.completed, of(Status::Completed));
+    assert_eq!(record.failed, of(Status::Failed));
+    assert_eq!(record.cancelled, of(Status::Cancelled));
+    let log = store.log(run, 0, u32::MAX).await.unwrap();
+    assert!(log.iter().map(|entry| entry.seq).eq(1..=record.log_seq));
+    let mut ended = BTreeMap::<u64, u32>::new();
+    for entry in log.iter().filter(|entry| entry.kind == "settled") {
+        let data: Value = serde_json::from_str(&entry.data).unwrap();
+        for seq in ["completed", "failed"]
+            .iter()
+            .flat_map(|kind| data[kind].as_array().unwrap())
+        {
+            *ended.entry(seq.as_u64().unwrap()).or_default() += 1;
+        }
+    }
+    if !log.iter().any(|entry| entry.kind == "retried") {
+        assert!(ended.values().all(|times| *times == 1), "{ended:?}");
+    }
+    counts
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_run_from_submit_to_results() {
+    let (store, sim) = (Arc::new(Memory::new()), sim(1));
+    let runner = Runner::new(Arc::clone(&store));
+    let run = runner
+        .submit("ask", &ask(), 0..500)
+        .tenant("ada")
+        .await
+        .unwrap();
+    assert_eq!(runner.status(run).await.unwrap(), Some(Status::Pending));
+    let watched = tokio::spawn(runner.watch(run).try_collect::<Vec<_>>());
+
+    let worker = worker(&store, &sim).build();
+    assert_eq!(worker.drive(10 * MINUTE).await.unwrap(), Drive::Done);
+    let snapshot = runner.snapshot(run).await.unwrap().unwrap();
+    assert_eq!(
+        (snapshot.run.status, snapshot.remaining()),
+        (Status::Completed, 0)
+    );
+    check(&*store, run).await;
+
+    let results: Vec<_> = runner
+        .stream_results::<String>(run)
+        .try_collect()
+        .await
+        .unwrap();
+    assert_eq!(results.len(), 500);
+    for (index, result) in results.iter().enumerate() {
+        assert_eq!((result.index as usize, result.attempt), (index, 1));
+        assert!(result.output().is_some());
+    }
+    assert_eq!(sim.ledger().total.billed, 500);
+    assert!(sim.ledger().peak_in_flight <= 64);
+    let watched = watched.await.unwrap().unwrap();
+    assert_eq!(watched.first().unwrap().run.completed, 0);
+    assert_eq!(watched.last().unwrap().run.completed, 500);
+    assert!(
+        watched
+            .windows(2)
+            .all(|two| two[0].run.completed <= two[1].run.completed)
+    );
+
+    let stats = worker.stats();
+    assert_eq!(
+        (stats.claimed, stats.completed, stats.replies_paid),
+        (500, 500, 500)
+    );
+    assert_eq!((stats.journal.settled, stats.journal.fenced), (500, 0));
+    assert!(runner.ambiguous(None, 10).await.unwrap().is_empty());
+    // An idle worker leaves no lease behind.
+    assert_eq!(store.reap().await.unwrap().leases, 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn writes_are_counted_in_batches() {
+    let (store, sim) = (Arc::new(Counted::default()), sim(1));
+    let runner = Runner::new(Arc::clone(&store));
+    runner.submit("ask", &ask(), 0..2048).await.unwrap();
+    store.forget();
+    let worker = worker(&store, &sim).in_flight(512).build();
+    assert_eq!(worker.drive(10 * MINUTE).await.unwrap(), Drive::Done);
+    let calls = |method| store.calls(method);
+    // Each item is a reply, an ended intent and a settlement: 6,144 entries by 256 are 24 commits, if all
+    // come at once.
+    assert_eq!(worker.stats().journal.written, 3 * 2048);
+    assert!((24..=32).contains(&calls("commit")), "{}", calls("commit"));
+    assert!(
+        (8..=16).contains(&calls("put_intents")),
+        "{}",
+        calls("put_intents")
+    );
+    assert!(calls("claim") <= 32, "{}", calls("claim"));
+    assert!(calls("generations") <= 32, "{}", calls("generations"));
+    assert_eq!(calls("run"), 1);
+    assert!(calls("create_run") == 0 && calls("items") == 0 && calls("release") == 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_second_run_replays_an_inserted_input_pays_for_itself_and_fresh_for_all() {
+    let (store, sim) = (Arc::new(Memory::new()), sim(1));
+    let runner = Runner::new(Arc::clone(&store));
+    let worker = worker(&store, &sim).build();
+    let mut billed = Vec::new();
+    let inputs = |inputs: &[u32]| inputs.to_vec();
+    for submit in [
+        runner.submit("ask", &ask(), inputs(&[1, 2, 2, 3])),
+        runner.submit("ask", &ask(), inputs(&[1, 9, 2, 3, 2])),
+        runner.submit("ask", &ask(), inputs(&[1, 2, 2, 3])).fresh(),
+        runner.submit("ask", &ask(), inputs(&[1, 2, 2, 3])),
+        runner
+            .submit("ask", &ask(), inputs(&[1, 2]))
+            .tenant("another"),
+    ] {
+        submit.await.unwrap();
+        assert_eq!(worker.drive(MINUTE).await.unwrap(), Drive::Done);
+        billed.push(sim.ledger().total.billed);
+    }
+    assert_eq!(billed, [4, 5, 9, 9, 11]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_broken_parser_that_is_repaired_pays_nothing() {
+    let (store, sim) = (Arc::new(Memory::new()), sim(1));
+    let runner = Runner::new(Arc::clone(&store));
+    let repaired = Arc::new(AtomicBool::new(false));
+    let flag = Arc::clone(&repaired);
+    let parse = pipeline("parse", move |cx: Context, n: u32| {
+        let repaired = flag.load(Ordering::Relaxed);
+        async move {
+            let reply = cx.generate(format!("{n}")).await?;
+            if n == 3 && !repaired {
+                panic!("no such field");
+            }
+            match repaired {
+                true => Ok(reply.text.len()),
+                false => reply.text.parse::<usize>().map_err(Error::other),
+            }
+        }
+    });
+    let run = runner.submit("parse", &parse, 0..20).await.unwrap();
+    let cx = Context::builder(sim.clone()).build();
+    let worker = Worker::builder(Arc::clone(&store), cx)
+        .register("parse", parse)
+        .build();
+    assert_eq!(worker.drive(MINUTE).await.unwrap(), Drive::Done);
+    let record = runner.snapshot(run).await.unwrap().unwrap().run;
+    assert_eq!((record.status, record.failed), (Status::Failed, 20));
+    let results = runner.results::<usize>(run, 0, 100).await.unwrap();
+    assert!(results[3].error().unwrap().is_panic());
+    assert_eq!(results[4].error().unwrap().kind(), ErrorKind::Other);
+    assert_eq!(sim.ledger().total.billed, 20);
+
+    repaired.store(true, Ordering::Relaxed);
+    assert_eq!(runner.retry_failed(run).await.unwrap(), 20);
+    assert_eq!(worker.drive(MINUTE).await.unwrap(), Drive::Done);
+    let record = runner.snapshot(run).await.unwrap().unwrap().run;
+    assert_eq!((record.status, record.completed), (Status::Completed, 20));
+    assert_eq!(sim.ledger().total.billed, 20);
+    assert_eq!(worker.stats().replies_replayed, 20);
+    check(&*store, run).await;
+}
+
+/// Claims items in the name of a worker that is never heard of again.
+async fn dies_with(store: &Memory, items: u32) {
+    let lease = store
+        .register("dead", Duration::from_secs(30))
+        .await
+        .unwrap();
+    assert_eq!(
+        store.claim(lease, items).await.unwrap().len(),
+        items as usize
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_items_of_a_dead_worker_go_to_others_and_poison_stops() {
+    let (store, sim) = (Arc::new(Memory::new()), sim(1));
+    let runner = Runner::new(Arc::clone(&store));
+    let once = runner.submit("ask", &ask(), 0..3).await.unwrap();
+    let poison = runner
+        .submit("ask", &ask(), 3..5)
+        .max_attempts(1)
+        .await
+        .unwrap();
+    dies_with(&store, 5).await;
+    let worker = worker(&store, &sim).name("dead").build();
+    let work = worker.run_until(sleep(2 * MINUTE));
+    work.await.unwrap();
+    assert_eq!(runner.status(once).await.unwrap(), Some(Status::Completed));
+    let results = runner.results::<String>(poison, 0, 10).await.unwrap();
+    for result in &results {
+        let error = result.error().unwrap();
+        assert_eq!(error.kind(), ErrorKind::LeaseLost);
+        assert!(error.message().contains("last attempt"), "{error}");
+    }
+    assert_eq!(results.len(), 2);
+    assert_eq!(sim.ledger().total.billed, 3);
+    check(&*store, poison).await;
+    assert_eq!(runner.retry_failed(poison).await.unwrap(), 2);
+    assert_eq!(worker.drive(MINUTE).await.unwrap(), Drive::Done);
+    assert_eq!(
+        runner.status(poison).await.unwrap(),
+        Some(Status::Completed)
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_budget_ends_in_time_and_charges_nothing() {
+    let (store, sim) = (Arc::new(Memory::new()), sim(20));
+    let runner = Runner::new(Arc::clone(&store));
+    let three = Arc::new(pipeline("three", |cx: Context, n: u32| async move {
+        for step in 0..3 {
+            cx.generate(format!("{n}.{step}")).await?;
+        }
+        Ok(n)
+    }));
+    let run = runner
+        .submit("three", &three, 0..40)
+        .max_attempts(1)
+        .await
+        .unwrap();
+    let build = || {
+        let cx = Context::builder(sim.clone())
+            .pace(Pace::unlimited().in_flight(4))
+            .build();
+        Worker::builder(Arc::clone(&store), cx)
+            .register("three", Arc::clone(&three))
+            .build()
+    };
+    let mut drives = 0;
+    loop {
+        let began = Instant::now();
+        // Each a process of its own, as where a platform cuts calls off.
+        let drive = build().drive(Duration::from_secs(100)).await.unwrap();
+        assert!(
+            began.elapsed() <= Duration::from_secs(100),
+            "{:?}",
+            began.elapsed()
+        );
+        drives += 1;
+        if drive == Drive::Done {
+            break;
+        }
+        let record = runner.snapshot(run).await.unwrap().unwrap().run;
+        assert_eq!(record.failed, 0);
+        check(&*store, run).await;
+    }
+    // 120 calls of 20 s by four: 600 s.
+    assert!((6..=9).contains(&drives), "{drives}");
+    let record = runner.snapshot(run).await.unwrap().unwrap().run;
+    assert_eq!((record.completed, record.failed), (40, 0));
+    let ledger = sim.ledger();
+    assert_eq!((ledger.total.billed, ledger.total.cancelled), (120, 0));
+    assert!(runner.ambiguous(None, 10).await.unwrap().is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_drains_does_not_end_in_a_fallback() {
+    let (store, sim) = (Arc::new(Memory::new()), sim(10));
+    let runner = Runner::new(Arc::clone(&store));
+    let careful = pipeline("careful", |cx: Context, n: u32| async move {
+        let parts = cx.fan_out("part", 0..3).sequential();
+        let parts = parts
+            .settle(|cx, part| async move { Ok(cx.generate(format!("{n}.{part}")).await?.text) });
+        Ok(parts.await.or_fallback(|_| "fallback".to_owned()))
+    });
+    let run = runner.submit("careful", &careful, 0..4).await.unwrap();
+    let cx = Context::builder(sim.clone()).build();
+    let worker = Worker::builder(Arc::clone(&store), cx)
+        .register("careful", careful)
+        .build();
+    worker
+        .run_until(sleep(Duration::from_secs(15)))
+        .await
+        .unwrap();
+    assert_eq!(
+        runner.snapshot(run).await.unwrap().unwrap().run.completed,
+        0
+    );
+    assert_eq!(sim.ledger().total.billed, 8);
+    assert_eq!(worker.drive(5 * MINUTE).await.unwrap(), Drive::Done);
+    let results = runner.results::<Vec<String>>(run, 0, 10).await.unwrap();
+    assert!(
+        results
+            .iter()
+            .all(|result| !result.output().unwrap().contains(&"fallback".to_owned()))
+    );
+    assert_eq!(
+        (sim.ledger().total.billed, sim.ledger().total.cancelled),
+        (12, 0)
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn cancelling_stops_what_waits_and_aborts_what_is_in_flight() {
+    let (store, sim) = (Arc::new(Memory::new()), sim(50));
+    let runner = Runner::new(Arc::clone(&store));
+    let run = runner.submit("ask", &ask(), 0..100).await.unwrap();
+    let other = runner
+        .submit("ask", &ask(), 1000..1003)
+        .tenant("other")
+        .await
+        .unwrap();
+    let worker = worker(&store, &sim).in_flight(10).build();
+    let cancel = async {
+        sleep(Duration::from_secs(10)).await;
+        assert_eq!(sim.ledger().in_flight, 10);
+        assert_eq!(runner.cancel(run).await.unwrap(), 100);
+        sleep(Duration::from_secs(2)).await;
+        // Its places are free again, for the other's.
+        assert_eq!(sim.ledger().total.cancelled, 7);
+        assert_eq!(sim.ledger().in_flight, 3);
+        sleep(MINUTE).await;
+    };
+    worker.run_until(cancel).await.unwrap();
+    let record = runner.snapshot(run).await.unwrap().unwrap().run;
+    assert_eq!((record.status, record.cancelled), (Status::Cancelled, 100));
+    assert_eq!(runner.status(other).await.unwrap(), Some(Status::Completed));
+    assert_eq!(runner.retry_failed(run).await.unwrap(), 0);
+    check(&*store, run).await;
+    // Nobody knows whether they were paid for.
+    assert_eq!(runner.ambiguous(None, 100).await.unwrap().len(), 7);
+    let names = runner.ambiguous(None, 100).await.unwrap();
+    runner
+        .dismiss(names.iter().map(|intent| intent.name()))
+        .await
+        .unwrap();
+    assert!(runner.ambiguous(None, 100).await.unwrap().is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_worker_that_was_thought_dead_is_refused_and_its_replies_are_kept() {
+    let (store, sim) = (Arc::new(Counted::default()), sim(100));
+    let runner = Runner::new(Arc::clone(&store));
+    let run = runner.submit("ask", &ask(), 0..8).await.unwrap();
+    let stale = worker(&store, &sim).lease(Duration::from_secs(30)).build();
+    let stop = Arc::new(tokio::sync::Notify::new());
+    let working = tokio::spawn({
+        let (stale, stop) = (stale.clone(), Arc::clone(&stop));
+        async move { stale.run_until(stop.notified()).await }
+    });
+    sleep(Duration::from_secs(10)).await;
+    assert_eq!(sim.ledger().in_flight, 8);
+    // Nothing is heard of it, because the store is not there for it; then others reap.
+    store.set_down(true);
+    sleep(Duration::from_secs(50)).await;
+    store.set_down(false);
+    assert_eq!(store.reap().await.unwrap().requeued, 8);
+    // Its calls go on to their end: they are paid for.
+    sleep(Duration::from_secs(60)).await;
+    stop.notify_one();
+    working.await.unwrap().unwrap();
+    let stats = stale.stats();
+    assert_eq!((stats.leases_lost, stats.journal.fenced), (1, 8));
+    assert_eq!(stats.replies_replayed, 8);
+    let ledger = sim.ledger();
+    assert_eq!((ledger.total.billed, ledger.total.cancelled), (8, 0));
+    assert_eq!(runner.status(run).await.unwrap(), Some(Status::Completed));
+    check(&*store, run).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_store_that_is_away_for_a_while_costs_nothing() {
+    let (store, sim) = (Arc::new(Counted::default()), sim(2));
+    let runner = Runner::new(Arc::clone(&store));
+    let run = runner.submit("ask", &ask(), 0..300).await.unwrap();
+    let worker = worker(&store, &sim).in_flight(16).build();
+    let outages = async {
+        for _ in 0..5 {
+            sleep(Duration::from_millis(4700)).await;
+            store.set_down(true);
+            sleep(Duration::from_secs(6)).await;
+            store.set_down(false);
+        }
+        std::future::pending::<()>().await
+    };
+    let work = worker.drive(10 * MINUTE);
+    tokio::select! {
+        done = work => assert_eq!(done.unwrap(), Drive::Done),
+        () = outages => {}
+    }
+    let record = runner.snapshot(run).await.unwrap().unwrap().run;
+    assert_eq!((record.completed, record.failed), (300, 0));
+    assert_eq!(sim.ledger().total.billed, 300);
+    assert!(worker.stats().journal.failures > 0);
+    check(&*store, run).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn names_that_nobody_registered_are_left_for_others() {
+    let (store, sim) = (Arc::new(Memory::new()), sim(1));
+    let runner = Runner::new(Arc::clone(&store));
+    let unknown = runner
+        .submit("unheard", &ask(), 0..3)
+        .max_attempts(1)
+        .await
+        .unwrap();
+    let known = runner.submit("ask", &ask(), 0..3).await.unwrap();
+    let here = worker(&store, &sim).build();
+    assert_eq!(here.drive(MINUTE).await.unwrap(), Drive::Done);
+    assert_eq!(here.stats().unknown, 3);
+    assert_eq!(runner.status(known).await.unwrap(), Some(Status::Completed));
+    let record = runner.snapshot(unknown).await.unwrap().unwrap().run;
+    assert_eq!(record.ended(), 0);
+
+    let cx = Context::builder(sim.clone()).build();
+    let there = Worker::builder(Arc::clone(&store), cx)
+        .register("unheard", ask())
+        .build();
+    there.run_until(sleep(MINUTE)).await.unwrap();
+    assert_eq!(
+        runner.status(unknown).await.unwrap(),
+        Some(Status::Completed)
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_refused_account_stops_the_worker_and_fails_nothing() {
+    let store = Arc::new(Memory::new());
+    let sim = Sim::builder()
+        .latency(Duration::from_secs(1))
+        .insufficient_quota_after(5)
+        .build();
+    let runner = Runner::new(Arc::clone(&store));
+    let run = runner
+        .submit("ask", &ask(), 0..50)
+        .max_attempts(1)
+        .await
+        .unwrap();
+    let broke = worker(&store, &sim).in_flight(4).build();
+    let error = broke.run_until(std::future::pending()).await.unwrap_err();
+    assert!(error.is_account_wide(), "{error}");
+    let record = runner.snapshot(run).await.unwrap().unwrap().run;
+    assert_eq!(record.failed, 0);
+    assert_eq!(record.completed, 5);
+    let paid = self::sim(1);
+    assert_eq!(
+        worker(&store, &paid).build().drive(MINUTE).await.unwrap(),
+        Drive::Done
+    );
+    let record = runner.snapshot(run).await.unwrap().unwrap().run;
+    assert_eq!((record.completed, record.failed), (50, 0));
+    assert_eq!(paid.ledger().total.billed, 45);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_large_tenant_does_not_hold_up_a_small_one() {
+    let (store, sim) = (Arc::new(Memory::new()), sim(1));
+    let runner = Runner::new(Arc::clone(&store));
+    runner
+        .submit("ask", &ask(), 0..1000)
+        .tenant("large")
+        .await
+        .unwrap();
+    let worker = worker(&store, &sim).in_flight(8).build();
+    let small = async {
+        sleep(Duration::from_secs(20)).await;
+        let small = runner
+            .submit("ask", &ask(), 2000..2008)
+            .tenant("small")
+            .await
+            .unwrap();
+        let ended = runner.watch(small).try_collect::<Vec<_>>();
+        let ended = timeout(Duration::from_secs(6), ended).await;
+        assert!(ended.is_ok(), "{:?}", runner.snapshot(small).await);
+    };
+    worker.run_until(small).await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn runs_are_listed_in_pages_and_purged_by_age() {
+    let store = Arc::new(Memory::new());
+    let runner = Runner::new(Arc::clone(&store));
+    for tenant in ["a", "b", "a", "b", "a"] {
+        runner
+            .submit("ask", &ask(), 0..1)
+            .tenant(tenant)
+            .await
+            .unwrap();
+    }
+    let page = runner.list(RunFilter::new().tenant("a"), 2).await.unwrap();
+    assert_eq!(page.len(), 2);
+    let last = page.last().unwrap().id;
+    let rest = runner
+        .list(RunFilter::new().tenant("a").before(last), 2)
+        .await
+        .unwrap();
+    assert_eq!(rest.len(), 1);
+    runner.cancel(last).await.unwrap();
+    let cancelled = runner
+        .list(RunFilter::new().status(Status::Cancelled), 9)
+        .await
+        .unwrap();
+    assert_eq!(cancelled.len(), 1);
+    sleep(MINUTE).await;
+    assert_eq!(runner.purge(2 * MINUTE, 10).await.unwrap().runs, 0);
+    assert_eq!(runner.purge(MINUTE, 10).await.unwrap().runs, 1);
+    assert_eq!(runner.status(last).await.unwrap(), None);
+    assert!(runner.watch(last).next().await.is_none());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_pipeline_that_cancels_itself_has_an_end() {
+    let (store, sim) = (Arc::new(Memory::new()), sim(1));
+    let runner = Runner::new(Arc::clone(&store));
+    let attempts = Arc::new(AtomicU32::new(0));
+    let count = Arc::clone(&attempts);
+    let gives_up = pipeline("gives-up", move |cx: Context, n: u32| {
+        count.fetch_add(1, Ordering::Relaxed);
+        async move {
+            cx.cancel();
+            Ok(cx.generate(format!("{n}")).await?.text)
+        }
+    });
+    let run = runner.submit("gives-up", &gives_up, 0..3).await.unwrap();
+    let cx = Context::builder(sim.clone()).build();
+    let worker = Worker::builder(Arc::clone(&store), cx)
+        .register("gives-up", gives_up)
+        .build();
+    assert_eq!(worker.drive(MINUTE).await.unwrap(), Drive::Done);
+    assert_eq!(runner.status(run).await.unwrap(), Some(Status::Failed));
+    assert_eq!(
+        (attempts.load(Ordering::Relaxed), sim.ledger().total.billed),
+        (3, 0)
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_input_of_another_type_fails_and_says_so() {
+    let (store, sim) = (Arc::new(Memory::new()), sim(1));
+    let new = NewRun::new("", "ask").items([NewItem::new("a", "\"not a number\"")]);
+    let run = store.create_run(new).await.unwrap().run;
+    assert_eq!(
+        worker(&store, &sim).build().drive(MINUTE).await.unwrap(),
+        Drive::Done
+    );
+    let result = Runner::new(store)
+        .results::<String>(run, 0, 1)
+        .await
+        .unwrap()
+        .remove(0);
+    let message = result.error().unwrap().to_string();
+    assert!(
+        message.contains("not one of this pipeline: invalid type"),
+        "{message}"
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_policy_for_calls_in_flight_at_a_crash_is_kept() {
+    for policy in [Ambiguous::Retry, Ambiguous::Fail] {
+        let (store, sim) = (Arc::new(Memory::new()), sim(10));
+        let runner = Runner::new(Arc::clone(&store));
+        let run = runner.submit("ask", &ask(), 0..6).await.unwrap();
+        let dying = worker(&store, &sim).in_flight(2).build();
+        // As good as a crash: two replies are in, two calls under way.
+        let crash = dying.run_until(std::future::pending());
+        assert!(timeout(Duration::from_secs(15), crash).await.is_err());
+        assert!(runner.ambiguous(None, 10).await.unwrap().is_empty());
+        sleep(MINUTE).await;
+        let ambiguous = runner.ambiguous(None, 10).await.unwrap();
+        assert_eq!(ambiguous.len(), 2);
+
+        let next = worker(&store, &sim).on_ambiguous(policy).build();
+        assert_eq!(next.drive(5 * MINUTE).await.unwrap(), Drive::Done);
+        let record = runner.snapshot(run).await.unwrap().unwrap().run;
+        let failed = if policy == Ambiguous::Fail { 2 } else { 0 };
+        assert_eq!((record.completed, record.failed), (6 - failed, failed));
+        if failed > 0 {
+            let results = runner.results::<String>(run, 0, 10).await.unwrap();
+            let mut errors = results.iter().filter_map(|result| result.error());
+            assert!(errors.all(|error| error.message().contains("may have been paid for")));
+            assert_eq!(runner.retry_failed(run).await.unwrap(), 2);
+            assert_eq!(next.drive(5 * MINUTE).await.unwrap(), Drive::Done);
+            assert_eq!(runner.status(run).await.unwrap(), Some(Status::Completed));
+        }
+        // They stay on the list until somebody has dealt with them.
+        assert_eq!(runner.ambiguous(None, 10).await.unwrap(), ambiguous);
+        let ledger = sim.ledger().total;
+        assert_eq!((ledger.admitted, ledger.cancelled), (8, 2));
+    }
+}

@@ -1,0 +1,473 @@
+//! Durable runs as people run them: several processes that are killed, stopped and started again, on SQLite
+//! and on Postgres. The witness is the file in which the simulated provider keeps its bills.
+//!
+//! Real processes and the real clock: that is what is tested here.
+#![cfg(all(unix, feature = "sim", feature = "sqlite", feature = "postgres"))]
+
+#[path = "support/postgres.rs"]
+mod postgres;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use sqlx::Connection as _;
+use tempfile::TempDir;
+use throughline::provider::sim::Ledger;
+
+use self::postgres::Schemas;
+
+/// None of the runs here takes longer by itself.
+const PATIENCE: Duration = Duration::from_secs(60);
+const IN_FLIGHT: usize = 16;
+
+/// Cargo builds the examples before it runs the tests, beside them.
+fn program() -> PathBuf {
+    let test = std::env::current_exe().unwrap();
+    let program = test.ancestors().nth(2).unwrap().join("examples/durable");
+    assert!(
+        program.is_file(),
+        "\n\n{} IS MISSING: build it with `cargo build --example durable --all-features`\n\
+         (`cargo test --all-features` does that by itself; `--test durable_kills` alone does not)\n",
+        program.display()
+    );
+    program
+}
+
+/// A folder with inputs, a ledger and what the processes said; a store in it or in Postgres.
+struct Job {
+    dir: TempDir,
+    store: String,
+}
+
+impl Job {
+    fn new(schemas: Option<&Schemas>) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let store = match schemas {
+            Some(schemas) => format!("{}#{}", schemas.url, schemas.name()),
+            None => dir.path().join("runs.db").display().to_string(),
+        };
+        Self { dir, store }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn command(&self, arguments: &str) -> Command {
+        let mut command = Command::new(program());
+        command.arg("--store").arg(&self.store);
+        command
+            .args(arguments.split_whitespace())
+            .env_remove("OPENAI_API_KEY")
+            .env_remove("OPENAI_BASE_URL")
+            .env_remove("ANTHROPIC_API_KEY")
+            .stdin(Stdio::null());
+        command
+    }
+
+    fn run(&self, arguments: &str) -> Output {
+        let output = self.command(arguments).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{arguments}: {said}");
+        output
+    }
+
+    fn lines(&self, arguments: &str) -> Vec<Value> {
+        let output = String::from_utf8(self.run(arguments).stdout).unwrap();
+        output
+            .lines()
+            .map(|line| serde_json::from_str(line).unwrap())
+            .collect()
+    }
+
+    /// A run over `n` records whose names begin with `prefix`; its number.
+    fn submit(&self, prefix: &str, n: usize, arguments: &str) -> String {
+        let input = self.path(&format!("{prefix}.jsonl"));
+        let lines: Vec<_> = (0..n)
+            .map(|i| format!("{{\"id\":\"{prefix}{i}\"}}\n"))
+            .collect();
+        std::fs::write(&input, lines.concat()).unwrap();
+        let output = self.run(&format!("submit {} {arguments}", input.display()));
+        String::from_utf8(output.stdout).unwrap().trim().to_owned()
+    }
+
+    /// A worker that stops when all runs are over; what it says goes into a file.
+    fn work(&self, arguments: &str) -> Child {
+        let said = File::options()
+            .create(true)
+            .append(true)
+            .open(self.path("said"))
+            .unwrap();
+        let ledger = self.path("ledger");
+        let lease = if arguments.contains("--lease") {
+            ""
+        } else {
+            "--lease 1000"
+        };
+        let limits = format!("--rpm 600000 --sim-rpm 600000 {lease} --until-idle");
+        self.command(&format!(
+            "work {limits} --in-flight {IN_FLIGHT} {arguments}"
+        ))
+        .arg("--ledger")
+        .arg(ledger)
+        .stdout(Stdio::null())
+        .stderr(said)
+        .spawn()
+        .unwrap()
+    }
+
+    fn said(&self) -> String {
+        std::fs::read_to_string(self.path("said")).unwrap_or_default()
+    }
+
+    fn ledger(&self) -> Ledger {
+        Ledger::read(self.path("ledger")).unwrap()
+    }
+
+    /// How often each request was billed, by its digest.
+    fn billed(&self) -> BTreeMap<String, u64> {
+        let mut billed = BTreeMap::new();
+        for bill in self.ledger().bills {
+            *billed.entry(bill.digest.to_string()).or_default() += 1;
+        }
+        billed
+    }
+
+    /// The requests whose replies are committed, by their digests, looked at from outside.
+    fn committed(&self) -> BTreeSet<String> {
+        let look = async {
+            let sql = "SELECT request_digest FROM generations";
+            let digests: Vec<Vec<u8>> = match self.store.split_once('#') {
+                Some((url, schema)) => {
+                    let mut connection = sqlx::PgConnection::connect(url).await.unwrap();
+                    let path = format!("SET search_path TO {schema}");
+                    let path = sqlx::raw_sql(sqlx::AssertSqlSafe(path));
+                    path.execute(&mut connection).await.unwrap();
+                    sqlx::query_scalar(sql)
+                        .fetch_all(&mut connection)
+                        .await
+                        .unwrap()
+                }
+                None => {
+                    let url = format!("sqlite://{}?mode=ro", self.store);
+                    let mut connection = sqlx::SqliteConnection::connect(&url).await.unwrap();
+                    sqlx::query_scalar(sql)
+                        .fetch_all(&mut connection)
+                        .await
+                        .unwrap()
+                }
+            };
+            let hex = |digest: Vec<u8>| digest.iter().map(|byte| format!("{byte:02x}")).collect();
+            digests.into_iter().map(hex).collect()
+        };
+        tokio::runtime::Runtime::new().unwrap().block_on(look)
+    }
+
+    fn is_over(&self, run: &str) -> bool {
+        let said = String::from_utf8(self.run("status").stdout).unwrap();
+        let line = said
+            .lines()
+            .find(|line| line.starts_with(&format!("{run} ")));
+        ["completed", "failed", "cancelled"]
+            .iter()
+            .any(|word| line.unwrap().starts_with(&format!("{run} {word}")))
+    }
+
+    /// Every item is completed and has a text, the log has no gap and says of each once that it is.
+    fn check(&self, run: &str, n: usize) {
+        let results = self.lines(&format!("results {run}"));
+        assert_eq!(results.len(), n);
+        for item in &results {
+            assert_eq!(item["status"], "completed", "{item}");
+            assert!(!item["text"].as_str().unwrap().is_empty(), "{item}");
+        }
+        let status = String::from_utf8(self.run(&format!("status {run}")).stdout).unwrap();
+        assert!(status.contains(&format!("{n} of {n} done")), "{status}");
+        let mut completed = BTreeSet::new();
+        for (place, entry) in self.lines(&format!("log {run}")).iter().enumerate() {
+            assert_eq!(entry["seq"], place as u64 + 1);
+            if entry["kind"] == "settled" {
+                let data: Value = serde_json::from_str(entry["data"].as_str().unwrap()).unwrap();
+                for seq in data["completed"].as_array().unwrap() {
+                    assert!(
+                        completed.insert(seq.as_u64().unwrap()),
+                        "{seq} is completed twice"
+                    );
+                }
+            }
+        }
+        assert_eq!(completed.len(), n);
+    }
+
+    /// Of each call that was paid for twice, the first one is listed.
+    fn check_ambiguous(&self) -> usize {
+        let listed = self.lines("ambiguous").len();
+        let again: u64 = self.billed().values().map(|times| times - 1).sum();
+        assert!(
+            again as usize <= listed,
+            "{again} paid again, {listed} listed"
+        );
+        again as usize
+    }
+}
+
+fn ends_well(mut worker: Child) {
+    let until = Instant::now() + PATIENCE;
+    while Instant::now() < until {
+        if let Some(status) = worker.try_wait().unwrap() {
+            assert!(status.success(), "{status}");
+            return;
+        }
+        sleep(Duration::from_millis(20));
+    }
+    let _ = worker.kill();
+    panic!("a worker has not stopped");
+}
+
+fn signal(pid: u32, name: &str) {
+    let sent = Command::new("kill")
+        .arg(format!("-{name}"))
+        .arg(pid.to_string())
+        .status();
+    assert!(sent.unwrap().success());
+}
+
+/// Kills one of so many workers again and again, and starts another in its place.
+fn killed_again_and_again(schemas: Option<&Schemas>, workers: usize, kills: usize) {
+    const ITEMS: usize = 700;
+    let job = Job::new(schemas);
+    let mut random = fastrand::Rng::with_seed(workers as u64);
+    let submit = |round: usize| job.submit(&format!("r{round}-"), ITEMS, "--max-attempts 1000");
+    let start = || job.work("--sim-latency 60");
+    let mut runs = vec![submit(0)];
+    let mut at_work: Vec<_> = (0..workers).map(|_| start()).collect();
+    // What was billed for a request when its reply was seen in the store.
+    let mut kept = BTreeMap::<String, u64>::new();
+    for _ in 0..kills {
+        sleep(Duration::from_millis(random.u64(100..500)));
+        // Whoever is killed must have had something to do.
+        if job.is_over(runs.last().unwrap()) {
+            runs.push(submit(runs.len()));
+        }
+        let victim = random.usize(..workers);
+        at_work[victim].kill().unwrap();
+        at_work[victim].wait().unwrap();
+        let committed = job.committed();
+        let billed = job.billed();
+        for digest in committed {
+            kept.entry(digest.clone()).or_insert(billed[&digest]);
+        }
+        at_work[victim] = start();
+    }
+    at_work.into_iter().for_each(ends_well);
+
+    for run in &runs {
+        job.check(run, ITEMS);
+    }
+    let billed = job.billed();
+    assert_eq!(billed.len(), runs.len() * ITEMS);
+    assert!(kept.len() > 4 * kills, "{} kept", kept.len());
+    for (digest, times) in &kept {
+        assert_eq!(
+            billed[digest], *times,
+            "{digest} was paid for after it was committed"
+        );
+    }
+    let again = job.check_ambiguous();
+    assert!(again <= kills * IN_FLIGHT, "{again} paid again");
+    let said = job.said();
+    assert!(
+        !said.contains("locked") && !said.contains("panicked"),
+        "{said}"
+    );
+    eprintln!(
+        "{workers} workers, {kills} kills, {} runs: {again} calls paid again",
+        runs.len()
+    );
+}
+
+#[test]
+fn killed_on_sqlite() {
+    killed_again_and_again(None, 1, 14);
+    killed_again_and_again(None, 4, 14);
+}
+
+#[test]
+fn killed_on_postgres() {
+    let Some(schemas) = Schemas::find() else {
+        return;
+    };
+    killed_again_and_again(Some(&schemas), 1, 14);
+    killed_again_and_again(Some(&schemas), 4, 14);
+    tokio::runtime::Runtime::new()
+        .unwrap()
+        .block_on(schemas.clear());
+}
+
+/// Stopped for longer than its lease, and then going on as if nothing had happened.
+fn thought_dead(schemas: Option<&Schemas>) {
+    const ITEMS: usize = 60;
+    let job = Job::new(schemas);
+    let run = job.submit("s", ITEMS, "--max-attempts 5");
+    let stale = job.work("--sim-latency 500 --name stale");
+    let until = Instant::now() + PATIENCE;
+    while job.ledger().bills.len() < IN_FLIGHT && Instant::now() < until {
+        sleep(Duration::from_millis(5));
+    }
+    // In the middle of its next calls.
+    sleep(Duration::from_millis(150));
+    signal(stale.id(), "STOP");
+    sleep(Duration::from_millis(1500));
+    let other = job.work("--sim-latency 50 --name other");
+    while !job.is_over(&run) && Instant::now() < until {
+        sleep(Duration::from_millis(50));
+    }
+    let before = job.lines(&format!("results {run}"));
+    let log = job.lines(&format!("log {run}"));
+    signal(stale.id(), "CONT");
+    ends_well(stale);
+    ends_well(other);
+    job.check(&run, ITEMS);
+    // It changed nothing any more.
+    assert_eq!(job.lines(&format!("results {run}")), before);
+    assert_eq!(job.lines(&format!("log {run}")), log);
+    let said = job.said();
+    assert!(said.contains("lease lost"), "{said}");
+    assert!(job.ledger().bills.len() <= ITEMS + IN_FLIGHT);
+    assert_eq!(job.committed().len(), ITEMS);
+}
+
+#[test]
+fn a_stopped_worker_that_goes_on_is_refused() {
+    thought_dead(None);
+    if let Some(schemas) = Schemas::find() {
+        thought_dead(Some(&schemas));
+        tokio::runtime::Runtime::new()
+            .unwrap()
+            .block_on(schemas.clear());
+    }
+}
+
+#[test]
+fn interrupted_it_gives_back_what_it_has_not_done() {
+    let job = Job::new(None);
+    let run = job.submit("i", 200, "--max-attempts 1");
+    let worker = job.work("--sim-latency 150 --lease 60000");
+    let until = Instant::now() + PATIENCE;
+    while job.ledger().bills.len() < 30 && Instant::now() < until {
+        sleep(Duration::from_millis(5));
+    }
+    signal(worker.id(), "INT");
+    ends_well(worker);
+    let paid = job.ledger().bills.len();
+    assert!((30..150).contains(&paid), "{paid}");
+    assert_eq!(job.committed().len(), paid);
+    assert!(job.lines("ambiguous").is_empty());
+    // At once, although the lease was long.
+    ends_well(job.work("--sim-latency 5"));
+    job.check(&run, 200);
+    assert_eq!(job.ledger().bills.len(), 200);
+}
+
+/// A Postgres of our own, because it is killed.
+struct Server {
+    dir: TempDir,
+    port: u16,
+}
+
+impl Server {
+    fn script(&self, word: &str) -> Output {
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/services");
+        let ran = Command::new(script)
+            .arg(word)
+            .env("TMPDIR", self.dir.path())
+            .env("THROUGHLINE_TEST_POSTGRES_PORT", self.port.to_string())
+            .stdin(Stdio::null())
+            .output()
+            .unwrap();
+        assert!(
+            ran.status.success(),
+            "{}",
+            String::from_utf8_lossy(&ran.stderr)
+        );
+        ran
+    }
+
+    fn start() -> Self {
+        use std::os::unix::fs::PermissionsExt as _;
+        let dir = tempfile::tempdir().unwrap();
+        // Postgres does not run as root, and has to get in.
+        std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+        let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = free.local_addr().unwrap().port();
+        drop(free);
+        let server = Self { dir, port };
+        server.script("start");
+        server
+    }
+
+    fn url(&self) -> String {
+        let home = self.dir.path().join("throughline-services");
+        std::fs::read_to_string(home.join("url"))
+            .unwrap()
+            .trim()
+            .to_owned()
+    }
+
+    /// At once, in the middle of whatever it does.
+    fn crash(&self) {
+        let file = self
+            .dir
+            .path()
+            .join("throughline-services/postgres/postmaster.pid");
+        let pid = std::fs::read_to_string(&file).unwrap();
+        signal(pid.lines().next().unwrap().parse().unwrap(), "QUIT");
+        while file.exists() {
+            sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.script("stop");
+    }
+}
+
+#[test]
+fn a_postgres_that_crashes_and_comes_back_costs_nothing() {
+    // Who has none does not get one installed by a test.
+    if Schemas::find().is_none() {
+        return;
+    }
+    const ITEMS: usize = 3000;
+    let server = Server::start();
+    let job = Job {
+        dir: tempfile::tempdir().unwrap(),
+        store: format!("{}#t", server.url()),
+    };
+    let run = job.submit("p", ITEMS, "--max-attempts 5");
+    let workers: Vec<_> = (0..2)
+        .map(|_| job.work("--sim-latency 60 --lease 20000"))
+        .collect();
+    for _ in 0..3 {
+        sleep(Duration::from_millis(500));
+        assert!(!job.is_over(&run), "it is over before the server crashed");
+        server.crash();
+        sleep(Duration::from_millis(700));
+        server.script("start");
+    }
+    workers.into_iter().for_each(ends_well);
+    job.check(&run, ITEMS);
+    assert_eq!(
+        job.ledger().bills.len(),
+        ITEMS,
+        "something was paid for twice"
+    );
+    assert!(job.lines("ambiguous").is_empty());
+}

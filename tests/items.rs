@@ -1,0 +1,334 @@
+//! Lists whose elements come while the rest is still written, and values that grow.
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use futures::StreamExt as _;
+use schemars::JsonSchema;
+use serde::Deserialize;
+use throughline::testing::Scripted;
+use throughline::{
+    Context, Error, ErrorKind, FinishReason, Growing, Items, OnBreak, Pace, Provider as _, Reply,
+    ResponseFormat, Result, Role, Usage,
+};
+use tokio::time::{Instant, sleep};
+
+const SECOND: Duration = Duration::from_secs(1);
+
+#[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
+struct Routine {
+    name: String,
+    #[serde(default)]
+    minutes: u32,
+}
+
+fn routine(name: &str) -> String {
+    format!(r#"{{"name": "{name}", "minutes": 20}}"#)
+}
+
+/// A plan of four routines, written over 4 s: one closes after each second.
+fn plan() -> [String; 4] {
+    [
+        format!(r#"Here: {{"title": "Week", "routines": [{}"#, routine("a")),
+        format!(", {}", routine("b")),
+        format!(",\n{}", routine("c")),
+        format!(", {}]}}", routine("d")),
+    ]
+}
+
+fn names(items: &[Result<Routine>]) -> Vec<&str> {
+    items
+        .iter()
+        .map(|item| item.as_ref().map_or("-", |routine| &*routine.name))
+        .collect()
+}
+
+async fn all(items: Items<Routine>) -> Vec<Result<Routine>> {
+    items.collect().await
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_work_of_an_element_starts_when_its_json_closes() {
+    let mut script = Scripted::new().streamed(4 * SECOND, plan());
+    for _ in 0..12 {
+        script = script.delay(4 * SECOND).reply("an etude");
+    }
+    let cx = Context::builder(script).build();
+    let done = Arc::new(Mutex::new(Vec::new()));
+    let began = Instant::now();
+
+    let plan = cx
+        .generate_items::<Routine>("Plan my week.")
+        .field("routines");
+    let tell = Arc::clone(&done);
+    let settled = cx
+        .fan_out("routine", plan)
+        .settle(move |cx, routine| {
+            let tell = Arc::clone(&tell);
+            async move {
+                let routine = routine?;
+                let etudes = cx
+                    .fan_out("etude", 0..3)
+                    .join_all()
+                    .settle(|cx, n| async move { cx.generate(format!("etude {n}")).await })
+                    .await;
+                tell.lock().unwrap().push((routine.name, began.elapsed()));
+                etudes.all()
+            }
+        })
+        .await;
+
+    // 4 s of plan, and the last routine's etudes behind its end: not 4 + 4 x 4.
+    assert_eq!(began.elapsed(), 8 * SECOND);
+    let etudes: usize = settled.all().unwrap().iter().map(Vec::len).sum();
+    assert_eq!(etudes, 12);
+    let expected = [("a", 5), ("b", 6), ("c", 7), ("d", 8)];
+    let expected = expected.map(|(name, at)| (name.to_owned(), at * SECOND));
+    assert_eq!(*done.lock().unwrap(), expected);
+    assert_eq!(cx.tally().calls, 13);
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_permit_is_enough_for_a_plan_and_its_work() {
+    let mut script = Scripted::new().streamed(4 * SECOND, plan());
+    for _ in 0..4 {
+        script = script.delay(SECOND).reply("done");
+    }
+    let cx = Context::builder(script)
+        .pace(Pace::unlimited().in_flight(1))
+        .build();
+    let began = Instant::now();
+    let plan = cx
+        .generate_items::<Routine>("Plan my week.")
+        .field("routines");
+    // One item at a time: nobody polls the plan while the first item waits for the permit.
+    let settled = cx
+        .fan_out("routine", plan)
+        .sequential()
+        .settle(|cx, routine| async move { cx.generate(routine?.name).await })
+        .await;
+    assert_eq!(settled.all().unwrap().len(), 4);
+    assert_eq!(began.elapsed(), 8 * SECOND);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_element_that_does_not_fit_is_one_failure() {
+    let list = format!(
+        r#"[{}, {{"name": 7}}, {{"name": NaN}}, {}, ]"#,
+        routine("a"),
+        routine("d")
+    );
+    let cx = Context::builder(Scripted::new().reply(list)).build();
+    let items = all(cx.generate_items("list")).await;
+    assert_eq!(names(&items), ["a", "-", "-", "d"]);
+    let error = items[1].as_ref().unwrap_err();
+    assert!(error.is_invalid_output() && error.billed() == Some(true));
+    let message = error.message();
+    assert!(
+        message.starts_with("element 2: at `name`: invalid type: integer `7`"),
+        "{message}"
+    );
+    let error = items[2].as_ref().unwrap_err().to_string();
+    assert!(error.contains("`NaN` is not JSON"), "{error}");
+    assert_eq!(cx.tally().reasked, 0);
+}
+
+fn cut() -> Error {
+    Error::new(ErrorKind::Connection, "reset")
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_has_come_before_a_break_stands() {
+    let script = || Scripted::new().broken(3 * SECOND, &plan()[..3], cut());
+    let cx = Context::builder(script()).build();
+    let items = all(cx.generate_items("list")).await;
+    assert_eq!(names(&items), ["a", "b", "c", "-"]);
+    let error = items[3].as_ref().unwrap_err();
+    assert!(error.kind() == ErrorKind::Connection && error.is_exhausted());
+
+    // Behind the list there is nothing to lose.
+    let script = Scripted::new().broken(4 * SECOND, plan(), cut());
+    let cx = Context::builder(script).build();
+    let items = all(cx.generate_items("list")).await;
+    assert_eq!(names(&items), ["a", "b", "c", "d"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_rest_is_asked_for_where_the_policy_says_so() {
+    let rest = || OnBreak::AskForRest { times: 1 };
+    let script = Scripted::new()
+        .broken(2 * SECOND, &plan()[..2], cut())
+        .reply(format!("[{}, {}]", routine("c"), routine("d")));
+    let cx = Context::builder(script.clone()).build();
+    let items = all(cx.generate_items("list").on_break(rest())).await;
+    assert_eq!(names(&items), ["a", "b", "c", "d"]);
+    assert_eq!((cx.tally().reasked, cx.tally().retries), (1, 0));
+    let asked = &script.requests()[1].messages;
+    let [.., so_far, more] = &asked[..] else {
+        panic!("{asked:?}");
+    };
+    assert_eq!(so_far.role, Role::Assistant);
+    assert_eq!(
+        so_far.content,
+        format!("[{},{}]", routine("a"), routine("b"))
+    );
+    assert!(more.content.contains("elements that are missing"));
+
+    // Once is once.
+    let script = Scripted::new()
+        .broken(SECOND, &plan()[..1], cut())
+        .broken(SECOND, [format!("[{}", routine("b"))], cut())
+        .reply("[]");
+    let cx = Context::builder(script).build();
+    let items = all(cx.generate_items("list").on_break(rest())).await;
+    assert_eq!(names(&items), ["a", "b", "-"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_list_that_reached_its_limit_on_tokens_says_so() {
+    let mut reply = Reply::new(plan()[..2].concat(), Usage::new(5, 64));
+    reply.finish = FinishReason::Length;
+    let cx = Context::builder(Scripted::new().exact_reply(reply)).build();
+    let items = all(cx.generate_items("list")).await;
+    assert_eq!(names(&items), ["a", "b", "-"]);
+    let error = items[2].as_ref().unwrap_err();
+    assert!(error.is_truncated(), "{error}");
+    assert!(error.to_string().contains("behind 2 elements"), "{error}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_holds_no_list_is_one_failure() {
+    for (reply, field, message) in [
+        ("I cannot.", None, "does not hold an array"),
+        (
+            r#"{"routines": 3}"#,
+            Some("routines"),
+            "holds something else",
+        ),
+        (
+            r#"{"plan": [1]}"#,
+            Some("routines"),
+            "in a field `routines`",
+        ),
+        (r#"[{"name": "a"]"#, None, "a `]` that closes nothing"),
+    ] {
+        let cx = Context::builder(Scripted::new().reply(reply)).build();
+        let mut items = cx.generate_items("list");
+        if let Some(field) = field {
+            items = items.field(field);
+        }
+        let items = all(items).await;
+        assert_eq!(items.len(), 1, "{items:?}");
+        let error = items[0].as_ref().unwrap_err();
+        assert!(error.is_invalid_output());
+        assert!(error.to_string().contains(message), "{error}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_schema_is_that_of_a_list_in_its_field() {
+    let script = Scripted::new()
+        .reply(r#"{"routines": []}"#)
+        .enforces_schema();
+    assert!(script.capabilities().json_schema);
+    let cx = Context::builder(script.clone()).build();
+    assert!(
+        all(cx.generate_items("a").field("routines"))
+            .await
+            .is_empty()
+    );
+    let ResponseFormat::JsonSchema { schema, .. } = &script.requests()[0].response_format else {
+        panic!("not enforced");
+    };
+    let items = &schema["properties"]["routines"]["items"]["$ref"];
+    assert_eq!(items, "#/$defs/Routine");
+    assert_eq!(
+        schema["$defs"]["Routine"]["required"],
+        serde_json::json!(["minutes", "name"])
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn dropping_a_list_ends_its_call() {
+    let script = Scripted::new().streamed(4 * SECOND, plan());
+    let cx = Context::builder(script)
+        .pace(Pace::unlimited().in_flight(1))
+        .build();
+    let mut items = cx.generate_items::<Routine>("list");
+    items.next().await.unwrap().unwrap();
+    drop(items);
+    tokio::task::yield_now().await;
+    assert_eq!(cx.lane().snapshot().in_flight, 0);
+    assert_eq!(cx.tally().ambiguous, 1);
+}
+
+#[derive(Debug, Default, PartialEq, Deserialize, JsonSchema)]
+#[serde(default)]
+struct Story {
+    title: Option<String>,
+    lines: Vec<String>,
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_value_is_shown_while_it_grows() {
+    let pieces = [
+        "```json\n{\"title\": \"Two",
+        " rivers\", \"li",
+        "nes\": [\"Once\", \"up",
+        "on\"]}\n```",
+    ];
+    let cx = Context::builder(Scripted::new().streamed(4 * SECOND, pieces)).build();
+    let mut drafts = cx.generate_drafts::<Story>("A story.");
+    let began = Instant::now();
+    let mut seen = Vec::new();
+    while let Some(draft) = drafts.next().await {
+        let draft = draft.unwrap();
+        let whole = draft.is_whole();
+        let story = draft.into_inner();
+        let title = story.title.unwrap_or_default();
+        seen.push((
+            began.elapsed().as_secs(),
+            title,
+            story.lines.join("/"),
+            whole,
+        ));
+    }
+    let expected = [
+        (1, "Two", "", false),
+        (2, "Two rivers", "", false),
+        (3, "Two rivers", "Once/up", false),
+        (4, "Two rivers", "Once/upon", true),
+    ];
+    let expected =
+        expected.map(|(at, title, lines, whole)| (at, title.into(), lines.into(), whole));
+    assert_eq!(seen, expected);
+}
+
+#[tokio::test(start_paused = true)]
+async fn drafts_that_nobody_took_become_one() {
+    let pieces: Vec<String> = [r#"{"lines": ["#.to_owned()]
+        .into_iter()
+        .chain((0..99).map(|n| format!(r#""{n}","#)))
+        .chain([r#""end"]}"#.to_owned()])
+        .collect();
+    let cx = Context::builder(Scripted::new().streamed(SECOND, pieces)).build();
+    let mut drafts = cx.generate_drafts::<Story>("A story.");
+    assert!(futures::poll!(drafts.next()).is_pending());
+    sleep(2 * SECOND).await;
+    let last = drafts.next().await.unwrap().unwrap();
+    assert!(matches!(last, Growing::Whole(story) if story.lines.len() == 100));
+    assert!(drafts.next().await.is_none());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_value_that_does_not_fit_in_the_end_is_an_error() {
+    let cx = Context::builder(Scripted::new().streamed(SECOND, [r#"{"title": "#, "7}"])).build();
+    let drafts: Vec<_> = cx.generate_drafts::<Story>("A story.").collect().await;
+    assert_eq!(drafts.len(), 2);
+    assert_eq!(
+        drafts[0].as_ref().unwrap(),
+        &Growing::Partial(Story::default())
+    );
+    let error = drafts[1].as_ref().unwrap_err();
+    assert!(error.is_invalid_output(), "{error}");
+}

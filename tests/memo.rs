@@ -1,0 +1,340 @@
+//! What is remembered of the calls of a context, and how it gets into the store.
+
+#[path = "support/counted.rs"]
+mod counted;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use throughline::store::{Commit, MemoKey, Memory, NewItem, NewRun, Note, Store as _};
+use throughline::{Context, Error, ErrorKind, Journal, Request, Result, Sim, Usage};
+use throughline::{Event, Provider, Reply, async_trait};
+
+use self::counted::Counted;
+
+/// Answers each call with another number.
+#[derive(Clone, Default)]
+struct Numbered {
+    calls: Arc<AtomicU64>,
+    latency: Duration,
+    fails: bool,
+}
+
+impl Numbered {
+    fn calls(&self) -> u64 {
+        self.calls.load(Ordering::Relaxed)
+    }
+}
+
+#[async_trait]
+impl Provider for Numbered {
+    fn name(&self) -> &str {
+        "numbered"
+    }
+
+    async fn generate(&self, _request: &Request) -> Result<Reply> {
+        let n = self.calls.fetch_add(1, Ordering::Relaxed);
+        tokio::time::sleep(self.latency).await;
+        if self.fails {
+            return Err(Error::new(ErrorKind::InvalidRequest, "no"));
+        }
+        let mut reply = Reply::new(n.to_string(), Usage::new(3, 4));
+        reply.raw = Some(format!("{{\"n\":{n}}}").into());
+        reply.request_id = Some(format!("req-{n}"));
+        reply.model = "m-1".to_owned();
+        Ok(reply)
+    }
+}
+
+fn over<S: throughline::store::Store>(provider: &Numbered, store: &Arc<S>) -> Context {
+    Context::builder(provider.clone())
+        .store(Arc::clone(store))
+        .build()
+}
+
+async fn texts(cx: &Context, inputs: &[&'static str], prompt: fn(&str) -> String) -> Vec<String> {
+    let asked = cx
+        .fan_out("item", inputs.to_vec())
+        .key(|input| input.to_string())
+        .settle(|cx, input| async move { Ok(cx.generate(prompt(input)).await?.text) })
+        .await;
+    let texts = asked.all().unwrap();
+    cx.flush().await.unwrap();
+    texts
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_replay_is_the_reply_and_is_not_paid_for() {
+    let (provider, store) = (Numbered::default(), Arc::new(Memory::new()));
+    let first = over(&provider, &store);
+    let paid = first.generate("a").await.unwrap();
+    assert_eq!((first.tally().calls, first.tally().replayed), (1, 0));
+    first.flush().await.unwrap();
+
+    let second = over(&provider, &store);
+    let replayed = second.generate("a").await.unwrap();
+    assert_eq!(replayed, paid);
+    assert_eq!(provider.calls(), 1);
+    let tally = second.tally();
+    assert_eq!((tally.calls, tally.attempts, tally.replayed), (0, 0, 1));
+    assert_eq!(tally.usage, Usage::default());
+}
+
+#[tokio::test(start_paused = true)]
+async fn items_with_one_prompt_get_an_answer_each_and_keep_it() {
+    let (provider, store) = (Numbered::default(), Arc::new(Memory::new()));
+    let same: fn(&str) -> String = |_| "the same for all".to_owned();
+    let first = texts(&over(&provider, &store), &["a", "b"], same).await;
+    assert_ne!(first[0], first[1]);
+    // In another order, and with one that is new in front.
+    let second = texts(&over(&provider, &store), &["new", "b", "a"], same).await;
+    assert_eq!((&second[1], &second[2]), (&first[1], &first[0]));
+    assert_eq!(provider.calls(), 3);
+    // Another prompt is another question.
+    texts(&over(&provider, &store), &["a", "b"], |input| {
+        format!("of {input}")
+    })
+    .await;
+    assert_eq!(provider.calls(), 5);
+}
+
+#[tokio::test(start_paused = true)]
+async fn n_samples_stay_n_and_a_label_is_another_place() {
+    let (provider, store) = (Numbered::default(), Arc::new(Memory::new()));
+    let ask = async || {
+        let cx = over(&provider, &store);
+        let mut texts = Vec::new();
+        for _ in 0..3 {
+            texts.push(cx.generate("a").await.unwrap().text);
+        }
+        texts.push(cx.child("review").generate("a").await.unwrap().text);
+        // Bounds are no place.
+        let patient = cx.with_timeout(Duration::from_secs(60));
+        texts.push(patient.generate("a").await.unwrap().text);
+        cx.flush().await.unwrap();
+        texts
+    };
+    assert_eq!(ask().await, ["0", "1", "2", "3", "4"]);
+    assert_eq!(ask().await, ["0", "1", "2", "3", "4"]);
+    assert_eq!(provider.calls(), 5);
+}
+
+#[tokio::test(start_paused = true)]
+async fn siblings_without_keys_below_an_item_do_not_depend_on_their_index() {
+    let (provider, store) = (Numbered::default(), Arc::new(Memory::new()));
+    let ask = async |topics: &'static [&'static str]| {
+        let cx = over(&provider, &store);
+        let outer = cx.fan_out("plan", ["p"]).key(|plan| plan.to_string());
+        let settled = outer.settle(|cx, _| async move {
+            let inner = cx.fan_out("topic", topics.to_vec());
+            let inner = inner.settle(|cx, topic| async move { Ok(cx.generate(topic).await?.text) });
+            inner.await.all()
+        });
+        let texts = settled.await.all().unwrap().remove(0);
+        cx.flush().await.unwrap();
+        texts
+    };
+    let first = ask(&["x", "y"]).await;
+    let second = ask(&["w", "x", "y"]).await;
+    assert_eq!(second[1..], first[..]);
+    assert_eq!(provider.calls(), 3);
+}
+
+#[tokio::test(start_paused = true)]
+async fn fresh_asks_anew_and_does_not_disturb_what_was() {
+    let (provider, store) = (Numbered::default(), Arc::new(Memory::new()));
+    let same: fn(&str) -> String = |_| "a".to_owned();
+    let first = texts(&over(&provider, &store), &["a", "b"], same).await;
+    texts(&over(&provider, &store).fresh(), &["a", "b"], same).await;
+    assert_eq!(provider.calls(), 4);
+    assert_eq!(
+        texts(&over(&provider, &store), &["a", "b"], same).await,
+        first
+    );
+    assert_eq!(provider.calls(), 4);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_shared_answer_is_one_call_also_in_flight() {
+    let provider = Numbered {
+        latency: Duration::from_secs(3),
+        ..Numbered::default()
+    };
+    let store = Arc::new(Memory::new());
+    let cx = over(&provider, &store);
+    let ask =
+        |cx: Context, _n| async move { Ok(cx.generate(Request::new("a").shared()).await?.text) };
+    let answers = cx.fan_out("item", 0..50).settle(ask).await;
+    assert_eq!(answers.tally().replayed, 49);
+    assert_eq!(answers.all().unwrap(), vec!["0"; 50]);
+    assert_eq!(
+        cx.generate(Request::new("a").sample(1)).await.unwrap().text,
+        "1"
+    );
+    cx.flush().await.unwrap();
+    let later = over(&provider, &store)
+        .generate(Request::new("a").shared())
+        .await;
+    assert_eq!(later.unwrap().text, "0");
+    assert_eq!(provider.calls(), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_pays_for_others_may_be_dropped_or_fail() {
+    let provider = Numbered {
+        latency: Duration::from_secs(3),
+        ..Numbered::default()
+    };
+    let store = Arc::new(Memory::new());
+    let cx = over(&provider, &store);
+    let ask = || cx.generate(Request::new("a").shared());
+    let (cut, answer) = tokio::join!(tokio::time::timeout(Duration::from_secs(1), ask()), ask());
+    assert!(cut.is_err());
+    assert_eq!(answer.unwrap().text, "1");
+
+    let failing = Numbered {
+        fails: true,
+        ..provider.clone()
+    };
+    let before = failing.calls();
+    let cx = over(&failing, &store);
+    let ask = |cx: Context, _n| async move { cx.generate(Request::new("b").shared()).await };
+    let settled = cx.fan_out("item", 0..5).settle(ask).await;
+    assert_eq!(settled.failures().count(), 5);
+    assert_eq!(failing.calls() - before, 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn many_calls_are_few_round_trips() {
+    let store = Arc::new(Counted::default());
+    let provider = Sim::builder().latency(Duration::from_secs(1)).build();
+    let cx = Context::builder(provider).store(Arc::clone(&store)).build();
+    let calls = cx.fan_out("item", 0..1024).buffer_unordered(1024);
+    let settled = calls
+        .settle(|cx, n| async move { cx.generate(format!("{n}")).await })
+        .await;
+    assert_eq!(settled.oks().count(), 1024);
+    cx.flush().await.unwrap();
+    assert_eq!(store.calls("commit"), 4);
+    assert_eq!(store.largest_commit.load(Ordering::Relaxed), 256);
+    assert!(
+        store.calls("generations") <= 8,
+        "{}",
+        store.calls("generations")
+    );
+    assert_eq!(cx.journal().unwrap().stats().written, 1024);
+}
+
+fn note(run: throughline::store::RunId, data: impl Into<String>) -> Commit {
+    Commit::new().notes([Note {
+        run,
+        kind: "k".to_owned(),
+        data: data.into(),
+    }])
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_failing_store_is_said_and_loses_nothing() {
+    let store = Arc::new(Counted::default());
+    let run = store
+        .create_run(NewRun::new("", "p").items([NewItem::new("a", "1")]))
+        .await
+        .unwrap()
+        .run;
+    let said = Arc::new(AtomicU64::new(0));
+    let count = Arc::clone(&said);
+    let cx = Context::builder(Numbered::default())
+        .store(Arc::clone(&store))
+        .on_event(move |event| {
+            if let Event::StoreFailed { waiting, .. } = event {
+                assert_eq!(*waiting, 3);
+                count.fetch_add(1, Ordering::Relaxed);
+            }
+        })
+        .build();
+    let journal = cx.journal().unwrap();
+    store.set_down(true);
+    for n in 0..3 {
+        journal.write(note(run, n.to_string()));
+    }
+    let error = journal.flush().await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Store);
+    assert_eq!(journal.stats().waiting, 3);
+    store.set_down(false);
+    // The failure may be met once more; then it is through.
+    journal.flush().await.unwrap();
+    let stats = journal.stats();
+    assert!(
+        stats.failures >= 1 && stats.waiting == 0 && stats.given_up == 0,
+        "{stats:?}"
+    );
+    assert_eq!(said.load(Ordering::Relaxed), stats.failures);
+    let log = store.log(run, 1, 10).await.unwrap();
+    assert_eq!(
+        log.iter().map(|entry| &*entry.data).collect::<Vec<_>>(),
+        ["0", "1", "2"]
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_no_store_can_keep_is_given_up_alone() {
+    let store = Arc::new(Memory::new());
+    let run = store
+        .create_run(NewRun::new("", "p").items([NewItem::new("a", "1")]))
+        .await
+        .unwrap()
+        .run;
+    let journal = Journal::new(store.clone());
+    for data in ["0", "1", "a NUL: \0", "3", "4"] {
+        journal.write(note(run, data));
+    }
+    let error = journal.flush().await.unwrap_err();
+    assert!(error.message().contains("NUL"), "{error}");
+    let log = store.log(run, 1, 10).await.unwrap();
+    assert_eq!(
+        log.iter().map(|entry| &*entry.data).collect::<Vec<_>>(),
+        ["0", "1", "3", "4"]
+    );
+    assert_eq!((journal.stats().given_up, journal.stats().written), (1, 4));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_journal_that_is_dropped_writes_what_it_has() {
+    let (provider, store) = (Numbered::default(), Arc::new(Memory::new()));
+    over(&provider, &store).generate("a").await.unwrap();
+    // No flush: the context is gone.
+    tokio::time::sleep(Duration::from_millis(1)).await;
+    over(&provider, &store).generate("a").await.unwrap();
+    assert_eq!(provider.calls(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn too_many_unwritten_results_hold_up_new_calls() {
+    let store = Arc::new(Counted::default());
+    store.stuck.store(true, Ordering::Relaxed);
+    let provider = Numbered::default();
+    let cx = over(&provider, &store);
+    let calls = cx.fan_out("item", 0..20_000).buffer_unordered(64);
+    let work = calls.settle(|cx, n| async move { cx.generate(format!("{n}")).await });
+    assert!(
+        tokio::time::timeout(Duration::from_secs(5), work)
+            .await
+            .is_err()
+    );
+    let calls = provider.calls();
+    assert!((4096..4096 + 128).contains(&calls), "{calls}");
+}
+
+#[tokio::test]
+async fn a_lookup_finds_what_is_not_written_yet() {
+    let store = Arc::new(Counted::default());
+    store.stuck.store(true, Ordering::Relaxed);
+    let provider = Numbered::default();
+    let cx = over(&provider, &store);
+    let first = cx.generate(Request::new("a").shared()).await.unwrap();
+    let second = cx.generate(Request::new("a").shared()).await.unwrap();
+    assert_eq!((first, provider.calls()), (second, 1));
+    let nobody = MemoKey::new([0; 32]);
+    assert!(store.generations("", &[nobody]).await.unwrap().is_empty());
+}

@@ -1,0 +1,486 @@
+//! Replies as values: what is accepted, what is refused and with which words, and what is asked again.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
+
+use futures::StreamExt as _;
+use schemars::JsonSchema;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use throughline::testing::Scripted;
+use throughline::{
+    Context, Error, ErrorKind, Event, FinishReason, OnLength, Reply, Request, ResponseFormat,
+    Result, Role, Usage,
+};
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+struct River {
+    name: String,
+    length_km: u32,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    cities: Vec<City>,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+struct City {
+    name: String,
+    people: f64,
+}
+
+fn po() -> River {
+    River {
+        name: "Po".into(),
+        length_km: 652,
+        cities: Vec::new(),
+    }
+}
+
+const PO: &str = r#"{"name": "Po", "length_km": 652}"#;
+
+/// One reply, no second chance.
+async fn once<T>(reply: &str) -> Result<T>
+where
+    T: DeserializeOwned + JsonSchema + Send + 'static,
+{
+    let cx = Context::builder(Scripted::new().reply(reply)).build();
+    cx.generate_as::<T>("Describe a river.").attempts(1).await
+}
+
+#[tokio::test]
+async fn malformed_replies_have_their_outcomes() {
+    let ok = "";
+    let fence = format!("```json\n{PO}\n```");
+    let bare_fence = format!("```{PO}```");
+    let prose = format!("Sure! Here is your river:\n\n{PO}\n\nAnything else?");
+    let both = format!("See [1] for {{details}}:\n```json\n{PO}\n```\nNote that {{}} is empty.");
+    let bom = format!("\u{feff}  {PO}\r\n");
+    let quoted = serde_json::to_string(PO).unwrap();
+    let fenced_quoted = serde_json::to_string(&fence).unwrap();
+    let wrapped = format!(r#"{{"river": {PO}}}"#);
+    let thought = format!("[{{\"step\": 1}}]\nAnd so: {PO}");
+    let two = format!("{PO}\n{PO}");
+    let second = format!("{PO} or else {{\"name\": \"Rhine\", \"length_km\": 1233}}");
+    let array = format!("[{PO}]");
+    let deep = format!("{}{}", "[".repeat(300), "]".repeat(300));
+    let fixtures: &[(&str, &str, &str)] = &[
+        // what it is, the reply, a part of the error (none: it is accepted)
+        ("plain", PO, ok),
+        ("code fence", &fence, ok),
+        ("fence without a language or line breaks", &bare_fence, ok),
+        ("prose around it", &prose, ok),
+        ("prose with brackets, and a fence", &both, ok),
+        ("byte order mark and spaces", &bom, ok),
+        ("JSON within a JSON string", &quoted, ok),
+        ("a fence within a JSON string", &fenced_quoted, ok),
+        ("another value before it that does not fit", &thought, ok),
+        (
+            "an unknown field",
+            r#"{"name": "Po", "length_km": 652, "x": 1}"#,
+            ok,
+        ),
+        ("empty", " \n", "the reply is empty"),
+        ("no JSON", "The Po.", "holds no JSON: \"The Po.\""),
+        (
+            "cut in a string",
+            r#"{"name": "P"#,
+            "ends in the middle, at line 1 column 11",
+        ),
+        (
+            "cut between fields",
+            r#"{"name": "Po", "#,
+            "ends in the middle",
+        ),
+        (
+            "cut, with a whole part",
+            r#"{"length_km": 1, "cities": [{"name": "Turin", "people": 1}, "#,
+            "ends in the middle",
+        ),
+        (
+            "wrong type",
+            r#"{"name": "Po", "length_km": "652"}"#,
+            "at `length_km`: invalid type: string \"652\", expected u32",
+        ),
+        (
+            "wrong type below",
+            r#"{"name": "Po", "length_km": 652, "cities": [{"name": "Turin", "people": "many"}]}"#,
+            "at `cities[0].people`: invalid type: string \"many\", expected f64",
+        ),
+        (
+            "out of range",
+            r#"{"name": "Po", "length_km": -652}"#,
+            "at `length_km`: invalid value: integer `-652`",
+        ),
+        (
+            "null for a value",
+            r#"{"name": null, "length_km": 652}"#,
+            "at `name`: invalid type: null",
+        ),
+        (
+            "missing field",
+            r#"{"name": "Po"}"#,
+            "missing field `length_km`",
+        ),
+        ("in an object too many", &wrapped, "missing field `name`"),
+        (
+            "in an array",
+            &array,
+            "invalid type: map, expected a string",
+        ),
+        (
+            "duplicate keys",
+            r#"{"name": "Po", "length_km": 652, "name": "Rhine"}"#,
+            "duplicate field `name`",
+        ),
+        ("two objects", &two, "holds 2 JSON values that fit"),
+        (
+            "two objects with prose",
+            &second,
+            "holds 2 JSON values that fit",
+        ),
+        (
+            "trailing comma",
+            r#"{"name": "Po", "length_km": 652,}"#,
+            "not JSON: a trailing comma, at line 1 column 33",
+        ),
+        (
+            "NaN",
+            r#"{"name": "Po", "length_km": NaN}"#,
+            "`NaN` is not JSON: write a number or null",
+        ),
+        (
+            "-Infinity",
+            r#"{"name": "Po", "length_km": -Infinity}"#,
+            "`Infinity` is not JSON",
+        ),
+        (
+            "Python",
+            r#"{"name": None, "length_km": 652}"#,
+            "`None` is Python",
+        ),
+        (
+            "single quotes",
+            "{'name': 'Po', 'length_km': 652}",
+            "a single quote where JSON has double quotes",
+        ),
+        (
+            "keys without quotes",
+            r#"{name: "Po", length_km: 652}"#,
+            "a key without quotes",
+        ),
+        (
+            "a comment",
+            "{\"name\": \"Po\", // the Po\n\"length_km\": 652}",
+            "a comment, which JSON does not have",
+        ),
+        (
+            "an ellipsis",
+            r#"{"name": "Po", "cities": [...]}"#,
+            "an ellipsis in the place of values",
+        ),
+        (
+            "a line break in a string",
+            "{\"name\": \"P\no\", \"length_km\": 652}",
+            "within a string: write it as an escape",
+        ),
+        (
+            "quotes that are not escaped",
+            r#"{"name": "the "Po"", "length_km": 652}"#,
+            "expected `,` or `}`, at line 1 column 16",
+        ),
+        (
+            "brackets that do not match",
+            r#"{"name": "Po", "cities": [}"#,
+            "not JSON",
+        ),
+        ("too deep", &deep, "at `[0]`: invalid type: sequence"),
+    ];
+    assert!(fixtures.len() >= 20);
+    let mut wrong = Vec::new();
+    for (what, reply, expected) in fixtures {
+        match (once::<River>(reply).await, *expected) {
+            (Ok(river), "") if river == po() => {}
+            (Err(error), expected)
+                if !expected.is_empty()
+                    && error.is_invalid_output()
+                    && error.message().contains(expected) => {}
+            (result, _) => wrong.push(format!("{what}: {result:?}")),
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[tokio::test]
+async fn what_is_no_object_may_come_wrapped_or_bare() {
+    for reply in [
+        "[1, 2]",
+        r#"{"value": [1, 2]}"#,
+        "```\n[1,2]\n```",
+        "So: {\"value\": [1,2]}.",
+    ] {
+        assert_eq!(once::<Vec<u8>>(reply).await.unwrap(), [1, 2], "{reply}");
+    }
+    assert_eq!(once::<u32>("42").await.unwrap(), 42);
+    assert_eq!(once::<String>("\"a\"").await.unwrap(), "a");
+    let error = once::<Vec<u8>>(r#"{"value": [1, 300]}"#).await.unwrap_err();
+    assert!(
+        error.message().starts_with("at `value[1]`: invalid value"),
+        "{error}"
+    );
+}
+
+#[tokio::test]
+async fn an_unusable_reply_is_quoted_with_what_is_wrong() {
+    let script = Scripted::new()
+        .reply("The Po, of course.")
+        .reply(r#"{"name": "Po"}"#)
+        .reply(PO);
+    let told = Arc::new(Mutex::new(Vec::new()));
+    let tell = Arc::clone(&told);
+    let cx = Context::builder(script.clone())
+        .on_event(move |event| {
+            if let Event::ReplyRejected { ask, error, .. } = event {
+                tell.lock()
+                    .unwrap()
+                    .push((*ask, error.message().to_owned()));
+            }
+        })
+        .build();
+    let item = cx.child("river");
+    let generated = item
+        .generate_as::<River>("Which?")
+        .detailed()
+        .await
+        .unwrap();
+    assert_eq!(generated.value, po());
+    assert_eq!(generated.reply.text, PO);
+    let problems: Vec<&str> = generated.rejected.iter().map(|r| &*r.problem).collect();
+    assert_eq!(problems[1], "missing field `length_km` at line 1 column 14");
+    assert_eq!(generated.rejected[0].text, "The Po, of course.");
+    let told = told.lock().unwrap();
+    assert_eq!(
+        *told,
+        [(1, problems[0].to_owned()), (2, problems[1].to_owned())]
+    );
+    let tally = item.tally();
+    assert_eq!((tally.calls, tally.attempts), (3, 3));
+    assert_eq!((tally.reasked, tally.retries), (2, 0));
+
+    let requests = script.requests();
+    let (first, last) = (&requests[0], &requests[2]);
+    assert_eq!(first.messages.len(), 2, "the schema and the question");
+    assert!(first.messages[0].content.contains("\"length_km\""));
+    // The question, the last reply and its error; not the one before.
+    assert_eq!(last.messages[..2], first.messages[..]);
+    assert_eq!(last.messages[2].role, Role::Assistant);
+    assert_eq!(last.messages[2].content, r#"{"name": "Po"}"#);
+    assert!(last.last_text().contains("missing field `length_km`"));
+    assert_eq!(last.messages.len(), 4);
+}
+
+#[tokio::test]
+async fn a_validator_takes_part_and_asking_ends() {
+    let script = Scripted::new().reply(PO).reply(PO).reply(PO).reply(PO);
+    let cx = Context::builder(script.clone()).build();
+    let asked = cx
+        .generate_as::<River>("Which?")
+        .validate(|river| Err(format!("the {} is too short", river.name)));
+    let error = asked.await.unwrap_err();
+    assert!(error.is_invalid_output() && error.is_exhausted());
+    assert_eq!((error.attempts(), error.billed()), (3, Some(true)));
+    assert_eq!(error.message(), "the Po is too short");
+    assert_eq!(script.lines_left(), 1);
+    assert!(
+        script.requests()[1]
+            .last_text()
+            .contains("the Po is too short")
+    );
+    assert_eq!(cx.tally().reasked, 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn calls_that_fail_are_retried_by_the_guard_and_not_counted_as_asks() {
+    let script = Scripted::new()
+        .error(Error::new(ErrorKind::Unavailable, "first"))
+        .reply("no")
+        .error(Error::new(ErrorKind::Unavailable, "again"))
+        .reply(PO);
+    let cx = Context::builder(script).build();
+    let asked = cx.generate_as::<River>("Which?").attempts(2);
+    assert_eq!(asked.await.unwrap(), po());
+    let tally = cx.tally();
+    assert_eq!((tally.reasked, tally.retries, tally.attempts), (1, 2, 4));
+
+    let refused = Error::new(ErrorKind::Unauthorized, "no");
+    let cx = Context::builder(Scripted::new().error(refused)).build();
+    let error = cx.generate_as::<River>("Which?").await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unauthorized);
+    assert_eq!(cx.tally().reasked, 0);
+}
+
+fn cut(text: &str) -> Reply {
+    let mut reply = Reply::new(text, Usage::new(9, 16));
+    reply.finish = FinishReason::Length;
+    reply
+}
+
+#[tokio::test]
+async fn a_reply_at_its_limit_is_never_asked_again_unless_the_policy_says_so() {
+    // Even one that happens to be JSON: 12 may be the beginning of 1200.
+    for text in ["12", r#"{"value": 12}"#, r#"{"val"#] {
+        let script = Scripted::new().exact_reply(cut(text)).reply("12");
+        let cx = Context::builder(script.clone()).build();
+        let error = cx.generate_as::<u32>("How long?").await.unwrap_err();
+        assert!(error.is_truncated() && error.is_permanent());
+        assert_eq!(error.message(), "the reply reached its limit at 16 tokens");
+        assert_eq!((script.lines_left(), cx.tally().reasked), (1, 0));
+    }
+
+    let raise = OnLength::RaiseTo(2_000);
+    let script = Scripted::new()
+        .exact_reply(cut("1"))
+        .reply("x")
+        .reply("1200");
+    let cx = Context::builder(script.clone()).build();
+    let request = Request::new("How long?").max_tokens(16);
+    let asked = cx.generate_as::<u32>(request).on_length(raise);
+    assert_eq!(asked.await.unwrap(), 1200);
+    let limits: Vec<_> = script.requests().iter().map(|r| r.max_tokens).collect();
+    assert_eq!(limits, [Some(16), Some(2_000), Some(2_000)]);
+    assert_eq!(cx.tally().reasked, 2);
+
+    let script = Scripted::new()
+        .exact_reply(cut("1"))
+        .exact_reply(cut("12"))
+        .reply("1");
+    let cx = Context::builder(script.clone()).build();
+    let error = cx
+        .generate_as::<u32>("How long?")
+        .on_length(raise)
+        .await
+        .unwrap_err();
+    assert!(error.is_truncated());
+    assert_eq!(script.lines_left(), 1, "once is once");
+}
+
+#[tokio::test]
+async fn a_refusal_by_the_model_is_not_argued_with() {
+    let mut refusal = Reply::new("I cannot help with rivers.", Usage::new(9, 7));
+    refusal.finish = FinishReason::ContentFilter;
+    let script = Scripted::new().exact_reply(refusal).reply(PO);
+    let cx = Context::builder(script.clone()).build();
+    let error = cx.generate_as::<River>("Which?").await.unwrap_err();
+    assert!(error.is_invalid_output() && error.message().contains("I cannot help"));
+    assert_eq!(script.lines_left(), 1);
+}
+
+#[tokio::test]
+async fn the_schema_is_enforced_where_it_can_be() {
+    let script = || Scripted::new().reply(PO).enforces_schema();
+    let native = script();
+    let cx = Context::builder(native.clone()).build();
+    assert_eq!(cx.generate_as::<River>("Which?").await.unwrap(), po());
+    let request = &native.requests()[0];
+    let ResponseFormat::JsonSchema { name, schema } = &request.response_format else {
+        panic!("{request:?}");
+    };
+    assert_eq!((&**name, request.messages.len()), ("River", 1));
+    // Fields with defaults are asked for too: strict modes know no optional ones.
+    let required = serde_json::json!(["cities", "length_km", "name"]);
+    assert_eq!(schema["required"], required);
+
+    let open = Scripted::new().reply(r#"{"a": 1}"#).enforces_schema();
+    let cx = Context::builder(open.clone()).build();
+    let map = cx.generate_as::<HashMap<String, u8>>("Any.").await.unwrap();
+    assert_eq!(map["a"], 1);
+    assert_eq!(open.requests()[0].response_format, ResponseFormat::Json);
+    assert_eq!(open.requests()[0].messages.len(), 2);
+}
+
+#[tokio::test]
+async fn a_long_reply_is_quoted_in_part() {
+    let long = "ö".repeat(100_000);
+    let script = Scripted::new().reply(&*long).reply(PO);
+    let cx = Context::builder(script.clone()).build();
+    cx.generate_as::<River>("Which?").await.unwrap();
+    let quoted = &script.requests()[1].messages[2].content;
+    assert!(quoted.len() < 17_000 && quoted.contains("bytes left out"));
+}
+
+#[test]
+fn futures_and_streams_can_be_sent() {
+    fn send<T: Send + 'static>(_: T) {}
+    let cx = Context::builder(Scripted::new()).build();
+    send(cx.generate_as::<River>("a").into_future());
+    send(cx.generate_as::<River>("a").detailed());
+    send(cx.generate_items::<River>("a"));
+    send(cx.generate_drafts::<River>("a"));
+    send(cx.stream("a"));
+}
+
+/// A reply is in the store before anybody parses it: what was wrong with the parser costs nothing.
+#[tokio::test(start_paused = true)]
+async fn a_parser_that_was_broken_and_then_repaired_pays_nothing() {
+    let provider = Scripted::new()
+        .reply(PO)
+        .reply("[1, 2, 3]")
+        .reply("not again");
+    let store = Arc::new(throughline::store::Memory::new());
+    let cx = || {
+        Context::builder(provider.clone())
+            .store(Arc::clone(&store))
+            .build()
+    };
+    let river = |cx: Context, accepts: bool| async move {
+        let found = cx
+            .generate_as::<River>("Describe a river.")
+            .attempts(1)
+            .validate(move |_| {
+                if accepts {
+                    Ok(())
+                } else {
+                    Err("a bug".to_owned())
+                }
+            })
+            .await?;
+        let mut numbers = cx.generate_items::<u32>("Count.");
+        let mut sum = 0;
+        while let Some(number) = numbers.next().await {
+            sum += number?;
+        }
+        Ok((found, sum))
+    };
+    let run = |cx: Context, accepts| async move {
+        let batch = cx.fan_out("river", ["po"]).key(|name| (*name).to_owned());
+        let settled = batch.settle(move |cx, _| river(cx, accepts)).await;
+        cx.flush().await.unwrap();
+        (settled, cx.tally())
+    };
+    let (broken, paid) = run(cx(), false).await;
+    assert!(
+        broken
+            .failures()
+            .next()
+            .unwrap()
+            .error()
+            .unwrap()
+            .is_invalid_output()
+    );
+    assert_eq!((paid.attempts, paid.replayed), (1, 0));
+
+    let (mended, paid) = run(cx(), true).await;
+    assert_eq!(mended.oks().next(), Some(&(po(), 6)));
+    assert_eq!(
+        (paid.attempts, paid.replayed),
+        (1, 1),
+        "only what it had not asked"
+    );
+
+    let (again, paid) = run(cx(), true).await;
+    assert_eq!(again.oks().next(), Some(&(po(), 6)));
+    assert_eq!(
+        (paid.attempts, paid.replayed),
+        (0, 2),
+        "streams are replayed too"
+    );
+    assert_eq!(provider.lines_left(), 1);
+}
