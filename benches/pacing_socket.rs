@@ -156,7 +156,8 @@ async fn run(scenario: &Scenario) -> Row {
     let told = Arc::clone(&calls);
     let cx = Context::builder(provider)
         .model("some-model")
-        .pace(Pace::per_minute(scenario.told))
+        // Told, as the bound has it: the default burst must first be saved up.
+        .pace(Pace::per_minute(scenario.told).burst(SECOND))
         .call_timeout(CALL_TIMEOUT)
         .on_event(move |event| {
             if let Event::CallSucceeded { elapsed, .. } = event {

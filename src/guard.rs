@@ -22,7 +22,7 @@ use crate::event::{Event, Observers};
 use crate::memo::Asked;
 use crate::pace::{CallOutcome, LaneChange, Need};
 use crate::pool::{Pool, Turn, Visit};
-use crate::provider::Provider;
+use crate::provider::{OutputCharge, Provider};
 use crate::reply::Reply;
 use crate::request::Request;
 use crate::retry::{Class, Retry, Streak};
@@ -249,8 +249,11 @@ impl Guard {
         input: u64,
     ) -> impl Fn(&Deployment) -> Need + Send + Sync {
         move |deployment| {
-            let output = self.estimator.output(scope, request, deployment.charge());
-            Need::new(input, output).of(scope.who)
+            let charge = deployment.charge();
+            let output = self.estimator.output(scope, request, charge);
+            Need::new(input, output)
+                .in_arrears(charge == OutputCharge::Produced)
+                .of(scope.who)
         }
     }
 

@@ -116,6 +116,13 @@ impl Bucket {
         now.saturating_add(self.deficit_at(now).saturating_sub(spare))
     }
 
+    /// When it is so full that `time` more than it holds flows in within `lead`; `None` if
+    /// it never is.
+    pub(super) fn covers_at(&self, now: Nanos, time: Nanos, lead: Nanos) -> Option<Nanos> {
+        let spare = self.capacity.saturating_add(lead).checked_sub(time)?;
+        Some(now.saturating_add(self.deficit_at(now).saturating_sub(spare)))
+    }
+
     /// As [`ready_at`](Bucket::ready_at), if `before` units were taken now.
     pub(super) fn ready_after(&self, now: Nanos, before: u64, n: u64) -> Nanos {
         let mut bucket = self.clone();

@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::bucket::{Nanos, Rate, nanos};
 use super::headers;
 use super::limits::Pace;
-use super::meter::{Burst, Meter, Source};
+use super::meter::{Burst, Meter, Share, Source};
 use super::words::{Binding, Charge};
 use crate::usage::{Quota, RateSnapshot};
 
@@ -28,12 +28,27 @@ impl Resource {
     ];
 
     /// How much of this resource a call takes.
+    #[inline]
     pub(super) fn of(self, charge: Charge) -> u64 {
         match self {
             Self::Spacing | Self::Requests => 1,
             Self::Tokens => charge.input.saturating_add(charge.output),
             Self::InputTokens => charge.input,
             Self::OutputTokens => charge.output,
+        }
+    }
+
+    /// The same, by when it is charged.
+    #[inline]
+    fn share(self, charge: Charge) -> Share {
+        if !charge.in_arrears {
+            let due = self.of(charge);
+            return Share { due, later: 0 };
+        }
+        let due = self.of(charge.on_admission());
+        Share {
+            due,
+            later: self.of(charge) - due,
         }
     }
 
@@ -91,7 +106,7 @@ impl Named {
             let quota = resource.quota(said)?;
             let left = quota.remaining?;
             let part = left as f64 / quota.limit.unwrap_or(1).max(1) as f64;
-            (left < resource.of(charge).max(1)).then_some((*resource, part))
+            (left < resource.of(charge.on_admission()).max(1)).then_some((*resource, part))
         };
         let (resource, _) = Resource::ALL
             .iter()
@@ -129,20 +144,23 @@ impl Buckets {
     }
 
     /// When all of `charge` can be taken, and which resource comes last: `now` and
-    /// nothing, or later.
+    /// nothing, or later; `None` is when a call in flight has ended.
     #[inline]
-    pub(super) fn ready_at(&self, now: Duration, charge: Charge) -> (Duration, Binding) {
+    pub(super) fn ready_at(&self, now: Duration, charge: Charge) -> (Option<Duration>, Binding) {
         let mut last = (nanos(now), Binding::Nothing);
         for (resource, meter) in &self.0 {
-            let ready_at = meter.ready_at(nanos(now), resource.of(charge));
+            let Some(ready_at) = meter.ready_at(nanos(now), resource.share(charge)) else {
+                return (None, resource.binding());
+            };
             if ready_at > last.0 {
                 last = (ready_at, resource.binding());
             }
         }
-        (Duration::from_nanos(last.0), last.1)
+        (Some(Duration::from_nanos(last.0)), last.1)
     }
 
-    /// Whether `first` could be taken now without keeping `head` beyond `until`.
+    /// Whether `first` could be taken now without keeping `head` beyond `until`. What is
+    /// charged later nobody passes: it is not known when that will be.
     pub(super) fn leaves_room(
         &self,
         now: Duration,
@@ -152,8 +170,11 @@ impl Buckets {
     ) -> bool {
         let (now, until) = (nanos(now), nanos(until));
         self.0.iter().all(|(resource, meter)| {
-            let (first, head) = (resource.of(first), resource.of(head));
-            meter.ready_at(now, first) <= now && meter.ready_after(now, first, head) <= until
+            let (first, head) = (resource.share(first), resource.share(head));
+            first.later == 0
+                && head.later == 0
+                && meter.ready_at(now, first).is_some_and(|at| at <= now)
+                && meter.ready_after(now, first.due, head.due) <= until
         })
     }
 
@@ -171,7 +192,7 @@ impl Buckets {
     pub(super) fn take(&mut self, now: Duration, charge: Charge) {
         let now = nanos(now);
         for (resource, meter) in &mut self.0 {
-            meter.take(now, resource.of(charge));
+            meter.take(now, resource.share(charge));
         }
     }
 
@@ -197,7 +218,7 @@ impl Buckets {
     pub(super) fn refund(&mut self, now: Duration, charge: Charge, taken_at: Duration) {
         let (now, taken_at) = (nanos(now), nanos(taken_at));
         for (resource, meter) in self.0.iter_mut().filter(|(_, m)| m.knows(taken_at)) {
-            meter.refund(now, resource.of(charge), taken_at);
+            meter.refund(now, resource.share(charge), taken_at);
         }
     }
 
@@ -212,7 +233,22 @@ impl Buckets {
     ) {
         let (now, taken_at) = (nanos(now), nanos(taken_at));
         for (resource, meter) in self.0.iter_mut().filter(|(_, m)| m.knows(taken_at)) {
-            meter.settle(now, resource.of(charge), resource.of(actual));
+            meter.settle(now, resource.share(charge), resource.of(actual));
+        }
+    }
+
+    /// An answer came: what such calls cost, where that is charged only then.
+    pub(super) fn learn(
+        &mut self,
+        now: Duration,
+        charge: Charge,
+        actual: Charge,
+        taken_at: Duration,
+    ) {
+        let (now, taken_at) = (nanos(now), nanos(taken_at));
+        for (resource, meter) in &mut self.0 {
+            let (share, actual) = (resource.share(charge), resource.of(actual));
+            meter.learn(now, share, actual, taken_at);
         }
     }
 
@@ -301,7 +337,7 @@ impl Buckets {
         let lowered = meter.refuse(
             now,
             sent_at,
-            resource.of(charge),
+            resource.share(charge).due,
             told.and_then(|named| named.rate),
         );
         lowered.then(|| (resource, meter.scale()))

@@ -7,6 +7,7 @@
 
 use std::time::Duration;
 
+use super::arrears::Arrears;
 use super::bucket::{Bucket, Nanos, Rate, nanos};
 use super::scale::Scale;
 
@@ -33,9 +34,27 @@ pub(super) struct Burst {
     pub(super) at_once: bool,
 }
 
+/// What one call takes of a limit.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Share {
+    /// When it is let in.
+    pub(super) due: u64,
+    /// When it ends, as far as can be foreseen.
+    pub(super) later: u64,
+}
+
+impl Share {
+    /// A call that will be charged later is let in where one unit is left.
+    fn least(self) -> u64 {
+        self.due.max(u64::from(self.later > 0))
+    }
+}
+
 #[derive(Debug, Clone)]
 pub(super) struct Meter {
+    /// As the provider keeps it: what is only reserved is not in it.
     bucket: Bucket,
+    arrears: Arrears,
     /// How much of its rate it holds, as the lane counts time.
     burst: Nanos,
     scale: Scale,
@@ -69,6 +88,7 @@ impl Meter {
         }
         Self {
             bucket,
+            arrears: Arrears::default(),
             burst: nanos(burst.time),
             scale: match source {
                 Source::Guessed => Scale::of_a_guess(),
@@ -127,18 +147,30 @@ impl Meter {
         }
     }
 
-    /// When `n` units can be taken if nobody takes any before: `now`, or later.
+    /// When `share` can be taken if nobody takes any before: `now`, or later; `None` if
+    /// nobody can say until a call in flight ends.
+    ///
+    /// Where answers are charged when they are there, so many calls may be in flight that
+    /// what they are expected to cost flows in by the time they end.
     #[inline]
-    pub(super) fn ready_at(&self, now: Nanos, n: u64) -> Nanos {
+    pub(super) fn ready_at(&self, now: Nanos, share: Share) -> Option<Nanos> {
         let now = now.max(self.at);
-        let clock = self.clock_at(now);
         if self.fresh {
-            return now;
+            return Some(now);
         }
-        now.saturating_add(self.slowed(self.bucket.ready_at(clock, n) - clock))
+        let clock = self.clock_at(now);
+        let mut ready_at = self.bucket.ready_at(clock, share.least());
+        if share.later > 0
+            && let Some(expected) = self.arrears.with(share.later)
+        {
+            let expected = self.rate().time_for(expected.saturating_add(share.due));
+            let lead = (self.arrears.due_in() as f64 * self.scale()) as Nanos;
+            ready_at = ready_at.max(self.bucket.covers_at(clock, expected, lead)?);
+        }
+        Some(now.saturating_add(self.slowed(ready_at - clock)))
     }
 
-    /// As [`ready_at`](Meter::ready_at), if `before` units were taken now.
+    /// When `n` units can be taken, if `before` were taken now.
     pub(super) fn ready_after(&self, now: Nanos, before: u64, n: u64) -> Nanos {
         let clock = self.clock_at(now);
         now.saturating_add(self.slowed(self.bucket.ready_after(clock, before, n) - clock))
@@ -149,26 +181,43 @@ impl Meter {
     }
 
     #[inline]
-    pub(super) fn take(&mut self, now: Nanos, n: u64) {
+    pub(super) fn take(&mut self, now: Nanos, share: Share) {
         self.fresh = false;
-        self.taken = self.taken.saturating_add(n);
+        self.taken = self.taken.saturating_add(share.due);
         self.calls += 1;
-        self.bucket.take(self.clock_at(now), n);
+        self.bucket.take(self.clock_at(now), share.due);
+        self.arrears.promise(share.later);
     }
 
     /// The refill since is counted at the full rate: never too little.
-    pub(super) fn refund(&mut self, now: Nanos, n: u64, taken_at: Nanos) {
+    pub(super) fn refund(&mut self, now: Nanos, share: Share, taken_at: Nanos) {
+        self.arrears.release(share.later);
         let clock = self.clock_at(now);
         let passed = now.saturating_sub(taken_at) as f64 * self.scale().max(1.0);
         self.bucket
-            .refund(clock, n, clock.saturating_sub(passed as Nanos));
+            .refund(clock, share.due, clock.saturating_sub(passed as Nanos));
         self.keep_empty_while_closed(now);
     }
 
     #[inline]
-    pub(super) fn settle(&mut self, now: Nanos, charged: u64, actual: u64) {
-        self.bucket.settle(self.clock_at(now), charged, actual);
+    /// A call has cost `actual` in all.
+    pub(super) fn settle(&mut self, now: Nanos, share: Share, actual: u64) {
+        self.bucket.settle(self.clock_at(now), share.due, actual);
+        if share.later > 0 {
+            self.arrears.release(share.later);
+            // It passes when it comes due.
+            self.taken = self.taken.saturating_sub(share.due).saturating_add(actual);
+        }
         self.keep_empty_while_closed(now);
+    }
+
+    /// Learns what answers cost that are charged when they are there, and when that is.
+    pub(super) fn learn(&mut self, now: Nanos, share: Share, actual: u64, taken_at: Nanos) {
+        if share.later > 0 {
+            let answer = actual.saturating_sub(share.due);
+            self.arrears
+                .learn(share.later, answer, now.saturating_sub(taken_at));
+        }
     }
 
     /// What the provider says is left, to a call granted at `granted_at` that left so much here,
@@ -221,7 +270,8 @@ impl Meter {
         // before has been paid in the meantime.
         let (taken, calls, owed) = self.before;
         let debt = self.bucket.debt(self.clock_at(now));
-        let passed = rate.time_for((self.taken - taken).saturating_sub(refused));
+        let passed = self.taken.saturating_sub(taken).saturating_sub(refused);
+        let passed = rate.time_for(passed);
         let passed = passed.saturating_add(owed).saturating_sub(debt);
         let passed = passed as f64 / self.busy as f64;
         let passed = (self.calls - calls >= TELLING && passed.is_finite()).then_some(passed);
@@ -310,6 +360,15 @@ mod tests {
 
     const SECOND: Nanos = 1_000_000_000;
 
+    /// `n` units when the call is let in.
+    fn at_once(due: u64) -> Share {
+        Share { due, later: 0 }
+    }
+
+    fn ready_at(meter: &Meter, now: Nanos, n: u64) -> Nanos {
+        meter.ready_at(now, at_once(n)).unwrap()
+    }
+
     /// 10 a second, of which 10 may go at once.
     fn meter(source: Source) -> Meter {
         let burst = Burst {
@@ -326,13 +385,13 @@ mod tests {
         assert!(meter.refuse(0, 0, 1, Some(part)));
         meter.close_until(0, SECOND);
         assert!((meter.scale() - 0.6).abs() < 1e-9);
-        let wait = meter.ready_at(SECOND, 1) - SECOND;
+        let wait = ready_at(&meter, SECOND, 1) - SECOND;
         assert!(wait.abs_diff(SECOND / 6) < 1_000, "{wait}");
-        let wait = meter.ready_at(SECOND, 6) - SECOND;
+        let wait = ready_at(&meter, SECOND, 6) - SECOND;
         assert!(wait.abs_diff(SECOND) < 1_000, "{wait}");
         assert_eq!(
-            meter.ready_at(SECOND, 10),
-            meter.ready_at(SECOND, 6),
+            ready_at(&meter, SECOND, 10),
+            ready_at(&meter, SECOND, 6),
             "it is full with six"
         );
         meter.advance(1_000 * SECOND, true);
@@ -346,15 +405,15 @@ mod tests {
         let mut meter = meter(Source::Configured);
         let ms = |ms: u64| ms * 1_000_000;
         meter.close_until(ms(500), ms(5_000));
-        meter.settle(ms(600), 10, 0);
-        meter.refund(ms(600), 10, ms(600));
+        meter.settle(ms(600), at_once(10), 0);
+        meter.refund(ms(600), at_once(10), ms(600));
         meter.advance(ms(700), true);
-        assert_eq!(meter.ready_at(ms(700), 0), ms(5_000));
-        assert_eq!(meter.ready_at(ms(700), 1), ms(5_100));
+        assert_eq!(ready_at(&meter, ms(700), 0), ms(5_000));
+        assert_eq!(ready_at(&meter, ms(700), 1), ms(5_100));
         meter.close_until(ms(700), ms(2_000));
-        assert_eq!(meter.ready_at(ms(700), 1), ms(5_100), "never shorter");
+        assert_eq!(ready_at(&meter, ms(700), 1), ms(5_100), "never shorter");
         meter.advance(ms(5_500), true);
-        assert_eq!(meter.ready_at(ms(5_500), 5), ms(5_500));
+        assert_eq!(ready_at(&meter, ms(5_500), 5), ms(5_500));
     }
 
     #[test]
@@ -371,13 +430,13 @@ mod tests {
     #[test]
     fn what_passed_between_two_refusals_is_the_better_guess() {
         let mut meter = meter(Source::Configured);
-        meter.take(0, 1);
+        meter.take(0, at_once(1));
         meter.refuse(0, 0, 1, None);
         let mut now = 0;
         for _ in 0..51 {
             now += SECOND / 5;
             meter.advance(now, true);
-            meter.take(now, 1);
+            meter.take(now, at_once(1));
         }
         let tried = meter.scale();
         meter.refuse(now, now, 1, None);
@@ -398,10 +457,38 @@ mod tests {
             at_once: false,
         };
         let mut meter = Meter::new(Source::Configured, Rate::per_minute(600), burst, SECOND);
-        assert_eq!(meter.ready_at(SECOND, 1_000), SECOND);
-        meter.take(SECOND, 5);
-        assert_eq!(meter.ready_at(SECOND, 1), SECOND + SECOND / 2);
+        assert_eq!(ready_at(&meter, SECOND, 1_000), SECOND);
+        meter.take(SECOND, at_once(5));
+        assert_eq!(ready_at(&meter, SECOND, 1), SECOND + SECOND / 2);
         meter.retune(SECOND, Source::Configured, Rate::per_minute(600), burst);
-        assert_eq!(meter.ready_at(SECOND, 1), SECOND + SECOND / 2);
+        assert_eq!(ready_at(&meter, SECOND, 1), SECOND + SECOND / 2);
+    }
+
+    #[test]
+    fn calls_charged_at_their_end_start_ahead_of_what_they_will_cost() {
+        let call = Share { due: 0, later: 10 };
+        let starts = |meter: &mut Meter, now| {
+            let mut started = 0;
+            while meter.ready_at(now, call) == Some(now) {
+                meter.take(now, call);
+                started += 1;
+            }
+            started
+        };
+        let mut meter = meter(Source::Configured);
+        assert_eq!(starts(&mut meter, 0), 1, "nobody knows yet when they end");
+        assert_eq!(meter.ready_at(0, call), None, "only that one can say");
+        meter.settle(2 * SECOND, call, 5);
+        meter.learn(2 * SECOND, call, 5, 0);
+        // There are 5, and 20 more come within two seconds: five calls of 5.
+        assert_eq!(starts(&mut meter, 2 * SECOND), 5);
+        // Where something is owed, nobody starts.
+        for _ in 0..5 {
+            meter.settle(3 * SECOND, call, 10);
+        }
+        assert_eq!(
+            meter.ready_at(3 * SECOND, call),
+            Some(7 * SECOND + SECOND / 10)
+        );
     }
 }

@@ -3,12 +3,14 @@
 //! From the inside out, each knowing only those before it:
 //!
 //! - `bucket`: one rate limit (GCRA) as arithmetic over time;
-//! - `scale`, `meter`: the share of it that the provider really grants, and its clock;
+//! - `scale`, `arrears`, `meter`: the share of it that the provider really grants, what will be
+//!   charged later, and its clock;
 //! - `buckets`, `slots`, `gate`, `queue`: all limits at once, the calls in flight, the
 //!   provider's "not now", the waiters; `headers` reads what replies say of limits;
 //! - `turnstile`: the state machine they form, pure, over time as an argument;
 //! - `lane`: the thin asynchronous shell, with the clock, the lock and the wakers.
 
+mod arrears;
 mod bucket;
 mod buckets;
 mod gate;

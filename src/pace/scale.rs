@@ -25,7 +25,9 @@ const AIM: f64 = 0.98;
 const BELIEVED: f64 = 0.7;
 const BELIEVED_OF_A_GUESS: f64 = 0.1;
 /// The unit of the recovery: this long, or the time of that many calls if that is
-/// longer, up to a minute. A slow account would otherwise be refused every few calls.
+/// longer, up to a minute or to what they take at half the limit. A slow account would
+/// otherwise be refused every few calls; and a fast one that was slowed far down would take
+/// hours to come back.
 const UNIT: Duration = Duration::from_secs(15);
 const UNIT_CALLS: u32 = 50;
 const LONGEST_UNIT: Duration = Duration::from_secs(60);
@@ -110,7 +112,8 @@ impl Scale {
         told: Option<f64>,
         call: Duration,
     ) -> bool {
-        if self.decreased_at.is_some_and(|at| sent_at < at) {
+        // Nothing goes at the moment of a refusal but what went before it.
+        if self.decreased_at.is_some_and(|at| sent_at <= at) {
             return false;
         }
         let tried = self.value;
@@ -124,9 +127,8 @@ impl Scale {
         let aim = passed.into_iter().chain(told).fold(AIM * tried, f64::min);
         self.aim = aim.max(believed * tried).max(floor);
         self.from = (CUT * self.aim).max(floor);
-        self.unit = (call * UNIT_CALLS)
-            .div_f64(self.aim)
-            .clamp(UNIT, LONGEST_UNIT);
+        let longest = LONGEST_UNIT.max(call * UNIT_CALLS * 2);
+        self.unit = (call * UNIT_CALLS).div_f64(self.aim).clamp(UNIT, longest);
         self.grown = Duration::ZERO;
         self.value = self.from;
         self.decreased_at = Some(now);

@@ -41,6 +41,9 @@ pub(super) struct Grant {
     /// Which limit the headers of its refusal name. Boxed, because few are refused and all
     /// are moved.
     named: Option<Box<Named>>,
+    /// What the headers of its reply say, where part of its charge is not yet in what is
+    /// left here.
+    said: Option<Box<RateSnapshot>>,
 }
 
 /// What someone finds who arrives, or who waits and looks again.
@@ -311,12 +314,21 @@ impl<W> Turnstile<W> {
             return Vec::new();
         }
         self.advance(now);
-        self.observed = grant.at;
+        if grant.charge.in_arrears {
+            grant.said = Some(Box::new(said.clone()));
+            return Vec::new();
+        }
+        let changes = self.heed(now, grant, said);
+        self.pump(now, errands);
+        changes
+    }
+
+    fn heed(&mut self, now: Duration, grant: &Grant, said: &RateSnapshot) -> Vec<LaneChange> {
+        self.observed = self.observed.max(grant.at);
         let closed_until = self.gate.opens_at();
         let adopted =
             self.buckets
                 .observe(now, said, (grant.at, &grant.mark), self.burst, closed_until);
-        self.pump(now, errands);
         let told = adopted
             .into_iter()
             .map(|(resource, rate)| LaneChange::Adopted {
@@ -337,17 +349,26 @@ impl<W> Turnstile<W> {
         let Grant { charge, at, .. } = grant;
         let mut changes = Vec::new();
         self.advance(now);
+        if let End::Finished(CallOutcome::Done { .. }) = end {
+            self.gate.welcome(at);
+            self.slots.succeeded(at);
+        }
         match end {
             End::Unsent => self.buckets.refund(now, charge, at),
-            End::Abandoned | End::Finished(CallOutcome::Failed { usage: None }) => {}
+            // Taken to have cost what was reserved.
+            End::Abandoned
+            | End::Finished(
+                CallOutcome::Failed { usage: None } | CallOutcome::Done { usage: None },
+            ) => {
+                self.buckets.settle(now, charge, charge, at);
+            }
             End::Finished(CallOutcome::Failed { usage: Some(usage) }) => {
                 self.buckets.settle(now, charge, usage.into(), at);
             }
-            End::Finished(CallOutcome::Done { usage }) => {
-                self.gate.welcome(at);
-                self.slots.succeeded(at);
-                if let Some(usage) = usage {
-                    self.buckets.settle(now, charge, usage.into(), at);
+            End::Finished(CallOutcome::Done { usage: Some(usage) }) => {
+                self.buckets.settle(now, charge, usage.into(), at);
+                if charge.in_arrears {
+                    self.buckets.learn(now, charge, usage.into(), at);
                 }
             }
             End::Finished(CallOutcome::Throttled { wait }) => {
@@ -367,12 +388,17 @@ impl<W> Turnstile<W> {
             }
             End::Finished(CallOutcome::Overloaded { wait }) => {
                 self.overloaded += 1;
+                let charged = charge.on_admission();
+                self.buckets.settle(now, charge, charged, at);
                 if self.adaptive && self.slots.overloaded(now, at) {
                     let in_flight = self.slots.limit();
                     changes.push(LaneChange::Eased { in_flight });
                 }
                 self.close(now, at, wait, LONGEST_OVERLOAD, &mut changes);
             }
+        }
+        if let Some(said) = &grant.said {
+            changes.extend(self.heed(now, &grant, said));
         }
         self.slots.give_back();
         self.pump(now, errands);
@@ -528,12 +554,10 @@ impl<W> Turnstile<W> {
         }
         let (mut until, mut binding) = self.buckets.ready_at(now, charge);
         if opens_at > now {
-            (until, binding) = (until.max(opens_at), Binding::Gate);
+            until = until.map(|until| until.max(opens_at));
+            binding = Binding::Gate;
         }
-        (until > now).then_some(Obstacle {
-            binding,
-            until: Some(until),
-        })
+        (until != Some(now)).then_some(Obstacle { binding, until })
     }
 
     fn grant(&mut self, now: Duration, charge: Charge) -> Grant {
@@ -546,6 +570,7 @@ impl<W> Turnstile<W> {
             at: now,
             mark: self.buckets.mark(now),
             named: None,
+            said: None,
         }
     }
 

@@ -22,6 +22,8 @@ pub struct Need {
     pub input_tokens: u64,
     /// Tokens of the answer, estimated; `max_tokens` where the provider charges that.
     pub output_tokens: u64,
+    /// The answer is charged when it is there, not with the request.
+    pub(super) in_arrears: bool,
     pub(super) place: Option<Place>,
     pub(super) who: Who,
 }
@@ -32,6 +34,7 @@ impl Need {
         Self {
             input_tokens,
             output_tokens,
+            in_arrears: false,
             place: None,
             who: Who::default(),
         }
@@ -48,6 +51,12 @@ impl Need {
     #[must_use]
     pub fn tenant(mut self, tenant: Tenant) -> Self {
         self.who.tenant = Some(tenant);
+        self
+    }
+
+    /// The provider charges the answer when it is there, whatever the estimate.
+    pub(crate) fn in_arrears(mut self, in_arrears: bool) -> Self {
+        self.in_arrears = in_arrears;
         self
     }
 
@@ -307,6 +316,16 @@ pub(crate) enum LaneChange {
 pub(super) struct Charge {
     pub(super) input: u64,
     pub(super) output: u64,
+    /// The output is charged when the call ends: until then it is only reserved.
+    pub(super) in_arrears: bool,
+}
+
+impl Charge {
+    /// What the provider takes when it lets the call in.
+    pub(super) fn on_admission(self) -> Self {
+        let output = if self.in_arrears { 0 } else { self.output };
+        Self { output, ..self }
+    }
 }
 
 impl From<&Need> for Charge {
@@ -314,6 +333,7 @@ impl From<&Need> for Charge {
         Self {
             input: need.input_tokens,
             output: need.output_tokens,
+            in_arrears: need.in_arrears,
         }
     }
 }
@@ -323,6 +343,7 @@ impl From<Usage> for Charge {
         Self {
             input: usage.input_tokens,
             output: usage.output_tokens,
+            in_arrears: false,
         }
     }
 }

@@ -210,10 +210,9 @@ impl Cell {
             .tokens
             .map(|n| Limit::new(self.curves(n), work.iter().map(tokens)));
         // What is produced is charged at the end of a call: what is still in flight when
-        // the last call is admitted is not in its way.
+        // the last call is admitted is not in its way. Those are the last ones in order: to
+        // keep the longest answers for the end one would have to know them before.
         let output_tokens = truth.output_tokens.map(|n| {
-            let mut outputs = outputs.to_vec();
-            outputs.sort_unstable();
             let charged = outputs.len().saturating_sub(self.parallel);
             Limit::new(self.curves(n), outputs[..charged].iter().copied())
         });
@@ -266,19 +265,21 @@ impl Cell {
         let slowest = self.truth.steps.iter().map(|(_, factor)| *factor);
         let slowest = slowest.fold(share, f64::min);
         let under_way = (self.parallel * self.contexts).min(self.items);
-        let flows_in = |costs: Vec<u64>, per_minute: Option<u64>| {
+        let flows_in = |costs: Vec<u64>, per_minute: Option<u64>, calls: usize| {
             let per_minute = per_minute?;
             let most = costs
-                .windows(under_way)
+                .windows(calls.min(costs.len()))
                 .map(|w| w.iter().sum::<u64>())
                 .max();
             Some(most? as f64 / (slowest * per_minute as f64 / 60.0))
         };
         let truth = &self.truth;
         let each = [
-            flows_in(vec![1; work.len()], truth.requests),
-            flows_in(work.iter().map(tokens).collect(), truth.tokens),
-            flows_in(outputs.to_vec(), truth.output_tokens),
+            flows_in(vec![1; work.len()], truth.requests, under_way),
+            flows_in(work.iter().map(tokens).collect(), truth.tokens, under_way),
+            // Charged at the end, those who have ended are owed for too: as many as can have
+            // been in flight at one time.
+            flows_in(outputs.to_vec(), truth.output_tokens, 2 * under_way),
             self.slots().map(|slots| {
                 let turns = (under_way / slots) as f64;
                 turns * truth.latency.as_secs_f64() * (1.0 + truth.jitter)
