@@ -6,9 +6,10 @@
 //! to `serde_json` what is in them.
 
 mod draft;
+mod nest;
 mod reader;
 
 pub use self::draft::Draft;
-pub use self::reader::Reader;
 #[cfg(feature = "structured")]
-pub(crate) use self::reader::spans;
+pub(crate) use self::nest::spans;
+pub use self::reader::Reader;
