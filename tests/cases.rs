@@ -1,5 +1,7 @@
 //! The figures of the examples, exact under the paused clock.
 
+#[path = "../examples/practice_routines/practice.rs"]
+mod practice;
 #[path = "../examples/coach_conversation/turn.rs"]
 mod turn;
 
@@ -7,6 +9,7 @@ use std::time::Duration;
 
 use throughline::{Context, Switch};
 
+use self::practice::{Way, Week, week};
 use self::turn::{MESSAGES, Trouble, Turn, model, timed};
 
 const GRACE: Duration = Duration::from_millis(300);
@@ -73,4 +76,70 @@ async fn a_failed_branch_does_not_lose_the_other() {
     let (turn, _) = in_trouble(Some("memory"), None).await;
     assert_eq!(turn.workout.as_deref(), Some("the workout"));
     assert_eq!(turn.memory.as_deref(), Some("not available now"));
+}
+
+/// A week, the calls that were paid for, and the most that were in flight.
+async fn practised(way: Way, refused: Option<&'static str>) -> (Week, u64, usize) {
+    let sim = practice::model(refused);
+    let cx = Context::builder(sim.clone()).build();
+    let week = week(&cx, way, |_, _| {}).await.unwrap();
+    let ledger = sim.ledger();
+    (week, ledger.total.billed, ledger.peak_in_flight)
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_week_of_practice_takes_as_long_as_its_way_says() {
+    let (reference, calls, in_flight) = practised(Way::Sequential, None).await;
+    assert_eq!((reference.took.as_secs(), calls, in_flight), (52, 13, 1));
+    for (way, most, first) in [
+        (Way::Batched, 24, 9_000..=9_000),
+        (Way::Parallel, 9, 9_000..=9_000),
+        // Its etudes start when a quarter of the plan is there.
+        (Way::Streamed, 9, 5_500..=6_100),
+    ] {
+        let (week, calls, _) = practised(way, None).await;
+        assert!(
+            week.took <= Duration::from_secs(most),
+            "{way:?}: {:?}",
+            week.took
+        );
+        assert_eq!((calls, week.delivered.len()), (13, 4));
+        let delivered = week.delivered[0].1.as_millis();
+        assert!(first.contains(&delivered), "{way:?}: {delivered}");
+        assert_eq!(
+            week.routines, reference.routines,
+            "{way:?} changes the time alone"
+        );
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn routines_are_told_of_as_they_complete() {
+    let (week, _, _) = practised(Way::Streamed, None).await;
+    let (names, times): (Vec<_>, Vec<_>) = week.delivered.into_iter().unzip();
+    assert_eq!(names, ["scales", "chords", "rhythm", "sight-reading"]);
+    assert!(
+        times
+            .windows(2)
+            .all(|pair| pair[1] - pair[0] > Duration::from_millis(800))
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_failed_etude_leaves_eleven_and_a_partial_routine() {
+    for way in practice::WAYS {
+        let (week, calls, _) = practised(way, Some("chords quickly")).await;
+        let etudes: usize = week
+            .routines
+            .iter()
+            .map(|routine| routine.etudes.len())
+            .sum();
+        assert_eq!((etudes, calls, week.routines.len()), (11, 12, 4));
+        let partial = |routine: &&practice::Routine| !routine.missing.is_empty();
+        let partial: Vec<_> = week.routines.iter().filter(partial).collect();
+        assert_eq!(
+            (partial.len(), &*partial[0].missing[0]),
+            (1, "chords quickly")
+        );
+    }
 }
