@@ -170,6 +170,27 @@ impl Context {
         Some(place.memo.journal())
     }
 
+    /// A journal of your own in front of `store`, whose failures this context's observers are told of: for
+    /// what is noted beside the work, as a log of its quality.
+    ///
+    /// ```
+    /// # use std::sync::Arc;
+    /// # use throughline::store::{Commit, Memory, NewRun, Note, Store};
+    /// # use throughline::{Context, testing::Scripted};
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> throughline::Result<()> {
+    /// # let cx = Context::builder(Scripted::new()).build();
+    /// let store = Arc::new(Memory::new());
+    /// let classes = store.create_run(NewRun::new("ada", "classes")).await?.run; // no items: a log
+    /// let journal = cx.journal_into(Arc::clone(&store));
+    /// let (kind, data) = ("class".to_owned(), r#"{"minutes": 45}"#.to_owned());
+    /// journal.write(Commit::new().notes([Note { run: classes, kind, data }])); // returns at once
+    /// journal.flush().await?;
+    /// # Ok(()) }
+    /// ```
+    pub fn journal_into(&self, store: impl Store) -> Journal {
+        Journal::observed(Arc::new(store), self.shared_observers())
+    }
+
     /// A context one label further down the path, with a tally and a cancellation of its own.
     ///
     /// ```

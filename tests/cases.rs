@@ -1,14 +1,22 @@
 //! The figures of the examples, exact under the paused clock.
 
+#[path = "../examples/quality_log/log.rs"]
+mod log;
 #[path = "../examples/practice_routines/practice.rs"]
 mod practice;
 #[path = "../examples/coach_conversation/turn.rs"]
 mod turn;
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use throughline::{Context, Switch};
+use throughline::store::{Memory, Store as _};
+use throughline::testing::Counted;
+use throughline::{Context, Event, Switch};
+use tokio::time::Instant;
 
+use self::log::{QualityLog, class, class_as_it_was};
 use self::practice::{Way, Week, week};
 use self::turn::{MESSAGES, Trouble, Turn, model, timed};
 
@@ -142,4 +150,100 @@ async fn a_failed_etude_leaves_eleven_and_a_partial_routine() {
             (1, "chords quickly")
         );
     }
+}
+
+/// A context that counts what its observers hear of a failing store, and a log in a store that
+/// takes 75 ms for a round trip.
+async fn quality_log() -> (Context, Arc<AtomicU64>, Arc<Counted>, QualityLog) {
+    let told = Arc::new(AtomicU64::new(0));
+    let counter = Arc::clone(&told);
+    let cx = Context::builder(log::model())
+        .on_event(move |event| {
+            if matches!(event, Event::StoreFailed { .. }) {
+                counter.fetch_add(1, Ordering::Relaxed);
+            }
+        })
+        .build();
+    let store = Counted::new(Memory::new()).latency(Duration::from_millis(75));
+    let store = Arc::new(store);
+    let log = QualityLog::open(&cx, Arc::clone(&store)).await.unwrap();
+    store.forget();
+    (cx, told, store, log)
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_class_is_noted_in_one_round_trip_that_nobody_waits_for() {
+    let (cx, _, store, log) = quality_log().await;
+    let began = Instant::now();
+    class_as_it_was(&cx, &log, &*store, 0).await.unwrap();
+    assert_eq!((began.elapsed().as_millis(), store.trips()), (8_825, 11));
+
+    store.forget();
+    let began = Instant::now();
+    class(&cx, &log, 1).await.unwrap();
+    assert_eq!((began.elapsed().as_millis(), store.trips()), (8_000, 0));
+    log.journal().flush().await.unwrap();
+    assert_eq!((store.trips(), store.largest_commit()), (1, 10));
+}
+
+#[tokio::test(start_paused = true)]
+async fn many_classes_are_noted_in_few_round_trips_and_the_last_read_in_two() {
+    let (cx, _, store, log) = quality_log().await;
+    let began = Instant::now();
+    let settled = cx
+        .fan_out("class", 0..150)
+        .join_all()
+        .settle(|cx, number| {
+            let log = &log;
+            async move { class(&cx, log, number).await }
+        })
+        .await;
+    // The first commit may be under way by now; that it takes 75 ms nobody notices.
+    assert_eq!(began.elapsed(), Duration::from_secs(8));
+    assert_eq!(settled.oks().count(), 150);
+    log.journal().flush().await.unwrap();
+    // 1,500 rows, 256 to a commit.
+    assert_eq!((store.trips(), store.calls("commit")), (6, 6));
+
+    store.forget();
+    let recent = log.recent(100).await.unwrap();
+    assert_eq!(store.trips(), 2);
+    // They stand in the order in which they ended, and these ended together.
+    let mut numbers: Vec<_> = recent.iter().map(|class| class.number).collect();
+    numbers.sort_unstable();
+    assert_eq!(numbers, Vec::from_iter(50..150));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_log_that_is_down_fails_no_class_and_loses_nothing() {
+    let (cx, told, store, log) = quality_log().await;
+    store.set_down(true);
+    let began = Instant::now();
+    for number in 0..3 {
+        class(&cx, &log, number).await.unwrap();
+    }
+    assert_eq!(began.elapsed(), Duration::from_secs(24), "nobody waits");
+    assert!(log.journal().flush().await.is_err());
+    let down = log.journal().stats();
+    assert!(down.failures > 0 && down.waiting == 30, "{down:?}");
+    assert_eq!(told.load(Ordering::Relaxed), down.failures);
+
+    store.set_down(false);
+    log.journal().flush().await.unwrap();
+    let up = log.journal().stats();
+    assert_eq!((up.written, up.given_up, up.waiting), (30, 0, 0));
+    assert_eq!(log.recent(100).await.unwrap().len(), 3);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_log_that_is_dropped_writes_what_it_has() {
+    let (cx, _, store, log) = quality_log().await;
+    class(&cx, &log, 7).await.unwrap();
+    drop(log);
+    assert_eq!(store.trips(), 0);
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(store.calls("commit"), 1);
+    let runs = store.runs(Default::default(), 10).await.unwrap();
+    let rows: u64 = runs.iter().map(|run| run.log_seq).sum();
+    assert!(rows >= 10, "{runs:?}");
 }
