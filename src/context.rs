@@ -173,6 +173,27 @@ impl Context {
         Some(place.memo.journal())
     }
 
+    /// A journal of your own in front of `store`, whose failures this context's observers are told of: for
+    /// what is noted beside the work, as a log of its quality.
+    ///
+    /// ```
+    /// # use std::sync::Arc;
+    /// # use throughline::store::{Commit, Memory, NewRun, Note, Store};
+    /// # use throughline::{Context, testing::Scripted};
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> throughline::Result<()> {
+    /// # let cx = Context::builder(Scripted::new()).build();
+    /// let store = Arc::new(Memory::new());
+    /// let classes = store.create_run(NewRun::new("ada", "classes")).await?.run; // no items: a log
+    /// let journal = cx.journal_into(Arc::clone(&store));
+    /// let (kind, data) = ("class".to_owned(), r#"{"minutes": 45}"#.to_owned());
+    /// journal.write(Commit::new().notes([Note { run: classes, kind, data }])); // returns at once
+    /// journal.flush().await?;
+    /// # Ok(()) }
+    /// ```
+    pub fn journal_into(&self, store: impl Store) -> Journal {
+        Journal::observed(Arc::new(store), self.shared_observers())
+    }
+
     /// A context one label further down the path, with a tally and a cancellation of its own.
     ///
     /// ```
@@ -275,10 +296,13 @@ impl Context {
 
     /// Runs `update` beside `work`, as "working on it" beside the work itself.
     ///
-    /// Both start together (in turn while the context's [`Switch`] is off). The result of `work` is never failed by the update, not even
+    /// Both start together. The result of `work` is never failed by the update, not even
     /// by a panic in it, and never delayed by more than a grace
     /// ([`ContextBuilder::alongside_grace`], 1 s unless set): an update that is
     /// not done by then is dropped and its result is an [`ErrorKind::Timeout`].
+    ///
+    /// While the context's [`Switch`] is off, the update starts behind the work and is given as long as
+    /// it would have had beside it.
     ///
     /// ```
     /// # use throughline::{Context, Result, testing::Scripted};
@@ -299,14 +323,19 @@ impl Context {
         work: impl Future<Output = W>,
     ) -> (W, Result<U>) {
         let grace = self.shared.grace;
-        let update = AssertUnwindSafe(update).catch_unwind();
+        // Boxed, because futures that hold futures by value triple with every level of a graph.
+        let work = Box::pin(work);
+        let update = AssertUnwindSafe(Box::pin(update)).catch_unwind();
         let (work, update) = if self.is_parallel() {
-            match future::select(pin!(work), pin!(update)).await {
+            match future::select(work, pin!(update)).await {
                 future::Either::Left((work, update)) => (work, timeout(grace, update).await),
                 future::Either::Right((update, work)) => (work.await, Ok(update)),
             }
         } else {
-            (work.await, timeout(grace, update).await)
+            // As long as it would have had beside the work, so that the results are the same.
+            let began = Instant::now();
+            let work = work.await;
+            (work, timeout(began.elapsed() + grace, update).await)
         };
         let update = match update {
             Ok(Ok(result)) => result,

@@ -113,10 +113,11 @@ impl Context {
     /// # Cancel safety
     /// Dropping it drops them all.
     pub async fn join<J: Join>(&self, futures: J) -> J::Output {
+        // Boxed, because futures that hold futures by value triple with every level of a graph.
         if self.is_parallel() {
-            futures.together().await
+            Box::pin(futures.together()).await
         } else {
-            futures.in_turn().await
+            Box::pin(futures.in_turn()).await
         }
     }
 

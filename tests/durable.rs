@@ -1,8 +1,5 @@
 //! Runs, workers and what becomes of items, under the paused clock.
 
-#[path = "support/counted.rs"]
-mod counted;
-
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -11,13 +8,12 @@ use std::time::Duration;
 use futures::{StreamExt as _, TryStreamExt as _};
 use serde_json::Value;
 use throughline::store::{Memory, NewItem, NewRun, Queue, RunFilter, RunId, Status, Store};
+use throughline::testing::Counted;
 use throughline::{
     Ambiguous, Context, Drive, Error, ErrorKind, Pace, Pipeline, Runner, Sim, Worker,
     WorkerBuilder, pipeline,
 };
 use tokio::time::{Instant, sleep, timeout};
-
-use self::counted::Counted;
 
 const MINUTE: Duration = Duration::from_secs(60);
 

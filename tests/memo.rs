@@ -1,17 +1,13 @@
 //! What is remembered of the calls of a context, and how it gets into the store.
 
-#[path = "support/counted.rs"]
-mod counted;
-
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use throughline::store::{Commit, MemoKey, Memory, NewItem, NewRun, Note, Store as _};
+use throughline::testing::Counted;
 use throughline::{Context, Error, ErrorKind, Journal, Request, Result, Sim, Usage};
 use throughline::{Event, Provider, Reply, async_trait};
-
-use self::counted::Counted;
 
 /// Answers each call with another number.
 #[derive(Clone, Default)]
@@ -217,7 +213,7 @@ async fn many_calls_are_few_round_trips() {
     assert_eq!(settled.oks().count(), 1024);
     cx.flush().await.unwrap();
     assert_eq!(store.calls("commit"), 4);
-    assert_eq!(store.largest_commit.load(Ordering::Relaxed), 256);
+    assert_eq!(store.largest_commit(), 256);
     assert!(
         store.calls("generations") <= 8,
         "{}",
@@ -312,7 +308,7 @@ async fn a_journal_that_is_dropped_writes_what_it_has() {
 #[tokio::test(start_paused = true)]
 async fn too_many_unwritten_results_hold_up_new_calls() {
     let store = Arc::new(Counted::default());
-    store.stuck.store(true, Ordering::Relaxed);
+    store.set_stuck(true);
     let provider = Numbered::default();
     let cx = over(&provider, &store);
     let calls = cx.fan_out("item", 0..20_000).buffer_unordered(64);
@@ -329,7 +325,7 @@ async fn too_many_unwritten_results_hold_up_new_calls() {
 #[tokio::test]
 async fn a_lookup_finds_what_is_not_written_yet() {
     let store = Arc::new(Counted::default());
-    store.stuck.store(true, Ordering::Relaxed);
+    store.set_stuck(true);
     let provider = Numbered::default();
     let cx = over(&provider, &store);
     let first = cx.generate(Request::new("a").shared()).await.unwrap();

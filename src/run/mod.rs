@@ -112,6 +112,32 @@ impl Runner {
         self.store.log(run, after, limit).await
     }
 
+    /// The last `limit` entries of a run's log, in order: however long it is, two round trips.
+    ///
+    /// ```
+    /// # use std::sync::Arc;
+    /// # use throughline::Runner;
+    /// # use throughline::store::{Commit, Memory, NewRun, Note, Store};
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> throughline::Result<()> {
+    /// # let store = Arc::new(Memory::new());
+    /// let classes = store.create_run(NewRun::new("ada", "classes")).await?.run;
+    /// let notes = (1..=500).map(|n| Note { run: classes, kind: "class".into(), data: n.to_string() });
+    /// store.commit(Commit::new().notes(notes)).await?;
+    /// let last = Runner::new(store).log_last(classes, 100).await?;
+    /// assert_eq!((last.len(), &*last[99].data), (100, "500"));
+    /// # Ok(()) }
+    /// ```
+    ///
+    /// # Errors
+    /// The store's.
+    pub async fn log_last(&self, run: RunId, limit: u32) -> Result<Vec<LogEntry>> {
+        let Some(record) = self.store.run(run).await? else {
+            return Ok(Vec::new());
+        };
+        let after = record.log_seq.saturating_sub(u64::from(limit));
+        self.store.log(run, after, limit).await
+    }
+
     /// At most `limit` runs, newest first. The next page is [`before`](RunFilter::before) the last one.
     ///
     /// # Errors

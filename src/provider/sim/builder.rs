@@ -7,6 +7,7 @@ use std::time::Duration;
 use super::limits::{Change, Enforcement, Headers, Limiter, Limits};
 use super::model::{Fault, Model, Tokens};
 use super::{Policy, Sim};
+use crate::error::Error;
 use crate::provider::OutputCharge;
 use crate::request::Request;
 
@@ -149,6 +150,32 @@ impl SimBuilder {
         self
     }
 
+    /// As [`latency`](Self::latency), for each request its own: to rehearse a pipeline whose
+    /// steps take different times.
+    ///
+    /// ```
+    /// use std::time::Duration;
+    /// use throughline::{Context, Sim};
+    ///
+    /// # #[tokio::main(flavor = "current_thread", start_paused = true)] async fn main() -> throughline::Result<()> {
+    /// let sim = Sim::builder().latency_of(|request| match request.last_text() {
+    ///     text if text.starts_with("Plan") => Duration::from_secs(4),
+    ///     _ => Duration::from_millis(300),
+    /// });
+    /// let cx = Context::builder(sim.build()).build();
+    /// let began = tokio::time::Instant::now();
+    /// cx.generate("Plan my week.").await?;
+    /// assert_eq!(began.elapsed(), Duration::from_secs(4));
+    /// # Ok(()) }
+    /// ```
+    pub fn latency_of(
+        mut self,
+        latency: impl Fn(&Request) -> Duration + Send + Sync + 'static,
+    ) -> Self {
+        self.model.latency_of = Some(Arc::new(latency));
+        self
+    }
+
     /// Adds a time before the first token.
     pub fn time_to_first_token(mut self, time: Duration) -> Self {
         self.model.first_token = time;
@@ -200,6 +227,30 @@ impl SimBuilder {
 impl SimBuilder {
     fn fault(mut self, fault: Fault, rate: f64) -> Self {
         self.model.faults.set(fault, rate);
+        self
+    }
+
+    /// Ends the calls for which it gives an error with that error, after their latency, however
+    /// often they are sent; not billed. For tests of what becomes of the rest.
+    ///
+    /// ```
+    /// use throughline::{Context, Error, ErrorKind, Sim};
+    ///
+    /// # #[tokio::main(flavor = "current_thread", start_paused = true)] async fn main() {
+    /// let sim = Sim::builder().fail_when(|request| {
+    ///     let refused = request.last_text().contains("etude 7");
+    ///     refused.then(|| Error::new(ErrorKind::InvalidRequest, "it is refused"))
+    /// });
+    /// let cx = Context::builder(sim.build()).build();
+    /// assert!(cx.generate("etude 6").await.is_ok());
+    /// assert_eq!(cx.generate("etude 7").await.unwrap_err().kind(), ErrorKind::InvalidRequest);
+    /// # }
+    /// ```
+    pub fn fail_when(
+        mut self,
+        fails: impl Fn(&Request) -> Option<Error> + Send + Sync + 'static,
+    ) -> Self {
+        self.model.fails = Some(Arc::new(fails));
         self
     }
 

@@ -33,6 +33,11 @@ pub(super) struct Call {
 impl Call {
     /// Lives through what happens before an answer begins.
     pub(super) async fn begin(mut self) -> Result<Self> {
+        if let Some(failure) = self.plan.failure.clone() {
+            self.until(self.plan.total).await;
+            let rate = self.settle(None)?;
+            return Err(failure.with_rate(rate));
+        }
         let kind = match self.plan.fault {
             None | Some(Fault::Cut) => return Ok(self),
             Some(Fault::Hang) => return std::future::pending().await,
@@ -126,7 +131,8 @@ impl Drop for Call {
     fn drop(&mut self) {
         if !self.settled {
             // A fault that nobody waited for was going to be free.
-            let free = matches!(self.plan.fault, Some(fault) if fault != Fault::Cut);
+            let free = self.plan.failure.is_some()
+                || matches!(self.plan.fault, Some(fault) if fault != Fault::Cut);
             // Nobody is left to tell: the account remembers and fails the next call.
             let _ = self.settle((!free).then_some(Ended::Cancelled));
         }

@@ -200,7 +200,7 @@ impl Sim {
         };
         // Only now, outside the lock and under the guard: the user's closure may panic.
         call.plan = inner.model.plan(request, &call.key, &digest, nth);
-        if call.plan.fault.is_some() {
+        if call.plan.fault.is_some() || call.plan.failure.is_some() {
             inner.lock().ledger.note(&call.key, |a| a.faults += 1);
         }
         Ok(call)

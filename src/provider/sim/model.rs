@@ -13,6 +13,7 @@ use std::time::Duration;
 use fastrand::Rng;
 
 use crate::digest::RequestDigest;
+use crate::error::Error;
 use crate::reply::FinishReason;
 use crate::request::Request;
 
@@ -119,16 +120,20 @@ impl FaultRates {
 }
 
 pub(super) type ReplyFn = Arc<dyn Fn(&Request) -> String + Send + Sync>;
+pub(super) type LatencyFn = Arc<dyn Fn(&Request) -> Duration + Send + Sync>;
+pub(super) type FailFn = Arc<dyn Fn(&Request) -> Option<Error> + Send + Sync>;
 
 #[derive(Clone, Default)]
 pub(super) struct Model {
     pub(super) seed: u64,
     pub(super) latency: Duration,
+    pub(super) latency_of: Option<LatencyFn>,
     pub(super) first_token: Duration,
     pub(super) per_token: Duration,
     pub(super) jitter: f64,
     pub(super) output: Option<Tokens>,
     pub(super) reply: Option<ReplyFn>,
+    pub(super) fails: Option<FailFn>,
     pub(super) faults: FaultRates,
 }
 
@@ -158,6 +163,8 @@ pub(super) struct Plan {
     /// From admission to the end.
     pub(super) total: Duration,
     pub(super) fault: Option<Fault>,
+    /// What it ends with in the place of an answer, without being a matter of luck.
+    pub(super) failure: Option<Error>,
     /// When the fault strikes, counted from admission.
     pub(super) fault_at: Duration,
 }
@@ -190,7 +197,11 @@ impl Model {
         }
 
         let generation = self.per_token.as_nanos() as f64 * output_tokens as f64;
-        let total = self.first_token + self.latency + Duration::from_nanos(generation as u64);
+        let latency = match &self.latency_of {
+            Some(of) => of(request),
+            None => self.latency,
+        };
+        let total = self.first_token + latency + Duration::from_nanos(generation as u64);
         let total = total.mul_f64(swing);
         let first_token = self.first_token.mul_f64(swing);
         let fault_at = match fault {
@@ -206,6 +217,7 @@ impl Model {
             first_token,
             total,
             fault,
+            failure: self.fails.as_ref().and_then(|fails| fails(request)),
             fault_at,
         }
     }

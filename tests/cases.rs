@@ -1,0 +1,249 @@
+//! The figures of the examples, exact under the paused clock.
+
+#[path = "../examples/quality_log/log.rs"]
+mod log;
+#[path = "../examples/practice_routines/practice.rs"]
+mod practice;
+#[path = "../examples/coach_conversation/turn.rs"]
+mod turn;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use throughline::store::{Memory, Store as _};
+use throughline::testing::Counted;
+use throughline::{Context, Event, Switch};
+use tokio::time::Instant;
+
+use self::log::{QualityLog, class, class_as_it_was};
+use self::practice::{Way, Week, week};
+use self::turn::{MESSAGES, Trouble, Turn, model, timed};
+
+const GRACE: Duration = Duration::from_millis(300);
+
+/// The turn and its milliseconds.
+async fn answered(message: &str, parallel: bool, trouble: Trouble) -> (Turn, u128) {
+    let cx = Context::builder(model(trouble))
+        .parallel(&Switch::new(parallel))
+        .alongside_grace(GRACE)
+        .build();
+    let (turn, took) = timed(&cx, message).await.unwrap();
+    (turn, took.as_millis())
+}
+
+async fn in_trouble(fails: Option<&'static str>, slow: Option<&'static str>) -> (Turn, u128) {
+    answered(MESSAGES[0].1, true, Trouble { fails, slow }).await
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_conversation_takes_its_critical_path_for_every_kind_of_message() {
+    let expected = [
+        ("both", 3_942, 6_467, [true, true], 5),
+        ("workout only", 3_942, 5_417, [true, false], 4),
+        ("memory only", 3_892, 5_567, [false, true], 4),
+        ("neither", 3_442, 4_367, [false, false], 3),
+    ];
+    for ((name, message), case) in MESSAGES.into_iter().zip(expected) {
+        let (ours, fast) = answered(message, true, Trouble::default()).await;
+        let (theirs, slow) = answered(message, false, Trouble::default()).await;
+        assert_eq!(ours, theirs, "{name}: the switch changes the time alone");
+        let branches = [ours.workout.is_some(), ours.memory.is_some()];
+        assert_eq!((name, fast, slow, branches, ours.seen.len()), case);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_failed_update_costs_itself_alone() {
+    let (turn, took) = in_trouble(Some("workout-update"), None).await;
+    assert_eq!((turn.seen.len(), took), (4, 3_942));
+    assert_eq!(turn.workout.as_deref(), Some("the workout"));
+    assert!(!turn.seen.contains(&"the workout-update".to_owned()));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_slow_update_costs_the_grace_at_most() {
+    for (update, delay) in [
+        ("workout-update", 300),
+        // The memory is ready 50 ms before the workout.
+        ("memory-update", 250),
+        ("acknowledgement", 300),
+        ("insights-update", 300),
+    ] {
+        let (turn, took) = in_trouble(None, Some(update)).await;
+        assert_eq!((update, turn.seen.len(), took), (update, 4, 3_942 + delay));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_failed_branch_does_not_lose_the_other() {
+    let (turn, took) = in_trouble(Some("workout"), None).await;
+    assert_eq!(took, 3_942);
+    assert_eq!(turn.workout.as_deref(), Some("not available now"));
+    assert_eq!(turn.memory.as_deref(), Some("the memory"));
+    let (turn, _) = in_trouble(Some("memory"), None).await;
+    assert_eq!(turn.workout.as_deref(), Some("the workout"));
+    assert_eq!(turn.memory.as_deref(), Some("not available now"));
+}
+
+/// A week, the calls that were paid for, and the most that were in flight.
+async fn practised(way: Way, refused: Option<&'static str>) -> (Week, u64, usize) {
+    let sim = practice::model(refused);
+    let cx = Context::builder(sim.clone()).build();
+    let week = week(&cx, way, |_, _| {}).await.unwrap();
+    let ledger = sim.ledger();
+    (week, ledger.total.billed, ledger.peak_in_flight)
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_week_of_practice_takes_as_long_as_its_way_says() {
+    let (reference, calls, in_flight) = practised(Way::Sequential, None).await;
+    assert_eq!((reference.took.as_secs(), calls, in_flight), (52, 13, 1));
+    for (way, most, first) in [
+        (Way::Batched, 24, 9_000..=9_000),
+        (Way::Parallel, 9, 9_000..=9_000),
+        // Its etudes start when a quarter of the plan is there.
+        (Way::Streamed, 9, 5_500..=6_100),
+    ] {
+        let (week, calls, _) = practised(way, None).await;
+        assert!(
+            week.took <= Duration::from_secs(most),
+            "{way:?}: {:?}",
+            week.took
+        );
+        assert_eq!((calls, week.delivered.len()), (13, 4));
+        let delivered = week.delivered[0].1.as_millis();
+        assert!(first.contains(&delivered), "{way:?}: {delivered}");
+        assert_eq!(
+            week.routines, reference.routines,
+            "{way:?} changes the time alone"
+        );
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn routines_are_told_of_as_they_complete() {
+    let (week, _, _) = practised(Way::Streamed, None).await;
+    let (names, times): (Vec<_>, Vec<_>) = week.delivered.into_iter().unzip();
+    assert_eq!(names, ["scales", "chords", "rhythm", "sight-reading"]);
+    assert!(
+        times
+            .windows(2)
+            .all(|pair| pair[1] - pair[0] > Duration::from_millis(800))
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_failed_etude_leaves_eleven_and_a_partial_routine() {
+    for way in practice::WAYS {
+        let (week, calls, _) = practised(way, Some("chords quickly")).await;
+        let etudes: usize = week
+            .routines
+            .iter()
+            .map(|routine| routine.etudes.len())
+            .sum();
+        assert_eq!((etudes, calls, week.routines.len()), (11, 12, 4));
+        let partial = |routine: &&practice::Routine| !routine.missing.is_empty();
+        let partial: Vec<_> = week.routines.iter().filter(partial).collect();
+        assert_eq!(
+            (partial.len(), &*partial[0].missing[0]),
+            (1, "chords quickly")
+        );
+    }
+}
+
+/// A context that counts what its observers hear of a failing store, and a log in a store that
+/// takes 75 ms for a round trip.
+async fn quality_log() -> (Context, Arc<AtomicU64>, Arc<Counted>, QualityLog) {
+    let told = Arc::new(AtomicU64::new(0));
+    let counter = Arc::clone(&told);
+    let cx = Context::builder(log::model())
+        .on_event(move |event| {
+            if matches!(event, Event::StoreFailed { .. }) {
+                counter.fetch_add(1, Ordering::Relaxed);
+            }
+        })
+        .build();
+    let store = Counted::new(Memory::new()).latency(Duration::from_millis(75));
+    let store = Arc::new(store);
+    let log = QualityLog::open(&cx, Arc::clone(&store)).await.unwrap();
+    store.forget();
+    (cx, told, store, log)
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_class_is_noted_in_one_round_trip_that_nobody_waits_for() {
+    let (cx, _, store, log) = quality_log().await;
+    let began = Instant::now();
+    class_as_it_was(&cx, &log, &*store, 0).await.unwrap();
+    assert_eq!((began.elapsed().as_millis(), store.trips()), (8_825, 11));
+
+    store.forget();
+    let began = Instant::now();
+    class(&cx, &log, 1).await.unwrap();
+    assert_eq!((began.elapsed().as_millis(), store.trips()), (8_000, 0));
+    log.journal().flush().await.unwrap();
+    assert_eq!((store.trips(), store.largest_commit()), (1, 10));
+}
+
+#[tokio::test(start_paused = true)]
+async fn many_classes_are_noted_in_few_round_trips_and_the_last_read_in_two() {
+    let (cx, _, store, log) = quality_log().await;
+    let began = Instant::now();
+    let settled = cx
+        .fan_out("class", 0..150)
+        .join_all()
+        .settle(|cx, number| {
+            let log = &log;
+            async move { class(&cx, log, number).await }
+        })
+        .await;
+    // The first commit may be under way by now; that it takes 75 ms nobody notices.
+    assert_eq!(began.elapsed(), Duration::from_secs(8));
+    assert_eq!(settled.oks().count(), 150);
+    log.journal().flush().await.unwrap();
+    // 1,500 rows, 256 to a commit.
+    assert_eq!((store.trips(), store.calls("commit")), (6, 6));
+
+    store.forget();
+    let recent = log.recent(100).await.unwrap();
+    assert_eq!(store.trips(), 2);
+    // They stand in the order in which they ended, and these ended together.
+    let mut numbers: Vec<_> = recent.iter().map(|class| class.number).collect();
+    numbers.sort_unstable();
+    assert_eq!(numbers, Vec::from_iter(50..150));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_log_that_is_down_fails_no_class_and_loses_nothing() {
+    let (cx, told, store, log) = quality_log().await;
+    store.set_down(true);
+    let began = Instant::now();
+    for number in 0..3 {
+        class(&cx, &log, number).await.unwrap();
+    }
+    assert_eq!(began.elapsed(), Duration::from_secs(24), "nobody waits");
+    assert!(log.journal().flush().await.is_err());
+    let down = log.journal().stats();
+    assert!(down.failures > 0 && down.waiting == 30, "{down:?}");
+    assert_eq!(told.load(Ordering::Relaxed), down.failures);
+
+    store.set_down(false);
+    log.journal().flush().await.unwrap();
+    let up = log.journal().stats();
+    assert_eq!((up.written, up.given_up, up.waiting), (30, 0, 0));
+    assert_eq!(log.recent(100).await.unwrap().len(), 3);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_log_that_is_dropped_writes_what_it_has() {
+    let (cx, _, store, log) = quality_log().await;
+    class(&cx, &log, 7).await.unwrap();
+    drop(log);
+    assert_eq!(store.trips(), 0);
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(store.calls("commit"), 1);
+    let runs = store.runs(Default::default(), 10).await.unwrap();
+    let rows: u64 = runs.iter().map(|run| run.log_seq).sum();
+    assert!(rows >= 10, "{runs:?}");
+}
