@@ -635,3 +635,44 @@ async fn the_policy_for_calls_in_flight_at_a_crash_is_kept() {
         assert_eq!((ledger.admitted, ledger.cancelled), (8, 2));
     }
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_run_is_driven_to_its_end_also_when_others_die_with_its_last_items() {
+    let (store, sim) = (Arc::new(Memory::new()), sim(10));
+    let runner = Runner::new(Arc::clone(&store));
+    let run = runner.submit("ask", &ask(), 0..4).await.unwrap();
+    let lease = Duration::from_secs(30);
+    let dead = worker(&store, &sim).lease(lease).build();
+    // It takes all items and dies in the middle of its calls.
+    let died = timeout(Duration::from_secs(5), dead.drive(MINUTE)).await;
+    assert!(died.is_err());
+
+    let alive = worker(&store, &sim).lease(lease).build();
+    // There is nothing to claim yet, which is no reason to say that it is done.
+    let ended = alive.drive_run(run, Duration::from_secs(10)).await.unwrap();
+    assert_eq!((ended, alive.stats().claimed), (Drive::Continue, 0));
+    let ended = alive.drive_run(run, 5 * MINUTE).await.unwrap();
+    assert_eq!((ended, alive.stats().claimed), (Drive::Done, 4));
+    assert_eq!(check(&*store, run).await["completed"], 4);
+    // Nothing to wait for: it is over, or not there.
+    let before = Instant::now();
+    for run in [run, RunId(99)] {
+        assert_eq!(alive.drive_run(run, MINUTE).await.unwrap(), Drive::Done);
+    }
+    assert_eq!(Instant::now(), before);
+}
+
+#[tokio::test(start_paused = true)]
+async fn driving_a_run_ends_with_its_context() {
+    let store = Arc::new(Memory::new());
+    let runner = Runner::new(Arc::clone(&store));
+    let run = runner.submit("ask", &ask(), 0..4).await.unwrap();
+    let cx = Context::builder(sim(10)).build();
+    let worker = Worker::builder(store, cx.clone())
+        .register("ask", ask())
+        .build();
+    let drive = tokio::spawn(async move { worker.drive_run(run, MINUTE).await });
+    sleep(Duration::from_secs(1)).await;
+    cx.cancel();
+    assert_eq!(drive.await.unwrap().unwrap(), Drive::Continue);
+}

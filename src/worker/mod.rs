@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use futures::future;
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use self::builder::Options;
@@ -206,6 +206,49 @@ impl Worker {
             drain: self.0.options.drain.min(budget / 4),
         };
         self.work(future::pending(), until).await
+    }
+
+    /// As [`drive`](Self::drive), but until one run is over: also where others hold the last of its items, who may
+    /// die with them. The next phase of some work can start from its results then.
+    ///
+    /// Meanwhile it works on whatever it can claim. With [`Drive::Continue`] the run is not over, because the
+    /// budget is used up or the context was drained or cancelled. A run that is not there is over.
+    ///
+    /// # Errors
+    /// As [`run_until`](Self::run_until).
+    ///
+    /// # Cancel safety
+    /// As [`run_until`](Self::run_until).
+    ///
+    /// ```
+    /// # use std::{sync::Arc, time::Duration};
+    /// # use throughline::{Context, Drive, Runner, Worker, pipeline, store::Memory, testing::Scripted};
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> throughline::Result<()> {
+    /// # let double = pipeline("double", |_cx: Context, n: u32| async move { Ok(2 * n) });
+    /// # let store = Arc::new(Memory::new());
+    /// # let runner = Runner::new(Arc::clone(&store));
+    /// # let run = runner.submit("double", &double, [1, 2, 3]).await?;
+    /// # let cx = Context::builder(Scripted::new()).build();
+    /// # let worker = Worker::builder(store, cx).register("double", double).build();
+    /// if worker.drive_run(run, Duration::from_secs(300)).await? == Drive::Done {
+    ///     println!("{}", runner.results::<u32>(run, 0, 100).await?.len());
+    /// }
+    /// # Ok(()) }
+    /// ```
+    pub async fn drive_run(&self, run: RunId, budget: Duration) -> Result<Drive> {
+        let end = Instant::now() + budget;
+        loop {
+            let found = self.0.queue.run(run).await?;
+            if found.is_none_or(|run| run.status.is_over()) {
+                return Ok(Drive::Done);
+            }
+            let left = end.saturating_duration_since(Instant::now());
+            let ended = self.drive(left).await?;
+            if ended == Drive::Continue || self.0.cx.is_draining() || self.0.cx.is_cancelled() {
+                return Ok(Drive::Continue);
+            }
+            sleep_until(end.min(Instant::now() + self.0.options.poll)).await;
+        }
     }
 
     /// What it has done so far.

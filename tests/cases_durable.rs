@@ -1,0 +1,426 @@
+//! The examples of durable systems, as processes: killed, cut off, and looked at from outside.
+//!
+//! Real processes, sockets and the real clock: that is what is tested here.
+#![cfg(all(
+    unix,
+    feature = "sim",
+    feature = "sqlite",
+    feature = "stages",
+    feature = "structured"
+))]
+
+use std::collections::BTreeMap;
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::net::{SocketAddr, TcpStream};
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::thread::{self, sleep};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use sqlx::Connection as _;
+use tempfile::TempDir;
+use throughline::provider::sim::Ledger;
+
+/// None of the runs here takes longer by itself.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Cargo builds the examples before it runs the tests, beside them.
+fn program(name: &str) -> PathBuf {
+    let test = std::env::current_exe().unwrap();
+    let program = test.ancestors().nth(2).unwrap().join("examples").join(name);
+    assert!(
+        program.is_file(),
+        "\n\n{} IS MISSING: build it with `cargo build --example {name} --all-features`\n\
+         (`cargo test --all-features` does that by itself; `--test cases_durable` alone does not)\n",
+        program.display()
+    );
+    program
+}
+
+#[test]
+fn card_stories() {
+    let ran = Command::new(program("card_stories"))
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&ran.stdout);
+    eprintln!("{said}{}", String::from_utf8_lossy(&ran.stderr));
+    assert!(ran.status.success());
+    let has = |line: &str| said.lines().any(|said| said == line);
+    assert!(has("ok:    864 of 864 items completed, each once"));
+    assert!(has("ok:    the counters equal the rows"));
+    assert!(has("ok:    the logs have no gap"));
+    // It was killed in the middle of the last phase, and the provider has the bills of what was done by then.
+    let (_, kept) = said
+        .split_once("ok:    0 of ")
+        .expect("nothing is paid for again");
+    let kept: u32 = kept.split(' ').next().unwrap().parse().unwrap();
+    assert!((384..800).contains(&kept), "{kept}");
+    assert_eq!(said.matches(": killed").count(), 1);
+    // The worker that lived was cut off twice, or more often on a slow machine.
+    let cut_off = said.lines().filter(|line| line.starts_with("worker a"));
+    assert!(cut_off.filter(|line| line.contains(": Continue;")).count() >= 2);
+}
+
+/// The service as a process, on files that outlive it.
+struct Service {
+    dir: TempDir,
+    process: Child,
+    at: SocketAddr,
+}
+
+impl Service {
+    fn start(latency: u64) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let (process, at) = Self::spawn(&dir, latency);
+        Self { dir, process, at }
+    }
+
+    fn spawn(dir: &TempDir, latency: u64) -> (Child, SocketAddr) {
+        let mut process = Command::new(program("background_service"))
+            .args(["--listen", "127.0.0.1:0", "--store", "programs.db"])
+            .args(["--ledger", "ledger", "--latency", &latency.to_string()])
+            .current_dir(dir.path())
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut said = String::new();
+        let mut stdout = BufReader::new(process.stdout.as_mut().unwrap());
+        stdout.read_line(&mut said).unwrap();
+        let at = said.trim().strip_prefix("listening on http://").unwrap();
+        (process, at.parse().unwrap())
+    }
+
+    /// As `kill -9`.
+    fn crash(&mut self) {
+        self.process.kill().unwrap();
+        self.process.wait().unwrap();
+    }
+
+    fn start_again(&mut self, latency: u64) {
+        (self.process, self.at) = Self::spawn(&self.dir, latency);
+    }
+
+    /// The stop that a supervisor asks for; false if it does not come in time.
+    fn terminate(&mut self) -> bool {
+        let pid = self.process.id().to_string();
+        let sent = Command::new("kill").args(["-TERM", &pid]).status();
+        assert!(sent.unwrap().success());
+        let until = Instant::now() + Duration::from_secs(20);
+        while Instant::now() < until {
+            if let Some(status) = self.process.try_wait().unwrap() {
+                return status.success();
+            }
+            sleep(Duration::from_millis(10));
+        }
+        false
+    }
+
+    /// Status, head and body of an answer, read to its end.
+    fn ask(&self, token: &str, method: &str, path: &str, body: &str) -> (u16, String, String) {
+        let mut stream = TcpStream::connect(self.at).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        let length = body.len();
+        let request = format!(
+            "{method} {path} HTTP/1.1\r\nhost: localhost\r\nauthorization: {token}\r\nconnection: close\r\n\
+             content-type: application/json\r\ncontent-length: {length}\r\n\r\n{body}"
+        );
+        stream.write_all(request.as_bytes()).unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+        let status = head.split(' ').nth(1).unwrap().parse().unwrap();
+        (status, head.to_owned(), body.to_owned())
+    }
+
+    fn json(&self, token: &str, method: &str, path: &str) -> Value {
+        let (status, _, body) = self.ask(token, method, path, "");
+        assert_eq!(status, 200, "{method} {path}: {body}");
+        serde_json::from_str(&body).unwrap()
+    }
+
+    fn submit(&self, token: &str, program: &Value) -> i64 {
+        let (status, head, body) = self.ask(token, "POST", "/programs", &program.to_string());
+        assert_eq!(status, 202, "{body}");
+        let id = serde_json::from_str::<Value>(&body).unwrap()["id"]
+            .as_i64()
+            .unwrap();
+        assert!(
+            head.contains(&format!("location: /programs/{id}")),
+            "{head}"
+        );
+        id
+    }
+
+    /// All programs of a user, when none is pending or processing any more.
+    fn all_over(&self, token: &str) -> Vec<Value> {
+        let until = Instant::now() + PATIENCE;
+        loop {
+            let programs = self.json(token, "GET", "/programs");
+            let programs = programs.as_array().unwrap();
+            let open =
+                |it: &&Value| matches!(it["status"].as_str(), Some("pending" | "processing"));
+            match programs.iter().find(open) {
+                None => return programs.clone(),
+                Some(stuck) => assert!(Instant::now() < until, "stuck: {stuck}"),
+            }
+            sleep(Duration::from_millis(50));
+        }
+    }
+
+    /// How often each request was billed, by its digest.
+    fn billed(&self) -> BTreeMap<String, u64> {
+        let mut billed = BTreeMap::new();
+        for bill in Ledger::read(self.dir.path().join("ledger")).unwrap().bills {
+            *billed.entry(bill.digest.to_string()).or_default() += 1;
+        }
+        billed
+    }
+
+    /// The requests whose replies are committed, looked at from outside.
+    fn committed(&self) -> Vec<String> {
+        let look = async {
+            let url = format!(
+                "sqlite://{}?mode=ro",
+                self.dir.path().join("programs.db").display()
+            );
+            let mut connection = sqlx::SqliteConnection::connect(&url).await.unwrap();
+            let digests: Vec<Vec<u8>> =
+                sqlx::query_scalar("SELECT request_digest FROM generations")
+                    .fetch_all(&mut connection)
+                    .await
+                    .unwrap();
+            let hex = |digest: Vec<u8>| digest.iter().map(|byte| format!("{byte:02x}")).collect();
+            digests.into_iter().map(hex).collect()
+        };
+        tokio::runtime::Runtime::new().unwrap().block_on(look)
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+const ADA: &str = "Bearer ada-secret";
+const BOB: &str = "Bearer bob-secret";
+
+#[test]
+fn only_users_get_in_and_each_sees_their_own() {
+    let mut service = Service::start(20);
+    for token in [
+        "",
+        "Bearer ",
+        "Bearer wrong",
+        "ada-secret",
+        "Basic ada-secret",
+    ] {
+        for (method, path) in [
+            ("GET", "/programs"),
+            ("POST", "/programs"),
+            ("GET", "/programs/1"),
+            ("GET", "/programs/1/events"),
+            ("DELETE", "/programs/1"),
+        ] {
+            let (status, head, _) = service.ask(token, method, path, "{}");
+            assert_eq!(status, 401, "{method} {path} with {token:?}");
+            assert!(head.contains("www-authenticate: Bearer"), "{head}");
+        }
+    }
+    let id = service.submit(ADA, &json!({"goal": "a swim", "weeks": 3}));
+    let path = format!("/programs/{id}");
+    for (method, path) in [
+        ("GET", path.clone()),
+        ("GET", format!("{path}/events")),
+        ("DELETE", path.clone()),
+        ("GET", "/programs/999".to_owned()),
+    ] {
+        assert_eq!(
+            service.ask(BOB, method, &path, "").0,
+            404,
+            "{method} {path}"
+        );
+    }
+    assert_eq!(service.json(BOB, "GET", "/programs"), json!([]));
+    let unusable = json!({"goal": " ", "weeks": 3}).to_string();
+    assert_eq!(service.ask(ADA, "POST", "/programs", &unusable).0, 422);
+
+    let done = service.all_over(ADA);
+    assert_eq!(
+        done,
+        [json!({"id": id, "status": "completed", "done": 3, "total": 3, "error": null})]
+    );
+    let program = service.json(ADA, "GET", &path);
+    assert_eq!(program["weeks"][2]["focus"], "endurance");
+    let (status, _, page) = service.ask("", "GET", "/", "");
+    assert!(status == 200 && page.contains("Training programs"));
+    assert!(service.terminate());
+}
+
+#[test]
+fn programs_are_followed_cancelled_and_out_of_time() {
+    let mut service = Service::start(300);
+    // Its events end when it is over.
+    let id = service.submit(ADA, &json!({"goal": "a climb", "weeks": 6}));
+    let (status, head, events) = service.ask(ADA, "GET", &format!("/programs/{id}/events"), "");
+    assert!(
+        status == 200 && head.contains("text/event-stream"),
+        "{head}"
+    );
+    let seen = events
+        .lines()
+        .filter_map(|line| line.strip_prefix("data: "));
+    let seen: Vec<Value> = seen
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    let done: Vec<_> = seen.iter().map(|it| it["done"].as_u64().unwrap()).collect();
+    assert!(done.is_sorted() && done.len() >= 3, "{done:?}");
+    let last = seen.last().unwrap();
+    assert_eq!(
+        (&last["status"], &last["done"]),
+        (&json!("completed"), &json!(6))
+    );
+
+    // Two calls of 150 to 450 ms for each week do not fit.
+    let late = service.submit(
+        ADA,
+        &json!({"goal": "a dive", "weeks": 2, "timeout_ms": 200}),
+    );
+    let program = &service.all_over(ADA)[0];
+    assert_eq!(
+        (&program["id"], &program["status"]),
+        (&json!(late), &json!("failed"))
+    );
+    let why = program["error"].as_str().unwrap();
+    assert!(why.contains("deadline"), "{why}");
+
+    let id = service.submit(ADA, &json!({"goal": "a walk", "weeks": 52}));
+    let stopped = service.json(ADA, "DELETE", &format!("/programs/{id}"));
+    assert!(stopped["stopped"].as_u64().unwrap() > 0);
+    assert_eq!(service.all_over(ADA)[0]["status"], "cancelled");
+    assert_eq!(
+        service.json(ADA, "DELETE", &format!("/programs/{id}"))["stopped"],
+        0
+    );
+
+    // A stop in the middle of things ends open streams, and what was paid for is written.
+    service.submit(BOB, &json!({"goal": "a ride", "weeks": 52}));
+    sleep(Duration::from_millis(300));
+    thread::scope(|scope| {
+        let id = service.json(BOB, "GET", "/programs")[0]["id"].clone();
+        let (at, path) = (service.at, format!("/programs/{id}/events"));
+        scope.spawn(move || {
+            let mut stream = TcpStream::connect(at).unwrap();
+            let head =
+                format!("GET {path} HTTP/1.1\r\nhost: localhost\r\nauthorization: {BOB}\r\n\r\n");
+            stream.write_all(head.as_bytes()).unwrap();
+            stream.set_read_timeout(Some(PATIENCE)).unwrap();
+            assert!(stream.read_to_end(&mut Vec::new()).unwrap() > 0);
+        });
+        sleep(Duration::from_millis(100));
+        assert!(service.terminate());
+    });
+    let (billed, mut committed) = (service.billed(), service.committed());
+    committed.sort_unstable();
+    committed.dedup();
+    assert!(committed.len() >= 12, "{}", committed.len());
+    // Dropped calls are billed too: those of the program that was cancelled and of the one that was late.
+    assert!(committed.iter().all(|digest| billed[digest] == 1));
+}
+
+#[test]
+fn two_hundred_programs_survive_kill_9() {
+    const PROGRAMS: usize = 200;
+    let mut service = Service::start(150);
+    let mut taken = Vec::new();
+    thread::scope(|scope| {
+        let service = &service;
+        let client = |client: usize| {
+            let submit = move |n: usize| {
+                let token = [ADA, BOB][n % 2];
+                let program = json!({"goal": format!("goal {n}"), "weeks": 2});
+                let began = Instant::now();
+                service.submit(token, &program);
+                began.elapsed()
+            };
+            scope.spawn(move || {
+                (client..PROGRAMS)
+                    .step_by(8)
+                    .map(submit)
+                    .collect::<Vec<_>>()
+            })
+        };
+        let clients: Vec<_> = (0..8).map(client).collect();
+        taken.extend(
+            clients
+                .into_iter()
+                .flat_map(|client| client.join().unwrap()),
+        );
+    });
+    taken.sort_unstable();
+    let (median, slowest) = (taken[PROGRAMS / 2], taken[PROGRAMS - 1]);
+    eprintln!(
+        "{PROGRAMS} programs submitted by 8 clients: {median:.1?} at the median, {slowest:.1?} at most"
+    );
+    assert!(median < Duration::from_millis(100), "{median:?}");
+
+    // In the middle of it.
+    let until = Instant::now() + PATIENCE;
+    while service.committed().len() < 2 * PROGRAMS / 3 && Instant::now() < until {
+        sleep(Duration::from_millis(10));
+    }
+    service.crash();
+    let before = service.billed();
+    let committed = service.committed();
+    service.start_again(50);
+
+    let again = Instant::now();
+    for token in [ADA, BOB] {
+        let programs = service.all_over(token);
+        assert_eq!(programs.len(), PROGRAMS / 2);
+        for program in programs {
+            assert_eq!(
+                (&program["status"], &program["done"]),
+                (&json!("completed"), &json!(2)),
+                "{program}"
+            );
+        }
+    }
+    let billed = service.billed();
+    assert_eq!(billed.len(), 2 * 2 * PROGRAMS);
+    for digest in &committed {
+        assert_eq!(
+            billed[digest], before[digest],
+            "{digest} was paid for after it was committed"
+        );
+    }
+    let twice: u64 = billed.values().map(|times| times - 1).sum();
+    assert!(
+        twice <= 64,
+        "{twice} calls paid twice, of at most 64 in flight"
+    );
+    eprintln!(
+        "killed with {} replies committed: 0 of them paid again, {twice} of those in flight; all over {:.1?} later",
+        committed.len(),
+        again.elapsed()
+    );
+
+    // One after the other, while the worker does what it is given.
+    let one = |n: usize| {
+        let program = json!({"goal": format!("later {n}"), "weeks": 2});
+        let began = Instant::now();
+        service.submit(ADA, &program);
+        began.elapsed()
+    };
+    let mut taken: Vec<_> = (0..40).map(one).collect();
+    taken.sort_unstable();
+    eprintln!(
+        "submit, one client: {:.2?} at the median, {:.2?} at most",
+        taken[20], taken[39]
+    );
+    assert!(taken[20] < Duration::from_millis(50), "{:?}", taken[20]);
+}
