@@ -49,6 +49,7 @@
 //! - `testing`: [`testing::Scripted`] and `sim`, for tests of your own code.
 //! - `bar`: [`bar::Bar`], a terminal progress bar.
 //! - `stages`: [`stages::Stages`], percentiles of calls, stages and items by label.
+//! - `tiktoken`: [`Tiktoken`], a counter of prompt tokens.
 //! - `full`: `openai`, `anthropic`, `structured`, `sim` and `bar`.
 //!
 //! [`design`] tells the decisions behind it and their reasons.
@@ -90,6 +91,8 @@ mod stream;
 mod structured;
 #[cfg(feature = "testing")]
 pub mod testing;
+#[cfg(feature = "tiktoken")]
+mod tiktoken;
 mod timeline;
 mod usage;
 mod worker;
@@ -139,6 +142,8 @@ pub use crate::stream::Deltas;
 pub use crate::structured::{
     Drafts, GenerateAs, Generated, Growing, Items, OnBreak, OnLength, Rejection,
 };
+#[cfg(feature = "tiktoken")]
+pub use crate::tiktoken::Tiktoken;
 pub use crate::timeline::Timeline;
 pub use crate::usage::{Quota, RateSnapshot, Usage};
 pub use crate::worker::{Ambiguous, Drive, Worker, WorkerBuilder, WorkerStats};

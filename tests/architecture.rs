@@ -21,6 +21,7 @@ const LAYERS: &[(&str, u8)] = &[
     ("pool", 2),
     ("retry", 2),
     ("estimate", 2),
+    ("tiktoken", 2),
     ("budget", 2),
     ("journal", 2),
     ("memo", 2),
