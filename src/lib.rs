@@ -52,7 +52,8 @@
 //! - `tiktoken`: [`Tiktoken`], a counter of prompt tokens.
 //! - `full`: `openai`, `anthropic`, `structured`, `sim` and `bar`.
 //!
-//! [`design`] tells the decisions behind it and their reasons.
+//! `tutorial` builds a pipeline step by step, from ten lines to the streamed form (with the features
+//! `structured` and `sim`). [`design`] tells the decisions behind it and their reasons.
 
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
@@ -96,6 +97,10 @@ mod tiktoken;
 mod timeline;
 mod usage;
 mod worker;
+
+#[cfg(all(feature = "sim", feature = "structured"))]
+#[doc = include_str!("tutorial.md")]
+pub mod tutorial {}
 
 #[doc = include_str!("../DESIGN.md")]
 pub mod design {}

@@ -676,3 +676,28 @@ async fn driving_a_run_ends_with_its_context() {
     cx.cancel();
     assert_eq!(drive.await.unwrap().unwrap(), Drive::Continue);
 }
+
+#[tokio::test(start_paused = true)]
+async fn many_small_runs_start_together() {
+    let store = Counted::new(Memory::new()).latency(Duration::from_millis(5));
+    let (store, sim) = (
+        Arc::new(store),
+        Sim::builder().latency(Duration::from_secs(10)).build(),
+    );
+    let answer = pipeline("answer", |cx: Context, user: u32| async move {
+        Ok(cx.generate(format!("Answer {user}.")).await?.text)
+    });
+    let runner = Runner::new(Arc::clone(&store));
+    for user in 0..200 {
+        runner.submit("answer", &answer, [user]).await.unwrap();
+    }
+    let cx = Context::builder(sim.clone()).build();
+    let worker = Worker::builder(store, cx).in_flight(200);
+    let worker = worker.register("answer", answer).build();
+    let began = tokio::time::Instant::now();
+    let drive = worker.drive(Duration::from_secs(300)).await.unwrap();
+    assert_eq!((drive, sim.ledger().total.billed), (Drive::Done, 200));
+    // A round trip for each run, one after the other, would be a second.
+    let extra = began.elapsed() - Duration::from_secs(10);
+    assert!(extra < Duration::from_millis(250), "{extra:?}");
+}

@@ -722,3 +722,30 @@ async fn clones_share_one_account_and_a_panicking_reply_frees_its_place() {
     let ledger = sim.ledger();
     assert_eq!((ledger.total.admitted, ledger.in_flight), (1, 0));
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_call_that_is_made_to_fail_takes_its_latency_and_is_not_billed() {
+    let sim = Sim::builder()
+        .latency_of(|request| Duration::from_secs(request.last_text().len() as u64))
+        .fail_when(|request| {
+            let refused = request.last_text() == "four";
+            refused.then(|| Error::new(ErrorKind::InvalidRequest, "refused"))
+        })
+        .build();
+    let began = Instant::now();
+    let failed = sim.generate(&Request::new("four")).await.unwrap_err();
+    assert_eq!(failed.kind(), ErrorKind::InvalidRequest);
+    assert_eq!(began.elapsed(), Duration::from_secs(4));
+    assert!(sim.stream(&Request::new("four")).await.is_err());
+    // Nor is one that nobody waits for.
+    let request = Request::new("four");
+    let dropped = timeout(Duration::from_secs(1), sim.generate(&request)).await;
+    assert!(dropped.is_err());
+
+    let began = Instant::now();
+    assert!(sim.generate(&Request::new("three")).await.is_ok());
+    assert_eq!(began.elapsed(), Duration::from_secs(5));
+    let total = sim.ledger().total;
+    assert_eq!((total.admitted, total.faults, total.billed), (4, 3, 1));
+    assert_eq!(sim.in_flight(), 0);
+}

@@ -4,6 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use futures::{StreamExt as _, stream};
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until, timeout_at};
 use tokio_util::sync::CancellationToken;
@@ -12,10 +13,12 @@ use super::item::{End, Ready, UNKNOWN, sent_before};
 use super::{Inner, count};
 use crate::context::Context;
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::{Hold, Item, ItemId, LeaseId};
+use crate::store::{Hold, Item, ItemId, LeaseId, RunId};
 
 /// As many are claimed at a time at most.
 const CLAIM: usize = 256;
+/// As many runs are read at a time: no more than a pool has connections for.
+const READS: usize = 16;
 /// Between two claims that only fill a few places.
 const BREATH: Duration = Duration::from_millis(20);
 /// How often a worker asks whether somebody took its items away.
@@ -196,16 +199,21 @@ impl Session {
                 return;
             }
         };
+        // Several at a time: else the last of many small runs starts a round trip for each later.
+        let runs: HashSet<RunId> = items.iter().map(|item| item.run).collect();
+        let read = |run| async move { (run, self.worker.run_info(run).await) };
+        let runs = stream::iter(runs).map(read).buffer_unordered(READS);
+        let runs: HashMap<_, _> = runs.collect().await;
         for item in items {
             let hold = item.hold();
             if ambiguous.contains(&item.id) {
                 self.worker.settle(hold, Err(sent_before()));
                 continue;
             }
-            let info = match self.worker.run_info(item.run).await {
-                Ok(Some(info)) => info,
+            let info = match runs.get(&item.run) {
+                Some(Ok(Some(info))) => info,
                 gone => {
-                    if let Err(error) = gone {
+                    if let Some(Err(error)) = gone {
                         tracing::warn!(%error, run = %item.run, "a run cannot be read: its item goes back");
                     }
                     hands
@@ -216,7 +224,7 @@ impl Session {
                     continue;
                 }
             };
-            match self.worker.ready(&self.cx, &info, item) {
+            match self.worker.ready(&self.cx, info, item) {
                 Some(ready) => self.spawn(hands, ready),
                 None => {
                     count(&self.worker.counters.unknown, 1);
