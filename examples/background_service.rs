@@ -8,10 +8,10 @@
 //!
 //! Or open <http://localhost:3000>. It runs on the simulated provider.
 
+#[path = "background_service/access.rs"]
+mod access;
 #[path = "background_service/program.rs"]
 mod program;
-#[path = "background_service/users.rs"]
-mod users;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -29,8 +29,8 @@ use throughline::store::{Run, RunFilter, RunId, Sqlite};
 use throughline::{CancellationToken, Context, Pace, Result, Runner, Tenant, Worker};
 use tokio::signal::unix::{SignalKind, signal};
 
+use crate::access::{Refusal, Service, USERS, User};
 use crate::program::{Plan, PlanWeek, Program};
-use crate::users::{Refusal, USERS, User};
 
 /// Serves training programs.
 #[derive(Parser)]
@@ -45,24 +45,6 @@ struct Cli {
     /// Milliseconds until the simulated provider answers
     #[arg(long, default_value = "800")]
     latency: u64,
-}
-
-#[derive(Clone)]
-struct Service {
-    runner: Runner,
-    stop: CancellationToken,
-}
-
-impl Service {
-    /// The user's run. That of somebody else is not there.
-    async fn run(&self, user: User, id: RunId) -> Result<Run, Refusal> {
-        let run = self.runner.snapshot(id).await?.map(|found| found.run);
-        let theirs = run.filter(|run| run.tenant == user.name);
-        theirs.ok_or(Refusal(
-            StatusCode::NOT_FOUND,
-            format!("there is no program {id}"),
-        ))
-    }
 }
 
 fn view(run: &Run) -> Value {

@@ -108,7 +108,7 @@ pub async fn verify(dir: &Path, runner: &Runner, kept: BTreeMap<String, u64>) ->
         ),
         (
             in_vain <= listed,
-            format!("{in_vain} calls paid twice, of {listed} listed as in flight at the kill"),
+            format!("{in_vain} calls paid twice, of {listed} that are listed as ambiguous"),
         ),
     ];
     for (holds, what) in &verdicts {

@@ -1,11 +1,12 @@
-//! Who may come in, and what those are told who may not.
+//! Who may come in, which programs are theirs, and what those are told who may not.
 
 use axum::Json;
 use axum::extract::FromRequestParts;
 use axum::http::{HeaderName, StatusCode, header, request::Parts};
 use axum::response::{IntoResponse, Response};
 use serde_json::json;
-use throughline::{Error, Priority, Result};
+use throughline::store::{Run, RunId};
+use throughline::{CancellationToken, Error, Priority, Result, Runner};
 
 /// Who may come in. A real service looks a digest of the token up somewhere.
 #[derive(Clone, Copy)]
@@ -55,5 +56,24 @@ impl From<Error> for Refusal {
 impl IntoResponse for Refusal {
     fn into_response(self) -> Response {
         (self.0, Json(json!({ "error": self.1 }))).into_response()
+    }
+}
+
+/// What the routes share.
+#[derive(Clone)]
+pub struct Service {
+    pub runner: Runner,
+    pub stop: CancellationToken,
+}
+
+impl Service {
+    /// The user's run. That of somebody else is not there.
+    pub async fn run(&self, user: User, id: RunId) -> Result<Run, Refusal> {
+        let run = self.runner.snapshot(id).await?.map(|found| found.run);
+        let theirs = run.filter(|run| run.tenant == user.name);
+        theirs.ok_or(Refusal(
+            StatusCode::NOT_FOUND,
+            format!("there is no program {id}"),
+        ))
     }
 }
