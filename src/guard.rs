@@ -5,13 +5,14 @@
 
 mod stream;
 
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use futures::FutureExt as _;
 use futures::future::BoxFuture;
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, timeout};
 use tracing::{Instrument, Span, field};
 
 use crate::budget::Budget;
@@ -26,10 +27,13 @@ use crate::provider::{OutputCharge, Provider};
 use crate::reply::Reply;
 use crate::request::Request;
 use crate::retry::{Class, Retry, Streak};
-use crate::scope::{Scope, Tally};
+use crate::scope::{Bounds, Scope, Tally};
 use crate::usage::RateSnapshot;
 
 pub(crate) use self::stream::Sink;
+
+/// How long the writing of an intent may go on when the call has been called off.
+const LAST_INTENT: Duration = Duration::from_secs(1);
 
 pub(crate) struct Guard {
     pool: Pool<Deployment>,
@@ -194,7 +198,7 @@ impl Guard {
         }
         if let Some(asked) = with.asked {
             // With the permit in hand, so that what only waits in line is not written down as sent.
-            bounds.before_send(asked.intend().boxed()).await?;
+            self.intend(bounds, asked).await?;
         }
         turn.mark_sent();
         let (index, deployment) = (turn.index(), turn.deployment());
@@ -239,6 +243,20 @@ impl Guard {
                 Ok(Sent::Failed(index, error))
             }
         }
+    }
+
+    /// In a box, because calls without a store have none.
+    fn intend<'a>(&self, bounds: &'a Bounds, asked: &'a Asked) -> BoxFuture<'a, Result<()>> {
+        async move {
+            let mut written = pin!(asked.intend());
+            if let Err(ended) = bounds.before_send(written.as_mut()).await {
+                // It may be on its way: once it is there, the end of the call can take it back.
+                let _ = timeout(LAST_INTENT, written).await;
+                return Err(ended);
+            }
+            bounds.check()
+        }
+        .boxed()
     }
 
     /// What the request needs at a deployment.

@@ -701,3 +701,25 @@ async fn many_small_runs_start_together() {
     let extra = began.elapsed() - Duration::from_secs(10);
     assert!(extra < Duration::from_millis(250), "{extra:?}");
 }
+
+/// Whenever the budget ends: a call that was not sent is not on the list of those that may have been.
+#[tokio::test(start_paused = true)]
+async fn what_was_not_sent_is_not_ambiguous() {
+    for millis in (0..1_200).step_by(35) {
+        let store = Counted::new(Memory::new()).latency(Duration::from_millis(100));
+        let (store, sim) = (Arc::new(store), sim(10));
+        let runner = Runner::new(Arc::clone(&store));
+        runner.submit("ask", &ask(), 0..4).await.unwrap();
+        let cx = Context::builder(sim.clone()).build();
+        let worker = Worker::builder(Arc::clone(&store), cx)
+            .register("ask", ask())
+            .build();
+        // It may not have the time to write everything: then the journal does when it is dropped.
+        let drive = worker.drive(Duration::from_millis(millis)).await;
+        drop(worker);
+        sleep(MINUTE).await;
+        let listed = runner.ambiguous(None, 10).await.unwrap();
+        let sent = sim.ledger().total.admitted;
+        assert_eq!(listed.len() as u64, sent, "after {millis} ms: {drive:?}");
+    }
+}
