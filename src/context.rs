@@ -1,30 +1,27 @@
 //! [`Context`]: what a run works with.
 
+mod builder;
+
 use std::fmt;
-use std::panic::AssertUnwindSafe;
-use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use futures::{FutureExt as _, future};
-use tokio::time::{Instant, timeout};
-use tokio_util::sync::CancellationToken;
+use futures::FutureExt as _;
+use tokio::time::Instant;
 
+pub use self::builder::ContextBuilder;
 use crate::deployment::Deployment;
-use crate::error::{Error, ErrorKind, Result};
-use crate::estimate::TokenCounter;
-use crate::event::{Event, Observer, Observers};
+use crate::error::Result;
+use crate::event::{Event, Observers};
 use crate::guard::{Guard, Sink, With};
 use crate::join::Switch;
 use crate::journal::Journal;
-use crate::memo::{Asked, Memo, Place};
+use crate::memo::{Asked, Place};
 use crate::pace::{Binding, Lane, LaneSnapshot, Pace, Priority, Tenant, Who};
-use crate::pool::Pool;
 use crate::provider::Provider;
 use crate::reply::Reply;
 use crate::request::Request;
-use crate::retry::Retry;
 use crate::scope::{Bounds, Scope, Tally};
 use crate::store::Store;
 
@@ -69,29 +66,16 @@ struct Items {
 impl Context {
     /// Starts a context around `provider`, with no limits and default retries.
     pub fn builder(provider: impl Provider) -> ContextBuilder {
-        ContextBuilder {
-            first: Deployment::new(provider),
-            others: Vec::new(),
-            retries: None,
-            counter: None,
-            retry: None,
-            model: None,
-            call_timeout: Duration::from_secs(600),
-            grace: Duration::from_secs(1),
-            parallel: Switch::new(true),
-            cancel: CancellationToken::new(),
-            deadline: None,
-            observers: Observers::default(),
-            store: None,
-        }
+        ContextBuilder::new(provider)
     }
 
     /// Asks the provider: waits for the lane, sends, tries again as the retry policy says.
     ///
     /// # Errors
-    /// What the provider answered in the end; [`Error::attempts`] says after how many calls.
-    /// [`ErrorKind::Cancelled`] and [`ErrorKind::DeadlineExceeded`] when the context ended
-    /// first; [`Error::billed`] says whether the call may have been paid for by then.
+    /// What the provider answered in the end; [`Error::attempts`](crate::Error::attempts) says after how many calls.
+    /// [`ErrorKind::Cancelled`](crate::ErrorKind::Cancelled) and
+    /// [`ErrorKind::DeadlineExceeded`](crate::ErrorKind::DeadlineExceeded) when the context ended
+    /// first; [`Error::billed`](crate::Error::billed) says whether the call may have been paid for by then.
     ///
     /// # Cancel safety
     /// Dropped before the call was sent, nothing is paid and the permit goes back whole.
@@ -294,60 +278,6 @@ impl Context {
         }
     }
 
-    /// Runs `update` beside `work`, as "working on it" beside the work itself.
-    ///
-    /// Both start together. The result of `work` is never failed by the update, not even
-    /// by a panic in it, and never delayed by more than a grace
-    /// ([`ContextBuilder::alongside_grace`], 1 s unless set): an update that is
-    /// not done by then is dropped and its result is an [`ErrorKind::Timeout`].
-    ///
-    /// While the context's [`Switch`] is off, the update starts behind the work and is given as long as
-    /// it would have had beside it.
-    ///
-    /// ```
-    /// # use throughline::{Context, Result, testing::Scripted};
-    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<()> {
-    /// # let cx = Context::builder(Scripted::new().reply("hello")).build();
-    /// let update = async { Err::<(), _>(throughline::Error::other("the socket is closed")) };
-    /// let (reply, update) = cx.alongside(update, cx.generate("hi")).await;
-    /// assert_eq!(reply?.text, "hello");
-    /// assert!(update.is_err());
-    /// # Ok(()) }
-    /// ```
-    ///
-    /// # Cancel safety
-    /// Dropping it drops both.
-    pub async fn alongside<U, W>(
-        &self,
-        update: impl Future<Output = Result<U>>,
-        work: impl Future<Output = W>,
-    ) -> (W, Result<U>) {
-        let grace = self.shared.grace;
-        // Boxed, because futures that hold futures by value triple with every level of a graph.
-        let work = Box::pin(work);
-        let update = AssertUnwindSafe(Box::pin(update)).catch_unwind();
-        let (work, update) = if self.is_parallel() {
-            match future::select(work, pin!(update)).await {
-                future::Either::Left((work, update)) => (work, timeout(grace, update).await),
-                future::Either::Right((update, work)) => (work.await, Ok(update)),
-            }
-        } else {
-            // As long as it would have had beside the work, so that the results are the same.
-            let began = Instant::now();
-            let work = work.await;
-            (work, timeout(began.elapsed() + grace, update).await)
-        };
-        let update = match update {
-            Ok(Ok(result)) => result,
-            Ok(Err(panic)) => Err(Error::panicked(panic)),
-            Err(_) => Err(Error::new(
-                ErrorKind::Timeout,
-                format!("the update was not done {grace:?} after the work"),
-            )),
-        };
-        (work, update)
-    }
-
     /// Ends this context and all below it: what waits is not sent, calls in flight are dropped.
     /// An item's context shares its batch's cancellation.
     pub fn cancel(&self) {
@@ -471,7 +401,7 @@ impl Context {
 
     /// A reply could not be used and is asked for again.
     #[cfg(feature = "structured")]
-    pub(crate) fn reask(&self, ask: u32, error: &Error) {
+    pub(crate) fn reask(&self, ask: u32, error: &crate::error::Error) {
         self.scope.add(Tally {
             reasked: 1,
             ..Tally::default()
@@ -486,6 +416,11 @@ impl Context {
     /// The key of the item this context belongs to.
     pub(crate) fn key(&self) -> Option<Arc<str>> {
         self.scope.key.clone()
+    }
+
+    /// How long a finished piece of work waits for the update beside it.
+    pub(crate) fn alongside_grace(&self) -> Duration {
+        self.shared.grace
     }
 
     pub(crate) fn bounds(&self) -> &Bounds {
@@ -547,196 +482,5 @@ impl Snapshot {
     pub fn items_running(&self) -> u64 {
         self.items_started
             .saturating_sub(self.items_done + self.items_failed)
-    }
-}
-
-/// Builds a [`Context`].
-#[must_use = "a builder does nothing until `build`"]
-pub struct ContextBuilder {
-    first: Deployment,
-    /// Those after it, and whether each begins the next group.
-    others: Vec<(Deployment, bool)>,
-    /// The retries that the pace brings.
-    retries: Option<u32>,
-    counter: Option<Box<dyn TokenCounter>>,
-    retry: Option<Retry>,
-    model: Option<Arc<str>>,
-    call_timeout: Duration,
-    grace: Duration,
-    parallel: Switch,
-    cancel: CancellationToken,
-    deadline: Option<Instant>,
-    observers: Observers,
-    store: Option<Arc<dyn Store>>,
-}
-
-impl ContextBuilder {
-    /// The limits of the account; the context gets a lane of its own. Unlimited unless set.
-    /// A pace that brings a number of retries ([`Pace::safe`]) sets them, unless
-    /// [`retry`](Self::retry) does.
-    pub fn pace(mut self, pace: Pace) -> Self {
-        self.retries = pace.retries();
-        self.lane(Lane::new(pace))
-    }
-
-    /// A lane that several contexts share, because the account is the same.
-    pub fn lane(mut self, lane: Lane) -> Self {
-        self.first.lane = lane;
-        self
-    }
-
-    /// Another deployment of what the context calls: an account, a region, a server. A call
-    /// goes where it can start first; one that failed goes elsewhere next; one whose
-    /// account is refused ([`Error::is_account_wide`]) is left out. See [`Pool`].
-    pub fn beside(mut self, deployment: Deployment) -> Self {
-        self.others.push((deployment, false));
-        self
-    }
-
-    /// A deployment, often of another model, for calls that those before it cannot make: when
-    /// all of them are left out or closed for more than 10 minutes, or when a call has used up
-    /// its attempts there. It gets the same number of attempts here.
-    pub fn fallback(mut self, deployment: Deployment) -> Self {
-        self.others.push((deployment, true));
-        self
-    }
-
-    /// How often failing calls are tried again.
-    pub fn retry(mut self, retry: Retry) -> Self {
-        self.retry = Some(retry);
-        self
-    }
-
-    /// How the tokens of prompts are counted, before the provider says; see [`TokenCounter`].
-    pub fn token_counter(mut self, counter: impl TokenCounter) -> Self {
-        self.counter = Some(Box::new(counter));
-        self
-    }
-
-    /// The model of requests that name none.
-    pub fn model(mut self, model: impl Into<Arc<str>>) -> Self {
-        self.model = Some(model.into());
-        self
-    }
-
-    /// The longest one call may take, from sending to the last byte; 10 minutes unless
-    /// set. [`Request::timeout`] overrules it.
-    pub fn call_timeout(mut self, timeout: Duration) -> Self {
-        self.call_timeout = timeout;
-        self
-    }
-
-    /// How long a finished piece of work waits for the update beside it
-    /// ([`Context::alongside`]); 1 s unless set.
-    pub fn alongside_grace(mut self, grace: Duration) -> Self {
-        self.grace = grace;
-        self
-    }
-
-    /// A switch that turns the parallelism of this context off and on at run time.
-    pub fn parallel(mut self, switch: &Switch) -> Self {
-        self.parallel = switch.clone();
-        self
-    }
-
-    /// When everything ends.
-    pub fn deadline(mut self, deadline: Instant) -> Self {
-        self.deadline = Some(deadline);
-        self
-    }
-
-    /// A token that cancels everything, for an application that has one already.
-    pub fn cancellation(mut self, token: CancellationToken) -> Self {
-        self.cancel = token;
-        self
-    }
-
-    /// Where replies are remembered: each is looked for before it is paid for, and kept before it is parsed.
-    ///
-    /// A reply is remembered under where it was asked (batch and [key](crate::Batch::key) of the item, labels),
-    /// what was asked ([`Request::digest`]), and which time (the nth identical request there). So a second run replays,
-    /// also with another parser; two items with one prompt get two answers, and n identical
-    /// requests of one item get n. [`Request::shared`] shares an answer among items; [`Context::fresh`]
-    /// asks anew. Give items keys: without one the index names an item, and an inserted one re-pays those behind it.
-    ///
-    /// Replies are written behind the work, in batches ([`Journal`]): [`Context::flush`] before the end.
-    ///
-    /// ```
-    /// use std::sync::Arc;
-    /// use throughline::store::Memory;
-    /// use throughline::{Context, testing::Scripted};
-    ///
-    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> throughline::Result<()> {
-    /// let store = Arc::new(Memory::new());
-    /// let provider = Scripted::new().reply("2,850 km");
-    /// for run in [1, 2] {
-    ///     let cx = Context::builder(provider.clone()).store(Arc::clone(&store)).build();
-    ///     let lengths = cx
-    ///         .fan_out("length", ["Danube"])
-    ///         .key(|river| river.to_string())
-    ///         .settle(|cx, river| async move { cx.generate(format!("How long is the {river}?")).await })
-    ///         .await;
-    ///     assert_eq!(lengths.tally().replayed, run - 1);
-    ///     assert_eq!(lengths.all()?[0].text, "2,850 km");
-    ///     cx.flush().await?;
-    /// }
-    /// # Ok(()) }
-    /// ```
-    pub fn store(mut self, store: impl Store) -> Self {
-        self.store = Some(Arc::new(store));
-        self
-    }
-
-    /// A closure that is told of every event; see [`Observer`].
-    pub fn on_event(self, observer: impl Fn(&Event) + Send + Sync + 'static) -> Self {
-        self.observer(observer)
-    }
-
-    /// An observer that is told of every event.
-    pub fn observer(mut self, observer: impl Observer) -> Self {
-        self.observers.add(observer);
-        self
-    }
-
-    /// The context.
-    pub fn build(self) -> Context {
-        let retry = self.retry.unwrap_or_else(|| match self.retries {
-            Some(retries) => Retry::default().attempts(retries + 1),
-            None => Retry::default(),
-        });
-        let lane = |deployment: &Deployment| deployment.lane.clone();
-        let mut pool = Pool::new(self.first.clone(), lane(&self.first));
-        for (deployment, is_fallback) in self.others {
-            let lane = lane(&deployment);
-            pool = match is_fallback {
-                true => pool.fallback(deployment, lane),
-                false => pool.beside(deployment, lane),
-            };
-        }
-        let observers = Arc::new(self.observers);
-        let mut bounds = Bounds::new(self.cancel);
-        bounds.deadline = self.deadline;
-        let mut scope = Scope::root(Arc::new(bounds));
-        scope.place = self.store.map(|store| {
-            let journal = Journal::observed(store, Arc::clone(&observers));
-            Arc::new(Place::root(Arc::new(Memo::new(journal)), "".into()))
-        });
-        Context {
-            shared: Arc::new(Shared {
-                guard: Guard::new(
-                    pool,
-                    self.counter,
-                    retry,
-                    self.call_timeout,
-                    Arc::clone(&observers),
-                ),
-                observers,
-                model: self.model,
-                grace: self.grace,
-                parallel: self.parallel,
-                items: Items::default(),
-            }),
-            scope: Arc::new(scope),
-        }
     }
 }

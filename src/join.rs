@@ -1,15 +1,17 @@
-//! [`Context::join`] and [`Context::stage`]: named steps, together or in turn.
+//! [`Context::join`], [`alongside`](Context::alongside) and [`stage`](Context::stage): steps with
+//! names, together or in turn.
 
 use std::fmt;
 use std::panic::AssertUnwindSafe;
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use futures::FutureExt as _;
-use tokio::time::Instant;
+use futures::{FutureExt as _, future};
+use tokio::time::{Instant, timeout};
 
 use crate::context::Context;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::event::Event;
 
 /// A switch for parallelism, to be thrown while the service runs: without a deploy, and
@@ -119,6 +121,60 @@ impl Context {
         } else {
             Box::pin(futures.in_turn()).await
         }
+    }
+
+    /// Runs `update` beside `work`, as "working on it" beside the work itself.
+    ///
+    /// Both start together. The result of `work` is never failed by the update, not even
+    /// by a panic in it, and never delayed by more than a grace
+    /// ([`ContextBuilder::alongside_grace`](crate::ContextBuilder::alongside_grace), 1 s unless set): an update that is
+    /// not done by then is dropped and its result is an [`ErrorKind::Timeout`].
+    ///
+    /// While the context's [`Switch`] is off, the update starts behind the work and is given as long as
+    /// it would have had beside it.
+    ///
+    /// ```
+    /// # use throughline::{Context, Result, testing::Scripted};
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<()> {
+    /// # let cx = Context::builder(Scripted::new().reply("hello")).build();
+    /// let update = async { Err::<(), _>(throughline::Error::other("the socket is closed")) };
+    /// let (reply, update) = cx.alongside(update, cx.generate("hi")).await;
+    /// assert_eq!(reply?.text, "hello");
+    /// assert!(update.is_err());
+    /// # Ok(()) }
+    /// ```
+    ///
+    /// # Cancel safety
+    /// Dropping it drops both.
+    pub async fn alongside<U, W>(
+        &self,
+        update: impl Future<Output = Result<U>>,
+        work: impl Future<Output = W>,
+    ) -> (W, Result<U>) {
+        let grace = self.alongside_grace();
+        // Boxed, because futures that hold futures by value triple with every level of a graph.
+        let work = Box::pin(work);
+        let update = AssertUnwindSafe(Box::pin(update)).catch_unwind();
+        let (work, update) = if self.is_parallel() {
+            match future::select(work, pin!(update)).await {
+                future::Either::Left((work, update)) => (work, timeout(grace, update).await),
+                future::Either::Right((update, work)) => (work.await, Ok(update)),
+            }
+        } else {
+            // As long as it would have had beside the work, so that the results are the same.
+            let began = Instant::now();
+            let work = work.await;
+            (work, timeout(began.elapsed() + grace, update).await)
+        };
+        let update = match update {
+            Ok(Ok(result)) => result,
+            Ok(Err(panic)) => Err(Error::panicked(panic)),
+            Err(_) => Err(Error::new(
+                ErrorKind::Timeout,
+                format!("the update was not done {grace:?} after the work"),
+            )),
+        };
+        (work, update)
     }
 
     /// Runs a named step in a context of its own under `label`, be it a call or any other
