@@ -21,6 +21,9 @@ use crate::settled::Settled;
 /// which paces the calls, is what limits most accounts.
 const DEFAULT_PARALLELISM: usize = 64;
 
+/// Inputs may say that there are more of them than there is memory.
+const MOST_RESERVED: usize = 1 << 16;
+
 impl Context {
     /// Many inputs through one closure, each item in a context of its own under `label`.
     ///
@@ -275,8 +278,12 @@ impl<T: Send, S: Stream<Item = T> + Send> Batch<Context, S> {
         O: Send,
     {
         let began = Instant::now();
-        let running = self.run(work, None, None);
-        let outcomes = running.map(|item| item.0).collect().await;
+        // All of it is kept, so the room for it is made once.
+        let mut outcomes = Vec::with_capacity(self.inputs.size_hint().0.min(MOST_RESERVED));
+        let mut running = self.run(work, None, None);
+        while let Some(item) = running.next().await {
+            outcomes.push(item.0);
+        }
         Settled::new(outcomes, began.elapsed())
     }
 
