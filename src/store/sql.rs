@@ -1,8 +1,9 @@
 //! What the SQL backends have in common: errors, trying again, numbers and rows.
 
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use crate::error::{Error, ErrorKind, Persistence};
+use crate::error::{Error, ErrorKind, Persistence, Result};
 
 /// How often a transaction is tried again that only its neighbours made fail.
 pub(super) const TRIES: u32 = 10;
@@ -199,12 +200,45 @@ pub(super) fn bytes(bytes: &[u8]) -> sqlx::Result<[u8; 32]> {
         .map_err(|_| sqlx::Error::Decode("not 32 bytes".into()))
 }
 
+/// What `read` makes of each row that came back.
+pub(super) fn each<R, T>(rows: &[R], read: impl FnMut(&R) -> sqlx::Result<T>) -> Result<Vec<T>> {
+    rows.iter()
+        .map(read)
+        .collect::<sqlx::Result<_>>()
+        .map_err(failed)
+}
+
+/// The tenant that a handle dealt to last: the next claim begins after it.
+#[derive(Default)]
+pub(super) struct Cursor(Mutex<String>);
+
+impl Cursor {
+    pub(super) fn get(&self) -> String {
+        self.lock().clone()
+    }
+
+    /// The items of a claim that began after `cursor`, in the order in which they were
+    /// dealt; moves on to the last.
+    pub(super) fn deal(
+        &self,
+        items: Vec<(super::records::Item, i32)>,
+        cursor: &str,
+    ) -> Vec<super::records::Item> {
+        let items = dealt(items, cursor);
+        if let Some(last) = items.last() {
+            self.lock().clone_from(&last.tenant);
+        }
+        items
+    }
+
+    fn lock(&self) -> MutexGuard<'_, String> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// `Item`s in the order in which they were dealt: rank by rank, and tenant by tenant from the one
 /// after `cursor`. See [`Queue::claim`](super::Queue::claim).
-pub(super) fn dealt(
-    mut items: Vec<(super::records::Item, i32)>,
-    cursor: &str,
-) -> Vec<super::records::Item> {
+fn dealt(mut items: Vec<(super::records::Item, i32)>, cursor: &str) -> Vec<super::records::Item> {
     items.sort_by(|(a, a_priority), (b, b_priority)| {
         let turn = |tenant: &str| tenant <= cursor;
         (turn(&a.tenant), &a.tenant, a_priority, a.id).cmp(&(

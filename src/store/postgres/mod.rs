@@ -6,7 +6,6 @@ mod schema;
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -21,7 +20,7 @@ use super::records::{
     Committed, Created, Generation, Intent, IntentName, Item, ItemId, LogEntry, MemoKey, Purged,
     Run, RunId,
 };
-use super::sql::{failed, from_sql, retrying, to_sql, write_error};
+use super::sql::{Cursor, each, failed, from_sql, retrying, to_sql, write_error};
 use crate::error::{Error, ErrorKind, Result};
 
 /// Items in one statement: what more would gain is lost in the size of the message.
@@ -42,7 +41,7 @@ pub struct Postgres {
     schema: String,
     pool: PgPool,
     /// The tenant that got something last.
-    cursor: Mutex<String>,
+    cursor: Cursor,
     round_trips: AtomicU64,
 }
 
@@ -113,7 +112,7 @@ impl PostgresBuilder {
         Ok(Postgres {
             schema: self.schema,
             pool,
-            cursor: Mutex::default(),
+            cursor: Cursor::default(),
             round_trips: AtomicU64::new(0),
         })
     }
@@ -375,11 +374,7 @@ impl Store for Postgres {
             list = list.bind(word);
         }
         let found = list.fetch_all(self.pool()).await.map_err(failed)?;
-        found
-            .iter()
-            .map(rows::run)
-            .collect::<sqlx::Result<_>>()
-            .map_err(failed)
+        each(&found, rows::run)
     }
 
     async fn items(&self, run: RunId, from: u64, limit: u32) -> Result<Vec<Item>> {
@@ -388,8 +383,7 @@ impl Store for Postgres {
             .bind(to_sql(from))
             .bind(i64::from(limit));
         let found = list.fetch_all(self.pool()).await.map_err(failed)?;
-        let items = found.iter().map(|row| Ok(rows::item(row)?.0));
-        items.collect::<sqlx::Result<_>>().map_err(failed)
+        each(&found, |row| Ok(rows::item(row)?.0))
     }
 
     async fn log(&self, run: RunId, after: u64, limit: u32) -> Result<Vec<LogEntry>> {
@@ -398,19 +392,14 @@ impl Store for Postgres {
             .bind(to_sql(after))
             .bind(i64::from(limit));
         let found = list.fetch_all(self.pool()).await.map_err(failed)?;
-        found
-            .iter()
-            .map(rows::log_entry)
-            .collect::<sqlx::Result<_>>()
-            .map_err(failed)
+        each(&found, rows::log_entry)
     }
 
     async fn generations(&self, tenant: &str, keys: &[MemoKey]) -> Result<Vec<Generation>> {
         let keys: Vec<_> = keys.iter().map(|key| &key.as_bytes()[..]).collect();
         let look = sqlx::query(rows::GENERATIONS).bind(tenant).bind(keys);
         let found = look.fetch_all(self.pool()).await.map_err(failed)?;
-        let found = found.iter().map(|row| rows::generation(row, tenant));
-        found.collect::<sqlx::Result<_>>().map_err(failed)
+        each(&found, |row| rows::generation(row, tenant))
     }
 
     async fn commit(&self, commit: Commit) -> Result<Committed> {
@@ -461,22 +450,14 @@ impl Store for Postgres {
             .bind(after.map_or_else(Vec::new, |name| name.key.as_bytes().to_vec()))
             .bind(i64::from(limit));
         let found = list.fetch_all(self.pool()).await.map_err(failed)?;
-        found
-            .iter()
-            .map(rows::intent)
-            .collect::<sqlx::Result<_>>()
-            .map_err(failed)
+        each(&found, rows::intent)
     }
 
     async fn intents(&self, items: &[ItemId]) -> Result<Vec<Intent>> {
         let items: Vec<_> = items.iter().map(|item| item.0).collect();
         let list = sqlx::query(rows::INTENTS).bind(items);
         let found = list.fetch_all(self.pool()).await.map_err(failed)?;
-        found
-            .iter()
-            .map(rows::intent)
-            .collect::<sqlx::Result<_>>()
-            .map_err(failed)
+        each(&found, rows::intent)
     }
 
     async fn cancel(&self, run: RunId) -> Result<u64> {

@@ -1,6 +1,5 @@
 //! Leases and claims.
 
-use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -12,7 +11,7 @@ use crate::error::Result;
 use crate::store::Queue;
 use crate::store::change::{duration_millis, lease_lost, worker_died};
 use crate::store::records::{Hold, Item, ItemId, LeaseId, Reaped};
-use crate::store::sql::{dealt, failed, from_sql, retrying, write_error};
+use crate::store::sql::{each, failed, from_sql, retrying, write_error};
 
 fn columns(holds: &[Hold]) -> (Vec<i64>, Vec<i64>) {
     holds.iter().map(|hold| (hold.item.0, hold.epoch)).unzip()
@@ -41,11 +40,7 @@ impl Queue for Postgres {
     }
 
     async fn claim(&self, lease: LeaseId, limit: u32) -> Result<Vec<Item>> {
-        let cursor = self
-            .cursor
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone();
+        let cursor = self.cursor.get();
         let claimed = retrying!(is_conflict, {
             let claim = sqlx::query(rows::CLAIM).bind(lease.0);
             claim
@@ -62,14 +57,8 @@ impl Queue for Postgres {
                 false => Err(lease_lost(lease)),
             };
         }
-        let items = claimed.iter().map(rows::item);
-        let items = items.collect::<sqlx::Result<_>>().map_err(failed)?;
-        let items = dealt(items, &cursor);
-        if let Some(last) = items.last() {
-            let mut cursor = self.cursor.lock().unwrap_or_else(PoisonError::into_inner);
-            cursor.clone_from(&last.tenant);
-        }
-        Ok(items)
+        let items = each(&claimed, rows::item)?;
+        Ok(self.cursor.deal(items, &cursor))
     }
 
     async fn release(&self, holds: &[Hold], delay: Duration, charge: bool) -> Result<u64> {
@@ -91,8 +80,7 @@ impl Queue for Postgres {
     async fn held(&self, lease: LeaseId) -> Result<Vec<Item>> {
         let list = sqlx::query(rows::HELD).bind(lease.0);
         let held = list.fetch_all(self.pool()).await.map_err(failed)?;
-        let items = held.iter().map(|row| Ok(rows::item(row)?.0));
-        items.collect::<sqlx::Result<_>>().map_err(failed)
+        each(&held, |row| Ok(rows::item(row)?.0))
     }
 
     async fn lost(&self, holds: &[Hold]) -> Result<Vec<ItemId>> {

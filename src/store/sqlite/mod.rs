@@ -9,7 +9,6 @@ mod write;
 
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
@@ -24,7 +23,7 @@ use super::records::{
     Committed, Created, Generation, Intent, IntentName, Item, ItemId, LogEntry, MemoKey, Purged,
     Run, RunId,
 };
-use super::sql::{failed, retrying, to_sql};
+use super::sql::{Cursor, each, failed, retrying, to_sql};
 use crate::error::{Error, ErrorKind, Result};
 
 /// What a commit survives.
@@ -57,7 +56,7 @@ pub struct Sqlite {
     writer: SqlitePool,
     readers: SqlitePool,
     /// The tenant that got something last.
-    cursor: Mutex<String>,
+    cursor: Cursor,
     round_trips: AtomicU64,
 }
 
@@ -130,7 +129,7 @@ impl SqliteBuilder {
             writer: retrying!(is_busy, pool(1).connect_with(writer.clone())).map_err(named)?,
             readers: retrying!(is_busy, pool(4).connect_with(readers.clone())).map_err(named)?,
             path: self.path,
-            cursor: Mutex::default(),
+            cursor: Cursor::default(),
             round_trips: AtomicU64::new(0),
         })
     }
@@ -246,11 +245,7 @@ impl Store for Sqlite {
                 .bind(filter.status.map(|status| status.as_str()))
                 .fetch_all(self.reader())
         )?;
-        found
-            .iter()
-            .map(rows::run)
-            .collect::<sqlx::Result<_>>()
-            .map_err(failed)
+        each(&found, rows::run)
     }
 
     async fn items(&self, run: RunId, from: u64, limit: u32) -> Result<Vec<Item>> {
@@ -262,8 +257,7 @@ impl Store for Sqlite {
                 .bind(limit)
                 .fetch_all(self.reader())
         )?;
-        let items = found.iter().map(|row| Ok(rows::item(row)?.0));
-        items.collect::<sqlx::Result<_>>().map_err(failed)
+        each(&found, |row| Ok(rows::item(row)?.0))
     }
 
     async fn log(&self, run: RunId, after: u64, limit: u32) -> Result<Vec<LogEntry>> {
@@ -275,11 +269,7 @@ impl Store for Sqlite {
                 .bind(limit)
                 .fetch_all(self.reader())
         )?;
-        found
-            .iter()
-            .map(rows::log_entry)
-            .collect::<sqlx::Result<_>>()
-            .map_err(failed)
+        each(&found, rows::log_entry)
     }
 
     async fn generations(&self, tenant: &str, keys: &[MemoKey]) -> Result<Vec<Generation>> {
@@ -292,8 +282,7 @@ impl Store for Sqlite {
                 .bind(&keys)
                 .fetch_all(self.reader())
         )?;
-        let found = found.iter().map(|row| rows::generation(row, tenant));
-        found.collect::<sqlx::Result<_>>().map_err(failed)
+        each(&found, |row| rows::generation(row, tenant))
     }
 
     async fn commit(&self, commit: Commit) -> Result<Committed> {
@@ -338,11 +327,7 @@ impl Store for Sqlite {
                 .bind(now())
                 .fetch_all(self.reader())
         })?;
-        found
-            .iter()
-            .map(rows::intent)
-            .collect::<sqlx::Result<_>>()
-            .map_err(failed)
+        each(&found, rows::intent)
     }
 
     async fn intents(&self, items: &[ItemId]) -> Result<Vec<Intent>> {
@@ -353,11 +338,7 @@ impl Store for Sqlite {
                 .bind(&items)
                 .fetch_all(self.reader())
         )?;
-        found
-            .iter()
-            .map(rows::intent)
-            .collect::<sqlx::Result<_>>()
-            .map_err(failed)
+        each(&found, rows::intent)
     }
 
     async fn cancel(&self, run: RunId) -> Result<u64> {

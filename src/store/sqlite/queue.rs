@@ -1,7 +1,6 @@
 //! Leases and claims.
 
 use std::collections::BTreeSet;
-use std::sync::PoisonError;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -13,7 +12,7 @@ use crate::error::Result;
 use crate::store::Queue;
 use crate::store::change::{Changes, duration_millis, lease_lost, worker_died};
 use crate::store::records::{Hold, Item, ItemId, LeaseId, Reaped, RunId};
-use crate::store::sql::{dealt, failed, retrying, write_error};
+use crate::store::sql::{each, retrying, write_error};
 
 fn holds_json(holds: &[Hold]) -> String {
     let holds: Vec<_> = holds.iter().map(|hold| (hold.item.0, hold.epoch)).collect();
@@ -67,21 +66,12 @@ impl Queue for Sqlite {
     }
 
     async fn claim(&self, lease: LeaseId, limit: u32) -> Result<Vec<Item>> {
-        let cursor = self
-            .cursor
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone();
+        let cursor = self.cursor.get();
         let claimed = retrying!(is_busy, self.take(lease, limit, &cursor))?;
         let Some(items) = claimed else {
             return Err(lease_lost(lease));
         };
-        let items = dealt(items, &cursor);
-        if let Some(last) = items.last() {
-            let mut cursor = self.cursor.lock().unwrap_or_else(PoisonError::into_inner);
-            cursor.clone_from(&last.tenant);
-        }
-        Ok(items)
+        Ok(self.cursor.deal(items, &cursor))
     }
 
     async fn release(&self, holds: &[Hold], delay: Duration, charge: bool) -> Result<u64> {
@@ -110,8 +100,7 @@ impl Queue for Sqlite {
                 .bind(lease.0)
                 .fetch_all(self.reader())
         )?;
-        let items = held.iter().map(|row| Ok(rows::item(row)?.0));
-        items.collect::<sqlx::Result<_>>().map_err(failed)
+        each(&held, |row| Ok(rows::item(row)?.0))
     }
 
     async fn lost(&self, holds: &[Hold]) -> Result<Vec<ItemId>> {
