@@ -9,10 +9,12 @@
     feature = "structured"
 ))]
 
+#[path = "support/program.rs"]
+mod program;
+
 use std::collections::BTreeMap;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
-use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::thread::{self, sleep};
 use std::time::{Duration, Instant};
@@ -22,21 +24,10 @@ use sqlx::Connection as _;
 use tempfile::TempDir;
 use throughline::provider::sim::Ledger;
 
+use self::program::program;
+
 /// None of the runs here takes longer by itself.
 const PATIENCE: Duration = Duration::from_secs(60);
-
-/// Cargo builds the examples before it runs the tests, beside them.
-fn program(name: &str) -> PathBuf {
-    let test = std::env::current_exe().unwrap();
-    let program = test.ancestors().nth(2).unwrap().join("examples").join(name);
-    assert!(
-        program.is_file(),
-        "\n\n{} IS MISSING: build it with `cargo build --example {name} --all-features`\n\
-         (`cargo test --all-features` does that by itself; `--test cases_durable` alone does not)\n",
-        program.display()
-    );
-    program
-}
 
 #[test]
 fn card_stories() {

@@ -6,6 +6,8 @@
 
 #[path = "support/postgres.rs"]
 mod postgres;
+#[path = "support/program.rs"]
+mod program;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -20,23 +22,11 @@ use tempfile::TempDir;
 use throughline::provider::sim::Ledger;
 
 use self::postgres::Schemas;
+use self::program::program;
 
 /// None of the runs here takes longer by itself.
 const PATIENCE: Duration = Duration::from_secs(60);
 const IN_FLIGHT: usize = 16;
-
-/// Cargo builds the examples before it runs the tests, beside them.
-fn program() -> PathBuf {
-    let test = std::env::current_exe().unwrap();
-    let program = test.ancestors().nth(2).unwrap().join("examples/durable");
-    assert!(
-        program.is_file(),
-        "\n\n{} IS MISSING: build it with `cargo build --example durable --all-features`\n\
-         (`cargo test --all-features` does that by itself; `--test durable_kills` alone does not)\n",
-        program.display()
-    );
-    program
-}
 
 /// A folder with inputs, a ledger and what the processes said; a store in it or in Postgres.
 struct Job {
@@ -59,7 +49,7 @@ impl Job {
     }
 
     fn command(&self, arguments: &str) -> Command {
-        let mut command = Command::new(program());
+        let mut command = Command::new(program("durable"));
         command.arg("--store").arg(&self.store);
         command
             .args(arguments.split_whitespace())

@@ -10,6 +10,8 @@
     feature = "anthropic"
 ))]
 
+#[path = "support/program.rs"]
+mod program;
 mod support;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -23,6 +25,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 use throughline::provider::sim::{Ended, Ledger};
 
+use self::program::program;
 use support::server::{Script, Server};
 use support::{KEY, OPENAI_BODY};
 
@@ -30,19 +33,6 @@ const RECORDS: usize = 1_707;
 
 /// None of the runs here takes longer by itself.
 const PATIENCE: Duration = Duration::from_secs(20);
-
-/// Cargo builds the examples before it runs the tests, beside them.
-fn program() -> PathBuf {
-    let test = std::env::current_exe().unwrap();
-    let program = test.ancestors().nth(2).unwrap().join("examples/generate");
-    assert!(
-        program.is_file(),
-        "\n\n{} IS MISSING: build it with `cargo build --example generate --all-features`\n\
-         (`cargo test --all-features` does that by itself; `--test generate` alone does not)\n",
-        program.display()
-    );
-    program
-}
 
 fn earthquakes() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/data/earthquakes.jsonl")
@@ -81,7 +71,7 @@ impl Job {
 
     /// The command, at no limit worth mentioning unless `arguments` say one.
     fn command(&self, arguments: &str) -> Command {
-        let mut command = Command::new(program());
+        let mut command = Command::new(program("generate"));
         let ledger = self.dir.path().join("ledger");
         let defaults = [
             ("--output", self.output()),
