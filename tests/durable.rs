@@ -702,6 +702,42 @@ async fn many_small_runs_start_together() {
     assert!(extra < Duration::from_millis(250), "{extra:?}");
 }
 
+/// What is paid for is worth being late, by as much as the store is slow.
+#[tokio::test(start_paused = true)]
+async fn a_slow_store_loses_nothing_when_the_budget_ends() {
+    for millis in (6_000..9_000).step_by(170) {
+        let store = Counted::new(Memory::new()).latency(Duration::from_millis(400));
+        let calls = Sim::builder().latency(Duration::from_millis(2_500));
+        let (store, sim) = (Arc::new(store), calls.jitter(0.5).build());
+        let runner = Runner::new(Arc::clone(&store));
+        let run = runner.submit("ask", &ask(), 0..40).await.unwrap();
+        let budget = Duration::from_millis(millis);
+        loop {
+            let cx = Context::builder(sim.clone()).build();
+            let worker = Worker::builder(Arc::clone(&store), cx).in_flight(20);
+            let worker = worker.register("ask", ask()).build();
+            let began = Instant::now();
+            let drive = worker.drive(budget).await;
+            let late = began.elapsed().saturating_sub(budget);
+            assert!(late < Duration::from_secs(4), "{late:?}");
+            assert_eq!(worker.stats().journal.waiting, 0, "{drive:?}");
+            if drive.unwrap() == Drive::Done {
+                break;
+            }
+        }
+        let record = runner.snapshot(run).await.unwrap().unwrap().run;
+        assert_eq!((record.completed, record.failed), (40, 0));
+        let bills = sim.ledger();
+        assert_eq!(
+            (
+                bills.total.billed - bills.total.cancelled,
+                bills.accounts.len()
+            ),
+            (40, 40)
+        );
+    }
+}
+
 /// Whenever the budget ends: a call that was not sent is not on the list of those that may have been.
 #[tokio::test(start_paused = true)]
 async fn what_was_not_sent_is_not_ambiguous() {

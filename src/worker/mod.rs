@@ -190,9 +190,12 @@ impl Worker {
         self.work(shutdown, until).await.map(drop)
     }
 
-    /// Works until there is nothing left to claim or the budget is used up, and no longer: it stops claiming early enough that
+    /// Works until there is nothing left to claim or the budget is used up: it stops claiming early enough that
     /// calls in flight can finish ([`drain_for`](WorkerBuilder::drain_for)), gives back what is not done without charging an attempt,
     /// and returns when all is written. Called again, it goes on where it was: what was paid for is replayed.
+    ///
+    /// It is late only where the store is slower than a fifth of the drain, or away: what is paid for is waited for, ten
+    /// seconds at most.
     ///
     /// # Errors
     /// As [`run_until`](Self::run_until).

@@ -23,6 +23,9 @@ const READS: usize = 16;
 const BREATH: Duration = Duration::from_millis(20);
 /// How often a worker asks whether somebody took its items away.
 const LOOK: Duration = Duration::from_secs(1);
+/// How much later than its time a worker may stop for a store that is slow or away: what is not written is
+/// lost with the process.
+const LATE: Duration = Duration::from_secs(10);
 
 /// When to stop.
 #[derive(Debug, Clone, Copy)]
@@ -325,27 +328,27 @@ impl Session {
         self.cx.drain();
         let now = Instant::now();
         // The last fifth of the drain is for the store.
-        let (finish, written) = match until.end {
-            Some(end) => (end - until.drain / 5, end),
-            None => (
-                now + until.drain,
-                now + until.drain + Duration::from_secs(10),
-            ),
+        let finish = match until.end {
+            Some(end) => end - until.drain / 5,
+            None => now + until.drain,
         };
         self.finish(hands, finish).await;
-        let flushed = timeout_at(written.max(now), self.flush()).await;
+        let written = until.end.unwrap_or(finish).max(now) + LATE;
+        let flushed = timeout_at(written, self.flush()).await;
+        let flushed = flushed.unwrap_or_else(|_| Err(self.unwritten()));
         self.release(hands).await;
         let retired = self.worker.queue.retire(self.lease).await;
-        flushed.unwrap_or_else(|_| {
-            let stats = self.worker.memo.journal().stats();
-            let message = format!("{} results could not be written in time", stats.waiting);
-            let error = Error::new(ErrorKind::Store, message);
-            Err(match stats.last_error {
-                Some(last) => error.with_source(last),
-                None => error,
-            })
-        })?;
-        retired.map(drop)
+        flushed.and(retired.map(drop))
+    }
+
+    fn unwritten(&self) -> Error {
+        let stats = self.worker.memo.journal().stats();
+        let message = format!("{} results could not be written in time", stats.waiting);
+        let error = Error::new(ErrorKind::Store, message);
+        match stats.last_error {
+            Some(last) => error.with_source(last),
+            None => error,
+        }
     }
 
     /// Until it succeeds: who calls it bounds it.
