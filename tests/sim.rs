@@ -254,14 +254,16 @@ async fn limits_change_in_the_middle_by_hand_and_by_schedule() {
 }
 
 #[test]
-fn an_hour_of_limits_takes_less_than_a_second() {
+fn an_hour_of_limits_takes_less_than_a_thousandth_of_it() {
     let timed = || {
         let began = std::time::Instant::now();
         on_paused_clock(an_hour_of_limits());
         began.elapsed()
     };
     // The machine may be busy with something else, but not each time.
-    let fastest = (0..5).map(|_| timed()).find(|real| *real < SECOND);
+    let fastest = (0..5)
+        .map(|_| timed())
+        .find(|real| *real < SECOND * 3600 / 1000);
     assert!(fastest.is_some());
 }
 

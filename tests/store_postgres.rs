@@ -168,14 +168,16 @@ async fn connections_that_the_server_ends_are_made_anew() {
     let Some(schemas) = Schemas::find() else {
         return;
     };
-    let store = schemas.open().await;
+    let name = schemas.name();
+    let sign = if schemas.url.contains('?') { '&' } else { '?' };
+    let url = format!("{}{sign}application_name={name}", schemas.url);
+    let store = Postgres::builder(url).schema(&*name).connect().await;
+    let store = store.unwrap();
     let run = store.create_run(run_of(1)).await.unwrap().run;
-    schemas
-        .raw(
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity \
-             WHERE application_name = 'throughline' AND query LIKE '%new AS (%INSERT INTO runs%'",
-        )
-        .await;
+    let ended = format!(
+        "SELECT 1 / count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE application_name = '{name}'"
+    );
+    schemas.raw(&ended).await;
     let mut tries = 0;
     loop {
         match store.run(run).await {

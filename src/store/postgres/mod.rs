@@ -85,9 +85,11 @@ impl PostgresBuilder {
             );
             return Err(Error::new(ErrorKind::Config, message));
         }
-        let options: PgConnectOptions = self.url.parse().map_err(failed)?;
+        let mut options: PgConnectOptions = self.url.parse().map_err(failed)?;
+        if options.get_application_name().is_none() {
+            options = options.application_name("throughline");
+        }
         let options = options
-            .application_name("throughline")
             // Short statements whose cost the planner cannot know: compiling one takes 50 ms,
             // running it 2.
             .options([("search_path", &*self.schema), ("jit", "off")])
@@ -138,7 +140,7 @@ impl Postgres {
         Self::builder(url).connect().await
     }
 
-    /// A store at this URL, to be set up.
+    /// A store at this URL, to be set up. The server knows it as `throughline`, or by the URL's `application_name`.
     pub fn builder(url: impl Into<String>) -> PostgresBuilder {
         PostgresBuilder {
             url: url.into(),
