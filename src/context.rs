@@ -413,14 +413,13 @@ impl Context {
         });
     }
 
-    /// The key of the item this context belongs to.
-    pub(crate) fn key(&self) -> Option<Arc<str>> {
-        self.scope.key.clone()
-    }
-
     /// How long a finished piece of work waits for the update beside it.
     pub(crate) fn alongside_grace(&self) -> Duration {
         self.shared.grace
+    }
+
+    pub(crate) fn scope(&self) -> &Arc<Scope> {
+        &self.scope
     }
 
     pub(crate) fn bounds(&self) -> &Bounds {

@@ -18,6 +18,7 @@ use super::{Batch, Parallelism, ProgressFn};
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::event::Event;
+use crate::scope::Scope;
 use crate::settled::Outcome;
 
 /// The place of an outcome in the window of a stream, free again when the consumer takes it.
@@ -82,13 +83,14 @@ impl<T: Send, S: Stream<Item = T> + Send> Batch<Context, S> {
                 key.as_ref().ok().cloned().flatten(),
             );
             cx.item_started();
+            let scope = Arc::clone(cx.scope());
             let started = Instant::now();
             let item = cx
                 .check()
                 .and(key)
                 // Boxed here, because on its way into the set of running items it is moved
                 // a dozen times, and it is as large as everything the work awaits.
-                .and_then(|_| caught(|| Box::pin(work(cx.clone(), input))));
+                .and_then(|_| caught(|| Box::pin(work(cx, input))));
             let tracker = Arc::clone(&tracker);
             async move {
                 let result = match item {
@@ -98,8 +100,7 @@ impl<T: Send, S: Stream<Item = T> + Send> Batch<Context, S> {
                         .unwrap_or_else(|panic| Err(Error::panicked(panic))),
                     Err(error) => Err(error),
                 };
-                // Boxed, because it is moved as often again on its way out.
-                Box::new((tracker.settle(&cx, index, started, result), room))
+                tracker.settle(&scope, index, started, result, room)
             }
         };
 
@@ -163,45 +164,47 @@ impl Tracker {
 
     fn settle<O>(
         &self,
-        cx: &Context,
+        item: &Scope,
         index: usize,
         started: Instant,
         result: Result<O>,
-    ) -> Outcome<O> {
+        room: Room,
+    ) -> Box<(Outcome<O>, Room)> {
         let elapsed = started.elapsed();
-        cx.item_settled(result.is_ok());
-        cx.observers().tell(|| Event::ItemSettled {
-            path: cx.path(),
+        self.batch.item_settled(result.is_ok());
+        self.batch.observers().tell(|| Event::ItemSettled {
+            path: item.path(),
             elapsed,
             error: result.as_ref().err().cloned(),
         });
-        let counter = if result.is_ok() {
-            &self.done
-        } else {
-            &self.failed
-        };
-        counter.fetch_add(1, Ordering::Relaxed);
         if let Some(on_progress) = &self.on_progress {
+            let counter = match &result {
+                Ok(_) => &self.done,
+                Err(_) => &self.failed,
+            };
+            counter.fetch_add(1, Ordering::Relaxed);
             let progress = Progress {
                 label: Arc::clone(&self.label),
                 total: self.total,
                 done: self.done.load(Ordering::Relaxed),
                 failed: self.failed.load(Ordering::Relaxed),
                 index,
-                key: cx.key(),
+                key: item.key.clone(),
                 ok: result.is_ok(),
                 elapsed: self.began.elapsed(),
             };
             self.batch.observers().shield(|| on_progress(&progress));
         }
-        Outcome {
+        let outcome = Outcome {
             index,
-            key: cx.key(),
+            key: item.key.clone(),
             result,
-            tally: cx.tally(),
+            tally: item.tally(),
             started: started.duration_since(self.began),
             elapsed,
-        }
+        };
+        // Boxed, because on its way out it is moved as often as the work was on its way in.
+        Box::new((outcome, room))
     }
 }
 
