@@ -297,10 +297,10 @@ async fn work(store: Arc<dyn Queue>, args: WorkArgs) -> Result<ExitCode> {
         .lease(Duration::from_millis(args.lease))
         .on_ambiguous(policy)
         .build();
+    let stop = throughline::stop_on_signal()?;
     let interrupted = async {
-        if tokio::signal::ctrl_c().await.is_ok() {
-            eprintln!("waiting for the calls in flight");
-        }
+        stop.cancelled().await;
+        eprintln!("waiting for the calls in flight");
     };
     let ended = match args.budget {
         Some(seconds) => worker.drive(Duration::from_secs(seconds)).await,

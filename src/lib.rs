@@ -50,7 +50,8 @@
 //! - `bar`: [`bar::Bar`], a terminal progress bar.
 //! - `stages`: [`stages::Stages`], percentiles of calls, stages and items by label.
 //! - `tiktoken`: [`Tiktoken`], a counter of prompt tokens.
-//! - `full`: `openai`, `anthropic`, `structured`, `sim` and `bar`.
+//! - `signal`: [`stop_on_signal`], for services that are asked to stop.
+//! - `full`: `openai`, `anthropic`, `structured`, `sim`, `bar` and `signal`.
 //!
 //! `tutorial` builds a pipeline step by step, from ten lines to the streamed form (with the features
 //! `structured` and `sim`). [`design`] tells the decisions behind it and their reasons.
@@ -84,6 +85,8 @@ mod run;
 mod schema;
 mod scope;
 mod settled;
+#[cfg(feature = "signal")]
+mod signal;
 #[cfg(feature = "stages")]
 pub mod stages;
 pub mod store;
@@ -139,9 +142,11 @@ pub use crate::provider::{OpenAi, OpenAiBuilder};
 pub use crate::reply::{Delta, FinishReason, Reply, ReplyStream};
 pub use crate::request::{Message, Request, ResponseFormat, Role};
 pub use crate::retry::Retry;
-pub use crate::run::{ItemResult, RunSnapshot, Runner, Submit};
+pub use crate::run::{Audit, ItemResult, Notes, RunSnapshot, Runner, Submit};
 pub use crate::scope::Tally;
 pub use crate::settled::{Outcome, Settled};
+#[cfg(feature = "signal")]
+pub use crate::signal::stop_on_signal;
 pub use crate::stream::Deltas;
 #[cfg(feature = "structured")]
 pub use crate::structured::{

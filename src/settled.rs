@@ -34,6 +34,11 @@ impl<T> Outcome<T> {
         self.result.is_ok()
     }
 
+    /// When the item ended, counted from the start of the batch.
+    pub fn ended(&self) -> Duration {
+        self.started + self.elapsed
+    }
+
     /// Why there is no value.
     pub fn error(&self) -> Option<&Error> {
         self.result.as_ref().err()

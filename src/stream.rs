@@ -6,14 +6,14 @@ use std::pin::Pin;
 use std::task::{self, Poll, ready};
 use std::time::Duration;
 
-use futures::{FutureExt as _, Stream};
+use futures::{FutureExt as _, Stream, StreamExt as _};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tokio::task::JoinHandle;
 
 use crate::context::Context;
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::guard::Sink;
-use crate::reply::Delta;
+use crate::reply::{Delta, Reply};
 use crate::request::Request;
 
 /// The longest silence in the middle of a reply.
@@ -101,6 +101,40 @@ impl Deltas {
     pub fn discarding(mut self) -> Self {
         self.discard = true;
         self
+    }
+
+    /// Reads the reply to its end, passing each piece of its text on as it comes, and gives the whole of it.
+    ///
+    /// ```
+    /// # use throughline::{Context, testing::Scripted};
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> throughline::Result<()> {
+    /// # let cx = Context::builder(Scripted::new().streamed(std::time::Duration::ZERO, ["The ", "Danube."])).build();
+    /// let reply = cx.stream("Name a river.").for_each_text(|piece| print!("{piece}")).await?;
+    /// assert_eq!(reply.text, "The Danube.");
+    /// # Ok(()) }
+    /// ```
+    ///
+    /// With [`discarding`](Self::discarding), pieces of a reply that is begun again are passed on again; the
+    /// one that is given at the end is whole in any case.
+    ///
+    /// # Errors
+    /// As the stream's.
+    ///
+    /// # Cancel safety
+    /// Dropping it cancels the call.
+    pub async fn for_each_text(mut self, mut f: impl FnMut(&str)) -> Result<Reply> {
+        while let Some(delta) = self.next().await {
+            match delta? {
+                Delta::Text(piece) => f(&piece),
+                Delta::End(reply) => return Ok(*reply),
+                _ => {}
+            }
+        }
+        // Behind the end of a stream there is nothing: somebody has polled it to its end before.
+        Err(Error::new(
+            ErrorKind::MalformedReply,
+            "the reply was read to its end already",
+        ))
     }
 
     fn start(&self, request: Request) -> State {

@@ -65,6 +65,16 @@ impl Timeline {
         *self.lock() = State::default();
     }
 
+    /// How long it is: from the first start to the last end, or to now while something runs.
+    pub fn elapsed(&self) -> Duration {
+        let state = self.lock();
+        let first = state.lines.iter().map(|line| line.started).min();
+        let ends = state.lines.iter().map(|line| line.ended);
+        let last = ends.map(|end| end.unwrap_or_else(Instant::now)).max();
+        let both = last.zip(first);
+        both.map_or(Duration::ZERO, |(last, first)| last - first)
+    }
+
     fn add(&self, line: Line) {
         let mut state = self.lock();
         if state.lines.len() < MOST {
@@ -197,6 +207,7 @@ mod tests {
     async fn a_line_for_each_call_by_time() {
         let timeline = Timeline::new();
         assert_eq!(timeline.to_string(), "nothing has run\n");
+        assert_eq!(timeline.elapsed(), Duration::ZERO);
         timeline.on_event(&started("plan"));
         sleep(Duration::from_secs(1)).await;
         timeline.on_event(&started("plan/step[3]"));
@@ -217,6 +228,7 @@ mod tests {
             elapsed: Duration::from_secs(1),
             error: None,
         });
+        assert_eq!(timeline.elapsed(), Duration::from_secs(6));
         let drawing = timeline.to_string();
         let lines: Vec<_> = drawing.lines().collect();
         assert_eq!(lines.len(), 3, "{drawing}");

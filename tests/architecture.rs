@@ -38,6 +38,7 @@ const LAYERS: &[(&str, u8)] = &[
     ("bar", 5),
     ("stages", 5),
     ("timeline", 5),
+    ("signal", 5),
     // For users' tests: sees everything, and nothing may see it.
     ("testing", 9),
 ];

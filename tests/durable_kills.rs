@@ -2,12 +2,20 @@
 //! and on Postgres. The witness is the file in which the simulated provider keeps its bills.
 //!
 //! Real processes and the real clock: that is what is tested here.
-#![cfg(all(unix, feature = "sim", feature = "sqlite", feature = "postgres"))]
+#![cfg(all(
+    unix,
+    feature = "signal",
+    feature = "sim",
+    feature = "sqlite",
+    feature = "postgres"
+))]
 
 #[path = "support/postgres.rs"]
 mod postgres;
 #[path = "support/program.rs"]
 mod program;
+#[path = "../examples/durable/store.rs"]
+mod store;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -20,6 +28,7 @@ use serde_json::Value;
 use sqlx::Connection as _;
 use tempfile::TempDir;
 use throughline::provider::sim::Ledger;
+use throughline::{RequestDigest, Runner};
 
 use self::postgres::Schemas;
 use self::program::program;
@@ -119,17 +128,13 @@ impl Job {
         Ledger::read(self.path("ledger")).unwrap()
     }
 
-    /// How often each request was billed, by its digest.
-    fn billed(&self) -> BTreeMap<String, u64> {
-        let mut billed = BTreeMap::new();
-        for bill in self.ledger().bills {
-            *billed.entry(bill.digest.to_string()).or_default() += 1;
-        }
-        billed
+    /// How often each request was billed.
+    fn billed(&self) -> BTreeMap<RequestDigest, u64> {
+        self.ledger().times_billed()
     }
 
-    /// The requests whose replies are committed, by their digests, looked at from outside.
-    fn committed(&self) -> BTreeSet<String> {
+    /// The requests whose replies are committed, looked at from outside.
+    fn committed(&self) -> BTreeSet<RequestDigest> {
         let look = async {
             let sql = "SELECT request_digest FROM generations";
             let digests: Vec<Vec<u8>> = match self.store.split_once('#') {
@@ -152,8 +157,8 @@ impl Job {
                         .unwrap()
                 }
             };
-            let hex = |digest: Vec<u8>| digest.iter().map(|byte| format!("{byte:02x}")).collect();
-            digests.into_iter().map(hex).collect()
+            let digest = |bytes: Vec<u8>| RequestDigest::from_bytes(bytes.try_into().unwrap());
+            digests.into_iter().map(digest).collect()
         };
         tokio::runtime::Runtime::new().unwrap().block_on(look)
     }
@@ -178,20 +183,14 @@ impl Job {
         }
         let status = String::from_utf8(self.run(&format!("status {run}")).stdout).unwrap();
         assert!(status.contains(&format!("{n} of {n} done")), "{status}");
-        let mut completed = BTreeSet::new();
-        for (place, entry) in self.lines(&format!("log {run}")).iter().enumerate() {
-            assert_eq!(entry["seq"], place as u64 + 1);
-            if entry["kind"] == "settled" {
-                let data: Value = serde_json::from_str(entry["data"].as_str().unwrap()).unwrap();
-                for seq in data["completed"].as_array().unwrap() {
-                    assert!(
-                        completed.insert(seq.as_u64().unwrap()),
-                        "{seq} is completed twice"
-                    );
-                }
-            }
-        }
-        assert_eq!(completed.len(), n);
+        let id = run.parse().unwrap();
+        let audit = async {
+            let store = store::open(&self.store).await.unwrap();
+            Runner::new(store).audit(id).await.unwrap().unwrap()
+        };
+        let audit = tokio::runtime::Runtime::new().unwrap().block_on(audit);
+        assert!(audit.is_sound(), "{audit}");
+        assert_eq!(audit.completed, n as u64);
     }
 
     /// Of each call that was paid for twice, the first one is listed. Where the machine is so busy that a
@@ -253,7 +252,7 @@ fn killed_again_and_again(schemas: Option<&Schemas>, workers: usize, kills: usiz
     let mut runs = vec![submit(0)];
     let mut at_work: Vec<_> = (0..workers).map(|_| start()).collect();
     // What was billed for a request when its reply was seen in the store.
-    let mut kept = BTreeMap::<String, u64>::new();
+    let mut kept = BTreeMap::<RequestDigest, u64>::new();
     for _ in 0..kills {
         sleep(Duration::from_millis(random.u64(100..500)));
         // Whoever is killed must have had something to do.
@@ -266,7 +265,7 @@ fn killed_again_and_again(schemas: Option<&Schemas>, workers: usize, kills: usiz
         let committed = job.committed();
         let billed = job.billed();
         for digest in committed {
-            kept.entry(digest.clone()).or_insert(billed[&digest]);
+            kept.entry(digest).or_insert(billed[&digest]);
         }
         at_work[victim] = start();
     }

@@ -210,6 +210,17 @@ pub struct FnPipeline<I, F> {
     input: std::marker::PhantomData<fn(I)>,
 }
 
+/// So that one pipeline can be submitted to and registered; the input need not be `Clone`.
+impl<I, F: Clone> Clone for FnPipeline<I, F> {
+    fn clone(&self) -> Self {
+        Self {
+            name: Arc::clone(&self.name),
+            run: self.run.clone(),
+            input: self.input,
+        }
+    }
+}
+
 impl<I, O, F, Fut> Pipeline for FnPipeline<I, F>
 where
     F: Fn(Context, I) -> Fut + Send + Sync,

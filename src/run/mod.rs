@@ -1,5 +1,7 @@
 //! [`Runner`]: durable runs, seen from outside: submit, look, read, cancel, try again.
 
+mod audit;
+mod notes;
 mod progress;
 mod results;
 mod submit;
@@ -10,11 +12,13 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+pub use self::audit::Audit;
+pub use self::notes::Notes;
 pub use self::progress::RunSnapshot;
 pub use self::results::ItemResult;
 pub(crate) use self::submit::Spec;
 pub use self::submit::Submit;
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::pipeline::Pipeline;
 use crate::store::{
     Commit, Intent, IntentName, LogEntry, Purged, Run, RunFilter, RunId, Status, Store,
@@ -52,6 +56,8 @@ use crate::store::{
 pub struct Runner {
     store: Arc<dyn Store>,
     poll: Duration,
+    /// Whose runs it sees; `None` for everybody's.
+    tenant: Option<Arc<str>>,
 }
 
 impl Runner {
@@ -60,6 +66,59 @@ impl Runner {
         Self {
             store: Arc::new(store),
             poll: Duration::from_millis(250),
+            tenant: None,
+        }
+    }
+
+    /// A runner for one tenant's runs: what it submits is theirs, and runs of others are not there, whatever is asked of
+    /// them. For services whose users must not see each other's: make it where the user is known, and hand on
+    /// nothing else.
+    ///
+    /// What concerns the store as a whole (`purge`, `ambiguous`, `dismiss`) it refuses.
+    ///
+    /// ```
+    /// # use throughline::{Context, Runner, pipeline, store::{Memory, RunFilter}};
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> throughline::Result<()> {
+    /// # let double = pipeline("double", |_cx: Context, n: u32| async move { Ok(2 * n) });
+    /// let runner = Runner::new(Memory::new());
+    /// let (ada, bob) = (runner.for_tenant("ada"), runner.for_tenant("bob"));
+    /// let run = ada.submit("double", &double, [1, 2, 3]).await?;
+    /// assert_eq!(ada.list(RunFilter::new(), 10).await?[0].id, run);
+    /// assert!(bob.snapshot(run).await?.is_none());
+    /// assert_eq!(bob.cancel(run).await?, 0);
+    /// # Ok(()) }
+    /// ```
+    #[must_use]
+    pub fn for_tenant(&self, tenant: impl Into<Arc<str>>) -> Self {
+        Self {
+            tenant: Some(tenant.into()),
+            ..self.clone()
+        }
+    }
+
+    /// The run's record, if it is there for this runner.
+    async fn found(&self, run: RunId) -> Result<Option<Run>> {
+        let found = self.store.run(run).await?;
+        let theirs = |run: &Run| match &self.tenant {
+            Some(tenant) => **tenant == *run.tenant,
+            None => true,
+        };
+        Ok(found.filter(theirs))
+    }
+
+    /// Whether a run may be asked for more. Without a tenant the store is not asked.
+    async fn sees(&self, run: RunId) -> Result<bool> {
+        Ok(self.tenant.is_none() || self.found(run).await?.is_some())
+    }
+
+    /// Refuses what would reach beyond a tenant.
+    fn sees_all(&self, what: &str) -> Result<()> {
+        match &self.tenant {
+            None => Ok(()),
+            Some(tenant) => Err(Error::new(
+                ErrorKind::Config,
+                format!("{what} concerns all runs, and this runner is for those of {tenant:?}"),
+            )),
         }
     }
 
@@ -85,7 +144,7 @@ impl Runner {
         P::Input: Serialize,
     {
         let inputs = inputs.into_iter().collect();
-        Submit::new(Arc::clone(&self.store), name.into(), inputs)
+        Submit::new(Arc::clone(&self.store), name.into(), inputs).only_for(self.tenant.clone())
     }
 
     /// Where a run stands; `None` if there is no such run (any more). One indexed read.
@@ -93,7 +152,7 @@ impl Runner {
     /// # Errors
     /// The store's, as for all methods here.
     pub async fn status(&self, run: RunId) -> Result<Option<Status>> {
-        Ok(self.store.run(run).await?.map(|run| run.status))
+        Ok(self.found(run).await?.map(|run| run.status))
     }
 
     /// The run's record, with what follows from it. One indexed read.
@@ -101,7 +160,7 @@ impl Runner {
     /// # Errors
     /// The store's.
     pub async fn snapshot(&self, run: RunId) -> Result<Option<RunSnapshot>> {
-        Ok(self.store.run(run).await?.map(RunSnapshot::new))
+        Ok(self.found(run).await?.map(RunSnapshot::from))
     }
 
     /// At most `limit` entries of a run's log after the entry `after`, in order and without a gap; see [`Store::log`].
@@ -109,7 +168,10 @@ impl Runner {
     /// # Errors
     /// The store's.
     pub async fn log_since(&self, run: RunId, after: u64, limit: u32) -> Result<Vec<LogEntry>> {
-        self.store.log(run, after, limit).await
+        match self.sees(run).await? {
+            true => self.store.log(run, after, limit).await,
+            false => Ok(Vec::new()),
+        }
     }
 
     /// The last `limit` entries of a run's log, in order: however long it is, two round trips.
@@ -131,7 +193,7 @@ impl Runner {
     /// # Errors
     /// The store's.
     pub async fn log_last(&self, run: RunId, limit: u32) -> Result<Vec<LogEntry>> {
-        let Some(record) = self.store.run(run).await? else {
+        let Some(record) = self.found(run).await? else {
             return Ok(Vec::new());
         };
         let after = record.log_seq.saturating_sub(u64::from(limit));
@@ -142,7 +204,13 @@ impl Runner {
     ///
     /// # Errors
     /// The store's.
-    pub async fn list(&self, filter: RunFilter, limit: u32) -> Result<Vec<Run>> {
+    pub async fn list(&self, mut filter: RunFilter, limit: u32) -> Result<Vec<Run>> {
+        if let Some(tenant) = &self.tenant {
+            let asked = filter.tenant.replace(tenant.to_string());
+            if asked.is_some_and(|asked| asked != **tenant) {
+                return Ok(Vec::new());
+            }
+        }
         self.store.runs(filter, limit).await
     }
 
@@ -152,7 +220,10 @@ impl Runner {
     /// # Errors
     /// The store's.
     pub async fn cancel(&self, run: RunId) -> Result<u64> {
-        self.store.cancel(run).await
+        match self.sees(run).await? {
+            true => self.store.cancel(run).await,
+            false => Ok(0),
+        }
     }
 
     /// Makes the failed items of a run pending again. What they have paid for is replayed, so a repaired parser costs
@@ -161,7 +232,10 @@ impl Runner {
     /// # Errors
     /// The store's.
     pub async fn retry_failed(&self, run: RunId) -> Result<u64> {
-        self.store.retry_failed(run).await
+        match self.sees(run).await? {
+            true => self.store.retry_failed(run).await,
+            false => Ok(0),
+        }
     }
 
     /// Removes runs that ended at least so long ago and replies written at least so long ago, at most `limit`
@@ -170,6 +244,7 @@ impl Runner {
     /// # Errors
     /// The store's.
     pub async fn purge(&self, older_than: Duration, limit: u32) -> Result<Purged> {
+        self.sees_all("a purge")?;
         self.store.purge(older_than, limit).await
     }
 
@@ -180,6 +255,7 @@ impl Runner {
     /// # Errors
     /// The store's.
     pub async fn ambiguous(&self, after: Option<IntentName>, limit: u32) -> Result<Vec<Intent>> {
+        self.sees_all("the list of ambiguous calls")?;
         self.store.ambiguous(after, limit).await
     }
 
@@ -188,6 +264,7 @@ impl Runner {
     /// # Errors
     /// The store's.
     pub async fn dismiss(&self, intents: impl IntoIterator<Item = IntentName>) -> Result<()> {
+        self.sees_all("the list of ambiguous calls")?;
         let commit = Commit::new().over(intents);
         self.store.commit(commit).await.map(drop)
     }
@@ -197,6 +274,7 @@ impl fmt::Debug for Runner {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Runner")
             .field("store", &self.store.name())
+            .field("tenant", &self.tenant)
             .finish_non_exhaustive()
     }
 }

@@ -4,13 +4,21 @@ use std::fmt;
 use std::time::{Duration, SystemTime};
 
 use futures::stream::{self, BoxStream, StreamExt as _};
+use serde::{Serialize, Serializer};
 use tokio::time::sleep;
 
 use super::Runner;
 use crate::error::Result;
 use crate::store::{Run, RunId, Status};
 
-/// How a run stands. `Display` gives one line for a person.
+/// How a run stands. `Display` gives one line for a person, `Serialize` a flat object for who has submitted it:
+///
+/// ```json
+/// {"id": 7, "name": "week-plan", "status": "processing", "total": 100, "completed": 30, "failed": 2,
+///  "cancelled": 0, "error": "what the item that failed first said", "elapsed_s": 5.1, "eta_s": 12.0}
+/// ```
+///
+/// `error` and `eta_s` are null where there is none. The whole record is [`run`](Self::run), which is serialised with all its fields.
 ///
 /// ```
 /// # use throughline::{Context, Runner, pipeline, store::Memory};
@@ -31,15 +39,17 @@ pub struct RunSnapshot {
     pub elapsed: Duration,
 }
 
-impl RunSnapshot {
-    pub(super) fn new(run: Run) -> Self {
+impl From<Run> for RunSnapshot {
+    fn from(run: Run) -> Self {
         let until = run.ended_at.unwrap_or_else(SystemTime::now);
         Self {
             elapsed: until.duration_since(run.created_at).unwrap_or_default(),
             run,
         }
     }
+}
 
+impl RunSnapshot {
     /// Items that are not over.
     pub fn remaining(&self) -> u64 {
         self.run.total - self.run.ended()
@@ -55,6 +65,39 @@ impl RunSnapshot {
     pub fn eta(&self) -> Option<Duration> {
         let rest = self.remaining() as f64 / self.per_second()?;
         Duration::try_from_secs_f64(rest).ok()
+    }
+}
+
+impl Serialize for RunSnapshot {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        #[derive(Serialize)]
+        struct Flat<'a> {
+            id: RunId,
+            name: &'a str,
+            status: Status,
+            total: u64,
+            completed: u64,
+            failed: u64,
+            cancelled: u64,
+            error: Option<String>,
+            elapsed_s: f64,
+            eta_s: Option<f64>,
+        }
+        let run = &self.run;
+        let eta = self.eta().filter(|_| !run.status.is_over());
+        let flat = Flat {
+            id: run.id,
+            name: &run.name,
+            status: run.status,
+            total: run.total,
+            completed: run.completed,
+            failed: run.failed,
+            cancelled: run.cancelled,
+            error: run.error.as_ref().map(ToString::to_string),
+            elapsed_s: self.elapsed.as_secs_f64(),
+            eta_s: eta.map(|eta| eta.as_secs_f64()),
+        };
+        flat.serialize(serializer)
     }
 }
 

@@ -86,6 +86,9 @@ impl Runner {
         from: u64,
         limit: u32,
     ) -> Result<Vec<ItemResult<O>>> {
+        if !self.sees(run).await? {
+            return Ok(Vec::new());
+        }
         let items = self.store.items(run, from, limit).await?;
         Ok(items.into_iter().map(ItemResult::from).collect())
     }
@@ -118,5 +121,39 @@ impl Runner {
             .map_ok(|page| stream::iter(page.into_iter().map(Ok)))
             .try_flatten()
             .boxed()
+    }
+
+    /// The outputs of a run's completed items, in input order: what a next phase starts from.
+    ///
+    /// ```
+    /// # use std::{sync::Arc, time::Duration};
+    /// # use throughline::{Context, Runner, Worker, pipeline, store::Memory, testing::Scripted};
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> throughline::Result<()> {
+    /// # let double = pipeline("double", |_cx: Context, n: u32| async move { Ok(2 * n) });
+    /// # let store = Arc::new(Memory::new());
+    /// # let runner = Runner::new(Arc::clone(&store));
+    /// # let worker = Worker::builder(store, Context::builder(Scripted::new()).build());
+    /// # let worker = worker.register("double", double.clone()).build();
+    /// let run = runner.submit("double", &double, [1, 2, 3]).await?;
+    /// worker.drive_run(run, Duration::from_secs(60)).await?;
+    /// let doubled: Vec<u32> = runner.outputs(run).await?;
+    /// assert_eq!(doubled, [2, 4, 6]);
+    /// # Ok(()) }
+    /// ```
+    ///
+    /// # Errors
+    /// The store's, and that of an output of another type than `O`.
+    pub async fn outputs<O: DeserializeOwned + Send + 'static>(
+        &self,
+        run: RunId,
+    ) -> Result<Vec<O>> {
+        let mut outputs = Vec::new();
+        let mut items = self.stream_results::<O>(run);
+        while let Some(item) = items.try_next().await? {
+            if item.status == Status::Completed {
+                outputs.extend(item.result.transpose()?);
+            }
+        }
+        Ok(outputs)
     }
 }

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::future::IntoFuture;
 use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use futures::FutureExt as _;
 use futures::future::BoxFuture;
@@ -21,6 +22,18 @@ pub(crate) struct Spec {
     /// Whether it asks anew: its replies are remembered for this run alone.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub(crate) fresh: bool,
+    /// When its time is up, in milliseconds since 1970: a time of day, because it outlives the process.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) until: Option<u64>,
+}
+
+impl Spec {
+    /// How long it has from now; nothing where its time is up.
+    pub(crate) fn left(&self) -> Option<Duration> {
+        // A time that no clock here can show never comes.
+        let until = UNIX_EPOCH.checked_add(Duration::from_millis(self.until?))?;
+        Some(until.duration_since(SystemTime::now()).unwrap_or_default())
+    }
 }
 
 type Key<I> = Box<dyn Fn(&I) -> String + Send>;
@@ -54,6 +67,8 @@ pub struct Submit<I> {
     inputs: Vec<I>,
     key: Option<Key<I>>,
     spec: Spec,
+    timeout: Option<Duration>,
+    only_for: Option<Arc<str>>,
 }
 
 impl<I: Serialize + Send> Submit<I> {
@@ -64,7 +79,18 @@ impl<I: Serialize + Send> Submit<I> {
             inputs,
             key: None,
             spec: Spec::default(),
+            timeout: None,
+            only_for: None,
         }
+    }
+
+    /// For a runner that is for one tenant.
+    pub(super) fn only_for(mut self, tenant: Option<Arc<str>>) -> Self {
+        if let Some(tenant) = &tenant {
+            self.run.tenant = tenant.to_string();
+        }
+        self.only_for = tenant;
+        self
     }
 
     /// Names each item. What is paid for an item is remembered under its name, so that a later run of the same
@@ -108,7 +134,43 @@ impl<I: Serialize + Send> Submit<I> {
         self
     }
 
+    /// When the run must be over, counted from its submission; no limit unless set. From then on nothing is sent for it and calls in
+    /// flight are dropped: items that are not over fail with [`ErrorKind::DeadlineExceeded`] as soon as a
+    /// worker has them in hand. [`retry_failed`](crate::Runner::retry_failed) gives them no more time.
+    ///
+    /// Submitter and workers read the time of day on their own machines.
+    ///
+    /// ```
+    /// # use std::{sync::Arc, time::Duration};
+    /// # use throughline::{Context, Runner, Sim, Worker, pipeline, store::{Memory, Status}};
+    /// # #[tokio::main(flavor = "current_thread", start_paused = true)] async fn main() -> throughline::Result<()> {
+    /// # let page = pipeline("page", |cx: Context, n: u32| async move { Ok(cx.generate(format!("{n}")).await?.text) });
+    /// # let store = Arc::new(Memory::new());
+    /// # let runner = Runner::new(Arc::clone(&store));
+    /// # let cx = Context::builder(Sim::builder().latency(Duration::from_secs(9)).build()).build();
+    /// # let worker = Worker::builder(store, cx).register("page", page.clone()).build();
+    /// let run = runner.submit("page", &page, [1, 2, 3]).timeout(Duration::from_secs(5)).await?;
+    /// worker.drive_run(run, Duration::from_secs(60)).await?; // a page takes 9 s
+    /// let over = runner.snapshot(run).await?.expect("it is there").run;
+    /// assert_eq!((over.status, over.failed), (Status::Failed, 3));
+    /// assert!(over.error.is_some_and(|error| error.is_deadline_exceeded()));
+    /// # Ok(()) }
+    /// ```
+    pub fn timeout(mut self, timeout: Duration) -> Self {
+        self.timeout = Some(timeout);
+        self
+    }
+
     async fn submit(mut self) -> Result<RunId> {
+        if let Some(tenant) = &self.only_for
+            && **tenant != *self.run.tenant
+        {
+            let message = format!(
+                "this runner is for {tenant:?} and submits nothing for {:?}",
+                self.run.tenant
+            );
+            return Err(Error::new(ErrorKind::Config, message));
+        }
         let mut names = Names::default();
         let mut items = Vec::with_capacity(self.inputs.len());
         for input in &self.inputs {
@@ -120,6 +182,11 @@ impl<I: Serialize + Send> Submit<I> {
             };
             items.push(NewItem::new(names.unique(name), text));
         }
+        let now = SystemTime::now().duration_since(UNIX_EPOCH);
+        self.spec.until = self.timeout.map(|timeout| {
+            let until = now.unwrap_or_default().saturating_add(timeout);
+            u64::try_from(until.as_millis()).unwrap_or(u64::MAX)
+        });
         self.run.spec = serde_json::to_string(&self.spec)?;
         self.run.items = items;
         Ok(self.store.create_run(self.run).await?.run)

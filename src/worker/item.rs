@@ -4,6 +4,8 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::time::Instant;
+
 use super::registry::Work;
 use super::{Ambiguous, Inner, RunInfo, count};
 use crate::context::Context;
@@ -28,6 +30,12 @@ pub(super) fn sent_before() -> Error {
     Error::new(ErrorKind::LeaseLost, message).with_billed(None)
 }
 
+/// Why an item of a run whose time is up is not begun.
+fn too_late() -> Error {
+    let message = "the deadline of its run passed before it was begun";
+    Error::new(ErrorKind::DeadlineExceeded, message).with_billed(Some(false))
+}
+
 /// What an item came to for who claimed it.
 pub(super) enum End {
     /// It has its outcome, which is on its way into the store.
@@ -46,6 +54,8 @@ pub(super) struct Ready {
     pub(super) item: Item,
     pub(super) cx: Context,
     work: Arc<dyn Work>,
+    /// Whether the time of its run is up.
+    late: bool,
 }
 
 impl Inner {
@@ -70,12 +80,34 @@ impl Inner {
             who.priority = priority;
             who.tenant = tenant.or(who.tenant);
         });
-        Some(Ready { item, cx, work })
+        let cx = match run.deadline {
+            Some(deadline) => cx.with_deadline(deadline),
+            None => cx,
+        };
+        let late = run
+            .deadline
+            .is_some_and(|deadline| deadline <= Instant::now());
+        Some(Ready {
+            item,
+            cx,
+            work,
+            late,
+        })
     }
 
     /// Runs it to its end.
     pub(super) async fn run_item(&self, ready: Ready) -> End {
-        let Ready { item, cx, work } = ready;
+        let Ready {
+            item,
+            cx,
+            work,
+            late,
+        } = ready;
+        if late {
+            // Not even begun: a pipeline that has a fallback for calls that fail would end well.
+            self.settle(item.hold(), Err(too_late()));
+            return End::Settled;
+        }
         let result = work.run(&cx, &item.input).await;
         let tally = cx.tally();
         let in_vain = tally.overloaded + tally.timed_out + tally.transient + tally.failed;

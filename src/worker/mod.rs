@@ -137,6 +137,8 @@ struct Inner {
 struct RunInfo {
     name: String,
     spec: Spec,
+    /// When its time is up.
+    deadline: Option<Instant>,
 }
 
 #[derive(Default)]
@@ -357,10 +359,15 @@ impl Inner {
         let Some(found) = self.queue.run(run).await? else {
             return Ok(None);
         };
+        // A spec of somebody else's making says nothing to us.
+        let spec: Spec = serde_json::from_str(&found.spec).unwrap_or_default();
+        let deadline = spec
+            .left()
+            .and_then(|left| Instant::now().checked_add(left));
         let info = Arc::new(RunInfo {
-            // A spec of somebody else's making says nothing to us.
-            spec: serde_json::from_str(&found.spec).unwrap_or_default(),
             name: found.name,
+            spec,
+            deadline,
         });
         let mut known = known();
         if known.len() >= KNOWN {

@@ -138,6 +138,15 @@ impl Ledger {
         again.map(|(key, account)| (&**key, account.billed))
     }
 
+    /// How often each request was billed, by its digest: what was paid for twice is there with 2.
+    pub fn times_billed(&self) -> BTreeMap<RequestDigest, u64> {
+        let mut times = BTreeMap::new();
+        for bill in &self.bills {
+            *times.entry(bill.digest).or_default() += 1;
+        }
+        times
+    }
+
     /// The most calls let in within any stretch of `window`, its end not included.
     pub fn most_granted_in(&self, window: Duration) -> usize {
         let mut first = 0;

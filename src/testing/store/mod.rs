@@ -20,13 +20,11 @@ mod leases;
 mod model;
 mod races;
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use serde_json::Value;
-
-use crate::store::{Item, LeaseId, NewItem, NewRun, Queue, Run, RunId, Status, Store};
+use crate::run::Audit;
+use crate::store::{Item, LeaseId, NewItem, NewRun, Queue, Run, RunId, Store};
 
 pub use self::model::against_model;
 
@@ -96,85 +94,10 @@ pub async fn audit(store: &dyn Store) {
         let Some(last) = runs.last() else { break };
         before = Some(last.id);
         for run in runs {
-            audit_run(store, &run).await;
+            let audit = Audit::of(store, &run).await.expect("audit");
+            assert!(audit.is_sound(), "{audit}\n{run:?}");
         }
     }
-}
-
-async fn audit_run(store: &dyn Store, run: &Run) {
-    let items = all_items(store, run.id).await;
-    let count = |status| items.iter().filter(|item| item.status == status).count() as u64;
-    let id = run.id;
-    assert_eq!(run.total, items.len() as u64, "total of run {id}");
-    assert_eq!(
-        run.completed,
-        count(Status::Completed),
-        "completed of run {id}"
-    );
-    assert_eq!(run.failed, count(Status::Failed), "failed of run {id}");
-    assert_eq!(
-        run.cancelled,
-        count(Status::Cancelled),
-        "cancelled of run {id}"
-    );
-    assert_eq!(
-        run.ended_at.is_some(),
-        run.status.is_over(),
-        "end of run {id}"
-    );
-    assert_eq!(run.status.is_over(), run.ended() == run.total, "{run:?}");
-    for (seq, item) in (0..).zip(&items) {
-        assert_eq!((item.seq, item.run), (seq, id), "place of {item:?}");
-        assert_eq!(
-            item.output.is_some(),
-            item.status == Status::Completed,
-            "{item:?}"
-        );
-        assert_eq!(
-            item.error.is_some(),
-            item.status == Status::Failed,
-            "{item:?}"
-        );
-    }
-
-    let (mut completed, mut failed) = (BTreeSet::new(), BTreeSet::new());
-    let log = store.log(id, 0, u32::MAX).await.expect("log");
-    for (seq, entry) in (1..).zip(&log) {
-        assert_eq!(entry.seq, seq, "a gap in the log of run {id}");
-        let data: Value = serde_json::from_str(&entry.data).expect("JSON in the log");
-        let seqs = |field: &str| {
-            let seqs = data[field]
-                .as_array()
-                .unwrap_or_else(|| panic!("no {field} in {entry:?}"));
-            seqs.iter().filter_map(Value::as_u64).collect::<Vec<_>>()
-        };
-        match &*entry.kind {
-            "settled" => {
-                for seq in seqs("completed") {
-                    assert!(
-                        completed.insert(seq),
-                        "item {seq} of run {id} completed twice"
-                    );
-                }
-                for seq in seqs("failed") {
-                    assert!(failed.insert(seq), "item {seq} of run {id} failed twice");
-                }
-            }
-            "retried" => failed.clear(),
-            _ => {}
-        }
-    }
-    assert_eq!(run.log_seq, log.len() as u64, "log_seq of run {id}");
-    assert_eq!(
-        run.completed,
-        completed.len() as u64,
-        "completed in the log of run {id}"
-    );
-    assert_eq!(
-        run.failed,
-        failed.len() as u64,
-        "failed in the log of run {id}"
-    );
 }
 
 /// All items of a run, by pages.

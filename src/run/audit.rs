@@ -1,0 +1,286 @@
+//! [`Audit`]: whether a run's record, items and log agree.
+
+use std::collections::BTreeSet;
+use std::fmt;
+
+use serde_json::Value;
+
+use super::Runner;
+use crate::error::Result;
+use crate::store::{Item, LogEntry, Run, RunId, Status, Store};
+
+/// How many items or entries are read at a time.
+const PAGE: u32 = 500;
+
+/// What a look at all that a run has left found ([`Runner::audit`]). `Display` is a line, and one more for each problem.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Audit {
+    /// The run.
+    pub run: RunId,
+    /// How many items it has.
+    pub items: u64,
+    /// How many of them its log says are completed, each once.
+    pub completed: u64,
+    /// What does not agree, one sentence each.
+    pub problems: Vec<String>,
+}
+
+impl Audit {
+    /// Whether everything agrees.
+    pub fn is_sound(&self) -> bool {
+        self.problems.is_empty()
+    }
+
+    /// Looks at a run as it stands.
+    pub(crate) async fn of(store: &dyn Store, run: &Run) -> Result<Self> {
+        let mut look = Look::default();
+        loop {
+            let page = store.items(run.id, look.items, PAGE).await?;
+            if page.is_empty() {
+                break;
+            }
+            page.iter().for_each(|item| look.item(run, item));
+        }
+        loop {
+            let page = store.log(run.id, look.entries, PAGE).await?;
+            if page.is_empty() {
+                break;
+            }
+            page.iter().for_each(|entry| look.entry(entry));
+        }
+        look.record(run);
+        Ok(Self {
+            run: run.id,
+            items: look.items,
+            completed: look.completed.len() as u64,
+            problems: look.problems,
+        })
+    }
+}
+
+impl fmt::Display for Audit {
+    /// `run 7: 864 items, 864 completed once each; sound`
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            run,
+            items,
+            completed,
+            problems,
+        } = self;
+        write!(
+            f,
+            "run {run}: {items} items, {completed} completed once each; "
+        )?;
+        if problems.is_empty() {
+            return f.write_str("sound");
+        }
+        write!(f, "{} problems", problems.len())?;
+        problems
+            .iter()
+            .try_for_each(|problem| write!(f, "\n  {problem}"))
+    }
+}
+
+/// What was seen so far.
+#[derive(Default)]
+struct Look {
+    items: u64,
+    entries: u64,
+    /// Rows by how they stand: completed, failed, cancelled.
+    rows: [u64; 3],
+    /// The items that the log says ended so, since they were last tried again.
+    completed: BTreeSet<u64>,
+    failed: BTreeSet<u64>,
+    problems: Vec<String>,
+}
+
+impl Look {
+    fn expect(&mut self, holds: bool, problem: impl FnOnce() -> String) {
+        if !holds {
+            self.problems.push(problem());
+        }
+    }
+
+    fn item(&mut self, run: &Run, item: &Item) {
+        let (seq, status) = (self.items, item.status);
+        self.items += 1;
+        self.expect((item.seq, item.run) == (seq, run.id), || {
+            let (found, of) = (item.seq, item.run);
+            format!("in the place of item {seq} is item {found} of run {of}")
+        });
+        let has = (item.output.is_some(), item.error.is_some());
+        let should = (status == Status::Completed, status == Status::Failed);
+        self.expect(has == should, || {
+            format!("item {seq} is {status} and has (an output, an error): {has:?}")
+        });
+        match status {
+            Status::Completed => self.rows[0] += 1,
+            Status::Failed => self.rows[1] += 1,
+            Status::Cancelled => self.rows[2] += 1,
+            Status::Pending | Status::Processing => {}
+        }
+    }
+
+    fn entry(&mut self, entry: &LogEntry) {
+        self.entries += 1;
+        let place = self.entries;
+        self.expect(entry.seq == place, || {
+            format!("in the place of log entry {place} is {}", entry.seq)
+        });
+        // A gap must not be met again by each page.
+        self.entries = self.entries.max(entry.seq);
+        match &*entry.kind {
+            "settled" => {
+                let data: Value = serde_json::from_str(&entry.data).unwrap_or_default();
+                self.ended(&data, "completed", |look| &mut look.completed);
+                self.ended(&data, "failed", |look| &mut look.failed);
+            }
+            "retried" => self.failed.clear(),
+            _ => {}
+        }
+    }
+
+    fn ended(&mut self, data: &Value, word: &str, items: impl Fn(&mut Self) -> &mut BTreeSet<u64>) {
+        let Some(seqs) = data[word].as_array() else {
+            let place = self.entries;
+            return self
+                .problems
+                .push(format!("log entry {place} says nothing of {word}"));
+        };
+        for seq in seqs {
+            let new = seq.as_u64().is_some_and(|seq| items(self).insert(seq));
+            self.expect(new, || format!("item {seq} is {word} twice"));
+        }
+    }
+
+    fn record(&mut self, run: &Run) {
+        let [completed, failed, cancelled] = self.rows;
+        let logged = (self.completed.len() as u64, self.failed.len() as u64);
+        for (what, counted, found) in [
+            ("items", run.total, self.items),
+            ("completed items", run.completed, completed),
+            ("failed items", run.failed, failed),
+            ("cancelled items", run.cancelled, cancelled),
+            ("log entries", run.log_seq, self.entries),
+            ("completed items in the log", run.completed, logged.0),
+            ("failed items in the log", run.failed, logged.1),
+        ] {
+            self.expect(counted == found, || {
+                format!("the record counts {counted} {what}, and there are {found}")
+            });
+        }
+        let over = run.status.is_over();
+        self.expect(over == (run.ended() == run.total), || {
+            let (status, ended, total) = (run.status, run.ended(), run.total);
+            format!("it is {status} with {ended} of {total} items over")
+        });
+        self.expect(over == run.ended_at.is_some(), || {
+            format!("it is {} and ended at {:?}", run.status, run.ended_at)
+        });
+    }
+}
+
+impl Runner {
+    /// Looks at all that a run has left: whether its counters are those of its rows, its log has no gap, and says of
+    /// each item once that it ended. `None` if there is no such run. For operators and tests: it reads every row.
+    ///
+    /// Of a run that is worked on meanwhile it may find problems that are none, because what it reads changes.
+    ///
+    /// ```
+    /// # use throughline::{Context, Runner, pipeline, store::Memory};
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> throughline::Result<()> {
+    /// # let double = pipeline("double", |_cx: Context, n: u32| async move { Ok(2 * n) });
+    /// # let runner = Runner::new(Memory::new());
+    /// let run = runner.submit("double", &double, [1, 2, 3]).await?;
+    /// let audit = runner.audit(run).await?.expect("it is there");
+    /// assert!(audit.is_sound(), "{audit}");
+    /// assert_eq!((audit.items, audit.completed), (3, 0));
+    /// # Ok(()) }
+    /// ```
+    ///
+    /// # Errors
+    /// The store's.
+    pub async fn audit(&self, run: RunId) -> Result<Option<Audit>> {
+        match self.found(run).await? {
+            Some(run) => Audit::of(&*self.store, &run).await.map(Some),
+            None => Ok(None),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::SystemTime;
+
+    use super::*;
+
+    fn entry(seq: u64, kind: &str, data: &str) -> LogEntry {
+        LogEntry {
+            seq,
+            kind: kind.to_owned(),
+            data: data.to_owned(),
+            at: SystemTime::UNIX_EPOCH,
+        }
+    }
+
+    #[test]
+    fn gaps_and_second_ends_are_found() {
+        let mut look = Look::default();
+        look.entry(&entry(1, "created", "{}"));
+        look.entry(&entry(
+            2,
+            "settled",
+            r#"{"completed": [0, 1], "failed": [2]}"#,
+        ));
+        look.entry(&entry(3, "retried", "{}"));
+        look.entry(&entry(4, "settled", r#"{"completed": [], "failed": [2]}"#));
+        assert!(look.problems.is_empty(), "{:?}", look.problems);
+        look.entry(&entry(6, "settled", r#"{"completed": [1], "failed": [2]}"#));
+        look.entry(&entry(7, "settled", r#"{"completed": [3]}"#));
+        assert_eq!(
+            look.problems,
+            [
+                "in the place of log entry 5 is 6",
+                "item 1 is completed twice",
+                "item 2 is failed twice",
+                "log entry 7 says nothing of failed",
+            ]
+        );
+    }
+
+    #[test]
+    fn counters_that_are_not_the_rows_are_found() {
+        let run: Run = serde_json::from_value(serde_json::json!({
+            "id": 7, "tenant": "", "name": "n", "status": "completed", "spec": "null",
+            "total": 2, "completed": 2, "failed": 0, "cancelled": 0, "log_seq": 0, "error": null,
+            "created_at": SystemTime::UNIX_EPOCH, "ended_at": null,
+        }))
+        .unwrap();
+        let item: Item = serde_json::from_value(serde_json::json!({
+            "id": 1, "run": 7, "seq": 1, "key": "k", "tenant": "", "status": "completed", "epoch": 2,
+            "attempt": 1, "max_attempts": 3, "input": "1", "output": null, "error": null,
+        }))
+        .unwrap();
+        let mut look = Look::default();
+        look.item(&run, &item);
+        look.record(&run);
+        let audit = Audit {
+            run: run.id,
+            items: look.items,
+            completed: 0,
+            problems: look.problems,
+        };
+        assert!(!audit.is_sound());
+        assert_eq!(
+            audit.to_string(),
+            "run 7: 1 items, 0 completed once each; 6 problems\
+             \n  in the place of item 0 is item 1 of run 7\
+             \n  item 0 is completed and has (an output, an error): (false, false)\
+             \n  the record counts 2 items, and there are 1\
+             \n  the record counts 2 completed items, and there are 1\
+             \n  the record counts 2 completed items in the log, and there are 0\
+             \n  it is completed and ended at None"
+        );
+    }
+}
