@@ -58,9 +58,10 @@ async fn practice_routines() -> Result<()> {
         .into_iter()
         .zip(["52.000 s", "24.000 s", "9.000 s", "9.000 s"])
     {
-        let cx = Context::builder(practice::model(None)).build();
-        let week = practice::week(&cx, way, |_, _| {}).await?;
-        let (first, all) = (seconds(week.delivered[0].1), seconds(week.took));
+        let cx = Context::builder(practice::model().build()).build();
+        let week = practice::week(&cx, way, |_| {}).await;
+        let (first, all) = (seconds(week.outcomes()[0].ended()), seconds(week.elapsed()));
+        week.all()?;
         let what = format!("{way:?}").to_lowercase();
         row([
             &format!("  {what}, all four routines"),
@@ -141,11 +142,11 @@ async fn quality_log() -> Result<()> {
     println!("3 quality log: 9 movements and a line for each class, a store of 75 ms");
     let store = counted(75);
     let cx = Context::builder(log::model()).build();
-    let log = log::QualityLog::open(&cx, Arc::clone(&store)).await?;
+    let log = log::QualityLog::open(&cx, &store).await?;
     let added = |began: Instant| format!("{} ms", began.elapsed().as_millis() - 8_000);
 
     let began = Instant::now();
-    log::class_as_it_was(&cx, &log, &*store, 0).await?;
+    log::as_it_was(&cx, &log, &*store).await?;
     row([
         "  as it was, added to a class",
         "510 to 1,520 ms",
@@ -163,7 +164,7 @@ async fn quality_log() -> Result<()> {
         "0 ms",
         &added(began),
     ]);
-    log.journal().flush().await?;
+    log.journal.flush().await?;
     row([
         "  round trips to write a class",
         "10",
@@ -180,7 +181,7 @@ async fn quality_log() -> Result<()> {
         })
         .await
         .all()?;
-    log.journal().flush().await?;
+    log.journal.flush().await?;
     row([
         "  round trips to write 100 classes",
         "1,000",
@@ -201,10 +202,12 @@ async fn conversation() -> Result<()> {
     ];
     let parallel = Switch::new(true);
     let grace = Duration::from_millis(300);
-    let cx = Context::builder(turn::model(turn::Trouble::default()));
+    let cx = Context::builder(turn::model().build());
     let cx = cx.parallel(&parallel).alongside_grace(grace).build();
     for ((name, message), [before, after, path]) in turn::MESSAGES.into_iter().zip(theirs) {
-        let (_, took) = turn::timed(&cx, message).await?;
+        let began = Instant::now();
+        turn::turn(&cx, message).await?;
+        let took = began.elapsed();
         row([
             &format!("  {name}"),
             before,
@@ -214,7 +217,9 @@ async fn conversation() -> Result<()> {
         ]);
     }
     parallel.set(false);
-    let (_, took) = turn::timed(&cx, turn::MESSAGES[0].1).await?;
+    let began = Instant::now();
+    turn::turn(&cx, turn::MESSAGES[0].1).await?;
+    let took = began.elapsed();
     row([
         "  both, switched off",
         "6,467 ms",

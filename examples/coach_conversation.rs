@@ -4,8 +4,8 @@
 //! cargo run --example coach_conversation --features full,stages
 //! ```
 //!
-//! `turn.rs` is the graph. Here it is run in parallel, with the switch off, for each kind of
-//! message, and with trouble. The clock is paused, so the times are exact and nobody waits.
+//! `turn.rs` is the graph. Here it is run with the switch off and on, for each kind of message, and with
+//! trouble. The clock is paused, so the times are exact and nobody waits.
 
 #[path = "coach_conversation/turn.rs"]
 mod turn;
@@ -13,67 +13,57 @@ mod turn;
 use std::time::Duration;
 
 use throughline::stages::Stages;
-use throughline::{Context, Result, Switch, Timeline};
+use throughline::{Context, ErrorKind, Result, Switch, Timeline};
 
-use crate::turn::{MESSAGES, Trouble, model, timed};
+use crate::turn::{MESSAGES, Turn, model, turn};
 
 #[tokio::main(flavor = "current_thread", start_paused = true)]
 async fn main() -> Result<()> {
-    let parallel = Switch::new(true);
-    let (timeline, stages) = (Timeline::new(), Stages::new());
-    let cx = Context::builder(model(Trouble::default()))
+    let (parallel, timeline, stages) = (Switch::new(true), Timeline::new(), Stages::new());
+    let cx = Context::builder(model().build())
         .parallel(&parallel)
-        .alongside_grace(Duration::from_millis(300))
         .observer(timeline.clone())
         .observer(stages.clone())
         .build();
 
-    let (_, both) = MESSAGES[0];
-    let (ours, fast) = timed(&cx, both).await?;
-    println!("in parallel: {} ms\n{timeline}", fast.as_millis());
-
-    timeline.clear();
-    parallel.set(false);
-    let (theirs, slow) = timed(&cx, both).await?;
-    println!("switched off: {} ms\n{timeline}", slow.as_millis());
-    parallel.set(true);
-    println!("the same result: {}\n", ours == theirs);
-
-    println!("message        in turn  parallel");
+    let mut table = String::from("message        in turn  parallel  saved  same result\n");
     for (name, message) in MESSAGES {
         parallel.set(false);
-        let (_, slow) = timed(&cx, message).await?;
+        let (theirs, slow) = timed(&cx, &timeline, message).await?;
+        println!("{name}, in turn: {slow} ms\n{timeline}");
+
         parallel.set(true);
-        let (_, fast) = timed(&cx, message).await?;
-        println!(
-            "{name:13}  {:>7}  {:>8}",
-            slow.as_millis(),
-            fast.as_millis()
-        );
-    }
+        let (ours, fast) = timed(&cx, &timeline, message).await?;
+        println!("{name}, in parallel: {fast} ms\n{timeline}");
 
-    println!("\ntrouble                 ms  seen of 5  workout");
-    let troubles = [
-        ("none", None, None),
-        ("a failed update", Some("workout-update"), None),
-        ("a slow update", None, Some("workout-update")),
-        ("a failed workout", Some("workout"), None),
-    ];
-    for (name, fails, slow) in troubles {
-        let cx = Context::builder(model(Trouble { fails, slow }))
-            .alongside_grace(Duration::from_millis(300))
-            .observer(stages.clone())
-            .build();
-        let (turn, took) = timed(&cx, both).await?;
-        let workout = turn.workout.unwrap_or_default();
-        println!(
-            "{name:18}  {:>6}  {:>9}  {workout}",
-            took.as_millis(),
-            turn.seen.len()
-        );
+        let (saved, same) = (100 * (slow - fast) / slow, ours == theirs);
+        table += &format!("{name:13}  {slow:7}  {fast:8}  {saved:3} %  {same}\n");
     }
+    println!("{table}\ntrouble                 ms  seen of 5  workout");
 
-    println!("\n{stages}");
-    println!("{} calls in the first context", cx.tally().calls);
+    let grace = Duration::from_millis(300);
+    let failed = |step| model().fail_when(step, ErrorKind::InvalidRequest);
+    let slow = |step| model().latency_when(step, Duration::from_secs(30));
+    for (name, model) in [
+        ("none", model()),
+        ("a failed update", failed("workout-update:")),
+        ("a slow update", slow("workout-update:")),
+        ("a failed workout", failed("workout:")),
+    ] {
+        let cx = Context::builder(model.build()).alongside_grace(grace);
+        let cx = cx.observer(stages.clone()).observer(timeline.clone());
+        let (turn, took) = timed(&cx.build(), &timeline, MESSAGES[0].1).await?;
+        let (seen, workout) = (turn.seen.len(), turn.workout.unwrap_or_default());
+        println!("{name:18}  {took:6}  {seen:9}  {workout}");
+    }
+    let calls = cx.tally().calls;
+    println!("\n{stages}\n{calls} calls in the first context");
     Ok(())
+}
+
+/// A turn on a timeline of its own, and the milliseconds it took.
+async fn timed(cx: &Context, timeline: &Timeline, message: &str) -> Result<(Turn, u128)> {
+    timeline.clear();
+    let turn = turn(cx, message).await?;
+    Ok((turn, timeline.elapsed().as_millis()))
 }

@@ -7,33 +7,36 @@ mod practice;
 #[path = "../examples/coach_conversation/turn.rs"]
 mod turn;
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use throughline::provider::sim::SimBuilder;
 use throughline::store::{Memory, Store as _};
 use throughline::testing::Counted;
-use throughline::{Context, Event, Switch};
+use throughline::{Context, ErrorKind, Event, Outcome, Progress, Settled, Switch};
 use tokio::time::Instant;
 
-use self::log::{QualityLog, class, class_as_it_was};
-use self::practice::{Way, Week, week};
-use self::turn::{MESSAGES, Trouble, Turn, model, timed};
+use self::log::{QualityLog, as_it_was, class};
+use self::practice::{Routine, Way, week};
+use self::turn::{MESSAGES, Turn, model, turn};
 
 const GRACE: Duration = Duration::from_millis(300);
 
 /// The turn and its milliseconds.
-async fn answered(message: &str, parallel: bool, trouble: Trouble) -> (Turn, u128) {
-    let cx = Context::builder(model(trouble))
+async fn answered(message: &str, parallel: bool, model: SimBuilder) -> (Turn, u128) {
+    let cx = Context::builder(model.build())
         .parallel(&Switch::new(parallel))
         .alongside_grace(GRACE)
         .build();
-    let (turn, took) = timed(&cx, message).await.unwrap();
-    (turn, took.as_millis())
+    let began = Instant::now();
+    let turn = turn(&cx, message).await.unwrap();
+    (turn, began.elapsed().as_millis())
 }
 
-async fn in_trouble(fails: Option<&'static str>, slow: Option<&'static str>) -> (Turn, u128) {
-    answered(MESSAGES[0].1, true, Trouble { fails, slow }).await
+async fn failing(step: &str) -> (Turn, u128) {
+    let model = model().fail_when(step, ErrorKind::InvalidRequest);
+    answered(MESSAGES[0].1, true, model).await
 }
 
 #[tokio::test(start_paused = true)]
@@ -45,8 +48,8 @@ async fn a_conversation_takes_its_critical_path_for_every_kind_of_message() {
         ("neither", 3_442, 4_367, [false, false], 3),
     ];
     for ((name, message), case) in MESSAGES.into_iter().zip(expected) {
-        let (ours, fast) = answered(message, true, Trouble::default()).await;
-        let (theirs, slow) = answered(message, false, Trouble::default()).await;
+        let (ours, fast) = answered(message, true, model()).await;
+        let (theirs, slow) = answered(message, false, model()).await;
         assert_eq!(ours, theirs, "{name}: the switch changes the time alone");
         let branches = [ours.workout.is_some(), ours.memory.is_some()];
         assert_eq!((name, fast, slow, branches, ours.seen.len()), case);
@@ -55,10 +58,10 @@ async fn a_conversation_takes_its_critical_path_for_every_kind_of_message() {
 
 #[tokio::test(start_paused = true)]
 async fn a_failed_update_costs_itself_alone() {
-    let (turn, took) = in_trouble(Some("workout-update"), None).await;
+    let (turn, took) = failing("workout-update:").await;
     assert_eq!((turn.seen.len(), took), (4, 3_942));
-    assert_eq!(turn.workout.as_deref(), Some("the workout"));
-    assert!(!turn.seen.contains(&"the workout-update".to_owned()));
+    assert_eq!(turn.workout.as_deref(), Some("done: workout: the context"));
+    assert!(turn.seen.iter().all(|it| !it.contains("workout-update")));
 }
 
 #[tokio::test(start_paused = true)]
@@ -70,52 +73,58 @@ async fn a_slow_update_costs_the_grace_at_most() {
         ("acknowledgement", 300),
         ("insights-update", 300),
     ] {
-        let (turn, took) = in_trouble(None, Some(update)).await;
+        let model = model().latency_when(format!("{update}:"), Duration::from_secs(30));
+        let (turn, took) = answered(MESSAGES[0].1, true, model).await;
         assert_eq!((update, turn.seen.len(), took), (update, 4, 3_942 + delay));
     }
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_failed_branch_does_not_lose_the_other() {
-    let (turn, took) = in_trouble(Some("workout"), None).await;
+    let (turn, took) = failing("workout:").await;
     assert_eq!(took, 3_942);
     assert_eq!(turn.workout.as_deref(), Some("not available now"));
-    assert_eq!(turn.memory.as_deref(), Some("the memory"));
-    let (turn, _) = in_trouble(Some("memory"), None).await;
-    assert_eq!(turn.workout.as_deref(), Some("the workout"));
+    assert_eq!(
+        turn.memory.as_deref(),
+        Some("done: memory: the memory-query")
+    );
+    let (turn, _) = failing("memory:").await;
+    assert_eq!(turn.workout.as_deref(), Some("done: workout: the context"));
     assert_eq!(turn.memory.as_deref(), Some("not available now"));
 }
 
 /// A week, the calls that were paid for, and the most that were in flight.
-async fn practised(way: Way, refused: Option<&'static str>) -> (Week, u64, usize) {
-    let sim = practice::model(refused);
+async fn practised(way: Way, model: SimBuilder) -> (Settled<Routine>, u64, usize) {
+    let sim = model.build();
     let cx = Context::builder(sim.clone()).build();
-    let week = week(&cx, way, |_, _| {}).await.unwrap();
+    let week = week(&cx, way, |_| {}).await;
     let ledger = sim.ledger();
     (week, ledger.total.billed, ledger.peak_in_flight)
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_week_of_practice_takes_as_long_as_its_way_says() {
-    let (reference, calls, in_flight) = practised(Way::Sequential, None).await;
-    assert_eq!((reference.took.as_secs(), calls, in_flight), (52, 13, 1));
+    let (reference, calls, in_flight) = practised(Way::Sequential, practice::model()).await;
+    assert_eq!(
+        (reference.elapsed().as_secs(), calls, in_flight),
+        (52, 13, 1)
+    );
+    let reference = reference.all().unwrap();
     for (way, most, first) in [
         (Way::Batched, 24, 9_000..=9_000),
         (Way::Parallel, 9, 9_000..=9_000),
         // Its etudes start when a quarter of the plan is there.
         (Way::Streamed, 9, 5_500..=6_100),
     ] {
-        let (week, calls, _) = practised(way, None).await;
-        assert!(
-            week.took <= Duration::from_secs(most),
-            "{way:?}: {:?}",
-            week.took
-        );
-        assert_eq!((calls, week.delivered.len()), (13, 4));
-        let delivered = week.delivered[0].1.as_millis();
+        let (week, calls, _) = practised(way, practice::model()).await;
+        let took = week.elapsed();
+        assert!(took <= Duration::from_secs(most), "{way:?}: {took:?}");
+        assert_eq!((calls, week.len()), (13, 4));
+        let delivered = week.outcomes()[0].ended().as_millis();
         assert!(first.contains(&delivered), "{way:?}: {delivered}");
         assert_eq!(
-            week.routines, reference.routines,
+            week.all().unwrap(),
+            reference,
             "{way:?} changes the time alone"
         );
     }
@@ -123,28 +132,32 @@ async fn a_week_of_practice_takes_as_long_as_its_way_says() {
 
 #[tokio::test(start_paused = true)]
 async fn routines_are_told_of_as_they_complete() {
-    let (week, _, _) = practised(Way::Streamed, None).await;
-    let (names, times): (Vec<_>, Vec<_>) = week.delivered.into_iter().unzip();
+    let told = Arc::new(Mutex::new(Vec::new()));
+    let heard = Arc::clone(&told);
+    let cx = Context::builder(practice::model().build()).build();
+    let tell = move |routine: &Progress| {
+        let name = routine.key.as_deref().unwrap().to_owned();
+        heard.lock().unwrap().push((name, routine.elapsed));
+    };
+    let week = week(&cx, Way::Streamed, tell).await;
+    let (names, times): (Vec<_>, Vec<_>) = told.lock().unwrap().drain(..).unzip();
     assert_eq!(names, ["scales", "chords", "rhythm", "sight-reading"]);
-    assert!(
-        times
-            .windows(2)
-            .all(|pair| pair[1] - pair[0] > Duration::from_millis(800))
-    );
+    let apart = |pair: &[Duration]| pair[1] - pair[0] > Duration::from_millis(800);
+    assert!(times.windows(2).all(apart), "{times:?}");
+    let ended: Vec<_> = week.outcomes().iter().map(Outcome::ended).collect();
+    assert_eq!(ended, times);
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_failed_etude_leaves_eleven_and_a_partial_routine() {
     for way in practice::WAYS {
-        let (week, calls, _) = practised(way, Some("chords quickly")).await;
-        let etudes: usize = week
-            .routines
-            .iter()
-            .map(|routine| routine.etudes.len())
-            .sum();
-        assert_eq!((etudes, calls, week.routines.len()), (11, 12, 4));
-        let partial = |routine: &&practice::Routine| !routine.missing.is_empty();
-        let partial: Vec<_> = week.routines.iter().filter(partial).collect();
+        let model = practice::model().fail_when("chords quickly", ErrorKind::InvalidRequest);
+        let (week, calls, _) = practised(way, model).await;
+        let routines = week.all().unwrap();
+        let etudes: usize = routines.iter().map(|routine| routine.etudes.len()).sum();
+        assert_eq!((etudes, calls, routines.len()), (11, 12, 4));
+        let partial = |routine: &&Routine| !routine.missing.is_empty();
+        let partial: Vec<_> = routines.iter().filter(partial).collect();
         assert_eq!(
             (partial.len(), &*partial[0].missing[0]),
             (1, "chords quickly")
@@ -166,7 +179,7 @@ async fn quality_log() -> (Context, Arc<AtomicU64>, Arc<Counted>, QualityLog) {
         .build();
     let store = Counted::new(Memory::new()).latency(Duration::from_millis(75));
     let store = Arc::new(store);
-    let log = QualityLog::open(&cx, Arc::clone(&store)).await.unwrap();
+    let log = QualityLog::open(&cx, &store).await.unwrap();
     store.forget();
     (cx, told, store, log)
 }
@@ -175,14 +188,14 @@ async fn quality_log() -> (Context, Arc<AtomicU64>, Arc<Counted>, QualityLog) {
 async fn a_class_is_noted_in_one_round_trip_that_nobody_waits_for() {
     let (cx, _, store, log) = quality_log().await;
     let began = Instant::now();
-    class_as_it_was(&cx, &log, &*store, 0).await.unwrap();
+    as_it_was(&cx, &log, &*store).await.unwrap();
     assert_eq!((began.elapsed().as_millis(), store.trips()), (8_825, 11));
 
     store.forget();
     let began = Instant::now();
     class(&cx, &log, 1).await.unwrap();
     assert_eq!((began.elapsed().as_millis(), store.trips()), (8_000, 0));
-    log.journal().flush().await.unwrap();
+    log.journal.flush().await.unwrap();
     assert_eq!((store.trips(), store.largest_commit()), (1, 10));
 }
 
@@ -201,12 +214,12 @@ async fn many_classes_are_noted_in_few_round_trips_and_the_last_read_in_two() {
     // The first commit may be under way by now; that it takes 75 ms nobody notices.
     assert_eq!(began.elapsed(), Duration::from_secs(8));
     assert_eq!(settled.oks().count(), 150);
-    log.journal().flush().await.unwrap();
+    log.journal.flush().await.unwrap();
     // 1,500 rows, 256 to a commit.
     assert_eq!((store.trips(), store.calls("commit")), (6, 6));
 
     store.forget();
-    let recent = log.recent(100).await.unwrap();
+    let recent = log.classes.last(100).await.unwrap();
     assert_eq!(store.trips(), 2);
     // They stand in the order in which they ended, and these ended together.
     let mut numbers: Vec<_> = recent.iter().map(|class| class.number).collect();
@@ -223,16 +236,16 @@ async fn a_log_that_is_down_fails_no_class_and_loses_nothing() {
         class(&cx, &log, number).await.unwrap();
     }
     assert_eq!(began.elapsed(), Duration::from_secs(24), "nobody waits");
-    assert!(log.journal().flush().await.is_err());
-    let down = log.journal().stats();
+    assert!(log.journal.flush().await.is_err());
+    let down = log.journal.stats();
     assert!(down.failures > 0 && down.waiting == 30, "{down:?}");
     assert_eq!(told.load(Ordering::Relaxed), down.failures);
 
     store.set_down(false);
-    log.journal().flush().await.unwrap();
-    let up = log.journal().stats();
+    log.journal.flush().await.unwrap();
+    let up = log.journal.stats();
     assert_eq!((up.written, up.given_up, up.waiting), (30, 0, 0));
-    assert_eq!(log.recent(100).await.unwrap().len(), 3);
+    assert_eq!(log.classes.last(100).await.unwrap().len(), 3);
 }
 
 #[tokio::test(start_paused = true)]

@@ -728,11 +728,13 @@ async fn clones_share_one_account_and_a_panicking_reply_frees_its_place() {
 #[tokio::test(start_paused = true)]
 async fn a_call_that_is_made_to_fail_takes_its_latency_and_is_not_billed() {
     let sim = Sim::builder()
-        .latency_of(|request| Duration::from_secs(request.last_text().len() as u64))
-        .fail_when(|request| {
-            let refused = request.last_text() == "four";
-            refused.then(|| Error::new(ErrorKind::InvalidRequest, "refused"))
-        })
+        .latency_when("four", Duration::from_secs(4))
+        .latency_when("five", Duration::from_secs(9))
+        // The last one that fits.
+        .latency_when("fi", Duration::from_secs(5))
+        .reply(|_| "a number")
+        .reply_when("ve", |request| format!("{}!", request.last_text()))
+        .fail_when("four", ErrorKind::InvalidRequest)
         .build();
     let began = Instant::now();
     let failed = sim.generate(&Request::new("four")).await.unwrap_err();
@@ -745,8 +747,8 @@ async fn a_call_that_is_made_to_fail_takes_its_latency_and_is_not_billed() {
     assert!(dropped.is_err());
 
     let began = Instant::now();
-    assert!(sim.generate(&Request::new("three")).await.is_ok());
-    assert_eq!(began.elapsed(), Duration::from_secs(5));
+    let five = sim.generate(&Request::new("five")).await.unwrap();
+    assert_eq!((&*five.text, began.elapsed().as_secs()), ("five!", 5));
     let total = sim.ledger().total;
     assert_eq!((total.admitted, total.faults, total.billed), (4, 3, 1));
     assert_eq!(sim.in_flight(), 0);

@@ -1,16 +1,16 @@
 //! A week of practice: a plan of routines, and an etude for each exercise of each routine.
 
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use futures::{StreamExt as _, TryStreamExt as _, stream};
 use schemars::JsonSchema;
 use serde::Deserialize;
-use throughline::{Context, Error, ErrorKind, Request, Result, Sim};
-use tokio::time::Instant;
+use serde_json::json;
+use throughline::provider::sim::SimBuilder;
+use throughline::{Context, Outcome, Progress, Request, Result, Settled, Sim};
 
 /// A routine as the plan has it.
-#[derive(Debug, Clone, Deserialize, JsonSchema)]
+#[derive(Deserialize, JsonSchema)]
 pub struct Sketch {
     pub name: String,
     pub exercises: Vec<String>,
@@ -40,55 +40,32 @@ pub enum Way {
 
 pub const WAYS: [Way; 4] = [Way::Sequential, Way::Batched, Way::Parallel, Way::Streamed];
 
-/// A week of practice and when each of its routines came.
-pub struct Week {
-    pub routines: Vec<Routine>,
-    pub delivered: Vec<(String, Duration)>,
-    pub took: Duration,
-}
-
 /// Plans a week and writes its etudes. `tell` hears of each routine as it is complete.
 pub async fn week(
     cx: &Context,
     way: Way,
-    tell: impl Fn(&str, Duration) + Send + Sync + 'static,
-) -> Result<Week> {
-    let began = Instant::now();
-    let delivered = Arc::new(Mutex::new(Vec::new()));
-    let heard = Arc::clone(&delivered);
-
-    let plan = cx
-        .child("plan")
-        .generate_items::<Sketch>("Plan my week.")
-        .field("routines");
-    // Whole before the first etude, or while it is being written: the rest is the same.
+    tell: impl Fn(&Progress) + Send + Sync + 'static,
+) -> Settled<Routine> {
+    let plan = cx.child("plan").generate_items::<Sketch>("Plan my week.");
+    let plan = plan.field("routines");
+    // While it is being written, or whole before the first etude: the rest is the same.
     let plan = match way {
         Way::Streamed => plan.left_stream(),
-        _ => stream::iter(plan.try_collect::<Vec<_>>().await?.into_iter().map(Ok)).right_stream(),
+        _ => stream::once(plan.try_collect::<Vec<_>>())
+            .map_ok(|plan| stream::iter(plan.into_iter().map(Ok)))
+            .try_flatten()
+            .right_stream(),
     };
     let routines = cx.fan_out("routine", plan);
     let routines = match way {
         Way::Sequential | Way::Batched => routines.sequential(),
         Way::Parallel | Way::Streamed => routines.buffer_unordered(8),
     };
-    let settled = routines
+    routines
         .key(|sketch: &Result<Sketch>| sketch.as_ref().map_or("?".into(), |s| s.name.clone()))
-        .on_progress(move |progress| {
-            let name = progress.key.as_deref().unwrap_or_default();
-            tell(name, began.elapsed());
-            heard
-                .lock()
-                .unwrap()
-                .push((name.to_owned(), began.elapsed()));
-        })
-        .settle(move |cx, sketch| async move { Ok(routine(&cx, way, sketch?).await) })
-        .await;
-    let delivered = delivered.lock().unwrap().clone();
-    Ok(Week {
-        routines: settled.all()?,
-        delivered,
-        took: began.elapsed(),
-    })
+        .on_progress(tell)
+        .settle(|cx, sketch| async move { Ok(routine(&cx, way, sketch?).await) })
+        .await
 }
 
 /// An etude that fails leaves the routine the others.
@@ -104,44 +81,24 @@ async fn routine(cx: &Context, way: Way, sketch: Sketch) -> Routine {
             Ok(cx.generate(request).await?.text)
         })
         .await;
-    let failed = settled
-        .failures()
-        .map(|failed| sketch.exercises[failed.index].clone());
+    let exercise = |failed: &Outcome<String>| sketch.exercises[failed.index].clone();
     Routine {
-        missing: failed.collect(),
+        missing: settled.failures().map(exercise).collect(),
         name: sketch.name,
-        etudes: settled.oks().cloned().collect(),
+        etudes: settled.into_oks(),
     }
 }
 
-const ROUTINES: [&str; 4] = ["scales", "chords", "rhythm", "sight-reading"];
-
-/// The simulated model: 4 s for the plan, 3, 4 and 5 s for the etudes of a routine. `refused`
-/// names an exercise that it refuses.
-pub fn model(refused: Option<&'static str>) -> Sim {
+/// The simulated model: 4 s for the plan; 3, 4 and 5 s for the etudes of a routine.
+pub fn model() -> SimBuilder {
+    let exercises = |name| ["slowly", "evenly", "quickly"].map(|how| format!("{name} {how}"));
+    let routine = |name| json!({ "name": name, "exercises": exercises(name) });
+    let plan = ["scales", "chords", "rhythm", "sight-reading"].map(routine);
+    let plan = json!({ "routines": plan }).to_string();
     Sim::builder()
-        .latency_of(|request| match request.last_text() {
-            text if text.contains("slowly") => Duration::from_secs(3),
-            text if text.contains("quickly") => Duration::from_secs(5),
-            _ => Duration::from_secs(4),
-        })
-        .reply(|request| match request.last_text() {
-            text if text.starts_with("Plan") => {
-                let routine = |name: &str| {
-                    let exercises = [
-                        format!("{name} slowly"),
-                        name.to_owned(),
-                        format!("{name} quickly"),
-                    ];
-                    serde_json::json!({"name": name, "exercises": exercises})
-                };
-                serde_json::json!({"routines": ROUTINES.map(routine)}).to_string()
-            }
-            text => text.replace("Write an etude: ", "An etude: "),
-        })
-        .fail_when(move |request| {
-            let refused = request.last_text().contains(refused?);
-            refused.then(|| Error::new(ErrorKind::InvalidRequest, "refused"))
-        })
-        .build()
+        .latency(Duration::from_secs(4))
+        .latency_when("slowly", Duration::from_secs(3))
+        .latency_when("quickly", Duration::from_secs(5))
+        .reply(|request| request.last_text().replace("Write an", "An"))
+        .reply_when("Plan", move |_| plan.clone())
 }

@@ -4,76 +4,41 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use throughline::store::{Commit, NewRun, Note, RunId, Store};
-use throughline::{Context, Journal, Result, Runner, Sim};
+use throughline::store::{Commit, Store};
+use throughline::{Context, Journal, Notes, Result, Runner, Sim};
 
 /// Movements of a class.
-pub const MOVEMENTS: usize = 9;
+const MOVEMENTS: usize = 9;
 
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Serialize, Deserialize)]
 pub struct Class {
     pub number: usize,
     pub movements: Vec<String>,
 }
 
-/// Where classes are noted. A run without items is a log: it goes with a purge of its age.
+/// Where classes are noted.
 pub struct QualityLog {
-    journal: Journal,
-    runner: Runner,
-    movements: RunId,
-    classes: RunId,
+    /// To be flushed before the process ends, and asked how it stands.
+    pub journal: Journal,
+    pub movements: Notes<String>,
+    pub classes: Notes<Class>,
 }
 
 impl QualityLog {
     /// Opens the log; the observers of `cx` hear of the store's failures.
-    pub async fn open<S: Store>(cx: &Context, store: Arc<S>) -> Result<Self> {
-        let log = |name: &str| store.create_run(NewRun::new("studio", name).idempotency_key(name));
+    pub async fn open<S: Store>(cx: &Context, store: &Arc<S>) -> Result<Self> {
+        let studio = Runner::new(Arc::clone(store)).for_tenant("studio");
         Ok(Self {
-            movements: log("movements").await?.run,
-            classes: log("classes").await?.run,
-            runner: Runner::new(Arc::clone(&store)),
-            journal: cx.journal_into(store),
+            journal: cx.journal_into(Arc::clone(store)),
+            movements: studio.notes("movements").await?,
+            classes: studio.notes("classes").await?,
         })
     }
 
     /// Ten rows, one commit.
-    pub fn rows(&self, class: &Class) -> Result<Commit> {
-        let note = |run, kind: &str, data| Note {
-            run,
-            kind: kind.to_owned(),
-            data,
-        };
-        let mut notes = Vec::with_capacity(MOVEMENTS + 1);
-        for movement in &class.movements {
-            notes.push(note(
-                self.movements,
-                "movement",
-                serde_json::to_string(movement)?,
-            ));
-        }
-        notes.push(note(self.classes, "class", serde_json::to_string(class)?));
-        Ok(Commit::new().notes(notes))
-    }
-
-    /// Returns at once, whatever the store does.
-    pub fn record(&self, class: &Class) -> Result<()> {
-        self.journal.write(self.rows(class)?);
-        Ok(())
-    }
-
-    /// The classes of late: a bounded read.
-    pub async fn recent(&self, limit: u32) -> Result<Vec<Class>> {
-        let entries = self.runner.log_last(self.classes, limit).await?;
-        // The store notes there too when the log was made.
-        let classes = entries.iter().filter(|entry| entry.kind == "class");
-        classes
-            .map(|entry| Ok(serde_json::from_str(&entry.data)?))
-            .collect()
-    }
-
-    /// To be flushed before the process ends, and asked how it stands.
-    pub fn journal(&self) -> &Journal {
-        &self.journal
+    fn rows(&self, class: &Class) -> Result<Commit> {
+        let movements = self.movements.add(Commit::new(), &class.movements)?;
+        self.classes.add(movements, [class])
     }
 }
 
@@ -82,22 +47,22 @@ pub fn model() -> Sim {
     Sim::builder().latency(Duration::from_secs(8)).build()
 }
 
-/// Generates a class and notes it: what its caller waits for.
+/// Generates a class and notes it. What its caller waits for is the class alone, whatever the store does.
 pub async fn class(cx: &Context, log: &QualityLog, number: usize) -> Result<Class> {
     let class = generate(cx, number).await?;
-    cx.stage("note", |_| async { log.record(&class) }).await?;
+    cx.stage("note", |_| async {
+        log.journal.write(log.rows(&class)?);
+        Ok(())
+    })
+    .await?;
     Ok(class)
 }
 
-/// As it was: the history, a row at a time, and the log row, each awaited.
-pub async fn class_as_it_was(
-    cx: &Context,
-    log: &QualityLog,
-    store: &impl Store,
-    number: usize,
-) -> Result<Class> {
-    let class = generate(cx, number).await?;
-    cx.stage("history", |_| store.log(log.classes, 0, u32::MAX))
+/// Class 1 as it was: the history, a row at a time, and the log row, each awaited.
+pub async fn as_it_was(cx: &Context, log: &QualityLog, store: &impl Store) -> Result<Class> {
+    let class = generate(cx, 1).await?;
+    let history = log.classes.run();
+    cx.stage("history", |_| store.log(history, 0, u32::MAX))
         .await?;
     for note in log.rows(&class)?.notes {
         let row = Commit::new().notes([note]);
@@ -107,13 +72,9 @@ pub async fn class_as_it_was(
 }
 
 async fn generate(cx: &Context, number: usize) -> Result<Class> {
-    let reply = cx
-        .child("write")
-        .generate(format!("Write class {number}."))
-        .await?;
-    let mut words = reply.text.split_whitespace().cycle();
-    let movements = (0..MOVEMENTS)
-        .filter_map(|_| words.next().map(str::to_owned))
-        .collect();
+    let prompt = format!("Write class {number}.");
+    let text = cx.child("write").generate(prompt).await?.text;
+    let words = text.split_whitespace().cycle().map(str::to_owned);
+    let movements = words.take(MOVEMENTS).collect();
     Ok(Class { number, movements })
 }

@@ -5,9 +5,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::limits::{Change, Enforcement, Headers, Limiter, Limits};
-use super::model::{Fault, Model, Tokens};
+use super::model::{Fault, Model, ReplyFn, Tokens};
 use super::{Policy, Sim};
-use crate::error::Error;
+use crate::error::ErrorKind;
 use crate::provider::OutputCharge;
 use crate::request::Request;
 
@@ -150,29 +150,26 @@ impl SimBuilder {
         self
     }
 
-    /// As [`latency`](Self::latency), for each request its own: to rehearse a pipeline whose
-    /// steps take different times.
+    /// As [`latency`](Self::latency), for the calls whose last message has these `words`: to rehearse a
+    /// pipeline whose steps take different times. Of several that fit, the one set last counts.
     ///
     /// ```
     /// use std::time::Duration;
     /// use throughline::{Context, Sim};
     ///
     /// # #[tokio::main(flavor = "current_thread", start_paused = true)] async fn main() -> throughline::Result<()> {
-    /// let sim = Sim::builder().latency_of(|request| match request.last_text() {
-    ///     text if text.starts_with("Plan") => Duration::from_secs(4),
-    ///     _ => Duration::from_millis(300),
-    /// });
+    /// let sim = Sim::builder()
+    ///     .latency(Duration::from_millis(300))
+    ///     .latency_when("Plan", Duration::from_secs(4))
+    ///     .reply_when("Plan", |_request| "scales, chords, rhythm");
     /// let cx = Context::builder(sim.build()).build();
     /// let began = tokio::time::Instant::now();
-    /// cx.generate("Plan my week.").await?;
+    /// assert_eq!(cx.generate("Plan my week.").await?.text, "scales, chords, rhythm");
     /// assert_eq!(began.elapsed(), Duration::from_secs(4));
     /// # Ok(()) }
     /// ```
-    pub fn latency_of(
-        mut self,
-        latency: impl Fn(&Request) -> Duration + Send + Sync + 'static,
-    ) -> Self {
-        self.model.latency_of = Some(Arc::new(latency));
+    pub fn latency_when(mut self, words: impl Into<String>, latency: Duration) -> Self {
+        self.model.latencies.add(words.into(), latency);
         self
     }
 
@@ -219,6 +216,18 @@ impl SimBuilder {
         self.model.reply = Some(Arc::new(move |request| reply(request).into()));
         self
     }
+
+    /// As [`reply`](Self::reply), for the calls whose last message has these `words`. Of several that
+    /// fit, the one set last counts.
+    pub fn reply_when<T: Into<String>>(
+        mut self,
+        words: impl Into<String>,
+        reply: impl Fn(&Request) -> T + Send + Sync + 'static,
+    ) -> Self {
+        let reply: ReplyFn = Arc::new(move |request| reply(request).into());
+        self.model.replies.add(words.into(), reply);
+        self
+    }
 }
 
 /// # Faults
@@ -230,27 +239,21 @@ impl SimBuilder {
         self
     }
 
-    /// Ends the calls for which it gives an error with that error, after their latency, however
+    /// Ends the calls whose last message has these `words` with an error of this `kind`, after their latency, however
     /// often they are sent; not billed. For tests of what becomes of the rest.
     ///
     /// ```
-    /// use throughline::{Context, Error, ErrorKind, Sim};
+    /// use throughline::{Context, ErrorKind, Sim};
     ///
     /// # #[tokio::main(flavor = "current_thread", start_paused = true)] async fn main() {
-    /// let sim = Sim::builder().fail_when(|request| {
-    ///     let refused = request.last_text().contains("etude 7");
-    ///     refused.then(|| Error::new(ErrorKind::InvalidRequest, "it is refused"))
-    /// });
-    /// let cx = Context::builder(sim.build()).build();
+    /// let sim = Sim::builder().fail_when("etude 7", ErrorKind::InvalidRequest).build();
+    /// let cx = Context::builder(sim).build();
     /// assert!(cx.generate("etude 6").await.is_ok());
     /// assert_eq!(cx.generate("etude 7").await.unwrap_err().kind(), ErrorKind::InvalidRequest);
     /// # }
     /// ```
-    pub fn fail_when(
-        mut self,
-        fails: impl Fn(&Request) -> Option<Error> + Send + Sync + 'static,
-    ) -> Self {
-        self.model.fails = Some(Arc::new(fails));
+    pub fn fail_when(mut self, words: impl Into<String>, kind: ErrorKind) -> Self {
+        self.model.failures.add(words.into(), kind);
         self
     }
 

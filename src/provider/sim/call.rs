@@ -33,10 +33,10 @@ pub(super) struct Call {
 impl Call {
     /// Lives through what happens before an answer begins.
     pub(super) async fn begin(mut self) -> Result<Self> {
-        if let Some(failure) = self.plan.failure.clone() {
+        if let Some(kind) = self.plan.failure {
             self.until(self.plan.total).await;
             let rate = self.settle(None)?;
-            return Err(failure.with_rate(rate));
+            return Err(Error::new(kind, "it is made to fail").with_rate(rate));
         }
         let kind = match self.plan.fault {
             None | Some(Fault::Cut) => return Ok(self),

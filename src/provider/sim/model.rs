@@ -13,7 +13,7 @@ use std::time::Duration;
 use fastrand::Rng;
 
 use crate::digest::RequestDigest;
-use crate::error::Error;
+use crate::error::ErrorKind;
 use crate::reply::FinishReason;
 use crate::request::Request;
 
@@ -120,20 +120,42 @@ impl FaultRates {
 }
 
 pub(super) type ReplyFn = Arc<dyn Fn(&Request) -> String + Send + Sync>;
-pub(super) type LatencyFn = Arc<dyn Fn(&Request) -> Duration + Send + Sync>;
-pub(super) type FailFn = Arc<dyn Fn(&Request) -> Option<Error> + Send + Sync>;
+
+/// What holds for the calls whose last message has certain words.
+#[derive(Clone)]
+pub(super) struct ByWords<T>(Vec<(String, T)>);
+
+impl<T> Default for ByWords<T> {
+    fn default() -> Self {
+        Self(Vec::new())
+    }
+}
+
+impl<T> ByWords<T> {
+    pub(super) fn add(&mut self, words: String, what: T) {
+        self.0.push((words, what));
+    }
+
+    /// The last one that fits.
+    fn find(&self, request: &Request) -> Option<&T> {
+        let asked = request.last_text();
+        let fits = |(words, _): &&(String, T)| asked.contains(words);
+        self.0.iter().rev().find(fits).map(|(_, what)| what)
+    }
+}
 
 #[derive(Clone, Default)]
 pub(super) struct Model {
     pub(super) seed: u64,
     pub(super) latency: Duration,
-    pub(super) latency_of: Option<LatencyFn>,
+    pub(super) latencies: ByWords<Duration>,
     pub(super) first_token: Duration,
     pub(super) per_token: Duration,
     pub(super) jitter: f64,
     pub(super) output: Option<Tokens>,
     pub(super) reply: Option<ReplyFn>,
-    pub(super) fails: Option<FailFn>,
+    pub(super) replies: ByWords<ReplyFn>,
+    pub(super) failures: ByWords<ErrorKind>,
     pub(super) faults: FaultRates,
 }
 
@@ -164,7 +186,7 @@ pub(super) struct Plan {
     pub(super) total: Duration,
     pub(super) fault: Option<Fault>,
     /// What it ends with in the place of an answer, without being a matter of luck.
-    pub(super) failure: Option<Error>,
+    pub(super) failure: Option<ErrorKind>,
     /// When the fault strikes, counted from admission.
     pub(super) fault_at: Duration,
 }
@@ -197,11 +219,8 @@ impl Model {
         }
 
         let generation = self.per_token.as_nanos() as f64 * output_tokens as f64;
-        let latency = match &self.latency_of {
-            Some(of) => of(request),
-            None => self.latency,
-        };
-        let total = self.first_token + latency + Duration::from_nanos(generation as u64);
+        let latency = self.latencies.find(request).unwrap_or(&self.latency);
+        let total = self.first_token + *latency + Duration::from_nanos(generation as u64);
         let total = total.mul_f64(swing);
         let first_token = self.first_token.mul_f64(swing);
         let fault_at = match fault {
@@ -217,7 +236,7 @@ impl Model {
             first_token,
             total,
             fault,
-            failure: self.fails.as_ref().and_then(|fails| fails(request)),
+            failure: self.failures.find(request).copied(),
             fault_at,
         }
     }
@@ -225,7 +244,7 @@ impl Model {
     /// The whole answer and its tokens.
     fn answer(&self, request: &Request, mut rng: Rng) -> (String, u64) {
         let drawn = self.output.map(|tokens| tokens.draw(&mut rng));
-        match &self.reply {
+        match self.replies.find(request).or(self.reply.as_ref()) {
             Some(reply) => {
                 let text = reply(request);
                 let counted = (text.len() as u64).div_ceil(4);

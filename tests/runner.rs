@@ -1,0 +1,204 @@
+//! Runs as who submits them sees them: tenants, timeouts, notes, outputs. Under the paused clock.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::StreamExt as _;
+use serde_json::{Value, json};
+use throughline::store::{Commit, Memory, RunFilter, RunId, Status, Store};
+use throughline::testing::Counted;
+use throughline::{
+    Context, Drive, Error, ErrorKind, Pipeline, Result, RunSnapshot, Runner, Sim, Worker, pipeline,
+};
+
+const MINUTE: Duration = Duration::from_secs(60);
+
+/// A page takes 10 s, and page 3 is refused.
+fn worker<S: throughline::store::Queue>(store: &Arc<S>) -> Worker {
+    let sim = Sim::builder()
+        .latency(Duration::from_secs(10))
+        .reply(|request| request.last_text().to_owned())
+        .fail_when("page 3", ErrorKind::InvalidRequest);
+    let cx = Context::builder(sim.build()).build();
+    Worker::builder(Arc::clone(store), cx)
+        .register("page", page())
+        .in_flight(2)
+        .build()
+}
+
+fn page() -> impl Pipeline<Input = u32, Output = String> + Clone {
+    pipeline("page", |cx: Context, n: u32| async move {
+        Ok(cx.generate(format!("page {n}")).await?.text)
+    })
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_runner_for_a_tenant_sees_nothing_of_others() {
+    let store = Arc::new(Memory::new());
+    let all = Runner::new(Arc::clone(&store));
+    let (ada, bob) = (all.for_tenant("ada"), all.for_tenant("bob"));
+    let run = ada.submit("page", &page(), [1, 3]).await.unwrap();
+    let _ = worker(&store).drive(MINUTE).await.unwrap();
+
+    // Hers, with all that there is to it.
+    let record = &ada.list(RunFilter::new(), 10).await.unwrap()[0];
+    assert_eq!((record.id, &*record.tenant), (run, "ada"));
+    assert_eq!(ada.status(run).await.unwrap(), Some(Status::Failed));
+    assert_eq!(ada.results::<String>(run, 0, 9).await.unwrap().len(), 2);
+    assert_eq!(ada.outputs::<String>(run).await.unwrap(), ["page 1"]);
+    assert!(ada.log_since(run, 0, 9).await.unwrap().len() > 2);
+    assert!(ada.audit(run).await.unwrap().unwrap().is_sound());
+    assert_eq!(ada.watch(run).count().await, 1);
+
+    // Not his: it answers him as a run that is not there.
+    let nowhere = RunId(999);
+    for run in [run, nowhere] {
+        assert_eq!(bob.status(run).await.unwrap(), None);
+        assert!(bob.snapshot(run).await.unwrap().is_none());
+        assert!(bob.audit(run).await.unwrap().is_none());
+        assert!(bob.log_since(run, 0, 9).await.unwrap().is_empty());
+        assert!(bob.log_last(run, 9).await.unwrap().is_empty());
+        assert!(bob.results::<String>(run, 0, 9).await.unwrap().is_empty());
+        assert!(bob.outputs::<String>(run).await.unwrap().is_empty());
+        assert_eq!(bob.watch(run).count().await, 0);
+        assert_eq!(bob.retry_failed(run).await.unwrap(), 0);
+        assert_eq!(bob.cancel(run).await.unwrap(), 0);
+    }
+    let hers = RunFilter::new().tenant("ada");
+    assert!(bob.list(RunFilter::new(), 9).await.unwrap().is_empty());
+    assert!(bob.list(hers.clone(), 9).await.unwrap().is_empty());
+    assert_eq!(all.list(hers, 9).await.unwrap().len(), 1);
+    assert_eq!(ada.retry_failed(run).await.unwrap(), 1);
+    assert_eq!(ada.cancel(run).await.unwrap(), 1);
+
+    // What would reach beyond a tenant is refused, and so is submitting for another.
+    let refused = |error: Error| assert_eq!(error.kind(), ErrorKind::Config, "{error}");
+    refused(ada.purge(Duration::ZERO, 9).await.unwrap_err());
+    refused(ada.ambiguous(None, 9).await.unwrap_err());
+    refused(ada.dismiss([]).await.unwrap_err());
+    refused(
+        ada.submit("page", &page(), [1])
+            .tenant("bob")
+            .await
+            .unwrap_err(),
+    );
+    assert_eq!(all.list(RunFilter::new(), 9).await.unwrap().len(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_run_out_of_time_fails_with_its_reason_and_keeps_what_it_has() {
+    let store = Arc::new(Counted::default());
+    let runner = Runner::new(Arc::clone(&store));
+    // Two at a time: four are done after 20 s, two are cut at 25 s, and two are not begun.
+    let submit = runner.submit("page", &page(), [1, 2, 4, 5, 6, 7, 8, 9]);
+    let run = submit.timeout(Duration::from_secs(25)).await.unwrap();
+    let patient = runner.submit("page", &page(), [1]).fresh().await.unwrap();
+    let worker = worker(&store);
+    assert_eq!(worker.drive_run(run, MINUTE).await.unwrap(), Drive::Done);
+    assert_eq!(
+        worker.drive_run(patient, MINUTE).await.unwrap(),
+        Drive::Done
+    );
+
+    let snapshot = runner.snapshot(run).await.unwrap().unwrap();
+    assert_eq!(snapshot.run.status, Status::Failed);
+    let items = runner.results::<String>(run, 0, 9).await.unwrap();
+    for item in &items {
+        match item.result.as_ref().unwrap() {
+            Ok(text) => assert!(text.starts_with("page ")),
+            Err(error) => assert_eq!(error.kind(), ErrorKind::DeadlineExceeded),
+        }
+    }
+    assert_eq!(runner.outputs::<String>(run).await.unwrap().len(), 4);
+    let begun = |error: &&Error| error.billed() != Some(false);
+    let errors = items.iter().filter_map(|item| item.error());
+    assert_eq!(errors.filter(begun).count(), 2, "{items:?}");
+    let audit = runner.audit(run).await.unwrap().unwrap();
+    assert!(audit.is_sound(), "{audit}");
+    assert_eq!((audit.items, audit.completed), (8, 4));
+    // The other run has all the time in the world.
+    assert_eq!(
+        runner.status(patient).await.unwrap(),
+        Some(Status::Completed)
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_fallback_of_the_pipeline_does_not_make_a_late_item_end_well() {
+    let store = Arc::new(Memory::new());
+    let runner = Runner::new(Arc::clone(&store));
+    let with_fallback = pipeline("page", |cx: Context, _: u32| async move {
+        let reply = cx.generate("page 1").await;
+        Ok(reply.map_or_else(|_| "none".to_owned(), |reply| reply.text))
+    });
+    let submit = runner.submit("page", &with_fallback, [1]);
+    let run = submit.timeout(Duration::ZERO).await.unwrap();
+    let cx = Context::builder(Sim::builder().build()).build();
+    let worker = Worker::builder(store, cx).register("page", with_fallback);
+    let _ = worker.build().drive(MINUTE).await.unwrap();
+    let item = &runner.results::<String>(run, 0, 1).await.unwrap()[0];
+    let error = item.error().unwrap();
+    assert!(
+        error.is_deadline_exceeded() && error.billed() == Some(false),
+        "{error}"
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_snapshot_is_a_flat_object_without_the_tenant() {
+    let store = Arc::new(Memory::new());
+    let runner = Runner::new(Arc::clone(&store)).for_tenant("ada");
+    let run = runner.submit("page", &page(), [1, 3]).await.unwrap();
+    let _ = worker(&store).drive(MINUTE).await.unwrap();
+    let record = store.run(run).await.unwrap().unwrap();
+    let mut told = serde_json::to_value(RunSnapshot::from(record)).unwrap();
+    let error = told["error"].take();
+    assert!(
+        error.as_str().is_some_and(|error| error.contains("fail")),
+        "{error}"
+    );
+    assert!(
+        told["elapsed_s"]
+            .take()
+            .as_f64()
+            .is_some_and(|elapsed| elapsed >= 10.0)
+    );
+    assert_eq!(
+        told,
+        json!({
+            "id": run, "name": "page", "status": "failed", "total": 2, "completed": 1, "failed": 1,
+            "cancelled": 0, "error": null, "elapsed_s": null, "eta_s": null,
+        })
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn notes_are_kept_by_name_and_tenant_and_read_from_their_end() -> Result<()> {
+    let store = Arc::new(Counted::default());
+    let runner = Runner::new(Arc::clone(&store));
+    let (ada, bob) = (runner.for_tenant("ada"), runner.for_tenant("bob"));
+    let hers = ada.notes::<u32>("marks").await?;
+    let commit = hers.add(Commit::new(), (0..250).collect::<Vec<u32>>())?;
+    store.commit(commit).await?;
+    store.forget();
+    assert_eq!(hers.last(3).await?, [247, 248, 249]);
+    assert_eq!(store.trips(), 2);
+    assert_eq!(hers.last(1_000).await?.len(), 250);
+
+    let again = ada.notes::<u32>("marks").await?;
+    assert_eq!((again.run(), again.last(1).await?), (hers.run(), vec![249]));
+    assert!(bob.notes::<u32>("marks").await?.last(9).await?.is_empty());
+    assert!(ada.notes::<u32>("others").await?.last(9).await?.is_empty());
+    // A value of another type is named, not passed over.
+    assert!(
+        ada.notes::<Vec<Value>>("marks")
+            .await?
+            .last(1)
+            .await
+            .is_err()
+    );
+    // A name of a run does not name notes.
+    let run = ada.submit("marks", &page(), [1]).idempotency_key("marks");
+    assert_ne!(run.await?, hers.run());
+    Ok(())
+}
