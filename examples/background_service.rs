@@ -2,14 +2,12 @@
 //! again, the service finishes what it was asked for.
 //!
 //! ```sh
-//! cargo run --release --example background_service --features sim,sqlite,structured
+//! cargo run --release --example background_service --features full,sqlite
 //! curl -H 'authorization: Bearer ada-secret' --json '{"goal":"a 10 km run"}' localhost:3000/programs
 //! ```
 //!
 //! Or open <http://localhost:3000>. It runs on the simulated provider.
 
-#[path = "background_service/access.rs"]
-mod access;
 #[path = "background_service/program.rs"]
 mod program;
 
@@ -17,157 +15,137 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::extract::{Path, State};
-use axum::http::{StatusCode, header};
-use axum::response::sse::{Event, KeepAlive, Sse};
-use axum::response::{Html, IntoResponse};
-use axum::{Json, Router, routing::get};
+use axum::extract::{FromRequestParts, Path};
+use axum::http::{StatusCode, header, request::Parts};
+use axum::response::sse::{Event, Sse};
+use axum::response::{Html, IntoResponse, Response};
+use axum::{BoxError, Json, Router, routing::get};
 use clap::Parser;
-use futures::{Stream, StreamExt as _};
+use futures::StreamExt as _;
 use serde_json::{Value, json};
-use throughline::store::{Run, RunFilter, RunId, Sqlite};
-use throughline::{CancellationToken, Context, Pace, Result, Runner, Tenant, Worker};
-use tokio::signal::unix::{SignalKind, signal};
+use throughline::store::{RunFilter, RunId, Sqlite};
+use throughline::{CancellationToken, Context, Error, Pace, Priority, Result, RunSnapshot};
+use throughline::{Runner, Tenant, Worker, pipeline};
 
-use crate::access::{Refusal, Service, USERS, User};
-use crate::program::{Plan, PlanWeek, Program};
+use crate::program::{Plan, Program, plan_week, provider};
 
 /// Serves training programs.
 #[derive(Parser)]
 struct Cli {
     #[arg(long, default_value = "127.0.0.1:3000")]
     listen: String,
+    /// The simulated provider keeps its bills beside it
     #[arg(long, default_value = "programs.db")]
     store: PathBuf,
-    /// Where the simulated provider keeps its bills
-    #[arg(long, default_value = "programs.ledger")]
-    ledger: PathBuf,
     /// Milliseconds until the simulated provider answers
     #[arg(long, default_value = "800")]
     latency: u64,
 }
 
-fn view(run: &Run) -> Value {
-    let error = run.error.as_ref().map(ToString::to_string);
-    json!({ "id": run.id, "status": run.status, "done": run.completed, "total": run.total, "error": error })
+/// Users by their tokens. A real service looks a digest of the token up somewhere.
+const USERS: [(&str, &str); 2] = [("ada-secret", "ada"), ("bob-secret", "bob")];
+
+/// The programs of who asks, and when the service stops. Those of others are not there.
+struct Theirs(Runner, CancellationToken);
+
+type Service = (Runner, CancellationToken);
+type Answer<T> = Result<T, (StatusCode, String)>;
+
+impl FromRequestParts<Service> for Theirs {
+    type Rejection = Response;
+
+    async fn from_request_parts(parts: &mut Parts, service: &Service) -> Result<Self, Response> {
+        let header = parts.headers.get(header::AUTHORIZATION);
+        let token = header.and_then(|value| value.to_str().ok()?.strip_prefix("Bearer "));
+        let user = USERS.iter().find(|(secret, _)| Some(*secret) == token);
+        let challenge = [(header::WWW_AUTHENTICATE, "Bearer")];
+        let stranger = (StatusCode::UNAUTHORIZED, challenge);
+        let (_, name) = user.ok_or_else(|| stranger.into_response())?;
+        Ok(Self(service.0.for_tenant(*name), service.1.clone()))
+    }
 }
 
-async fn submit(
-    State(service): State<Service>,
-    user: User,
-    Json(program): Json<Program>,
-) -> Result<impl IntoResponse, Refusal> {
-    let weeks = program
-        .weeks()
-        .map_err(|why| Refusal(StatusCode::UNPROCESSABLE_ENTITY, why))?;
+fn failed(error: Error) -> (StatusCode, String) {
+    (StatusCode::INTERNAL_SERVER_ERROR, error.to_string())
+}
+
+async fn find(runner: &Runner, id: RunId) -> Answer<RunSnapshot> {
+    let found = runner.snapshot(id).await.map_err(failed)?;
+    found.ok_or((StatusCode::NOT_FOUND, format!("there is no program {id}")))
+}
+
+async fn submit(Theirs(runner, _): Theirs, Json(ask): Json<Program>) -> Answer<impl IntoResponse> {
+    let weeks = ask.weeks.unwrap_or(4);
+    if ask.goal.trim().is_empty() || !(1..=52).contains(&weeks) {
+        let why = "a program has a goal and 1 to 52 weeks".to_owned();
+        return Err((StatusCode::UNPROCESSABLE_ENTITY, why));
+    }
+    let weeks = (1..=weeks).map(|week| (ask.goal.clone(), week));
+    let timeout = Duration::from_millis(ask.timeout_ms.unwrap_or(600_000));
     // Fresh, because who asks twice wants two programs. What is paid for is still never paid for again.
-    let run = service
-        .runner
-        .submit("plan-week", &PlanWeek, weeks)
-        .tenant(user.name)
-        .fresh()
-        .await?;
+    let program = runner.submit("plan-week", &pipeline("", plan_week), weeks);
+    let run = program.timeout(timeout).fresh().await.map_err(failed)?;
     let place = [(header::LOCATION, format!("/programs/{run}"))];
     Ok((StatusCode::ACCEPTED, place, Json(json!({ "id": run }))))
 }
 
-async fn list(State(service): State<Service>, user: User) -> Result<Json<Vec<Value>>, Refusal> {
-    let runs = service
-        .runner
-        .list(RunFilter::new().tenant(user.name), 500)
-        .await?;
-    Ok(Json(runs.iter().map(view).collect()))
+async fn list(Theirs(runner, _): Theirs) -> Answer<Json<Vec<RunSnapshot>>> {
+    let runs = runner.list(RunFilter::new(), 500).await.map_err(failed)?;
+    Ok(Json(runs.into_iter().map(RunSnapshot::from).collect()))
 }
 
-async fn show(
-    State(service): State<Service>,
-    user: User,
-    Path(id): Path<RunId>,
-) -> Result<Json<Value>, Refusal> {
-    let mut program = view(&service.run(user, id).await?);
-    let weeks = service.runner.results::<Plan>(id, 0, 52).await?;
+async fn show(Theirs(runner, _): Theirs, Path(id): Path<RunId>) -> Answer<Json<Value>> {
+    let mut program = json!(find(&runner, id).await?);
+    let weeks = runner.results::<Plan>(id, 0, 52).await.map_err(failed)?;
     program["weeks"] = weeks.iter().map(|week| json!(week.output())).collect();
     Ok(Json(program))
 }
 
-async fn cancel(
-    State(service): State<Service>,
-    user: User,
-    Path(id): Path<RunId>,
-) -> Result<Json<Value>, Refusal> {
-    service.run(user, id).await?;
-    let stopped = service.runner.cancel(id).await?;
+async fn cancel(Theirs(runner, _): Theirs, Path(id): Path<RunId>) -> Answer<Json<Value>> {
+    find(&runner, id).await?;
+    let stopped = runner.cancel(id).await.map_err(failed)?;
     Ok(Json(json!({ "stopped": stopped })))
 }
 
-async fn events(
-    State(service): State<Service>,
-    user: User,
-    Path(id): Path<RunId>,
-) -> Result<Sse<impl Stream<Item = Result<Event, axum::Error>>>, Refusal> {
-    service.run(user, id).await?;
-    let seen = service
-        .runner
-        .watch(id)
-        .take_until(service.stop.cancelled_owned());
-    let events = seen.map(|seen| match seen {
-        Ok(seen) => Event::default().json_data(view(&seen.run)),
-        Err(error) => Ok(Event::default().event("problem").data(error.to_string())),
-    });
-    Ok(Sse::new(events).keep_alive(KeepAlive::default()))
+async fn events(Theirs(runner, stop): Theirs, Path(id): Path<RunId>) -> Answer<impl IntoResponse> {
+    find(&runner, id).await?;
+    let seen = runner.watch(id).take_until(stop.cancelled_owned());
+    let event = |seen| Ok::<_, BoxError>(Event::default().json_data(seen?)?);
+    Ok(Sse::new(seen.map(event)))
 }
 
 #[tokio::main]
 async fn main() -> Result<()> {
     let cli = Cli::parse();
+    let provider = provider(Duration::from_millis(cli.latency), &cli.store);
+    let pace = Pace::per_minute(30_000).in_flight(64);
+    let cx = Context::builder(provider).pace(pace).build();
     let store = Arc::new(Sqlite::open(&cli.store).await?);
-    let cx = Context::builder(program::provider(
-        Duration::from_millis(cli.latency),
-        &cli.ledger,
-    ))
-    .pace(Pace::per_minute(30_000).in_flight(64))
-    .build();
-    let tier = |name: &str| {
-        USERS
-            .into_iter()
-            .find(|user| user.name == name)
-            .map(|user| user.tier)
-    };
     let worker = Worker::builder(Arc::clone(&store), cx)
-        .register("plan-week", PlanWeek)
-        .tenants(move |name| (tier(name).unwrap_or_default(), Some(Tenant::new(name, 1))))
+        .register("plan-week", pipeline("plan-week", plan_week))
+        // Paying users come first.
+        .tenants(|user| match user {
+            "ada" => (Priority::High, Some(Tenant::new(user, 1))),
+            _ => (Priority::Normal, Some(Tenant::new(user, 1))),
+        })
         .lease(Duration::from_secs(3))
-        .poll_every(Duration::from_millis(100))
-        .drain_for(Duration::from_secs(5))
         .build();
 
-    let stop = CancellationToken::new();
-    let runner = Runner::new(store).poll_every(Duration::from_millis(100));
+    let stop = throughline::stop_on_signal()?;
     let app = Router::new()
         .route("/", get(Html(include_str!("background_service/page.html"))))
         .route("/programs", get(list).post(submit))
         .route("/programs/{id}", get(show).delete(cancel))
         .route("/programs/{id}/events", get(events))
-        .with_state(Service {
-            runner,
-            stop: stop.clone(),
-        });
+        .with_state((Runner::new(store), stop.clone()));
     let listener = tokio::net::TcpListener::bind(&cli.listen).await?;
     println!("listening on http://{}", listener.local_addr()?);
 
-    let mut terminate = signal(SignalKind::terminate())?;
     let serve = axum::serve(listener, app).with_graceful_shutdown(stop.clone().cancelled_owned());
-    let interrupted = async {
-        tokio::select! {
-            _ = tokio::signal::ctrl_c() => {}
-            _ = terminate.recv() => {}
-        }
-        stop.cancel();
-        Ok(())
-    };
     // The worker lets calls in flight finish, writes what came of them and gives the rest back.
-    let work = worker.run_until(stop.cancelled());
-    tokio::try_join!(interrupted, async { Ok(serve.await?) }, work)?;
-    println!("stopped; {} programs' weeks done", worker.stats().completed);
+    tokio::try_join!(
+        async { Ok(serve.await?) },
+        worker.run_until(stop.cancelled())
+    )?;
     Ok(())
 }
