@@ -127,3 +127,45 @@ fn an_import_that_goes_up_is_found() {
     assert_eq!(violations("attic", "").len(), 1);
     assert!(violations("retry", "/// See [`x`](crate::Context).").is_empty());
 }
+
+/// The five systems that the crate must be able to carry (`benches/cases.rs`).
+const CASES: [&str; 5] = [
+    "background_service",
+    "card_stories",
+    "coach_conversation",
+    "practice_routines",
+    "quality_log",
+];
+const LINES_OF_A_CASE: usize = 150;
+
+/// Lines with code: neither blank nor a comment alone.
+fn lines_of_code(source: &str) -> usize {
+    let lines = source.lines().map(str::trim_start);
+    lines
+        .filter(|line| !line.is_empty() && !line.starts_with("//"))
+        .count()
+}
+
+/// Counted are all Rust files of an example together, `NAME.rs` and those in the folder `NAME`, as rustfmt leaves
+/// them. A web page is not Rust.
+#[test]
+fn what_two_users_would_write_is_in_the_crate_and_the_cases_are_short() {
+    let examples = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples");
+    for case in CASES {
+        let mut files = vec![examples.join(case).with_extension("rs")];
+        source_files(&examples.join(case), &mut files);
+        let sources = files.iter().map(|file| fs::read_to_string(file).unwrap());
+        let lines: usize = sources.map(|source| lines_of_code(&source)).sum();
+        assert!(
+            lines < LINES_OF_A_CASE,
+            "{case} has {lines} lines of code in {files:?}: move what others would write too into the crate"
+        );
+        assert!(lines > 50, "{case}: only {lines} lines were found");
+    }
+}
+
+#[test]
+fn comments_and_blank_lines_are_not_code() {
+    let source = "//! A page.\n\n/// One.\nfn one() -> u32 {\n    // Why.\n    1 // one\n}\n";
+    assert_eq!(lines_of_code(source), 3);
+}
