@@ -215,8 +215,8 @@ async fn many_classes_are_noted_in_few_round_trips_and_the_last_read_in_two() {
     assert_eq!(began.elapsed(), Duration::from_secs(8));
     assert_eq!(settled.oks().count(), 150);
     log.journal.flush().await.unwrap();
-    // 1,500 rows, 256 to a commit.
-    assert_eq!((store.trips(), store.calls("commit")), (6, 6));
+    // 1,500 rows, 512 to a commit.
+    assert_eq!((store.trips(), store.calls("commit")), (3, 3));
 
     store.forget();
     let recent = log.classes.last(100).await.unwrap();

@@ -212,8 +212,8 @@ async fn many_calls_are_few_round_trips() {
         .await;
     assert_eq!(settled.oks().count(), 1024);
     cx.flush().await.unwrap();
-    assert_eq!(store.calls("commit"), 4);
-    assert_eq!(store.largest_commit(), 256);
+    assert_eq!(store.calls("commit"), 2);
+    assert_eq!(store.largest_commit(), 512);
     assert!(
         store.calls("generations") <= 8,
         "{}",

@@ -18,18 +18,18 @@ use crate::event::{Event, Observers};
 use crate::store::{Commit, Generation, Intent, MemoKey, Store};
 
 /// How many entries go into one commit: beyond it a commit gets longer, and not cheaper.
-const BATCH: usize = 256;
+const BATCH: usize = 512;
 /// How long an entry may wait for others: less than a disk takes to write it.
 const LINGER: Duration = Duration::from_millis(5);
 /// As many may wait; then [`Journal::room`] does.
-const ROOM: usize = 16 * BATCH;
+const ROOM: usize = 8 * BATCH;
 /// How long a journal that nobody holds any more goes on trying.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Results on their way into a store: handing them over costs no round trip, and N of them are
-/// written in ⌈N / 256⌉.
+/// written in ⌈N / 512⌉.
 ///
-/// They are written when there are 256, when the oldest has waited for 5 ms, or when somebody waits in
+/// They are written when there are 512, when the oldest has waited for 5 ms, or when somebody waits in
 /// [`flush`](Self::flush). A write that fails is tried again until it succeeds, told to observers
 /// ([`Event::StoreFailed`]), logged, counted ([`stats`](Self::stats)), and told to who flushes. Only
 /// what [`Commit::check`] refuses is given up, alone and as loudly.

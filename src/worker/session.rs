@@ -16,7 +16,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::store::{Hold, Item, ItemId, LeaseId, RunId};
 
 /// As many are claimed at a time at most.
-const CLAIM: usize = 256;
+const CLAIM: usize = 512;
 /// As many runs are read at a time: no more than a pool has connections for.
 const READS: usize = 16;
 /// Between two claims that only fill a few places.
