@@ -17,14 +17,16 @@ use std::collections::BTreeMap;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
 use std::thread::{self, sleep};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use sqlx::Connection as _;
 use tempfile::TempDir;
-use throughline::RequestDigest;
 use throughline::provider::sim::Ledger;
+use throughline::store::{Commit, Sqlite};
+use throughline::{Journal, RequestDigest, Runner};
 
 use self::program::program;
 
@@ -422,4 +424,82 @@ fn two_hundred_programs_survive_kill_9() {
         taken[20], taken[39]
     );
     assert_eq!(service.all_over(ADA).len(), PROGRAMS / 2 + 40);
+}
+
+/// The process that is killed below: notes a class of ten rows at a time, and says how many are acknowledged. Started
+/// by itself it does nothing.
+#[tokio::test]
+async fn the_one_that_notes() {
+    let Some(store) = std::env::var_os("THROUGHLINE_NOTES") else {
+        return;
+    };
+    let store = Arc::new(Sqlite::open(store).await.unwrap());
+    let runner = Runner::new(Arc::clone(&store));
+    let notes = runner.notes::<usize>("classes").await.unwrap();
+    let journal = Journal::new(store);
+    for class in 1.. {
+        let rows = (class - 1) * 10..class * 10;
+        journal.write(notes.add(Commit::new(), rows).unwrap());
+        // Most are on their way when it is killed, some are acknowledged.
+        if class % 200 == 0 {
+            journal.flush().await.unwrap();
+            println!("\nacknowledged {}", class * 10);
+        }
+    }
+}
+
+/// Killed while it writes behind the work, as at a shutdown that was not waited for: what was acknowledged is there, in order,
+/// and no class in part.
+#[test]
+fn what_was_acknowledged_is_there_after_kill_9() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, mut least) = (dir.path().join("notes.db"), 0);
+    for _ in 0..5 {
+        let mut process = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "the_one_that_notes", "--nocapture"])
+            .env("THROUGHLINE_NOTES", &store)
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut said = BufReader::new(process.stdout.take().unwrap()).lines();
+        let mut acknowledged = || loop {
+            let line = said.next()?.unwrap();
+            if let Some(rows) = line.strip_prefix("acknowledged ") {
+                return rows.parse::<usize>().ok();
+            }
+        };
+        let mut rows = 0;
+        for _ in 0..fastrand::usize(1..4) {
+            rows = acknowledged().unwrap();
+        }
+        process.kill().unwrap();
+        process.wait().unwrap();
+        // It may have said more before it died.
+        while let Some(more) = acknowledged() {
+            rows = more;
+        }
+        least += rows;
+    }
+    let look = async {
+        let runner = Runner::new(Sqlite::open(&store).await.unwrap());
+        let notes = runner.notes::<usize>("classes").await.unwrap();
+        assert!(runner.audit(notes.run()).await.unwrap().unwrap().is_sound());
+        notes.last(u32::MAX).await.unwrap()
+    };
+    let noted = tokio::runtime::Runtime::new().unwrap().block_on(look);
+    assert!(
+        noted.len() >= least && least > 500,
+        "{} of {least}",
+        noted.len()
+    );
+    for class in noted.chunks(10) {
+        assert!(
+            class.iter().copied().eq(class[0]..class[0] + 10),
+            "{class:?}"
+        );
+    }
+    eprintln!(
+        "killed 5 times: {least} rows acknowledged, {} there",
+        noted.len()
+    );
 }

@@ -142,8 +142,8 @@ impl Journal {
         &self.core().store
     }
 
-    /// Takes over what is to be written. What one call takes over in order is written in order, but
-    /// a large commit may be written in several.
+    /// Takes over what is to be written, in the order in which it comes. What one call takes over is written in one
+    /// commit, unless it is more than 512 entries.
     ///
     /// Outside of a runtime it is kept until somebody calls [`flush`](Self::flush) or writes inside of one.
     pub fn write(&self, commit: Commit) {

@@ -40,6 +40,8 @@ pub(super) struct Pending {
     linger: Duration,
     entries: VecDeque<Entry>,
     intents: VecDeque<Intent>,
+    /// How many entries there had been after each commit that is not done.
+    ends: VecDeque<u64>,
     /// Replies that are not in the store yet, or not known to be.
     replies: HashMap<MemoKey, Generation>,
     /// When the oldest entry came.
@@ -66,6 +68,7 @@ impl Pending {
             linger,
             entries: VecDeque::new(),
             intents: VecDeque::new(),
+            ends: VecDeque::new(),
             replies: HashMap::new(),
             since: None,
             entered: Marks::default(),
@@ -92,6 +95,7 @@ impl Pending {
         let new = self.entries.len() - before;
         self.entered.entries += new as u64;
         if new > 0 {
+            self.ends.push_back(self.entered.entries);
             self.since.get_or_insert(now);
         }
     }
@@ -149,7 +153,8 @@ impl Pending {
     }
 
     /// The oldest entries. An item that is settled twice, by this process before and after it lost its
-    /// lease, is so in two batches: no commit may hold both.
+    /// lease, is so in two batches: no commit may hold both. What came together stays together, if a batch can
+    /// hold it.
     fn take_entries(&mut self) -> Vec<Entry> {
         let mut items = HashSet::new();
         let fits = |entry: &Entry| match entry {
@@ -158,6 +163,15 @@ impl Pending {
         };
         let until = self.entries.iter().take(self.batch).map(fits);
         let until = until.take_while(|fits| *fits).count();
+        let taken = self.entered.entries - self.entries.len() as u64;
+        let whole = self
+            .ends
+            .partition_point(|end| *end <= taken + until as u64);
+        let end = self.ends.range(..whole).next_back();
+        let until = match end {
+            Some(end) if *end > taken => (end - taken) as usize,
+            _ => until,
+        };
         self.entries.drain(..until).collect()
     }
 
@@ -179,6 +193,10 @@ impl Pending {
             }
         }
         self.done.entries += entries.len() as u64;
+        let done = self.done.entries;
+        while self.ends.front().is_some_and(|end| *end <= done) {
+            self.ends.pop_front();
+        }
         self.done.intents += intents as u64;
     }
 
@@ -257,6 +275,27 @@ mod tests {
         assert_eq!(pending.waiting(), 6);
         pending.done(&[], 0);
         assert_eq!(pending.waiting(), 6);
+    }
+
+    #[test]
+    fn what_comes_together_is_written_together_unless_it_is_too_much() {
+        let now = Instant::now();
+        let mut pending = Pending::new(4, Duration::ZERO);
+        for n in [3, 3, 1, 9, 1] {
+            pending.push(notes(n), now);
+        }
+        let mut sizes = Vec::new();
+        while let Next::Write(batch) = pending.next(now) {
+            // One is under way while the next is chosen.
+            sizes.push(batch.entries.len());
+            if sizes.len() == 2 {
+                pending.give_back(batch.entries, now);
+            } else {
+                pending.done(&batch.entries, 0);
+            }
+        }
+        assert_eq!(sizes, [3, 4, 4, 4, 4, 2]);
+        assert!(pending.ends.is_empty());
     }
 
     #[test]
