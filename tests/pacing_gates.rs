@@ -30,7 +30,6 @@ const KNOWN_MISSES: &[(&str, Option<f64>)] = &[
     ("output as produced", Some(2.0)),
     ("4 contexts", Some(2.0)),
     ("4 contexts", Some(4.0)),
-    ("told nothing, 60 s", None),
 ];
 
 #[test]

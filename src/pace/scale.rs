@@ -32,6 +32,9 @@ const UNIT: Duration = Duration::from_secs(15);
 const UNIT_CALLS: u32 = 50;
 const LONGEST_UNIT: Duration = Duration::from_secs(60);
 
+/// How fast a surplus is used: not all at once, for many enforce a minute's limit by seconds.
+const HURRIED: f64 = 2.0;
+
 #[derive(Debug, Clone)]
 pub(super) struct Scale {
     value: f64,
@@ -80,6 +83,22 @@ impl Scale {
     #[inline]
     pub(super) fn is_settled(&self) -> bool {
         self.value >= self.ceiling || (self.decreased_at.is_none() && !self.is_of_a_guess())
+    }
+
+    pub(super) fn was_refused(&self) -> bool {
+        self.decreased_at.is_some()
+    }
+
+    /// Twice the limit while there is a `surplus`, and the limit otherwise, for one that was
+    /// never refused.
+    pub(super) fn hurry(&mut self, surplus: bool) {
+        self.value = if surplus { HURRIED } else { 1.0 };
+    }
+
+    /// Twice the limit was refused, `now`: the limit itself was not tried.
+    pub(super) fn refuse_hurry(&mut self, now: Duration) {
+        self.value = 1.0;
+        self.decreased_at = Some(now);
     }
 
     /// Somebody waited for `time` at an open gate: only then more is wanted.
