@@ -300,6 +300,9 @@ impl Buckets {
                 if !burst.at_once {
                     meter.offer(now, headers::left_of_a_minute(quota), granted_at);
                 }
+                if let Some(limit) = headers::per_minute(quota) {
+                    meter.compare(now, left, limit);
+                }
             }
         }
         adopted

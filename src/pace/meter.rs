@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use super::arrears::Arrears;
 use super::bucket::{Bucket, Nanos, Rate, nanos};
+use super::ebb::{Ebb, Level, Own};
 use super::scale::Scale;
 use super::surplus::Surplus;
 
@@ -81,6 +82,9 @@ pub(super) struct Meter {
     lowered_at: Nanos,
     /// What may go faster than the rate.
     surplus: Surplus,
+    ebb: Ebb,
+    /// The most that one call took, or is to take in the end.
+    largest: u64,
 }
 
 impl Meter {
@@ -109,6 +113,8 @@ impl Meter {
             busy: 0,
             lowered_at: 0,
             surplus: Surplus::default(),
+            ebb: Ebb::default(),
+            largest: 0,
         }
     }
 
@@ -191,6 +197,7 @@ impl Meter {
         self.calls += 1;
         self.bucket.take(self.clock_at(now), share.due);
         self.arrears.promise(share.later);
+        self.largest = self.largest.max(share.due.saturating_add(share.later));
         if self.surplus.take(share.due) {
             self.hurry(now);
         }
@@ -253,17 +260,38 @@ impl Meter {
     /// until the first refusal.
     pub(super) fn offer(&mut self, now: Nanos, left: Option<u64>, granted_at: Nanos) {
         let asked = self.source == Source::Told && self.knows(granted_at);
-        if !asked || self.scale.was_refused() {
+        if !asked || !self.scale.is_untouched() {
             return;
         }
         // If that was true when the call was let in, the lane may have sent two bursts since,
         // and twice of what has come back; a third one it needs itself.
         let since = now.saturating_sub(granted_at);
         let kept = self.bucket.units(since.saturating_add(3 * self.burst));
-        // What is charged later is not in it.
+        // So does the largest call, for a provider that keeps a minute refuses what is more
+        // than it has; and what is charged later is not in what is left.
+        let kept = kept.saturating_add(self.largest);
         let left = left.filter(|_| !self.arrears.are_there());
         self.surplus.set(left.unwrap_or(0).saturating_sub(kept));
         self.hurry(now);
+    }
+
+    /// The provider says that so much is `left` of its `limit`.
+    pub(super) fn compare(&mut self, now: Nanos, left: u64, limit: Rate) {
+        let own = Own {
+            taken: self.taken,
+            largest: self.largest,
+            pace: self.rate().per_second() * self.scale(),
+        };
+        let Some(level) = self.ebb.read(now, left, limit, own) else {
+            return;
+        };
+        // So far at the old scale.
+        self.advance(now, false);
+        match level {
+            Level::Contended(short) => self.scale.ease(Duration::from_nanos(now), short),
+            Level::Low => self.scale.make_way(true),
+            Level::Ample => self.scale.make_way(false),
+        }
     }
 
     /// Goes as fast as the surplus allows from now on.

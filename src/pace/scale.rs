@@ -4,6 +4,11 @@
 //! answers. After a refusal the share drops to four fifths of what was refused, comes
 //! back to that on a cubic (fast, then flat where the trouble was), holds, and
 //! only then feels its way upwards, as CUBIC does for TCP (RFC 9438).
+//!
+//! Lanes that share an account have a second signal: a level that stays low ([`Ebb`](super::ebb)).
+//! Who hears it gives up a part of what it has and adds a little that hardly depends on that, so that
+//! shares become equal (Chiu and Jain, 1989); what only ever grows and shrinks in proportion
+//! keeps them unequal.
 
 use std::time::Duration;
 
@@ -29,11 +34,21 @@ const BELIEVED_OF_A_GUESS: f64 = 0.1;
 /// otherwise be refused every few calls; and a fast one that was slowed far down would take
 /// hours to come back.
 const UNIT: Duration = Duration::from_secs(15);
+/// Until then what was aimed at is held, in units.
+const HELD: f64 = 1.5;
 const UNIT_CALLS: u32 = 50;
 const LONGEST_UNIT: Duration = Duration::from_secs(60);
 
 /// How fast a surplus is used: not all at once, for many enforce a minute's limit by seconds.
 const HURRIED: f64 = 2.0;
+
+/// While others use the limit: what a low level takes of the share, and what a second adds, times
+/// the share's root: of small shares less, for there are more of them.
+const EASE: f64 = 0.2;
+const GAIN: f64 = 0.025;
+/// Who seems to be alone and to leave nothing lets so much through: others, of whom it would never
+/// hear, get in between, or the level rises.
+const WAY: f64 = 0.995;
 
 #[derive(Debug, Clone)]
 pub(super) struct Scale {
@@ -46,6 +61,15 @@ pub(super) struct Scale {
     /// How long somebody has waited for more since the gate opened.
     grown: Duration,
     decreased_at: Option<Duration>,
+    eased: Option<Eased>,
+}
+
+/// Others use the limit too.
+#[derive(Debug, Clone, Copy)]
+struct Eased {
+    at: Duration,
+    /// What `grown` was when the share was lowered last.
+    grown: Duration,
 }
 
 impl Scale {
@@ -59,6 +83,7 @@ impl Scale {
             unit: UNIT,
             grown: Duration::ZERO,
             decreased_at: None,
+            eased: None,
         }
     }
 
@@ -82,17 +107,42 @@ impl Scale {
     /// Whether time alone changes nothing.
     #[inline]
     pub(super) fn is_settled(&self) -> bool {
-        self.value >= self.ceiling || (self.decreased_at.is_none() && !self.is_of_a_guess())
+        self.value >= self.ceiling || (self.is_untouched() && !self.is_of_a_guess())
     }
 
-    pub(super) fn was_refused(&self) -> bool {
-        self.decreased_at.is_some()
+    /// Nothing has ever lowered it.
+    pub(super) fn is_untouched(&self) -> bool {
+        self.decreased_at.is_none() && self.eased.is_none()
     }
 
     /// Twice the limit while there is a `surplus`, and the limit otherwise, for one that was
-    /// never refused.
+    /// never lowered.
     pub(super) fn hurry(&mut self, surplus: bool) {
-        self.value = if surplus { HURRIED } else { 1.0 };
+        self.value = if surplus {
+            HURRIED
+        } else {
+            self.value.min(1.0)
+        };
+    }
+
+    /// The level is `low`, or is not, though nobody else seems to be there.
+    pub(super) fn make_way(&mut self, low: bool) {
+        if self.is_untouched() && !self.is_of_a_guess() {
+            self.value = if low { WAY } else { self.value.max(1.0) };
+        }
+    }
+
+    /// The level is low, by this part of what should be there, and others use the limit.
+    pub(super) fn ease(&mut self, now: Duration, short: f64) {
+        self.from = (self.value * (1.0 - EASE * short)).max(self.floor());
+        self.aim = self.from;
+        self.value = self.from;
+        // Nothing was refused: there is nothing to come back to.
+        self.grown = self.unit.mul_f64(HELD);
+        self.eased = Some(Eased {
+            at: now,
+            grown: self.grown,
+        });
     }
 
     /// Twice the limit was refused, `now`: the limit itself was not tried.
@@ -107,14 +157,25 @@ impl Scale {
         let x = self.grown.as_secs_f64() / self.unit.as_secs_f64();
         let share = if x <= 1.0 {
             self.aim - (self.aim - self.from) * (1.0 - x).powi(3)
-        } else if x <= 1.5 {
+        } else if x <= HELD {
             self.aim
         } else {
             // Faster than that where nothing has been refused for long: the trouble is over.
-            let doublings = (x - 1.5) / 2.0;
+            let doublings = (x - HELD) / 2.0;
             self.aim * doublings.max(doublings.powi(2)).min(64.0).exp2()
         };
-        self.value = share.min(self.ceiling);
+        let added = self.eased.map_or(0.0, |eased| {
+            let time = self.grown.saturating_sub(eased.grown);
+            self.from + GAIN * self.from.sqrt() * time.as_secs_f64()
+        });
+        self.value = share.max(added).min(self.ceiling);
+    }
+
+    fn floor(&self) -> f64 {
+        match self.is_of_a_guess() {
+            true => FLOOR_OF_A_GUESS,
+            false => FLOOR,
+        }
     }
 
     /// A call sent at `sent_at` was refused, `now`. Calls that were on their way when
@@ -136,9 +197,10 @@ impl Scale {
             return false;
         }
         let tried = self.value;
-        let (believed, floor) = match self.is_of_a_guess() {
-            true => (BELIEVED_OF_A_GUESS, FLOOR_OF_A_GUESS),
-            false => (BELIEVED, FLOOR),
+        let floor = self.floor();
+        let believed = match self.is_of_a_guess() {
+            true => BELIEVED_OF_A_GUESS,
+            false => BELIEVED,
         };
         // Headers that speak of less than what has passed are wrong.
         let told = told.filter(|told| passed.is_none_or(|passed| *told >= 0.9 * passed));
@@ -151,6 +213,12 @@ impl Scale {
         self.grown = Duration::ZERO;
         self.value = self.from;
         self.decreased_at = Some(now);
+        // Who was not told lately that others are there is alone again.
+        let eased = self.eased.filter(|eased| now <= eased.at + UNIT);
+        self.eased = eased.map(|eased| Eased {
+            grown: Duration::ZERO,
+            ..eased
+        });
         true
     }
 }
@@ -231,6 +299,36 @@ mod tests {
         refused(&mut scale, 1);
         assert!(at(&scale, 10.0) > 10.0);
         assert!(at(&scale, 1e9).is_finite());
+    }
+
+    #[test]
+    fn shares_of_one_account_become_equal() {
+        let mut shares = [0.9, 0.1].map(|value| Scale {
+            value,
+            ..Scale::whole()
+        });
+        for second in 0..200 {
+            for scale in &mut shares {
+                scale.ease(second * SECOND, 0.3);
+                scale.grow(SECOND);
+            }
+        }
+        let [one, other] = shares.map(|scale| scale.value());
+        assert!((one / other - 1.0).abs() < 0.02, "{one} and {other}");
+        assert!((0.1..0.3).contains(&one), "{one}");
+    }
+
+    #[test]
+    fn who_is_alone_makes_way_only_while_the_level_is_low() {
+        let mut scale = Scale::whole();
+        scale.make_way(true);
+        assert_eq!(scale.value(), WAY);
+        scale.make_way(false);
+        assert_eq!(scale.value(), 1.0);
+        refused(&mut scale, 1);
+        let lowered = scale.value();
+        scale.make_way(true);
+        assert_eq!(scale.value(), lowered);
     }
 
     proptest! {

@@ -8,9 +8,6 @@
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Surplus {
     units: u64,
-    /// The largest call so far: it must still find enough when the surplus is gone, for a
-    /// provider that keeps a minute refuses what is more than it has.
-    largest: u64,
 }
 
 impl Surplus {
@@ -19,15 +16,13 @@ impl Surplus {
         self.units > 0
     }
 
-    /// There are so many units, of which the largest call may need its own.
     pub(super) fn set(&mut self, units: u64) {
-        self.units = units.saturating_sub(self.largest);
+        self.units = units;
     }
 
     /// A call takes `n`. Says whether the surplus has come to its end with it.
     #[inline]
     pub(super) fn take(&mut self, n: u64) -> bool {
-        self.largest = self.largest.max(n);
         let was_there = self.is_there();
         self.units = self.units.saturating_sub(n);
         was_there && !self.is_there()

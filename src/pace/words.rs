@@ -191,7 +191,8 @@ pub struct LaneSnapshot {
     /// limit, less of it after a refusal, or twice of it where a provider has much left of a
     /// limit that only it has named.
     pub requests_per_minute: Option<u64>,
-    /// The smallest share of a limit that is used: 1.0, or less after a refusal.
+    /// The smallest share of a limit that is used: 1.0, or less after a refusal or while others
+    /// use the account.
     pub scale: f64,
     /// The limit on calls in flight now, if there is one.
     pub most_in_flight: Option<usize>,
