@@ -277,6 +277,8 @@ impl Meter {
 
     /// The provider says that so much is `left` of its `limit`.
     pub(super) fn compare(&mut self, now: Nanos, left: u64, limit: Rate) {
+        let told = limit.per_second() / self.rate().per_second();
+        self.scale.tell(told);
         let own = Own {
             taken: self.taken,
             largest: self.largest,

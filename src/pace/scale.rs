@@ -39,6 +39,11 @@ const HELD: f64 = 1.5;
 const UNIT_CALLS: u32 = 50;
 const LONGEST_UNIT: Duration = Duration::from_secs(60);
 
+/// Where the headers explain a refusal their limit is kept, at first for so many units and then for
+/// twice as many, up to a day or so: they may be wrong.
+const PATIENCE: f64 = 10.0;
+const MOST_PATIENCE: f64 = 5_000.0;
+
 /// How fast a surplus is used: not all at once, for many enforce a minute's limit by seconds.
 const HURRIED: f64 = 2.0;
 
@@ -62,6 +67,10 @@ pub(super) struct Scale {
     grown: Duration,
     decreased_at: Option<Duration>,
     eased: Option<Eased>,
+    /// What the headers say the limit is, where that explains the last refusal.
+    told: Option<f64>,
+    /// For how many units that is kept before more is tried.
+    patience: f64,
 }
 
 /// Others use the limit too.
@@ -84,6 +93,8 @@ impl Scale {
             grown: Duration::ZERO,
             decreased_at: None,
             eased: None,
+            told: None,
+            patience: PATIENCE,
         }
     }
 
@@ -125,6 +136,16 @@ impl Scale {
         };
     }
 
+    /// The headers say that the limit is `told`. If that is more than they said when they explained
+    /// a refusal, there is something new to come back to.
+    pub(super) fn tell(&mut self, told: f64) {
+        if self.told.is_some_and(|before| told > 1.01 * before) {
+            self.told = None;
+            self.patience = PATIENCE;
+            self.rise(self.value, told.min(self.ceiling), 0.0);
+        }
+    }
+
     /// The level is `low`, or is not, though nobody else seems to be there.
     pub(super) fn make_way(&mut self, low: bool) {
         if self.is_untouched() && !self.is_of_a_guess() {
@@ -134,15 +155,13 @@ impl Scale {
 
     /// The level is low, by this part of what should be there, and others use the limit.
     pub(super) fn ease(&mut self, now: Duration, short: f64) {
-        self.from = (self.value * (1.0 - EASE * short)).max(self.floor());
-        self.aim = self.from;
-        self.value = self.from;
-        // Nothing was refused: there is nothing to come back to.
-        self.grown = self.unit.mul_f64(HELD);
+        self.value = (self.value * (1.0 - EASE * short)).max(self.floor());
         self.eased = Some(Eased {
             at: now,
             grown: self.grown,
         });
+        // Nothing was refused: there is nothing to come back to.
+        self.rise(self.value, self.value, HELD);
     }
 
     /// Twice the limit was refused, `now`: the limit itself was not tried.
@@ -164,11 +183,33 @@ impl Scale {
             let doublings = (x - HELD) / 2.0;
             self.aim * doublings.max(doublings.powi(2)).min(64.0).exp2()
         };
+        if let Some(told) = self.told
+            && x >= self.patience
+        {
+            let beyond = self.unit.mul_f64(x - self.patience);
+            self.told = None;
+            self.patience = (2.0 * self.patience).min(MOST_PATIENCE);
+            let told = told.min(self.ceiling);
+            self.rise(told, told, HELD);
+            return self.grow(beyond);
+        }
+        let most = self
+            .told
+            .map_or(self.ceiling, |told| told.min(self.ceiling));
         let added = self.eased.map_or(0.0, |eased| {
             let time = self.grown.saturating_sub(eased.grown);
             self.from + GAIN * self.from.sqrt() * time.as_secs_f64()
         });
-        self.value = share.max(added).min(self.ceiling);
+        self.value = share.max(added).min(most);
+    }
+
+    /// From now on upwards along the curve, of which so many units have passed.
+    fn rise(&mut self, from: f64, aim: f64, units: f64) {
+        (self.from, self.aim) = (from, aim);
+        self.grown = self.unit.mul_f64(units);
+        if let Some(eased) = &mut self.eased {
+            eased.grown = self.grown;
+        }
     }
 
     fn floor(&self) -> f64 {
@@ -204,21 +245,19 @@ impl Scale {
         };
         // Headers that speak of less than what has passed are wrong.
         let told = told.filter(|told| passed.is_none_or(|passed| *told >= 0.9 * passed));
+        // Those that speak of more than was tried explain nothing.
+        self.told = told.filter(|told| AIM * told <= tried);
         let passed = passed.filter(|passed| *passed < CUT * tried);
         let aim = passed.into_iter().chain(told).fold(AIM * tried, f64::min);
-        self.aim = aim.max(believed * tried).max(floor);
-        self.from = (CUT * self.aim).max(floor);
+        let aim = aim.max(believed * tried).max(floor);
+        self.told = self.told.map(|told| told.max(aim));
         let longest = LONGEST_UNIT.max(call * UNIT_CALLS * 2);
-        self.unit = (call * UNIT_CALLS).div_f64(self.aim).clamp(UNIT, longest);
-        self.grown = Duration::ZERO;
-        self.value = self.from;
+        self.unit = (call * UNIT_CALLS).div_f64(aim).clamp(UNIT, longest);
+        self.value = (CUT * aim).max(floor);
         self.decreased_at = Some(now);
         // Who was not told lately that others are there is alone again.
-        let eased = self.eased.filter(|eased| now <= eased.at + UNIT);
-        self.eased = eased.map(|eased| Eased {
-            grown: Duration::ZERO,
-            ..eased
-        });
+        self.eased = self.eased.filter(|eased| now <= eased.at + UNIT);
+        self.rise(self.value, aim, 0.0);
         true
     }
 }
@@ -281,6 +320,30 @@ mod tests {
         let mut scale = Scale::whole();
         scale.refuse(SECOND, SECOND, None, Some(0.7), Duration::ZERO);
         assert!((at(&scale, 1.0) - 0.7).abs() < 1e-9);
+    }
+
+    #[test]
+    fn headers_that_explain_a_refusal_are_kept_until_they_change_or_patience_ends() {
+        let mut scale = Scale::whole();
+        scale.refuse(SECOND, SECOND, None, Some(0.8), Duration::ZERO);
+        let units = |units: f64| UNIT.mul_f64(units);
+        scale.grow(units(9.9));
+        assert_eq!(scale.value(), 0.8);
+        let mut raised = scale.clone();
+        raised.tell(0.8);
+        assert_eq!(raised.value(), 0.8);
+        raised.tell(0.9);
+        raised.grow(units(1.0));
+        assert!((raised.value() - 0.9).abs() < 1e-9);
+        scale.grow(units(0.3));
+        assert!((0.8..0.9).contains(&scale.value()) && scale.value() > 0.8);
+        // The second time it takes twice as long.
+        scale.refuse(500 * SECOND, 500 * SECOND, None, Some(0.8), Duration::ZERO);
+        scale.grow(units(19.9));
+        assert_eq!(scale.value(), 0.8);
+        let mut scale = Scale::whole();
+        scale.refuse(SECOND, SECOND, None, Some(2.0), Duration::ZERO);
+        assert_eq!(at(&scale, 9.0), 1.0, "that explains nothing");
     }
 
     #[test]
