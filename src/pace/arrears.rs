@@ -53,6 +53,10 @@ impl Arrears {
         self.square = average(self.square, actual * actual);
     }
 
+    pub(super) fn are_there(&self) -> bool {
+        self.promised > 0
+    }
+
     /// What is sure to come due if a call that reserves `n` starts too: what is expected, less one
     /// standard deviation. Too little in flight leaves the bucket full, and what it cannot
     /// hold is lost; too much is owed for a while, and nothing is lost. `None` if

@@ -297,6 +297,12 @@ impl Buckets {
             }
             if let (Some(meter), Some(left)) = (self.get_mut(resource), quota.remaining) {
                 meter.lower(now, left, granted_at, mark[resource as usize]);
+                if !burst.at_once {
+                    meter.offer(now, headers::left_of_a_minute(quota), granted_at);
+                }
+                if let Some(limit) = headers::per_minute(quota) {
+                    meter.compare(now, left, limit);
+                }
             }
         }
         adopted

@@ -173,6 +173,10 @@ impl Pace {
     /// One request may always go at once. A burst of zero makes requests evenly
     /// spaced, but loses the rate of any moment at which the machine is late
     /// (timers count milliseconds).
+    ///
+    /// Where neither a limit nor a burst is set, and the provider's headers say that it keeps a
+    /// whole minute of the limit, the lane goes at twice the rate while there is much left of
+    /// that, until the first refusal.
     pub fn burst(mut self, time: Duration) -> Self {
         self.burst = Some(time);
         self

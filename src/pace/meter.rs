@@ -9,7 +9,9 @@ use std::time::Duration;
 
 use super::arrears::Arrears;
 use super::bucket::{Bucket, Nanos, Rate, nanos};
+use super::ebb::{Ebb, Level, Own};
 use super::scale::Scale;
+use super::surplus::Surplus;
 
 /// Fewer calls than this between two refusals say nothing of what passes.
 const TELLING: u64 = 4;
@@ -78,6 +80,11 @@ pub(super) struct Meter {
     busy: Nanos,
     /// When headers lowered it last: what they told earlier calls is in that.
     lowered_at: Nanos,
+    /// What may go faster than the rate.
+    surplus: Surplus,
+    ebb: Ebb,
+    /// The most that one call took, or is to take in the end.
+    largest: u64,
 }
 
 impl Meter {
@@ -105,6 +112,9 @@ impl Meter {
             before: (0, 0, 0),
             busy: 0,
             lowered_at: 0,
+            surplus: Surplus::default(),
+            ebb: Ebb::default(),
+            largest: 0,
         }
     }
 
@@ -187,6 +197,10 @@ impl Meter {
         self.calls += 1;
         self.bucket.take(self.clock_at(now), share.due);
         self.arrears.promise(share.later);
+        self.largest = self.largest.max(share.due.saturating_add(share.later));
+        if self.surplus.take(share.due) {
+            self.hurry(now);
+        }
     }
 
     /// The refill since is counted at the full rate: never too little.
@@ -239,6 +253,55 @@ impl Meter {
         }
     }
 
+    /// The provider says that so much is `left` of a whole minute that it keeps, or nothing
+    /// of the kind, to a call granted at `granted_at`.
+    ///
+    /// Taken at its word is only who speaks of a limit that nobody else has named, and only
+    /// until the first refusal.
+    pub(super) fn offer(&mut self, now: Nanos, left: Option<u64>, granted_at: Nanos) {
+        let asked = self.source == Source::Told && self.knows(granted_at);
+        if !asked || !self.scale.is_untouched() {
+            return;
+        }
+        // If that was true when the call was let in, the lane may have sent two bursts since,
+        // and twice of what has come back; a third one it needs itself.
+        let since = now.saturating_sub(granted_at);
+        let kept = self.bucket.units(since.saturating_add(3 * self.burst));
+        // So does the largest call, for a provider that keeps a minute refuses what is more
+        // than it has; and what is charged later is not in what is left.
+        let kept = kept.saturating_add(self.largest);
+        let left = left.filter(|_| !self.arrears.are_there());
+        self.surplus.set(left.unwrap_or(0).saturating_sub(kept));
+        self.hurry(now);
+    }
+
+    /// The provider says that so much is `left` of its `limit`.
+    pub(super) fn compare(&mut self, now: Nanos, left: u64, limit: Rate) {
+        let told = limit.per_second() / self.rate().per_second();
+        self.scale.tell(told);
+        let own = Own {
+            taken: self.taken,
+            largest: self.largest,
+            pace: self.rate().per_second() * self.scale(),
+        };
+        let Some(level) = self.ebb.read(now, left, limit, own) else {
+            return;
+        };
+        // So far at the old scale.
+        self.advance(now, false);
+        match level {
+            Level::Contended(short) => self.scale.ease(Duration::from_nanos(now), short),
+            Level::Low => self.scale.make_way(true),
+            Level::Ample => self.scale.make_way(false),
+        }
+    }
+
+    /// Goes as fast as the surplus allows from now on.
+    fn hurry(&mut self, now: Nanos) {
+        self.advance(now, false);
+        self.scale.hurry(self.surplus.is_there());
+    }
+
     /// Empties the limit and lets it stand still until `until`; a debt stays. It is
     /// still empty then, whatever is credited before.
     pub(super) fn close_until(&mut self, now: Nanos, until: Nanos) {
@@ -264,6 +327,13 @@ impl Meter {
     ) -> bool {
         // So far at the old scale.
         self.advance(now, false);
+        if self.surplus.is_there() {
+            // What was tried is more than the limit, of which it says nothing.
+            self.surplus.set(0);
+            self.scale.refuse_hurry(Duration::from_nanos(now));
+            self.resize(now);
+            return true;
+        }
         let rate = self.bucket.rate();
         let average = self.taken / self.calls.max(1);
         // The refused call itself did not pass, and what is owed did not yet: a debt of

@@ -3,8 +3,8 @@
 //! From the inside out, each knowing only those before it:
 //!
 //! - `bucket`: one rate limit (GCRA) as arithmetic over time;
-//! - `scale`, `arrears`, `meter`: the share of it that the provider really grants, what will be
-//!   charged later, and its clock;
+//! - `scale`, `arrears`, `surplus`, `ebb`, `meter`: the share of it that the provider really
+//!   grants, what will be charged later, what may go faster, whether others use it, and its clock;
 //! - `buckets`, `slots`, `gate`, `queue`: all limits at once, the calls in flight, the
 //!   provider's "not now", the waiters; `headers` reads what replies say of limits;
 //! - `turnstile`: the state machine they form, pure, over time as an argument;
@@ -13,6 +13,7 @@
 mod arrears;
 mod bucket;
 mod buckets;
+mod ebb;
 mod gate;
 mod headers;
 mod lane;
@@ -23,6 +24,7 @@ mod properties;
 mod queue;
 mod scale;
 mod slots;
+mod surplus;
 mod turnstile;
 mod words;
 

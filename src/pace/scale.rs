@@ -4,6 +4,11 @@
 //! answers. After a refusal the share drops to four fifths of what was refused, comes
 //! back to that on a cubic (fast, then flat where the trouble was), holds, and
 //! only then feels its way upwards, as CUBIC does for TCP (RFC 9438).
+//!
+//! Lanes that share an account have a second signal: a level that stays low ([`Ebb`](super::ebb)).
+//! Who hears it gives up a part of what it has and adds a little that hardly depends on that, so that
+//! shares become equal (Chiu and Jain, 1989); what only ever grows and shrinks in proportion
+//! keeps them unequal.
 
 use std::time::Duration;
 
@@ -29,8 +34,26 @@ const BELIEVED_OF_A_GUESS: f64 = 0.1;
 /// otherwise be refused every few calls; and a fast one that was slowed far down would take
 /// hours to come back.
 const UNIT: Duration = Duration::from_secs(15);
+/// Until then what was aimed at is held, in units.
+const HELD: f64 = 1.5;
 const UNIT_CALLS: u32 = 50;
 const LONGEST_UNIT: Duration = Duration::from_secs(60);
+
+/// Where the headers explain a refusal their limit is kept, at first for so many units and then for
+/// twice as many, up to a day or so: they may be wrong.
+const PATIENCE: f64 = 10.0;
+const MOST_PATIENCE: f64 = 5_000.0;
+
+/// How fast a surplus is used: not all at once, for many enforce a minute's limit by seconds.
+const HURRIED: f64 = 2.0;
+
+/// While others use the limit: what a low level takes of the share, and what a second adds, times
+/// the share's root: of small shares less, for there are more of them.
+const EASE: f64 = 0.2;
+const GAIN: f64 = 0.025;
+/// Who seems to be alone and to leave nothing lets so much through: others, of whom it would never
+/// hear, get in between, or the level rises.
+const WAY: f64 = 0.995;
 
 #[derive(Debug, Clone)]
 pub(super) struct Scale {
@@ -43,6 +66,19 @@ pub(super) struct Scale {
     /// How long somebody has waited for more since the gate opened.
     grown: Duration,
     decreased_at: Option<Duration>,
+    eased: Option<Eased>,
+    /// What the headers say the limit is, where that explains the last refusal.
+    told: Option<f64>,
+    /// For how many units that is kept before more is tried.
+    patience: f64,
+}
+
+/// Others use the limit too.
+#[derive(Debug, Clone, Copy)]
+struct Eased {
+    at: Duration,
+    /// What `grown` was when the share was lowered last.
+    grown: Duration,
 }
 
 impl Scale {
@@ -56,6 +92,9 @@ impl Scale {
             unit: UNIT,
             grown: Duration::ZERO,
             decreased_at: None,
+            eased: None,
+            told: None,
+            patience: PATIENCE,
         }
     }
 
@@ -79,7 +118,56 @@ impl Scale {
     /// Whether time alone changes nothing.
     #[inline]
     pub(super) fn is_settled(&self) -> bool {
-        self.value >= self.ceiling || (self.decreased_at.is_none() && !self.is_of_a_guess())
+        self.value >= self.ceiling || (self.is_untouched() && !self.is_of_a_guess())
+    }
+
+    /// Nothing has ever lowered it.
+    pub(super) fn is_untouched(&self) -> bool {
+        self.decreased_at.is_none() && self.eased.is_none()
+    }
+
+    /// Twice the limit while there is a `surplus`, and the limit otherwise, for one that was
+    /// never lowered.
+    pub(super) fn hurry(&mut self, surplus: bool) {
+        self.value = if surplus {
+            HURRIED
+        } else {
+            self.value.min(1.0)
+        };
+    }
+
+    /// The headers say that the limit is `told`. If that is more than they said when they explained
+    /// a refusal, there is something new to come back to.
+    pub(super) fn tell(&mut self, told: f64) {
+        if self.told.is_some_and(|before| told > 1.01 * before) {
+            self.told = None;
+            self.patience = PATIENCE;
+            self.rise(self.value, told.min(self.ceiling), 0.0);
+        }
+    }
+
+    /// The level is `low`, or is not, though nobody else seems to be there.
+    pub(super) fn make_way(&mut self, low: bool) {
+        if self.is_untouched() && !self.is_of_a_guess() {
+            self.value = if low { WAY } else { self.value.max(1.0) };
+        }
+    }
+
+    /// The level is low, by this part of what should be there, and others use the limit.
+    pub(super) fn ease(&mut self, now: Duration, short: f64) {
+        self.value = (self.value * (1.0 - EASE * short)).max(self.floor());
+        self.eased = Some(Eased {
+            at: now,
+            grown: self.grown,
+        });
+        // Nothing was refused: there is nothing to come back to.
+        self.rise(self.value, self.value, HELD);
+    }
+
+    /// Twice the limit was refused, `now`: the limit itself was not tried.
+    pub(super) fn refuse_hurry(&mut self, now: Duration) {
+        self.value = 1.0;
+        self.decreased_at = Some(now);
     }
 
     /// Somebody waited for `time` at an open gate: only then more is wanted.
@@ -88,14 +176,47 @@ impl Scale {
         let x = self.grown.as_secs_f64() / self.unit.as_secs_f64();
         let share = if x <= 1.0 {
             self.aim - (self.aim - self.from) * (1.0 - x).powi(3)
-        } else if x <= 1.5 {
+        } else if x <= HELD {
             self.aim
         } else {
             // Faster than that where nothing has been refused for long: the trouble is over.
-            let doublings = (x - 1.5) / 2.0;
+            let doublings = (x - HELD) / 2.0;
             self.aim * doublings.max(doublings.powi(2)).min(64.0).exp2()
         };
-        self.value = share.min(self.ceiling);
+        if let Some(told) = self.told
+            && x >= self.patience
+        {
+            let beyond = self.unit.mul_f64(x - self.patience);
+            self.told = None;
+            self.patience = (2.0 * self.patience).min(MOST_PATIENCE);
+            let told = told.min(self.ceiling);
+            self.rise(told, told, HELD);
+            return self.grow(beyond);
+        }
+        let most = self
+            .told
+            .map_or(self.ceiling, |told| told.min(self.ceiling));
+        let added = self.eased.map_or(0.0, |eased| {
+            let time = self.grown.saturating_sub(eased.grown);
+            self.from + GAIN * self.from.sqrt() * time.as_secs_f64()
+        });
+        self.value = share.max(added).min(most);
+    }
+
+    /// From now on upwards along the curve, of which so many units have passed.
+    fn rise(&mut self, from: f64, aim: f64, units: f64) {
+        (self.from, self.aim) = (from, aim);
+        self.grown = self.unit.mul_f64(units);
+        if let Some(eased) = &mut self.eased {
+            eased.grown = self.grown;
+        }
+    }
+
+    fn floor(&self) -> f64 {
+        match self.is_of_a_guess() {
+            true => FLOOR_OF_A_GUESS,
+            false => FLOOR,
+        }
     }
 
     /// A call sent at `sent_at` was refused, `now`. Calls that were on their way when
@@ -117,21 +238,26 @@ impl Scale {
             return false;
         }
         let tried = self.value;
-        let (believed, floor) = match self.is_of_a_guess() {
-            true => (BELIEVED_OF_A_GUESS, FLOOR_OF_A_GUESS),
-            false => (BELIEVED, FLOOR),
+        let floor = self.floor();
+        let believed = match self.is_of_a_guess() {
+            true => BELIEVED_OF_A_GUESS,
+            false => BELIEVED,
         };
         // Headers that speak of less than what has passed are wrong.
         let told = told.filter(|told| passed.is_none_or(|passed| *told >= 0.9 * passed));
+        // Those that speak of more than was tried explain nothing.
+        self.told = told.filter(|told| AIM * told <= tried);
         let passed = passed.filter(|passed| *passed < CUT * tried);
         let aim = passed.into_iter().chain(told).fold(AIM * tried, f64::min);
-        self.aim = aim.max(believed * tried).max(floor);
-        self.from = (CUT * self.aim).max(floor);
+        let aim = aim.max(believed * tried).max(floor);
+        self.told = self.told.map(|told| told.max(aim));
         let longest = LONGEST_UNIT.max(call * UNIT_CALLS * 2);
-        self.unit = (call * UNIT_CALLS).div_f64(self.aim).clamp(UNIT, longest);
-        self.grown = Duration::ZERO;
-        self.value = self.from;
+        self.unit = (call * UNIT_CALLS).div_f64(aim).clamp(UNIT, longest);
+        self.value = (CUT * aim).max(floor);
         self.decreased_at = Some(now);
+        // Who was not told lately that others are there is alone again.
+        self.eased = self.eased.filter(|eased| now <= eased.at + UNIT);
+        self.rise(self.value, aim, 0.0);
         true
     }
 }
@@ -197,6 +323,30 @@ mod tests {
     }
 
     #[test]
+    fn headers_that_explain_a_refusal_are_kept_until_they_change_or_patience_ends() {
+        let mut scale = Scale::whole();
+        scale.refuse(SECOND, SECOND, None, Some(0.8), Duration::ZERO);
+        let units = |units: f64| UNIT.mul_f64(units);
+        scale.grow(units(9.9));
+        assert_eq!(scale.value(), 0.8);
+        let mut raised = scale.clone();
+        raised.tell(0.8);
+        assert_eq!(raised.value(), 0.8);
+        raised.tell(0.9);
+        raised.grow(units(1.0));
+        assert!((raised.value() - 0.9).abs() < 1e-9);
+        scale.grow(units(0.3));
+        assert!((0.8..0.9).contains(&scale.value()) && scale.value() > 0.8);
+        // The second time it takes twice as long.
+        scale.refuse(500 * SECOND, 500 * SECOND, None, Some(0.8), Duration::ZERO);
+        scale.grow(units(19.9));
+        assert_eq!(scale.value(), 0.8);
+        let mut scale = Scale::whole();
+        scale.refuse(SECOND, SECOND, None, Some(2.0), Duration::ZERO);
+        assert_eq!(at(&scale, 9.0), 1.0, "that explains nothing");
+    }
+
+    #[test]
     fn a_slow_account_recovers_by_calls() {
         let mut scale = Scale::whole();
         scale.refuse(SECOND, SECOND, None, Some(0.8), SECOND * 4 / 5);
@@ -212,6 +362,36 @@ mod tests {
         refused(&mut scale, 1);
         assert!(at(&scale, 10.0) > 10.0);
         assert!(at(&scale, 1e9).is_finite());
+    }
+
+    #[test]
+    fn shares_of_one_account_become_equal() {
+        let mut shares = [0.9, 0.1].map(|value| Scale {
+            value,
+            ..Scale::whole()
+        });
+        for second in 0..200 {
+            for scale in &mut shares {
+                scale.ease(second * SECOND, 0.3);
+                scale.grow(SECOND);
+            }
+        }
+        let [one, other] = shares.map(|scale| scale.value());
+        assert!((one / other - 1.0).abs() < 0.02, "{one} and {other}");
+        assert!((0.1..0.3).contains(&one), "{one}");
+    }
+
+    #[test]
+    fn who_is_alone_makes_way_only_while_the_level_is_low() {
+        let mut scale = Scale::whole();
+        scale.make_way(true);
+        assert_eq!(scale.value(), WAY);
+        scale.make_way(false);
+        assert_eq!(scale.value(), 1.0);
+        refused(&mut scale, 1);
+        let lowered = scale.value();
+        scale.make_way(true);
+        assert_eq!(scale.value(), lowered);
     }
 
     proptest! {

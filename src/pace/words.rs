@@ -188,9 +188,11 @@ pub enum CallOutcome {
 #[non_exhaustive]
 pub struct LaneSnapshot {
     /// The rate of requests per minute that the lane keeps now, if there is one: the
-    /// limit, or less of it after a refusal.
+    /// limit, less of it after a refusal, or twice of it where a provider has much left of a
+    /// limit that only it has named.
     pub requests_per_minute: Option<u64>,
-    /// The smallest share of a limit that is used: 1.0, or less after a refusal.
+    /// The smallest share of a limit that is used: 1.0, or less after a refusal or while others
+    /// use the account.
     pub scale: f64,
     /// The limit on calls in flight now, if there is one.
     pub most_in_flight: Option<usize>,

@@ -48,23 +48,25 @@ impl Row {
         (self.cell.scenario, self.cell.configured)
     }
 
-    /// The run with the worst ratio.
-    fn worst(&self) -> &Measured {
-        let by_ratio = |a: &&Measured, b: &&Measured| a.ratio().total_cmp(&b.ratio());
-        self.runs.iter().max_by(by_ratio).expect("a seed")
+    /// The run that is worst by `figure`.
+    fn worst_by(&self, figure: impl Fn(&Measured) -> f64) -> &Measured {
+        let by_figure = |a: &&Measured, b: &&Measured| figure(a).total_cmp(&figure(b));
+        self.runs.iter().max_by(by_figure).expect("a seed")
     }
 
-    /// Which bars it misses, in the first of its runs that does.
+    /// Which bars it misses, each in the run that is worst by it.
     pub fn misses(&self) -> Option<String> {
-        let by_run = self.runs.iter().map(Measured::misses);
-        let misses = by_run.reduce(|a, b| {
-            let mut later = b.into_iter();
-            a.map(|miss| {
-                let later = later.next().flatten();
-                miss.or(later)
-            })
-        });
-        let misses: Vec<String> = misses?.into_iter().flatten().collect();
+        let worst = [
+            self.worst_by(Measured::ratio),
+            self.worst_by(Measured::rejected_share),
+            self.worst_by(|run| run.lost as f64),
+            self.worst_by(|run| run.longest.as_secs_f64() / run.longest_queue.as_secs_f64()),
+            self.worst_by(|run| f64::from(u8::from(run.above_limit.is_some()))),
+        ];
+        let misses = worst.iter().enumerate();
+        let misses: Vec<String> = misses
+            .filter_map(|(bar, run)| run.misses()[bar].clone())
+            .collect();
         (!misses.is_empty()).then(|| {
             let (scenario, configured) = (self.cell.scenario, configured(&self.cell));
             format!("{scenario} at {configured}: {}", misses.join(", "))
@@ -96,7 +98,7 @@ impl fmt::Display for Table<'_> {
             "longest s"
         )?;
         for row in self.0 {
-            let worst = row.worst();
+            let worst = row.worst_by(Measured::ratio);
             let runs = || row.runs.iter();
             let rejected = runs().map(Measured::rejected_share).fold(0.0, f64::max);
             writeln!(
