@@ -338,7 +338,8 @@ impl World {
             let time = |time: Duration| i128::from(nanos(time));
             // Tokens are booked when they are known; a request counts when it was sent.
             let by_request = matches!(resource, Resource::Spacing | Resource::Requests);
-            let lines = self.books.iter().filter_map(|line| {
+            let books = smaller_first(&self.books, cost);
+            let lines = books.into_iter().filter_map(|line| {
                 let full = cost(line.charge);
                 let booked = match line.kind {
                     Kind::Grant { unsent } => (!(by_request && unsent)).then_some(full),
@@ -362,6 +363,17 @@ impl World {
             }
         }
     }
+}
+
+/// The books, and of those that were let in at one instant the smaller first: they are entered as they look, and
+/// the timekeeper, who looks first, may have gone last. Any order in which all can go is as good for this one.
+fn smaller_first(books: &[Booked], cost: impl Fn(Charge) -> i128) -> Vec<&Booked> {
+    let is_grant = |line: &Booked| matches!(line.kind, Kind::Grant { .. });
+    let mut lines: Vec<_> = books.iter().collect();
+    for together in lines.chunk_by_mut(|a, b| a.at == b.at && is_grant(a) && is_grant(b)) {
+        together.sort_by_key(|line| cost(line.charge));
+    }
+    lines
 }
 
 /// A provider's bucket, as it keeps it: what a call takes when it is let in, and the rest
@@ -400,7 +412,7 @@ impl Provider {
     /// Reads the books, as far as calls were sent: none is refused. Says what was owed at most.
     fn reads(mut self, books: &[Booked]) -> Duration {
         let mut owed = 0;
-        for line in books {
+        for line in smaller_first(books, |charge| self.cost(charge)) {
             self.pass_until(line.at);
             let cost = self.cost(line.charge);
             match line.kind {
