@@ -7,7 +7,7 @@
 //!   grants, what will be charged later, what may go faster, whether others use it, and its clock;
 //! - `buckets`, `slots`, `gate`, `queue`: all limits at once, the calls in flight, the
 //!   provider's "not now", the waiters; `headers` reads what replies say of limits;
-//! - `turnstile`: the state machine they form, pure, over time as an argument;
+//! - `turnstile`: the state machine they form, pure, over time as an argument (in `ends`, how calls end);
 //! - `lane`: the thin asynchronous shell, with the clock, the lock and the wakers.
 
 mod arrears;

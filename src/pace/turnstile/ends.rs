@@ -1,0 +1,184 @@
+//! How grants end, and what their ends say of the limits.
+
+use std::time::Duration;
+
+use super::super::buckets::Named;
+use super::super::words::{CallOutcome, Charge, LaneChange};
+use super::{End, Errands, Grant, Turnstile};
+use crate::error::{Error, ErrorKind, Persistence};
+use crate::usage::RateSnapshot;
+
+/// The longest wait after a refusal that names none.
+const LONGEST_THROTTLE: Duration = Duration::from_secs(30);
+/// Overload passes sooner than a minute's limit, and costs each call an attempt.
+const LONGEST_OVERLOAD: Duration = Duration::from_secs(5);
+/// Who is asked to wait longer than this is better told than left waiting.
+const LONGEST_WAIT: Duration = Duration::from_secs(10 * 60);
+
+impl<W> Turnstile<W> {
+    /// What the headers of the reply to `grant`'s call say. They are left alone if those
+    /// of a later call are known already.
+    pub(in crate::pace) fn observe(
+        &mut self,
+        now: Duration,
+        grant: &mut Grant,
+        said: &RateSnapshot,
+        errands: &mut Errands<W>,
+    ) -> Vec<LaneChange> {
+        grant.named = Named::of(said, grant.charge).map(Box::new);
+        if !self.adaptive || grant.at < self.observed {
+            return Vec::new();
+        }
+        self.advance(now);
+        if grant.charge.in_arrears {
+            grant.said = Some(Box::new(said.clone()));
+            return Vec::new();
+        }
+        let changes = self.heed(now, grant, said);
+        self.pump(now, errands);
+        changes
+    }
+
+    fn heed(&mut self, now: Duration, grant: &Grant, said: &RateSnapshot) -> Vec<LaneChange> {
+        self.observed = self.observed.max(grant.at);
+        let closed_until = self.gate.opens_at();
+        let adopted =
+            self.buckets
+                .observe(now, said, (grant.at, &grant.mark), self.burst, closed_until);
+        let told = adopted
+            .into_iter()
+            .map(|(resource, rate)| LaneChange::Adopted {
+                limit: resource.binding(),
+                per_minute: (rate.per_second() * 60.0).round() as u64,
+            });
+        told.collect()
+    }
+
+    /// A grant comes back. Says what that changes for everybody.
+    pub(in crate::pace) fn finish(
+        &mut self,
+        now: Duration,
+        grant: Grant,
+        end: End,
+        errands: &mut Errands<W>,
+    ) -> Vec<LaneChange> {
+        let Grant { charge, at, .. } = grant;
+        let mut changes = Vec::new();
+        self.advance(now);
+        if let End::Finished(CallOutcome::Done { .. }) = end {
+            self.gate.welcome(at);
+            self.slots.succeeded(at);
+        }
+        match end {
+            End::Unsent => self.buckets.refund(now, charge, at),
+            // Taken to have cost what was reserved.
+            End::Abandoned
+            | End::Finished(
+                CallOutcome::Failed { usage: None } | CallOutcome::Done { usage: None },
+            ) => {
+                self.buckets.settle(now, charge, charge, at);
+            }
+            End::Finished(CallOutcome::Failed { usage: Some(usage) }) => {
+                self.buckets.settle(now, charge, usage.into(), at);
+            }
+            End::Finished(CallOutcome::Done { usage: Some(usage) }) => {
+                self.buckets.settle(now, charge, usage.into(), at);
+                if charge.in_arrears {
+                    self.buckets.learn(now, charge, usage.into(), at);
+                }
+            }
+            End::Finished(CallOutcome::Throttled { wait }) => {
+                self.throttled += 1;
+                self.buckets.settle(now, charge, Charge::default(), at);
+                if self.is_crowd(now, &grant, wait) {
+                    self.slots.crowded(now, at);
+                    let in_flight = self.slots.limit();
+                    changes.push(LaneChange::Eased { in_flight });
+                } else {
+                    self.slow_down(now, &grant, &mut changes);
+                }
+                self.close(now, at, wait, LONGEST_THROTTLE, &mut changes);
+                if let Some(wait) = wait.filter(|wait| *wait > LONGEST_WAIT) {
+                    self.park(now, wait, errands, &mut changes);
+                }
+            }
+            End::Finished(CallOutcome::Overloaded { wait }) => {
+                self.overloaded += 1;
+                let charged = charge.on_admission();
+                self.buckets.settle(now, charge, charged, at);
+                if self.adaptive && self.slots.overloaded(now, at) {
+                    let in_flight = self.slots.limit();
+                    changes.push(LaneChange::Eased { in_flight });
+                }
+                self.close(now, at, wait, LONGEST_OVERLOAD, &mut changes);
+            }
+        }
+        if let Some(said) = &grant.said {
+            changes.extend(self.heed(now, &grant, said));
+        }
+        self.slots.give_back();
+        self.pump(now, errands);
+        changes
+    }
+
+    /// Whether a call was refused for the number in flight: nobody says how long to wait or
+    /// for what, no rate is near its end, and most slots are taken.
+    fn is_crowd(&self, now: Duration, grant: &Grant, wait: Option<Duration>) -> bool {
+        let unexplained = grant.named.is_none() && wait.is_none();
+        let many = || self.slots.are_many() && self.buckets.are_half_full(now);
+        self.adaptive && unexplained && (self.slots.was_crowded(grant.at) || many())
+    }
+
+    /// Uses the limit that was refused more slowly, where no limit was known one
+    /// that is guessed.
+    fn slow_down(&mut self, now: Duration, grant: &Grant, changes: &mut Vec<LaneChange>) {
+        if !self.adaptive {
+            return;
+        }
+        let guess = || (self.pulse.rate(now), self.burst);
+        let sent = (grant.at, grant.charge);
+        let slowed = self
+            .buckets
+            .refuse(now, sent, grant.named.as_deref().copied(), guess);
+        changes.extend(slowed.map(|(resource, scale)| LaneChange::Slowed {
+            limit: resource.binding(),
+            scale,
+        }));
+    }
+
+    /// Closes the gate, and empties the buckets until it opens: what waited behind
+    /// it then goes at the lane's rate, not all at once.
+    fn close(
+        &mut self,
+        now: Duration,
+        granted_at: Duration,
+        wait: Option<Duration>,
+        longest: Duration,
+        changes: &mut Vec<LaneChange>,
+    ) {
+        let before = self.gate.opens_at();
+        self.gate.refuse(now, granted_at, wait, longest);
+        let opens_at = self.gate.opens_at();
+        self.buckets.close_until(now, opens_at);
+        if opens_at > before {
+            let wait = opens_at - now;
+            changes.push(LaneChange::Closed { wait });
+        }
+    }
+
+    /// Nobody should wait for as long as the provider asks: they are told instead.
+    fn park(
+        &mut self,
+        now: Duration,
+        wait: Duration,
+        errands: &mut Errands<W>,
+        changes: &mut Vec<LaneChange>,
+    ) {
+        let message = "the provider asks to wait so long that the lane is parked";
+        let why = Error::new(ErrorKind::Throttled, message)
+            .with_wait(wait)
+            .with_persistence(Persistence::Exhausted);
+        changes.push(LaneChange::Stopped { why: why.clone() });
+        self.stop(why, Some(now.saturating_add(wait)), errands);
+    }
+}
