@@ -69,6 +69,7 @@ async fn no_statement_reads_a_whole_table() {
         PUT_INTENTS,
         END_INTENTS,
         AMBIGUOUS,
+        INTENTS,
         LIVE,
         CLAIM,
         START_RUNS,
