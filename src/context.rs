@@ -306,7 +306,7 @@ impl Context {
     /// # }
     /// ```
     pub fn drain(&self) {
-        self.scope.bounds.drain.cancel();
+        self.scope.bounds.drain();
     }
 
     /// Whether batches and joins run in parallel ([`ContextBuilder::parallel`]).

@@ -169,13 +169,11 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 mod tests {
     use std::sync::Arc;
 
-    use tokio_util::sync::CancellationToken;
-
     use super::*;
     use crate::scope::Bounds;
 
     fn scope() -> Arc<Scope> {
-        let bounds = Bounds::new(CancellationToken::new());
+        let bounds = Bounds::new(None);
         Arc::new(Scope::root(Arc::new(bounds)))
     }
 

@@ -145,15 +145,22 @@ pub(crate) struct Bounds {
     /// Whether something was refused or cut short because of the two tokens. Shared with all
     /// bounds below: what came out of it need not be what would have come out of the whole.
     cut: Arc<AtomicBool>,
+    /// Whether a token of this tree may be cancelled. To ask a token takes a lock, and most
+    /// contexts never end anything.
+    uneasy: Arc<AtomicBool>,
 }
 
 impl Bounds {
-    pub(crate) fn new(cancel: CancellationToken) -> Self {
+    /// Bounds that nobody else can end, or whoever has the token.
+    pub(crate) fn new(token: Option<CancellationToken>) -> Self {
+        let uneasy = Arc::new(AtomicBool::new(token.is_some()));
+        let cancel = token.unwrap_or_default();
         Self {
             drain: cancel.child_token(),
             cancel,
             deadline: None,
             cut: Arc::default(),
+            uneasy,
         }
     }
 
@@ -173,7 +180,14 @@ impl Bounds {
     /// Ends everything. What is cancelled drains too, so that one look at `drain` says
     /// whether anything may still start.
     pub(crate) fn cancel(&self) {
+        self.uneasy.store(true, Ordering::Release);
         self.cancel.cancel();
+        self.drain.cancel();
+    }
+
+    /// Ends what has not been sent.
+    pub(crate) fn drain(&self) {
+        self.uneasy.store(true, Ordering::Release);
         self.drain.cancel();
     }
 
@@ -184,12 +198,13 @@ impl Bounds {
             drain: self.drain.child_token(),
             deadline: self.deadline,
             cut: Arc::clone(&self.cut),
+            uneasy: Arc::clone(&self.uneasy),
         }
     }
 
     /// Whether new work may still start.
     pub(crate) fn check(&self) -> Result<()> {
-        if self.drain.is_cancelled() {
+        if self.uneasy.load(Ordering::Acquire) && self.drain.is_cancelled() {
             self.cut.store(true, Ordering::Relaxed);
             Err(Error::cancelled(if self.cancel.is_cancelled() {
                 "the context was cancelled before the call was sent"
@@ -398,7 +413,7 @@ mod tests {
     use super::*;
 
     fn nested() -> (Arc<Scope>, Arc<Scope>) {
-        let root = Arc::new(Scope::root(Arc::new(Bounds::new(CancellationToken::new()))));
+        let root = Arc::new(Scope::root(Arc::new(Bounds::new(None))));
         let item = Arc::new(Scope::item(&root, "plan".into(), 3, Some("k".into())));
         let inner = Arc::new(Scope::item(&item, "etude".into(), 0, None));
         (root, inner)
@@ -429,8 +444,8 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn draining_stops_what_waits_but_not_what_is_in_flight() {
-        let bounds = Bounds::new(CancellationToken::new());
-        bounds.drain.cancel();
+        let bounds = Bounds::new(None);
+        bounds.drain();
         let waiting = bounds.before_send(std::future::ready(())).await;
         assert!(waiting.unwrap_err().is_cancelled());
         let call = async {
@@ -442,7 +457,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn the_nearer_of_deadline_and_limit_ends_a_call() {
-        let mut bounds = Bounds::new(CancellationToken::new());
+        let mut bounds = Bounds::new(None);
         let forever = || std::future::pending::<Result<()>>();
         let limit = Duration::from_secs(2);
         let error = bounds.in_flight(limit, forever()).await.unwrap_err();

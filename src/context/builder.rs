@@ -37,7 +37,7 @@ pub struct ContextBuilder {
     call_timeout: Duration,
     grace: Duration,
     parallel: Switch,
-    cancel: CancellationToken,
+    cancel: Option<CancellationToken>,
     deadline: Option<Instant>,
     observers: Observers,
     store: Option<Arc<dyn Store>>,
@@ -55,7 +55,7 @@ impl ContextBuilder {
             call_timeout: Duration::from_secs(600),
             grace: Duration::from_secs(1),
             parallel: Switch::new(true),
-            cancel: CancellationToken::new(),
+            cancel: None,
             deadline: None,
             observers: Observers::default(),
             store: None,
@@ -138,7 +138,7 @@ impl ContextBuilder {
 
     /// A token that cancels everything, for an application that has one already.
     pub fn cancellation(mut self, token: CancellationToken) -> Self {
-        self.cancel = token;
+        self.cancel = Some(token);
         self
     }
 

@@ -83,7 +83,7 @@ impl Ebb {
             return None;
         }
         let short = 1.0 - most as f64 / enough;
-        let pace = (own.taken - taken) as f64 * 1e9 / time as f64;
+        let pace = own.taken.saturating_sub(taken) as f64 * 1e9 / time as f64;
         if short <= 0.0 {
             Some(Level::Ample)
         } else if pace >= ALONE * limit.per_second() {
@@ -123,6 +123,21 @@ mod tests {
         assert_eq!(level(&[0, 3, 0]), Some(Level::Contended(0.5)));
         assert_eq!(level(&[0, 0, 0]), Some(Level::Contended(1.0)));
         assert_eq!(level(&[0, 6, 0]), Some(Level::Ample), "a window's end");
+    }
+
+    #[test]
+    fn what_was_taken_may_turn_out_to_be_less() {
+        let mut ebb = Ebb::default();
+        let mut read = |second: u64, taken| {
+            let own = Own {
+                taken,
+                largest: 1,
+                pace: 1.0,
+            };
+            ebb.read((100 + second) * INTERVAL, 0, Rate::per_minute(600), own)
+        };
+        assert_eq!(read(0, 900), None);
+        assert_eq!(read(1, 800), None, "nothing in sum");
     }
 
     #[test]
