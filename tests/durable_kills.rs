@@ -253,13 +253,31 @@ fn killed_again_and_again(schemas: Option<&Schemas>, workers: usize, kills: usiz
     let mut at_work: Vec<_> = (0..workers).map(|_| start()).collect();
     // What was billed for a request when its reply was seen in the store.
     let mut kept = BTreeMap::<RequestDigest, u64>::new();
-    for _ in 0..kills {
-        sleep(Duration::from_millis(random.u64(100..500)));
-        // Whoever is killed must have had something to do.
+    let mut killed = 0;
+    while killed < kills {
         if job.is_over(runs.last().unwrap()) {
             runs.push(submit(runs.len()));
         }
+        // Who has found nothing to do has stopped.
+        for worker in &mut at_work {
+            if worker.try_wait().unwrap().is_some() {
+                *worker = start();
+            }
+        }
+        let (before, until) = (job.billed().len(), Instant::now() + PATIENCE);
+        sleep(Duration::from_millis(random.u64(100..500)));
+        // On a busy machine, the time to have something in hand.
+        while job.billed().len() < before + IN_FLIGHT
+            && Instant::now() < until
+            && !job.is_over(runs.last().unwrap())
+        {
+            sleep(Duration::from_millis(10));
+        }
         let victim = random.usize(..workers);
+        if at_work[victim].try_wait().unwrap().is_some() {
+            continue;
+        }
+        killed += 1;
         at_work[victim].kill().unwrap();
         at_work[victim].wait().unwrap();
         let committed = job.committed();
