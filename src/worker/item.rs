@@ -4,8 +4,6 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::time::Instant;
-
 use super::registry::Work;
 use super::{Ambiguous, Inner, RunInfo, count};
 use crate::context::Context;
@@ -30,8 +28,8 @@ pub(super) fn sent_before() -> Error {
     Error::new(ErrorKind::LeaseLost, message).with_billed(None)
 }
 
-/// Why an item of a run whose time is up is not begun.
-fn too_late() -> Error {
+/// Why an item of a run whose time is up is not begun: a pipeline that has a fallback for calls that fail would end well.
+pub(super) fn too_late() -> Error {
     let message = "the deadline of its run passed before it was begun";
     Error::new(ErrorKind::DeadlineExceeded, message).with_billed(Some(false))
 }
@@ -54,8 +52,6 @@ pub(super) struct Ready {
     pub(super) item: Item,
     pub(super) cx: Context,
     work: Arc<dyn Work>,
-    /// Whether the time of its run is up.
-    late: bool,
 }
 
 impl Inner {
@@ -84,30 +80,12 @@ impl Inner {
             Some(deadline) => cx.with_deadline(deadline),
             None => cx,
         };
-        let late = run
-            .deadline
-            .is_some_and(|deadline| deadline <= Instant::now());
-        Some(Ready {
-            item,
-            cx,
-            work,
-            late,
-        })
+        Some(Ready { item, cx, work })
     }
 
     /// Runs it to its end.
     pub(super) async fn run_item(&self, ready: Ready) -> End {
-        let Ready {
-            item,
-            cx,
-            work,
-            late,
-        } = ready;
-        if late {
-            // Not even begun: a pipeline that has a fallback for calls that fail would end well.
-            self.settle(item.hold(), Err(too_late()));
-            return End::Settled;
-        }
+        let Ready { item, cx, work } = ready;
         let result = work.run(&cx, &item.input).await;
         let tally = cx.tally();
         let in_vain = tally.overloaded + tally.timed_out + tally.transient + tally.failed;

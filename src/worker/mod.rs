@@ -141,6 +141,12 @@ struct RunInfo {
     deadline: Option<Instant>,
 }
 
+impl RunInfo {
+    fn is_late(&self) -> bool {
+        self.deadline.is_some_and(|end| end <= Instant::now())
+    }
+}
+
 #[derive(Default)]
 struct Counters {
     claimed: AtomicU64,

@@ -9,7 +9,7 @@ use tokio::task::{JoinError, JoinSet};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until, timeout_at};
 use tokio_util::sync::CancellationToken;
 
-use super::item::{End, Ready, UNKNOWN, sent_before};
+use super::item::{End, Ready, UNKNOWN, sent_before, too_late};
 use super::{Inner, count};
 use crate::context::Context;
 use crate::error::{Error, ErrorKind, Result};
@@ -228,6 +228,7 @@ impl Session {
                 }
             };
             match self.worker.ready(&self.cx, info, item) {
+                Some(_) if info.is_late() => self.worker.settle(hold, Err(too_late())),
                 Some(ready) => self.spawn(hands, ready),
                 None => {
                     count(&self.worker.counters.unknown, 1);
