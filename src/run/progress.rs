@@ -66,6 +66,12 @@ impl RunSnapshot {
         let rest = self.remaining() as f64 / self.per_second()?;
         Duration::try_from_secs_f64(rest).ok()
     }
+
+    /// What there is to say of the time to its end while it is not over.
+    fn to_go(&self) -> Option<f64> {
+        let eta = self.eta().filter(|_| !self.run.status.is_over());
+        eta.map(|eta| eta.as_secs_f64())
+    }
 }
 
 impl Serialize for RunSnapshot {
@@ -84,7 +90,6 @@ impl Serialize for RunSnapshot {
             eta_s: Option<f64>,
         }
         let run = &self.run;
-        let eta = self.eta().filter(|_| !run.status.is_over());
         let flat = Flat {
             id: run.id,
             name: &run.name,
@@ -95,7 +100,7 @@ impl Serialize for RunSnapshot {
             cancelled: run.cancelled,
             error: run.error.as_ref().map(ToString::to_string),
             elapsed_s: self.elapsed.as_secs_f64(),
-            eta_s: eta.map(|eta| eta.as_secs_f64()),
+            eta_s: self.to_go(),
         };
         flat.serialize(serializer)
     }
@@ -114,9 +119,9 @@ impl fmt::Display for RunSnapshot {
                 write!(f, ", {count} {word}")?;
             }
         }
-        match self.eta() {
-            Some(eta) if !run.status.is_over() => write!(f, ", {:.1} s to go", eta.as_secs_f64()),
-            _ => Ok(()),
+        match self.to_go() {
+            Some(seconds) => write!(f, ", {seconds:.1} s to go"),
+            None => Ok(()),
         }
     }
 }
