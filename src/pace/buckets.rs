@@ -275,10 +275,11 @@ impl Buckets {
             let Some(quota) = resource.quota(said) else {
                 continue;
             };
+            let told = headers::per_minute(quota);
             let known = self.get_mut(resource);
             let source = known.as_ref().map(|meter| meter.source());
             if source != Some(Source::Configured)
-                && let Some(rate) = headers::per_minute(quota)
+                && let Some(rate) = told
             {
                 match known {
                     Some(meter) if source == Some(Source::Told) && meter.rate() == rate => {}
@@ -300,7 +301,7 @@ impl Buckets {
                 if !burst.at_once {
                     meter.offer(now, headers::left_of_a_minute(quota), granted_at);
                 }
-                if let Some(limit) = headers::per_minute(quota) {
+                if let Some(limit) = told {
                     meter.compare(now, left, limit);
                 }
             }
