@@ -55,7 +55,7 @@ async fn no_statement_reads_a_whole_table() {
             hold,
             result: Ok("1".to_owned())
         };
-        256
+        512
     ];
     let settle = settle_statement(&settlements).into_string();
     let statements = [
