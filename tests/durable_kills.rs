@@ -264,17 +264,16 @@ fn killed_again_and_again(schemas: Option<&Schemas>, workers: usize, kills: usiz
                 *worker = start();
             }
         }
+        let victim = random.usize(..workers);
         let (before, until) = (job.billed().len(), Instant::now() + PATIENCE);
         sleep(Duration::from_millis(random.u64(100..500)));
-        // On a busy machine, the time to have something in hand.
-        while job.billed().len() < before + IN_FLIGHT
-            && Instant::now() < until
-            && !job.is_over(runs.last().unwrap())
-        {
+        // On a busy machine, the time to have something in hand; unless nothing is left to do.
+        let mut done = at_work[victim].try_wait().unwrap().is_some();
+        while !done && job.billed().len() < before + IN_FLIGHT && Instant::now() < until {
             sleep(Duration::from_millis(10));
+            done = at_work[victim].try_wait().unwrap().is_some();
         }
-        let victim = random.usize(..workers);
-        if at_work[victim].try_wait().unwrap().is_some() {
+        if done {
             continue;
         }
         killed += 1;
