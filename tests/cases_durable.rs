@@ -14,6 +14,7 @@
 mod program;
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
 use std::process::{Child, Command, Stdio};
@@ -426,13 +427,8 @@ fn two_hundred_programs_survive_kill_9() {
     assert_eq!(service.all_over(ADA).len(), PROGRAMS / 2 + 40);
 }
 
-/// The process that is killed below: notes a class of ten rows at a time, and says how many are acknowledged. Started
-/// by itself it does nothing.
-#[tokio::test]
-async fn the_one_that_notes() {
-    let Some(store) = std::env::var_os("THROUGHLINE_NOTES") else {
-        return;
-    };
+/// Notes classes of ten rows without end, and says how many rows are acknowledged.
+async fn note_classes(store: OsString) {
     let store = Arc::new(Sqlite::open(store).await.unwrap());
     let runner = Runner::new(Arc::clone(&store));
     let notes = runner.notes::<usize>("classes").await.unwrap();
@@ -449,14 +445,19 @@ async fn the_one_that_notes() {
 }
 
 /// Killed while it writes behind the work, as at a shutdown that was not waited for: what was acknowledged is there, in order,
-/// and no class in part.
+/// and no class in part. The process that is killed is this test, started by itself.
 #[test]
 fn what_was_acknowledged_is_there_after_kill_9() {
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    if let Some(store) = std::env::var_os("THROUGHLINE_NOTES") {
+        return runtime.block_on(note_classes(store));
+    }
     let dir = tempfile::tempdir().unwrap();
     let (store, mut least) = (dir.path().join("notes.db"), 0);
     for _ in 0..5 {
         let mut process = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "the_one_that_notes", "--nocapture"])
+            .args(["--exact", "what_was_acknowledged_is_there_after_kill_9"])
+            .arg("--nocapture")
             .env("THROUGHLINE_NOTES", &store)
             .stdout(Stdio::piped())
             .spawn()
@@ -486,7 +487,7 @@ fn what_was_acknowledged_is_there_after_kill_9() {
         assert!(runner.audit(notes.run()).await.unwrap().unwrap().is_sound());
         notes.last(u32::MAX).await.unwrap()
     };
-    let noted = tokio::runtime::Runtime::new().unwrap().block_on(look);
+    let noted = runtime.block_on(look);
     assert!(
         noted.len() >= least && least > 500,
         "{} of {least}",
