@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::bucket::{Nanos, Rate, nanos};
+use super::bucket::{Nanos, Rate};
 use super::headers;
 use super::limits::Pace;
 use super::meter::{Burst, Meter, Share, Source};
@@ -125,10 +125,10 @@ pub(super) struct Buckets(Vec<(Resource, Meter)>);
 pub(super) type Mark = [Nanos; Resource::ALL.len()];
 
 impl Buckets {
-    pub(super) fn new(pace: &Pace, now: Duration) -> Self {
+    pub(super) fn new(pace: &Pace, now: Nanos) -> Self {
         let meters = Resource::ALL.into_iter().filter_map(|resource| {
             let (rate, burst) = resource.limit(pace)?;
-            let meter = Meter::new(Source::Configured, rate, burst, nanos(now));
+            let meter = Meter::new(Source::Configured, rate, burst, now);
             Some((resource, meter))
         });
         Self(meters.collect())
@@ -136,8 +136,7 @@ impl Buckets {
 
     /// Passes the time until `now`, in which somebody waited or nobody did.
     #[inline]
-    pub(super) fn advance(&mut self, now: Duration, waited: bool) {
-        let now = nanos(now);
+    pub(super) fn advance(&mut self, now: Nanos, waited: bool) {
         for (_, meter) in &mut self.0 {
             meter.advance(now, waited);
         }
@@ -146,29 +145,28 @@ impl Buckets {
     /// When all of `charge` can be taken, and which resource comes last: `now` and
     /// nothing, or later; `None` is when a call in flight has ended.
     #[inline]
-    pub(super) fn ready_at(&self, now: Duration, charge: Charge) -> (Option<Duration>, Binding) {
-        let mut last = (nanos(now), Binding::Nothing);
+    pub(super) fn ready_at(&self, now: Nanos, charge: Charge) -> (Option<Nanos>, Binding) {
+        let mut last = (now, Binding::Nothing);
         for (resource, meter) in &self.0 {
-            let Some(ready_at) = meter.ready_at(nanos(now), resource.share(charge)) else {
+            let Some(ready_at) = meter.ready_at(now, resource.share(charge)) else {
                 return (None, resource.binding());
             };
             if ready_at > last.0 {
                 last = (ready_at, resource.binding());
             }
         }
-        (Some(Duration::from_nanos(last.0)), last.1)
+        (Some(last.0), last.1)
     }
 
     /// Whether `first` could be taken now without keeping `head` beyond `until`. What is
     /// charged later nobody passes: it is not known when that will be.
     pub(super) fn leaves_room(
         &self,
-        now: Duration,
+        now: Nanos,
         first: Charge,
         head: Charge,
-        until: Duration,
+        until: Nanos,
     ) -> bool {
-        let (now, until) = (nanos(now), nanos(until));
         self.0.iter().all(|(resource, meter)| {
             let (first, head) = (resource.share(first), resource.share(head));
             first.later == 0
@@ -188,35 +186,26 @@ impl Buckets {
         costs.fold(1, u64::max).min(3_600_000_000_000)
     }
 
+    /// Says what it leaves.
     #[inline]
-    pub(super) fn take(&mut self, now: Duration, charge: Charge) {
-        let now = nanos(now);
+    pub(super) fn take(&mut self, now: Nanos, charge: Charge) -> Mark {
+        let mut mark = Mark::default();
         for (resource, meter) in &mut self.0 {
             meter.take(now, resource.share(charge));
-        }
-    }
-
-    #[inline]
-    pub(super) fn mark(&self, now: Duration) -> Mark {
-        let mut mark = Mark::default();
-        let now = nanos(now);
-        for (resource, meter) in &self.0 {
             mark[*resource as usize] = meter.filled(now);
         }
         mark
     }
 
     /// Lets every bucket hold as much as goes with what was learned of its limit.
-    pub(super) fn resize(&mut self, now: Duration) {
-        let now = nanos(now);
+    pub(super) fn resize(&mut self, now: Nanos) {
         for (_, meter) in &mut self.0 {
             meter.resize(now);
         }
     }
 
     /// Takes everything back, for a call that was never sent.
-    pub(super) fn refund(&mut self, now: Duration, charge: Charge, taken_at: Duration) {
-        let (now, taken_at) = (nanos(now), nanos(taken_at));
+    pub(super) fn refund(&mut self, now: Nanos, charge: Charge, taken_at: Nanos) {
         for (resource, meter) in self.0.iter_mut().filter(|(_, m)| m.knows(taken_at)) {
             meter.refund(now, resource.share(charge), taken_at);
         }
@@ -224,36 +213,21 @@ impl Buckets {
 
     /// Settles tokens to what was used. The request itself stays charged.
     #[inline]
-    pub(super) fn settle(
-        &mut self,
-        now: Duration,
-        charge: Charge,
-        actual: Charge,
-        taken_at: Duration,
-    ) {
-        let (now, taken_at) = (nanos(now), nanos(taken_at));
+    pub(super) fn settle(&mut self, now: Nanos, charge: Charge, actual: Charge, taken_at: Nanos) {
         for (resource, meter) in self.0.iter_mut().filter(|(_, m)| m.knows(taken_at)) {
             meter.settle(now, resource.share(charge), resource.of(actual));
         }
     }
 
     /// An answer came: what such calls cost, where that is charged only then.
-    pub(super) fn learn(
-        &mut self,
-        now: Duration,
-        charge: Charge,
-        actual: Charge,
-        taken_at: Duration,
-    ) {
-        let (now, taken_at) = (nanos(now), nanos(taken_at));
+    pub(super) fn learn(&mut self, now: Nanos, charge: Charge, actual: Charge, taken_at: Nanos) {
         for (resource, meter) in &mut self.0 {
             let (share, actual) = (resource.share(charge), resource.of(actual));
             meter.learn(now, share, actual, taken_at);
         }
     }
 
-    pub(super) fn close_until(&mut self, now: Duration, until: Duration) {
-        let (now, until) = (nanos(now), nanos(until));
+    pub(super) fn close_until(&mut self, now: Nanos, until: Nanos) {
         for (_, meter) in &mut self.0 {
             meter.close_until(now, until);
         }
@@ -263,13 +237,12 @@ impl Buckets {
     /// lowered, and limits that nobody has named are adopted. Says which were adopted.
     pub(super) fn observe(
         &mut self,
-        now: Duration,
+        now: Nanos,
         said: &RateSnapshot,
-        (granted_at, mark): (Duration, &Mark),
+        (granted_at, mark): (Nanos, &Mark),
         burst: Burst,
-        closed_until: Duration,
+        closed_until: Nanos,
     ) -> Vec<(Resource, Rate)> {
-        let (now, granted_at) = (nanos(now), nanos(granted_at));
         let mut adopted = Vec::new();
         for resource in Resource::ALL {
             let Some(quota) = resource.quota(said) else {
@@ -290,7 +263,7 @@ impl Buckets {
                     None => {
                         let mut meter = Meter::new(Source::Told, rate, burst, now);
                         // It is not fresh: what revealed it has used it.
-                        meter.close_until(now, nanos(closed_until));
+                        meter.close_until(now, closed_until);
                         self.insert(resource, meter);
                         adopted.push((resource, rate));
                     }
@@ -314,12 +287,11 @@ impl Buckets {
     /// they had none. Says which resource was slowed to which share.
     pub(super) fn refuse(
         &mut self,
-        now: Duration,
-        (sent_at, charge): (Duration, Charge),
+        now: Nanos,
+        (sent_at, charge): (Nanos, Charge),
         named: Option<Named>,
         guess: impl FnOnce() -> (Rate, Burst),
     ) -> Option<(Resource, f64)> {
-        let (now, sent_at) = (nanos(now), nanos(sent_at));
         let resource = named.map(|named| named.resource).or_else(|| {
             let fullness = self.0.iter().map(|(r, meter)| (r, meter.fullness(now)));
             let emptiest = fullness.min_by(|(_, a), (_, b)| a.total_cmp(b));
@@ -351,8 +323,7 @@ impl Buckets {
     }
 
     /// Whether a refusal is hardly for one of these limits: at least half of each is left.
-    pub(super) fn are_half_full(&self, now: Duration) -> bool {
-        let now = nanos(now);
+    pub(super) fn are_half_full(&self, now: Nanos) -> bool {
         self.0.iter().all(|(_, meter)| meter.fullness(now) >= 0.5)
     }
 
@@ -371,8 +342,7 @@ impl Buckets {
 
     /// Changes the limits. One that was there keeps its level, a new one is fresh
     /// unless the lane is closed until later; one that was learned stays.
-    pub(super) fn retune(&mut self, now: Duration, pace: &Pace, closed_until: Duration) {
-        let (now, closed_until) = (nanos(now), nanos(closed_until));
+    pub(super) fn retune(&mut self, now: Nanos, pace: &Pace, closed_until: Nanos) {
         for resource in Resource::ALL {
             match (self.get_mut(resource), resource.limit(pace)) {
                 (Some(meter), Some((rate, burst))) => {

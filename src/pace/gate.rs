@@ -4,15 +4,17 @@ use std::time::Duration;
 
 use fastrand::Rng;
 
+use super::bucket::{Nanos, nanos};
+
 /// The wait after a first refusal that names none; it doubles with each further one.
 const FIRST_WAIT: Duration = Duration::from_millis(500);
 const LONGEST_JITTER: Duration = Duration::from_secs(2);
 
 #[derive(Debug)]
 pub(super) struct Gate {
-    opens_at: Duration,
+    opens_at: Nanos,
     /// When the refusal came that counted last.
-    refused_at: Option<Duration>,
+    refused_at: Option<Nanos>,
     /// Refusals in a row, one for each cohort of calls.
     refusals: u32,
     jitter: Rng,
@@ -21,14 +23,14 @@ pub(super) struct Gate {
 impl Gate {
     pub(super) fn new(seed: u64) -> Self {
         Self {
-            opens_at: Duration::ZERO,
+            opens_at: 0,
             refused_at: None,
             refusals: 0,
             jitter: Rng::with_seed(seed),
         }
     }
 
-    pub(super) fn opens_at(&self) -> Duration {
+    pub(super) fn opens_at(&self) -> Nanos {
         self.opens_at
     }
 
@@ -39,8 +41,8 @@ impl Gate {
     /// cohort: their refusals say nothing new and do not double the wait.
     pub(super) fn refuse(
         &mut self,
-        now: Duration,
-        granted_at: Duration,
+        now: Nanos,
+        granted_at: Nanos,
         wait: Option<Duration>,
         longest: Duration,
     ) {
@@ -53,19 +55,20 @@ impl Gate {
             let doublings = self.refusals.saturating_sub(1).min(16);
             FIRST_WAIT.saturating_mul(1 << doublings).min(longest)
         });
-        let opens_at = now.saturating_add(wait).saturating_add(self.jitter(wait));
+        let closed_for = wait.saturating_add(self.jitter(wait));
+        let opens_at = now.saturating_add(nanos(closed_for));
         self.opens_at = self.opens_at.max(opens_at);
     }
 
     /// A call came through: the next refusal is a first one again.
-    pub(super) fn welcome(&mut self, granted_at: Duration) {
+    pub(super) fn welcome(&mut self, granted_at: Nanos) {
         if self.is_news(granted_at) {
             self.refusals = 0;
         }
     }
 
     /// Whether a call granted then was granted in the knowledge of the last refusal.
-    fn is_news(&self, granted_at: Duration) -> bool {
+    fn is_news(&self, granted_at: Nanos) -> bool {
         self.refused_at.is_none_or(|refused| granted_at > refused)
     }
 
@@ -73,8 +76,7 @@ impl Gate {
     /// out behind it, and none comes early.
     fn jitter(&mut self, wait: Duration) -> Duration {
         let most = (wait / 10).min(LONGEST_JITTER);
-        let nanos = u64::try_from(most.as_nanos()).unwrap_or(u64::MAX);
-        Duration::from_nanos(self.jitter.u64(0..=nanos))
+        Duration::from_nanos(self.jitter.u64(0..=nanos(most)))
     }
 }
 
@@ -85,13 +87,17 @@ mod tests {
     const SECOND: Duration = Duration::from_secs(1);
     const LONGEST: Duration = Duration::from_secs(30);
 
+    fn at(second: Nanos) -> Nanos {
+        second * 1_000_000_000
+    }
+
     #[test]
     fn jitter_is_added_and_bounded() {
         for seed in 0..100 {
             for wait in [SECOND / 100, SECOND, 60 * SECOND] {
                 let mut gate = Gate::new(seed);
-                gate.refuse(SECOND, SECOND, Some(wait), LONGEST);
-                let jitter = gate.opens_at() - SECOND - wait;
+                gate.refuse(at(1), at(1), Some(wait), LONGEST);
+                let jitter = Duration::from_nanos(gate.opens_at() - at(1)) - wait;
                 assert!(
                     jitter <= wait / 10 && jitter <= 2 * SECOND,
                     "{jitter:?} on {wait:?}"
@@ -104,7 +110,7 @@ mod tests {
     fn the_same_seed_jitters_the_same() {
         let opens_at = |seed| {
             let mut gate = Gate::new(seed);
-            gate.refuse(SECOND, SECOND, Some(60 * SECOND), LONGEST);
+            gate.refuse(at(1), at(1), Some(60 * SECOND), LONGEST);
             gate.opens_at()
         };
         assert_eq!(opens_at(7), opens_at(7));
@@ -114,10 +120,10 @@ mod tests {
     #[test]
     fn waits_double_from_cohort_to_cohort_and_a_success_resets_them() {
         let mut gate = Gate::new(0);
-        let wait_of = |gate: &mut Gate, now: u32, granted_at: u32| {
-            let now = now * SECOND;
-            gate.refuse(now, granted_at * SECOND, None, LONGEST);
-            let wait = gate.opens_at() - now;
+        let wait_of = |gate: &mut Gate, now: Nanos, granted_at: Nanos| {
+            let now = at(now);
+            gate.refuse(now, at(granted_at), None, LONGEST);
+            let wait = Duration::from_nanos(gate.opens_at() - now);
             // Without its jitter of up to a tenth.
             [500, 1_000, 2_000, 30_000]
                 .into_iter()
@@ -129,11 +135,11 @@ mod tests {
         assert_eq!(wait_of(&mut gate, 11, 6), SECOND / 2, "the same cohort");
         assert_eq!(wait_of(&mut gate, 20, 15), SECOND);
         assert_eq!(wait_of(&mut gate, 30, 25), 2 * SECOND);
-        gate.welcome(20 * SECOND);
-        gate.welcome(31 * SECOND);
+        gate.welcome(at(20));
+        gate.welcome(at(31));
         assert_eq!(wait_of(&mut gate, 40, 35), SECOND / 2);
         for n in 1..=40 {
-            gate.refuse(100 * n * SECOND, (100 * n - 1) * SECOND, None, LONGEST);
+            gate.refuse(at(100 * n), at(100 * n - 1), None, LONGEST);
         }
         assert_eq!(wait_of(&mut gate, 5_000, 4_999), LONGEST);
     }
@@ -141,18 +147,18 @@ mod tests {
     #[test]
     fn it_never_opens_earlier_than_promised() {
         let mut gate = Gate::new(0);
-        gate.refuse(SECOND, SECOND, Some(60 * SECOND), LONGEST);
+        gate.refuse(at(1), at(1), Some(60 * SECOND), LONGEST);
         let promised = gate.opens_at();
-        gate.refuse(2 * SECOND, SECOND, Some(SECOND), LONGEST);
+        gate.refuse(at(2), at(1), Some(SECOND), LONGEST);
         assert_eq!(gate.opens_at(), promised);
-        gate.refuse(2 * SECOND, SECOND, Some(Duration::MAX), LONGEST);
-        assert_eq!(gate.opens_at(), Duration::MAX);
+        gate.refuse(at(2), at(1), Some(Duration::MAX), LONGEST);
+        assert_eq!(gate.opens_at(), Nanos::MAX);
     }
 
     #[test]
     fn a_wait_of_zero_is_no_wait_named() {
         let mut gate = Gate::new(0);
-        gate.refuse(SECOND, SECOND, Some(Duration::ZERO), LONGEST);
-        assert!(gate.opens_at() >= SECOND + FIRST_WAIT);
+        gate.refuse(at(1), at(1), Some(Duration::ZERO), LONGEST);
+        assert!(gate.opens_at() >= at(1) + nanos(FIRST_WAIT));
     }
 }

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use tokio::time::{Instant, Sleep};
 
+use super::bucket::{Nanos, nanos};
 use super::limits::Pace;
 use super::queue::Key;
 use super::turnstile::{End, Errands, Grant, Turn, Turnstile};
@@ -130,14 +131,13 @@ impl Lane {
     /// # Panics
     ///
     /// If it must wait outside a Tokio runtime that has its timer enabled.
-    pub async fn acquire(&self, need: Need) -> Result<Permit> {
-        let acquire = Acquire {
+    pub fn acquire(&self, need: Need) -> impl Future<Output = Result<Permit>> {
+        Acquire {
             lane: self,
             stage: Stage::Arriving(need),
             place: None,
             alarm: None,
-        };
-        acquire.await
+        }
     }
 
     /// A permit if one is to be had at once, and nobody waits for it.
@@ -213,6 +213,11 @@ impl Lane {
             .step(|turnstile, now, _| turnstile.snapshot(now))
     }
 
+    fn finish(&self, grant: Grant, end: End) -> Vec<LaneChange> {
+        self.shared
+            .step(|turnstile, now, errands| turnstile.finish(now, grant, end, errands))
+    }
+
     fn permit(&self, grant: Grant, place: Place) -> Permit {
         Permit {
             lane: self.clone(),
@@ -242,12 +247,12 @@ impl Shared {
     /// turnstile's time never runs backwards; wakers run outside it.
     fn step<R>(
         &self,
-        step: impl FnOnce(&mut Turnstile<Waker>, Duration, &mut Errands<Waker>) -> R,
+        step: impl FnOnce(&mut Turnstile<Waker>, Nanos, &mut Errands<Waker>) -> R,
     ) -> R {
         let mut errands = Errands::default();
         let result = {
             let mut turnstile = self.lock();
-            step(&mut turnstile, self.start.elapsed(), &mut errands)
+            step(&mut turnstile, nanos(self.start.elapsed()), &mut errands)
         };
         errands.run(Waker::wake);
         result
@@ -271,8 +276,12 @@ enum Stage {
 }
 
 impl Acquire<'_> {
-    fn set_alarm(&mut self, at: Duration) -> Option<Pin<&mut Sleep>> {
-        let deadline = self.lane.shared.start.checked_add(at)?;
+    fn set_alarm(&mut self, at: Nanos) -> Option<Pin<&mut Sleep>> {
+        let deadline = self
+            .lane
+            .shared
+            .start
+            .checked_add(Duration::from_nanos(at))?;
         let alarm = match self.alarm.take() {
             Some(mut alarm) => {
                 alarm.as_mut().reset(deadline);
@@ -290,7 +299,6 @@ impl Future for Acquire<'_> {
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<Permit>> {
         let this = &mut *self;
         loop {
-            let mut waker = Some(cx.waker().clone());
             let (stage, place) = (&mut this.stage, &mut this.place);
             let turn = this
                 .lane
@@ -298,9 +306,9 @@ impl Future for Acquire<'_> {
                 .step(|turnstile, now, errands| match stage {
                     Stage::Arriving(need) => {
                         *place = Some(*need.place.get_or_insert_with(|| turnstile.arrive()));
-                        turnstile.enter(now, need, &mut waker, errands)
+                        turnstile.enter(now, need, cx.waker(), errands)
                     }
-                    Stage::Waiting(key) => turnstile.poll(now, *key, &mut waker, errands),
+                    Stage::Waiting(key) => turnstile.poll(now, *key, cx.waker(), errands),
                     Stage::Done => panic!("polled after it was ready"),
                 });
             let alarm = match turn {
@@ -406,7 +414,7 @@ impl Permit {
 
     /// As [`observe`](Permit::observe), and says what that changed for everybody.
     pub(crate) fn listen(&mut self, said: &RateSnapshot) -> Vec<LaneChange> {
-        let Some(grant) = &mut self.grant else {
+        let Some(grant) = &self.grant else {
             return Vec::new();
         };
         self.lane
@@ -414,13 +422,12 @@ impl Permit {
             .step(|turnstile, now, errands| turnstile.observe(now, grant, said, errands))
     }
 
+    #[inline]
     fn end(&mut self, end: End) -> Vec<LaneChange> {
-        let Some(grant) = self.grant.take() else {
-            return Vec::new();
-        };
-        self.lane
-            .shared
-            .step(|turnstile, now, errands| turnstile.finish(now, grant, end, errands))
+        match self.grant.take() {
+            Some(grant) => self.lane.finish(grant, end),
+            None => Vec::new(),
+        }
     }
 }
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 
-use super::bucket::{Rate, nanos};
+use super::bucket::{Nanos, Rate, nanos};
 use super::buckets::Resource;
 use super::limits::Pace;
 use super::meter::Burst;
@@ -91,7 +91,7 @@ impl World {
     /// Who is next, and when it goes at the latest, as long as no call in flight matters.
     fn promise(&self) -> Option<(Key, Duration)> {
         let head = self.waiting.values().map(|waiter| waiter.key).min()?;
-        let wait = self.turnstile.snapshot(self.now).head_wait?;
+        let wait = self.turnstile.snapshot(nanos(self.now)).head_wait?;
         Some((head, self.now + wait))
     }
 
@@ -148,7 +148,7 @@ impl World {
         self.next_id += 1;
         let turn = self
             .turnstile
-            .enter(self.now, &need, &mut Some(id), &mut errands);
+            .enter(nanos(self.now), &need, &id, &mut errands);
         errands.run(|id| self.awake.push_back(id));
         match turn {
             Turn::Granted(grant) => self.granted(grant, place, charge),
@@ -205,15 +205,15 @@ impl World {
         });
     }
 
-    fn step(&mut self, step: impl FnOnce(&mut Turnstile<u64>, Duration, &mut Errands<u64>)) {
+    fn step(&mut self, step: impl FnOnce(&mut Turnstile<u64>, Nanos, &mut Errands<u64>)) {
         let mut errands = Errands::default();
-        step(&mut self.turnstile, self.now, &mut errands);
+        step(&mut self.turnstile, nanos(self.now), &mut errands);
         errands.run(|id| self.awake.push_back(id));
         self.settle();
     }
 
-    fn set_alarm(&mut self, id: u64, alarm: Option<Duration>) {
-        if let Some(at) = alarm {
+    fn set_alarm(&mut self, id: u64, alarm: Option<Nanos>) {
+        if let Some(at) = alarm.map(Duration::from_nanos) {
             assert!(at > self.now, "an alarm in the past");
             self.alarms.retain(|(_, of)| *of != id);
             self.alarms.insert((at, id));
@@ -239,9 +239,7 @@ impl World {
             };
             let (key, charge) = (waiter.key, waiter.charge);
             let mut errands = Errands::default();
-            let turn = self
-                .turnstile
-                .poll(self.now, key, &mut Some(id), &mut errands);
+            let turn = self.turnstile.poll(nanos(self.now), key, &id, &mut errands);
             errands.run(|id| self.awake.push_back(id));
             match turn {
                 Turn::Granted(grant) => {
@@ -264,7 +262,7 @@ impl World {
             let passes = charge.input == 0 || charge.output == 0;
             assert!(in_order || passes, "overtaken by {charge:?}");
         }
-        let snapshot = self.turnstile.snapshot(self.now);
+        let snapshot = self.turnstile.snapshot(nanos(self.now));
         assert_eq!(snapshot.in_flight, self.held.len());
         assert_eq!(snapshot.waiting, self.waiting.len());
         if let Some(wait) = snapshot.head_wait {
@@ -323,7 +321,7 @@ impl World {
                 .0;
             self.pass_until(next);
         }
-        assert_eq!(self.turnstile.snapshot(self.now).in_flight, 0);
+        assert_eq!(self.turnstile.snapshot(nanos(self.now)).in_flight, 0);
     }
 
     /// In every window that ends with a grant: burst + rate · window, or one need
@@ -596,13 +594,13 @@ fn a_hundred_thousand_waiters_go_one_by_one() {
         &Pace::per_minute(60_000_000).burst(Duration::from_secs(1)),
         0,
     );
-    let mut now = Duration::ZERO;
+    let mut now = 0;
     let mut errands = Errands::default();
     let need = Need::default();
     let mut keys = VecDeque::new();
     let mut granted = 0;
     for id in 0..1_100_000 {
-        match world.enter(now, &need, &mut Some(id), &mut errands) {
+        match world.enter(now, &need, &id, &mut errands) {
             Turn::Granted(_) => granted += 1,
             Turn::Wait(key, _) => keys.push_back((id, key)),
             Turn::Stopped(_) => panic!("nobody stopped it"),
@@ -610,8 +608,8 @@ fn a_hundred_thousand_waiters_go_one_by_one() {
     }
     assert_eq!((granted, keys.len()), (1_000_000, 100_000));
     while let Some((id, key)) = keys.pop_front() {
-        now += Duration::from_micros(1);
-        match world.poll(now, key, &mut Some(id), &mut errands) {
+        now += 1_000;
+        match world.poll(now, key, &id, &mut errands) {
             Turn::Granted(_) => granted += 1,
             _ => panic!("its time has come"),
         }

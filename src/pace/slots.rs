@@ -1,7 +1,7 @@
 //! [`Slots`]: the calls in flight, and how many there may be while the provider is overloaded
 //! or lets in fewer than it was said to.
 
-use std::time::Duration;
+use super::bucket::Nanos;
 
 /// Where it was their number that was refused, one more is tried after so many rounds of
 /// successes: while nothing has changed, the one is refused, and the lane closes for it.
@@ -13,7 +13,7 @@ pub(super) struct Slots {
     used: usize,
     /// Fewer than `most` since an overload.
     eased: Option<usize>,
-    eased_at: Option<Duration>,
+    eased_at: Option<Nanos>,
     /// It was the number of calls that was refused.
     crowded: bool,
     successes: usize,
@@ -59,7 +59,7 @@ impl Slots {
 
     /// The provider is overloaded: half of what is in flight, once for each cohort.
     /// Says whether the limit was lowered. The refused call still holds its slot.
-    pub(super) fn overloaded(&mut self, now: Duration, sent_at: Duration) -> bool {
+    pub(super) fn overloaded(&mut self, now: Nanos, sent_at: Nanos) -> bool {
         if self.eased_at.is_some_and(|at| sent_at < at) {
             return false;
         }
@@ -78,7 +78,7 @@ impl Slots {
     /// A call was refused for the number in flight, of which it still is one: it was one too
     /// many, and so is each that went with it and is refused. What is left is what
     /// the provider let in.
-    pub(super) fn crowded(&mut self, now: Duration, sent_at: Duration) {
+    pub(super) fn crowded(&mut self, now: Nanos, sent_at: Nanos) {
         let most = match self.eased {
             Some(eased) if self.was_crowded(sent_at) => eased,
             _ => {
@@ -92,12 +92,12 @@ impl Slots {
     }
 
     /// Whether calls sent then went with those that were too many.
-    pub(super) fn was_crowded(&self, sent_at: Duration) -> bool {
+    pub(super) fn was_crowded(&self, sent_at: Nanos) -> bool {
         self.crowded && self.eased_at.is_some_and(|at| sent_at <= at)
     }
 
     /// One more for every so many successes as there are slots.
-    pub(super) fn succeeded(&mut self, sent_at: Duration) {
+    pub(super) fn succeeded(&mut self, sent_at: Nanos) {
         let Some(eased) = self.eased else {
             return;
         };
@@ -119,7 +119,7 @@ mod tests {
 
     #[test]
     fn overload_halves_once_a_cohort_and_successes_bring_it_back() {
-        let at = Duration::from_secs;
+        let at = |second: Nanos| second * 1_000_000_000;
         let mut slots = Slots::new(Some(10));
         (0..8).for_each(|_| slots.take());
         assert!(slots.overloaded(at(10), at(5)));
@@ -138,7 +138,7 @@ mod tests {
 
     #[test]
     fn a_crowd_leaves_as_many_as_were_let_in() {
-        let at = Duration::from_secs;
+        let at = |second: Nanos| second * 1_000_000_000;
         let mut slots = Slots::new(Some(16));
         (0..16).for_each(|_| slots.take());
         assert!(slots.are_many());
@@ -167,7 +167,7 @@ mod tests {
     fn one_always_goes() {
         let mut slots = Slots::new(None);
         slots.take();
-        assert!(slots.overloaded(Duration::ZERO, Duration::ZERO));
+        assert!(slots.overloaded(0, 0));
         assert_eq!(slots.limit(), 1);
     }
 }

@@ -11,7 +11,9 @@ mod ends;
 
 use std::time::Duration;
 
-use super::bucket::Rate;
+use slab::Slab;
+
+use super::bucket::{Nanos, Rate};
 use super::buckets::{Buckets, Mark, Named};
 use super::gate::Gate;
 use super::limits::Pace;
@@ -25,18 +27,22 @@ use crate::usage::RateSnapshot;
 /// How many of those behind the head are looked at for one that may pass.
 const BACKFILL_WINDOW: usize = 8;
 /// Over how long grants are counted, in case a rate must be guessed from them.
-const PULSE: Duration = Duration::from_secs(60);
+const PULSE: Nanos = 60_000_000_000;
 
-/// What a call was let through with; it must come back through [`Turnstile::finish`].
+/// Stands for a call that was let through; it must come back through [`Turnstile::finish`].
 #[derive(Debug)]
 #[must_use]
-pub(super) struct Grant {
+pub(super) struct Grant(usize);
+
+/// What a call was let through with. It stays here while the call is made: its holders are
+/// futures, which are moved about.
+#[derive(Debug)]
+struct Granted {
     charge: Charge,
-    at: Duration,
+    at: Nanos,
     mark: Mark,
-    /// Which limit the headers of its refusal name. Boxed, because few are refused and all
-    /// are moved.
-    named: Option<Box<Named>>,
+    /// Which limit the headers of its refusal name.
+    named: Option<Named>,
     /// What the headers of its reply say, where part of its charge is not yet in what is
     /// left here.
     said: Option<Box<RateSnapshot>>,
@@ -47,7 +53,7 @@ pub(super) struct Grant {
 pub(super) enum Turn {
     Granted(Grant),
     /// Not yet. With a time: it is the timekeeper, and must look again then.
-    Wait(Key, Option<Duration>),
+    Wait(Key, Option<Nanos>),
     /// The lane is stopped, or was while it waited.
     Stopped(Error),
 }
@@ -103,25 +109,25 @@ pub(super) enum End {
 struct Obstacle {
     binding: Binding,
     /// When it is gone; `None` if that depends on a call in flight.
-    until: Option<Duration>,
+    until: Option<Nanos>,
 }
 
 /// Why nothing goes, and until when; `None` is until somebody says otherwise.
 #[derive(Debug)]
 struct Stop {
     why: Error,
-    until: Option<Duration>,
+    until: Option<Nanos>,
 }
 
 /// How many grants there were since when.
 #[derive(Debug, Default)]
 struct Pulse {
-    since: Duration,
+    since: Nanos,
     grants: u64,
 }
 
 impl Pulse {
-    fn beat(&mut self, now: Duration) {
+    fn beat(&mut self, now: Nanos) {
         if now.saturating_sub(self.since) > PULSE {
             *self = Self {
                 since: now,
@@ -132,8 +138,8 @@ impl Pulse {
     }
 
     /// What went through lately, as a rate.
-    fn rate(&self, now: Duration) -> Rate {
-        let seconds = now.saturating_sub(self.since).as_secs_f64().max(1.0);
+    fn rate(&self, now: Nanos) -> Rate {
+        let seconds = (now.saturating_sub(self.since) as f64 / 1e9).max(1.0);
         Rate::per_minute((self.grants as f64 * 60.0 / seconds).ceil().max(1.0) as u64)
     }
 }
@@ -146,15 +152,16 @@ pub(super) struct Turnstile<W> {
     gate: Gate,
     slots: Slots,
     queue: Queue<W>,
+    in_flight: Slab<Granted>,
     /// Granted out of the queue and not yet collected, by ticket.
     uncollected: Map<u64, Grant>,
     /// Who will look next, and when at the latest.
-    timekeeper: Option<(Key, Duration)>,
+    timekeeper: Option<(Key, Nanos)>,
     stop: Option<Stop>,
     /// Why the lane was stopped last, for those who look when it goes again.
     last_stop: Option<Error>,
     /// When the call was granted whose headers were used last.
-    observed: Duration,
+    observed: Nanos,
     pulse: Pulse,
     next_place: u64,
     next_ticket: u64,
@@ -163,20 +170,21 @@ pub(super) struct Turnstile<W> {
     overloaded: u64,
 }
 
-impl<W> Turnstile<W> {
+impl<W: Clone> Turnstile<W> {
     pub(super) fn new(pace: &Pace, seed: u64) -> Self {
         Self {
             adaptive: pace.adaptive,
             burst: pace.burst_or_default(),
-            buckets: Buckets::new(pace, Duration::ZERO),
+            buckets: Buckets::new(pace, 0),
             gate: Gate::new(seed),
             slots: Slots::new(pace.in_flight),
             queue: Queue::new(),
+            in_flight: Slab::new(),
             uncollected: Map::default(),
             timekeeper: None,
             stop: None,
             last_stop: None,
-            observed: Duration::ZERO,
+            observed: 0,
             pulse: Pulse::default(),
             next_place: 0,
             next_ticket: 0,
@@ -192,7 +200,7 @@ impl<W> Turnstile<W> {
     }
 
     /// Lets `charge` through now if nobody waits and nothing stands against it.
-    pub(super) fn try_enter(&mut self, now: Duration, charge: Charge) -> Option<Grant> {
+    pub(super) fn try_enter(&mut self, now: Nanos, charge: Charge) -> Option<Grant> {
         self.advance(now);
         if self.stop.is_some() || !self.queue.is_empty() || self.obstacle(now, charge).is_some() {
             return None;
@@ -201,14 +209,14 @@ impl<W> Turnstile<W> {
         Some(self.grant(now, charge))
     }
 
-    /// Lets `charge` through, or queues it and takes its waker. Who is queued must
+    /// Lets `charge` through, or queues it with a clone of its waker. Who is queued must
     /// [`poll`](Turnstile::poll) when it is woken or its alarm rings, and in the end either
-    /// collect its grant or [`leave`](Turnstile::leave). A waker that is not taken is of no use.
+    /// collect its grant or [`leave`](Turnstile::leave).
     pub(super) fn enter(
         &mut self,
-        now: Duration,
+        now: Nanos,
         need: &Need,
-        waker: &mut Option<W>,
+        waker: &W,
         errands: &mut Errands<W>,
     ) -> Turn {
         let charge = Charge::from(need);
@@ -218,6 +226,8 @@ impl<W> Turnstile<W> {
         if let Some(stop) = &self.stop {
             return Turn::Stopped(stop.why.clone());
         }
+        // First, as it is code of others: if it panics, nobody has come.
+        let waker = waker.clone();
         let place = need.place.unwrap_or_else(|| self.arrive());
         self.next_ticket += 1;
         let key = self.queue.push(need.who, place, self.next_ticket, charge);
@@ -227,9 +237,9 @@ impl<W> Turnstile<W> {
     /// A waiter looks whether it has been let through, and leaves its waker if not.
     pub(super) fn poll(
         &mut self,
-        now: Duration,
+        now: Nanos,
         key: Key,
-        waker: &mut Option<W>,
+        waker: &W,
         errands: &mut Errands<W>,
     ) -> Turn {
         self.advance(now);
@@ -239,17 +249,12 @@ impl<W> Turnstile<W> {
         }
         // It is awake, and its old alarm is spent.
         self.timekeeper.take_if(|(keeper, _)| *keeper == key);
-        self.look(now, key, waker, errands)
+        self.look(now, key, waker.clone(), errands)
     }
 
-    /// One in the queue looks after itself and everybody else.
-    fn look(
-        &mut self,
-        now: Duration,
-        key: Key,
-        waker: &mut Option<W>,
-        errands: &mut Errands<W>,
-    ) -> Turn {
+    /// One in the queue looks after itself and everybody else. Its waker is a clone of one
+    /// that is in use, so it can be dropped here.
+    fn look(&mut self, now: Nanos, key: Key, waker: W, errands: &mut Errands<W>) -> Turn {
         // It must not be woken by what it does itself.
         errands.discard = self
             .queue
@@ -258,7 +263,7 @@ impl<W> Turnstile<W> {
         let alarm = self.grant_all(now, errands);
         let turn = match self.queue.get_mut(key) {
             Some(waiter) => {
-                waiter.waker = waker.take();
+                waiter.waker = Some(waker);
                 let own = alarm.filter(|(head, _)| *head == key);
                 self.timekeeper = own.or(self.timekeeper);
                 Turn::Wait(key, own.map(|(_, at)| at))
@@ -270,15 +275,16 @@ impl<W> Turnstile<W> {
     }
 
     /// What is there for someone who no longer waits.
-    fn collect(&mut self, now: Duration, key: Key) -> Turn {
+    fn collect(&mut self, now: Nanos, key: Key) -> Turn {
         match (self.uncollected.remove(&key.ticket), &self.stop) {
             (Some(grant), None) => Turn::Granted(grant),
             (grant, stop) => {
                 let why = stop.as_ref().map(|stop| &stop.why);
                 let why = why.or(self.last_stop.as_ref()).cloned();
                 if let Some(grant) = grant {
+                    let Granted { charge, at, .. } = self.in_flight.remove(grant.0);
                     self.slots.give_back();
-                    self.buckets.refund(now, grant.charge, grant.at);
+                    self.buckets.refund(now, charge, at);
                 }
                 Turn::Stopped(why.expect("a waiter is in the queue, has its grant, or was stopped"))
             }
@@ -286,7 +292,7 @@ impl<W> Turnstile<W> {
     }
 
     /// A waiter goes away without its grant, or with one it never collected.
-    pub(super) fn leave(&mut self, now: Duration, key: Key, errands: &mut Errands<W>) {
+    pub(super) fn leave(&mut self, now: Nanos, key: Key, errands: &mut Errands<W>) {
         if let Some(grant) = self.uncollected.remove(&key.ticket) {
             self.finish(now, grant, End::Unsent, errands);
         } else if let Some(waiter) = self.queue.remove(key) {
@@ -298,7 +304,7 @@ impl<W> Turnstile<W> {
 
     /// Changes the limits under those who wait and those in flight, and starts a lane
     /// that was stopped.
-    pub(super) fn retune(&mut self, now: Duration, pace: &Pace, errands: &mut Errands<W>) {
+    pub(super) fn retune(&mut self, now: Nanos, pace: &Pace, errands: &mut Errands<W>) {
         self.advance(now);
         (self.adaptive, self.burst) = (pace.adaptive, pace.burst_or_default());
         self.buckets.retune(now, pace, self.gate.opens_at());
@@ -307,7 +313,7 @@ impl<W> Turnstile<W> {
     }
 
     /// Sends everybody away who waits or comes, until [`reopen`](Turnstile::reopen).
-    pub(super) fn stop(&mut self, why: Error, until: Option<Duration>, errands: &mut Errands<W>) {
+    pub(super) fn stop(&mut self, why: Error, until: Option<Nanos>, errands: &mut Errands<W>) {
         for waiter in self.queue.clear() {
             errands.wake(waiter.waker);
         }
@@ -316,26 +322,27 @@ impl<W> Turnstile<W> {
         self.stop = Some(Stop { why, until });
     }
 
-    pub(super) fn reopen(&mut self, now: Duration, errands: &mut Errands<W>) {
+    pub(super) fn reopen(&mut self, now: Nanos, errands: &mut Errands<W>) {
         self.stop = None;
         self.pump(now, errands);
     }
 
-    pub(super) fn stopped(&mut self, now: Duration) -> Option<&Error> {
+    pub(super) fn stopped(&mut self, now: Nanos) -> Option<&Error> {
         self.advance(now);
         self.stop.as_ref().map(|stop| &stop.why)
     }
 
-    pub(super) fn snapshot(&self, now: Duration) -> LaneSnapshot {
-        let closed_for = self.gate.opens_at().saturating_sub(now);
+    pub(super) fn snapshot(&self, now: Nanos) -> LaneSnapshot {
+        let from_now = |at: Nanos| Duration::from_nanos(at.saturating_sub(now));
+        let closed_for = from_now(self.gate.opens_at());
         let stop = self.stop.as_ref();
         let (binding, head_wait) = match self.queue.head() {
             _ if stop.is_some() => {
                 let until = stop.and_then(|stop| stop.until);
-                (Binding::Stopped, until.map(|at| at.saturating_sub(now)))
+                (Binding::Stopped, until.map(from_now))
             }
             Some((_, charge)) => match self.obstacle(now, charge) {
-                Some(Obstacle { binding, until }) => (binding, until.map(|at| at - now)),
+                Some(Obstacle { binding, until }) => (binding, until.map(from_now)),
                 // Its time has come, and its timekeeper is about to notice.
                 None => (Binding::Nothing, Some(Duration::ZERO)),
             },
@@ -362,14 +369,14 @@ impl<W> Turnstile<W> {
 
     /// Passes the time until `now`. What is learned of a limit fades only while somebody
     /// waits whom a slot would not hold up.
-    fn advance(&mut self, now: Duration) {
+    fn advance(&mut self, now: Nanos) {
         let waited = !self.queue.is_empty() && self.slots.free() > 0;
         self.buckets.advance(now, waited);
         self.stop
             .take_if(|stop| stop.until.is_some_and(|until| until <= now));
     }
 
-    fn obstacle(&self, now: Duration, charge: Charge) -> Option<Obstacle> {
+    fn obstacle(&self, now: Nanos, charge: Charge) -> Option<Obstacle> {
         let opens_at = self.gate.opens_at();
         if self.slots.free() == 0 {
             let closed = opens_at > now;
@@ -390,29 +397,29 @@ impl<W> Turnstile<W> {
         (until != Some(now)).then_some(Obstacle { binding, until })
     }
 
-    fn grant(&mut self, now: Duration, charge: Charge) -> Grant {
-        self.buckets.take(now, charge);
+    fn grant(&mut self, now: Nanos, charge: Charge) -> Grant {
+        let mark = self.buckets.take(now, charge);
         self.slots.take();
         self.pulse.beat(now);
         self.granted += 1;
-        Grant {
+        Grant(self.in_flight.insert(Granted {
             charge,
             at: now,
-            mark: self.buckets.mark(now),
+            mark,
             named: None,
             said: None,
-        }
+        }))
     }
 
     /// After anything has changed: lets everybody through who can go, and sees to
     /// it that somebody keeps the time for the rest.
-    fn pump(&mut self, now: Duration, errands: &mut Errands<W>) {
+    fn pump(&mut self, now: Nanos, errands: &mut Errands<W>) {
         let alarm = self.grant_all(now, errands);
         self.appoint(now, alarm, errands);
     }
 
     /// Says who must look next, and when: nobody if only a call in flight can change anything.
-    fn grant_all(&mut self, now: Duration, errands: &mut Errands<W>) -> Option<(Key, Duration)> {
+    fn grant_all(&mut self, now: Nanos, errands: &mut Errands<W>) -> Option<(Key, Nanos)> {
         loop {
             let (head, charge) = self.queue.head()?;
             match self.obstacle(now, charge) {
@@ -429,7 +436,7 @@ impl<W> Turnstile<W> {
         }
     }
 
-    fn let_through(&mut self, now: Duration, key: Key, charge: Charge, errands: &mut Errands<W>) {
+    fn let_through(&mut self, now: Nanos, key: Key, charge: Charge, errands: &mut Errands<W>) {
         let cost = self.buckets.cost(charge);
         let waiter = self.queue.serve(key, cost);
         errands.wake(waiter.and_then(|waiter| waiter.waker));
@@ -442,7 +449,7 @@ impl<W> Turnstile<W> {
     /// everybody takes one, nor while the next slot must be the head's.
     fn backfill(
         &self,
-        now: Duration,
+        now: Nanos,
         head: Key,
         charge: Charge,
         obstacle: Obstacle,
@@ -460,7 +467,7 @@ impl<W> Turnstile<W> {
     }
 
     /// Wakes the one who must look next, unless it is awake or will be in time.
-    fn appoint(&mut self, now: Duration, alarm: Option<(Key, Duration)>, errands: &mut Errands<W>) {
+    fn appoint(&mut self, now: Nanos, alarm: Option<(Key, Nanos)>, errands: &mut Errands<W>) {
         let Some((head, at)) = alarm else {
             return;
         };

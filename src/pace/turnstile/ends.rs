@@ -2,9 +2,10 @@
 
 use std::time::Duration;
 
-use super::super::buckets::Named;
+use super::super::bucket::{Nanos, nanos};
+use super::super::buckets::{Mark, Named};
 use super::super::words::{CallOutcome, Charge, LaneChange};
-use super::{End, Errands, Grant, Turnstile};
+use super::{End, Errands, Grant, Granted, Turnstile};
 use crate::error::{Error, ErrorKind, Persistence};
 use crate::usage::RateSnapshot;
 
@@ -15,36 +16,39 @@ const LONGEST_OVERLOAD: Duration = Duration::from_secs(5);
 /// Who is asked to wait longer than this is better told than left waiting.
 const LONGEST_WAIT: Duration = Duration::from_secs(10 * 60);
 
-impl<W> Turnstile<W> {
+impl<W: Clone> Turnstile<W> {
     /// What the headers of the reply to `grant`'s call say. They are left alone if those
     /// of a later call are known already.
     pub(in crate::pace) fn observe(
         &mut self,
-        now: Duration,
-        grant: &mut Grant,
+        now: Nanos,
+        grant: &Grant,
         said: &RateSnapshot,
         errands: &mut Errands<W>,
     ) -> Vec<LaneChange> {
-        grant.named = Named::of(said, grant.charge).map(Box::new);
-        if !self.adaptive || grant.at < self.observed {
+        let granted = &mut self.in_flight[grant.0];
+        granted.named = Named::of(said, granted.charge);
+        if !self.adaptive || granted.at < self.observed {
             return Vec::new();
         }
+        if granted.charge.in_arrears {
+            granted.said = Some(Box::new(said.clone()));
+            return Vec::new();
+        }
+        let (at, mark) = (granted.at, granted.mark);
         self.advance(now);
-        if grant.charge.in_arrears {
-            grant.said = Some(Box::new(said.clone()));
-            return Vec::new();
-        }
-        let changes = self.heed(now, grant, said);
+        let changes = self.heed(now, at, &mark, said);
         self.pump(now, errands);
         changes
     }
 
-    fn heed(&mut self, now: Duration, grant: &Grant, said: &RateSnapshot) -> Vec<LaneChange> {
-        self.observed = self.observed.max(grant.at);
+    /// What is said to a call that was let through at `at` and left `mark` in the limits.
+    fn heed(&mut self, now: Nanos, at: Nanos, mark: &Mark, said: &RateSnapshot) -> Vec<LaneChange> {
+        self.observed = self.observed.max(at);
         let closed_until = self.gate.opens_at();
-        let adopted =
-            self.buckets
-                .observe(now, said, (grant.at, &grant.mark), self.burst, closed_until);
+        let adopted = self
+            .buckets
+            .observe(now, said, (at, mark), self.burst, closed_until);
         let told = adopted
             .into_iter()
             .map(|(resource, rate)| LaneChange::Adopted {
@@ -57,12 +61,13 @@ impl<W> Turnstile<W> {
     /// A grant comes back. Says what that changes for everybody.
     pub(in crate::pace) fn finish(
         &mut self,
-        now: Duration,
+        now: Nanos,
         grant: Grant,
         end: End,
         errands: &mut Errands<W>,
     ) -> Vec<LaneChange> {
-        let Grant { charge, at, .. } = grant;
+        let granted = self.in_flight.remove(grant.0);
+        let Granted { charge, at, .. } = granted;
         let mut changes = Vec::new();
         self.advance(now);
         if let End::Finished(CallOutcome::Done { .. }) = end {
@@ -90,12 +95,12 @@ impl<W> Turnstile<W> {
             End::Finished(CallOutcome::Throttled { wait }) => {
                 self.throttled += 1;
                 self.buckets.settle(now, charge, Charge::default(), at);
-                if self.is_crowd(now, &grant, wait) {
+                if self.is_crowd(now, &granted, wait) {
                     self.slots.crowded(now, at);
                     let in_flight = self.slots.limit();
                     changes.push(LaneChange::Eased { in_flight });
                 } else {
-                    self.slow_down(now, &grant, &mut changes);
+                    self.slow_down(now, &granted, &mut changes);
                 }
                 self.close(now, at, wait, LONGEST_THROTTLE, &mut changes);
                 if let Some(wait) = wait.filter(|wait| *wait > LONGEST_WAIT) {
@@ -113,8 +118,8 @@ impl<W> Turnstile<W> {
                 self.close(now, at, wait, LONGEST_OVERLOAD, &mut changes);
             }
         }
-        if let Some(said) = &grant.said {
-            changes.extend(self.heed(now, &grant, said));
+        if let Some(said) = &granted.said {
+            changes.extend(self.heed(now, at, &granted.mark, said));
         }
         self.slots.give_back();
         self.pump(now, errands);
@@ -123,23 +128,21 @@ impl<W> Turnstile<W> {
 
     /// Whether a call was refused for the number in flight: nobody says how long to wait or
     /// for what, no rate is near its end, and most slots are taken.
-    fn is_crowd(&self, now: Duration, grant: &Grant, wait: Option<Duration>) -> bool {
-        let unexplained = grant.named.is_none() && wait.is_none();
+    fn is_crowd(&self, now: Nanos, granted: &Granted, wait: Option<Duration>) -> bool {
+        let unexplained = granted.named.is_none() && wait.is_none();
         let many = || self.slots.are_many() && self.buckets.are_half_full(now);
-        self.adaptive && unexplained && (self.slots.was_crowded(grant.at) || many())
+        self.adaptive && unexplained && (self.slots.was_crowded(granted.at) || many())
     }
 
     /// Uses the limit that was refused more slowly, where no limit was known one
     /// that is guessed.
-    fn slow_down(&mut self, now: Duration, grant: &Grant, changes: &mut Vec<LaneChange>) {
+    fn slow_down(&mut self, now: Nanos, granted: &Granted, changes: &mut Vec<LaneChange>) {
         if !self.adaptive {
             return;
         }
         let guess = || (self.pulse.rate(now), self.burst);
-        let sent = (grant.at, grant.charge);
-        let slowed = self
-            .buckets
-            .refuse(now, sent, grant.named.as_deref().copied(), guess);
+        let sent = (granted.at, granted.charge);
+        let slowed = self.buckets.refuse(now, sent, granted.named, guess);
         changes.extend(slowed.map(|(resource, scale)| LaneChange::Slowed {
             limit: resource.binding(),
             scale,
@@ -150,8 +153,8 @@ impl<W> Turnstile<W> {
     /// it then goes at the lane's rate, not all at once.
     fn close(
         &mut self,
-        now: Duration,
-        granted_at: Duration,
+        now: Nanos,
+        granted_at: Nanos,
         wait: Option<Duration>,
         longest: Duration,
         changes: &mut Vec<LaneChange>,
@@ -161,7 +164,7 @@ impl<W> Turnstile<W> {
         let opens_at = self.gate.opens_at();
         self.buckets.close_until(now, opens_at);
         if opens_at > before {
-            let wait = opens_at - now;
+            let wait = Duration::from_nanos(opens_at - now);
             changes.push(LaneChange::Closed { wait });
         }
     }
@@ -169,7 +172,7 @@ impl<W> Turnstile<W> {
     /// Nobody should wait for as long as the provider asks: they are told instead.
     fn park(
         &mut self,
-        now: Duration,
+        now: Nanos,
         wait: Duration,
         errands: &mut Errands<W>,
         changes: &mut Vec<LaneChange>,
@@ -179,6 +182,6 @@ impl<W> Turnstile<W> {
             .with_wait(wait)
             .with_persistence(Persistence::Exhausted);
         changes.push(LaneChange::Stopped { why: why.clone() });
-        self.stop(why, Some(now.saturating_add(wait)), errands);
+        self.stop(why, Some(now.saturating_add(nanos(wait))), errands);
     }
 }
