@@ -107,10 +107,11 @@ impl Context {
             sink,
             asked: asked.as_deref(),
         };
+        let call = || guard.call(&self.scope, &request, with);
         let result = match &asked {
-            None => guard.call(&self.scope, &request, with).await,
+            None => call().answer().await,
             Some(asked) => {
-                let pay = || guard.call(&self.scope, &request, with).boxed();
+                let pay = || async { call().answer().await }.boxed();
                 Box::pin(asked.answer(&self.scope, pay)).await
             }
         };

@@ -313,6 +313,7 @@ impl Scope {
         }
     }
 
+    #[inline]
     pub(crate) fn child(parent: &Arc<Self>, label: Arc<str>, bounds: Arc<Bounds>) -> Self {
         Self {
             parent: Some(Arc::clone(parent)),
@@ -331,6 +332,7 @@ impl Scope {
     }
 
     /// The scope of one item of a batch.
+    #[inline]
     pub(crate) fn item(
         batch: &Arc<Self>,
         label: Arc<str>,
