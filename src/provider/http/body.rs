@@ -44,36 +44,47 @@ impl Body {
 
     /// The next piece, `None` at the end.
     pub(super) async fn chunk(&mut self) -> Result<Option<Bytes>> {
-        let idle = Deadline::after(self.limits.idle).min(self.deadline);
-        match self.alarm.guard(idle, self.response.chunk()).await {
-            Some(Ok(chunk)) => Ok(chunk),
-            Some(Err(error)) => {
+        let (idle, deadline) = (self.limits.idle, self.deadline);
+        let end = || Deadline::after(idle).min(deadline);
+        match self.alarm.guard(end, self.response.chunk()).await {
+            Ok(Ok(chunk)) => Ok(chunk),
+            Ok(Err(error)) => {
                 let message = format!("the reply broke off: {}", flatten(&error));
                 Err(Error::new(
                     ErrorKind::Connection,
                     self.secrets.scrub(&message),
                 ))
             }
-            None if idle == self.deadline => Err(too_slow("the call", self.whole)),
-            None => Err(too_slow("the next piece of the reply", self.limits.idle)),
+            Err(end) if end == deadline => Err(too_slow("the call", self.whole)),
+            Err(_) => Err(too_slow("the next piece of the reply", idle)),
         }
     }
 
     /// The whole body.
-    pub(super) async fn all(&mut self) -> Result<Vec<u8>> {
+    pub(super) async fn all(&mut self) -> Result<Bytes> {
         let max = self.limits.max_body;
         let announced = self.response.content_length().unwrap_or(0);
         if announced > max as u64 {
             return Err(too_large("body", max));
         }
-        let mut all = Vec::with_capacity(announced as usize);
+        let mut first = Bytes::new();
+        let mut all = Vec::new();
         while let Some(chunk) = self.chunk().await? {
-            if chunk.len() > max - all.len() {
+            if chunk.len() > max - first.len().max(all.len()) {
                 return Err(too_large("body", max));
+            }
+            if first.is_empty() {
+                // Most come in one piece, which need not be copied.
+                first = chunk;
+                continue;
+            }
+            if all.is_empty() {
+                all.reserve(first.len().max(announced as usize));
+                all.extend_from_slice(&first);
             }
             all.extend_from_slice(&chunk);
         }
-        Ok(all)
+        Ok(if all.is_empty() { first } else { all.into() })
     }
 
     /// As much of a refusal's body as comes soon and whole. That it breaks off is no

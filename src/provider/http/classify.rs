@@ -176,7 +176,7 @@ pub(super) fn refusal(head: &Head, body: &[u8]) -> Error {
 
     let mut error = head.error(kind, &message);
     if let Some(code) = &complaint.code {
-        error = error.with_code(shorten(&head.scrub(code), 100));
+        error = error.with_code(shorten(head.scrub(code), 100));
     }
     if let Some(wait) = rate.retry_after {
         error = error.with_wait(wait);
@@ -195,9 +195,9 @@ pub(super) fn refusal(head: &Head, body: &[u8]) -> Error {
 }
 
 /// Cuts a text to at most `max` bytes, at a character's end.
-pub(super) fn shorten(text: &str, max: usize) -> String {
+pub(super) fn shorten(text: String, max: usize) -> String {
     if text.len() <= max {
-        return text.to_owned();
+        return text;
     }
     let mark = "…";
     let mut end = max - mark.len();
@@ -209,5 +209,5 @@ pub(super) fn shorten(text: &str, max: usize) -> String {
 
 /// A server's message as it may be shown: without secrets, and bounded.
 pub(super) fn shown(head: &Head, message: &str) -> String {
-    shorten(&head.scrub(message), MAX_MESSAGE)
+    shorten(head.scrub(message), MAX_MESSAGE)
 }

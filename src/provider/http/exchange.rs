@@ -121,7 +121,7 @@ impl Http {
     ) -> Result<Reply> {
         let (head, mut body) = self.post(body, timeout).await?;
         let body = body.all().await.map_err(|error| head.mark(error))?;
-        whole::<D>(&head, body)
+        whole::<D>(&head, &body)
     }
 
     pub(crate) async fn stream<D: Dialect>(
@@ -137,7 +137,7 @@ impl Http {
             .any(|document| form.starts_with(document))
         {
             let body = body.all().await.map_err(|error| head.mark(error))?;
-            let reply = whole::<D>(&head, body)?;
+            let reply = whole::<D>(&head, &body)?;
             let text = Delta::Text(reply.text.clone());
             return Ok(Box::pin(stream::iter([
                 Ok(text),
@@ -164,8 +164,8 @@ impl Http {
     }
 }
 
-fn whole<D: Dialect>(head: &Head, body: Vec<u8>) -> Result<Reply> {
-    let text = String::from_utf8(body)
+fn whole<D: Dialect>(head: &Head, body: &[u8]) -> Result<Reply> {
+    let text = std::str::from_utf8(body)
         .map_err(|error| head.error(ErrorKind::MalformedReply, &error.to_string()))?;
     let body = text.trim_start_matches('\u{feff}').trim();
     let json: Json<'_> = serde_json::from_str(body).map_err(|error| {
@@ -189,7 +189,7 @@ fn is_error(json: &Json<'_>) -> bool {
     !json.get("error").is_null() || json.get("object").as_str() == Some("error")
 }
 
-fn reply(head: &Head, parts: Parts, raw: String) -> Reply {
+fn reply(head: &Head, parts: Parts, raw: &str) -> Reply {
     let rate = head.rate(None);
     Reply {
         text: parts.text,
@@ -259,7 +259,7 @@ impl<D: Dialect> Streaming<D> {
     fn end(&mut self) -> Delta {
         let parts = std::mem::take(&mut self.parts);
         let last = std::mem::take(&mut self.last);
-        Delta::End(Box::new(reply(&self.head, parts, last)))
+        Delta::End(Box::new(reply(&self.head, parts, &last)))
     }
 
     fn cut(&self) -> Error {

@@ -121,7 +121,6 @@ impl fmt::Debug for Settings {
 pub(crate) struct Http {
     client: Client,
     url: Url,
-    headers: HeaderMap,
     secrets: Arc<Secrets>,
     limits: Limits,
 }
@@ -149,6 +148,7 @@ impl Http {
         }
         let client = Client::builder()
             .user_agent(concat!("throughline/", env!("CARGO_PKG_VERSION")))
+            .default_headers(headers)
             .connect_timeout(settings.limits.connect)
             // The guard above counts and paces every call, so none is made behind its
             // back. (What hyper still does by itself: a request that found its pooled
@@ -161,7 +161,6 @@ impl Http {
         Ok(Self {
             client,
             url: endpoint(&settings, path)?,
-            headers,
             secrets: secrets.into(),
             limits: settings.limits,
         })
@@ -175,19 +174,15 @@ impl Http {
     async fn post(&self, body: Vec<u8>, timeout: Option<Duration>) -> Result<(Head, Body)> {
         let whole = timeout.map_or(self.limits.whole, |asked| asked.min(self.limits.whole));
         let deadline = Deadline::after(whole);
-        let first_byte = Deadline::after(self.limits.first_byte).min(deadline);
+        let first_byte = || Deadline::after(self.limits.first_byte).min(deadline);
 
-        let request = self
-            .client
-            .post(self.url.clone())
-            .headers(self.headers.clone())
-            .body(body);
+        let request = self.client.post(self.url.clone()).body(body);
         let mut alarm = Alarm::default();
         let mut response = match alarm.guard(first_byte, request.send()).await {
-            Some(Ok(response)) => response,
-            Some(Err(error)) => return Err(self.unsent(&error)),
-            None if first_byte == deadline => return Err(too_slow("the call", whole)),
-            None => return Err(too_slow("the reply's first byte", self.limits.first_byte)),
+            Ok(Ok(response)) => response,
+            Ok(Err(error)) => return Err(self.unsent(&error)),
+            Err(end) if end == deadline => return Err(too_slow("the call", whole)),
+            Err(_) => return Err(too_slow("the reply's first byte", self.limits.first_byte)),
         };
 
         let head = Head {
@@ -251,7 +246,7 @@ impl Head {
         ["x-request-id", "request-id", "apim-request-id"]
             .iter()
             .find_map(|name| self.get(name))
-            .map(|id| classify::shorten(&self.scrub(id), 200))
+            .map(|id| classify::shorten(self.scrub(id), 200))
     }
 
     fn scrub(&self, text: &str) -> String {
@@ -305,14 +300,19 @@ impl Deadline {
 struct Alarm(Option<Pin<Box<Sleep>>>);
 
 impl Alarm {
-    /// Waits for `future`; `None` when the deadline came first.
-    async fn guard<F: Future>(&mut self, deadline: Deadline, future: F) -> Option<F::Output> {
+    /// Waits for `future`, or fails with the deadline that came first. What is ready at once has none.
+    async fn guard<F: Future>(
+        &mut self,
+        deadline: impl FnOnce() -> Deadline,
+        future: F,
+    ) -> Result<F::Output, Deadline> {
         let mut future = pin!(future);
         if let Poll::Ready(output) = poll!(future.as_mut()) {
-            return Some(output);
+            return Ok(output);
         }
+        let deadline = deadline();
         let Some(at) = deadline.0 else {
-            return Some(future.await);
+            return Ok(future.await);
         };
         let alarm = self.0.get_or_insert_with(|| Box::pin(sleep_until(at)));
         if alarm.deadline() != at {
@@ -320,8 +320,8 @@ impl Alarm {
         }
         tokio::select! {
             biased;
-            output = future => Some(output),
-            () = alarm.as_mut() => None,
+            output = future => Ok(output),
+            () = alarm.as_mut() => Err(deadline),
         }
     }
 }
