@@ -87,6 +87,7 @@ impl Guard {
         });
     }
 
+    /// One request, to be [answered](Call::answer).
     pub(crate) fn call<'a>(
         &'a self,
         scope: &'a Scope,

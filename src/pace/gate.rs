@@ -87,7 +87,7 @@ mod tests {
     const SECOND: Duration = Duration::from_secs(1);
     const LONGEST: Duration = Duration::from_secs(30);
 
-    fn at(second: Nanos) -> Nanos {
+    fn at(second: u64) -> Nanos {
         second * 1_000_000_000
     }
 
@@ -120,7 +120,7 @@ mod tests {
     #[test]
     fn waits_double_from_cohort_to_cohort_and_a_success_resets_them() {
         let mut gate = Gate::new(0);
-        let wait_of = |gate: &mut Gate, now: Nanos, granted_at: Nanos| {
+        let wait_of = |gate: &mut Gate, now: u64, granted_at: u64| {
             let now = at(now);
             gate.refuse(now, at(granted_at), None, LONGEST);
             let wait = Duration::from_nanos(gate.opens_at() - now);

@@ -131,7 +131,7 @@ impl Lane {
     /// # Panics
     ///
     /// If it must wait outside a Tokio runtime that has its timer enabled.
-    pub fn acquire(&self, need: Need) -> impl Future<Output = Result<Permit>> {
+    pub fn acquire(&self, need: Need) -> impl Future<Output = Result<Permit>> + Send {
         Acquire {
             lane: self,
             stage: Stage::Arriving(need),
@@ -244,7 +244,7 @@ impl Shared {
     }
 
     /// One step of the turnstile. The clock is read under the lock, so that the
-    /// turnstile's time never runs backwards; wakers run outside it.
+    /// turnstile's time never runs backwards; who is woken is woken outside it.
     fn step<R>(
         &self,
         step: impl FnOnce(&mut Turnstile<Waker>, Nanos, &mut Errands<Waker>) -> R,
@@ -276,12 +276,8 @@ enum Stage {
 }
 
 impl Acquire<'_> {
-    fn set_alarm(&mut self, at: Nanos) -> Option<Pin<&mut Sleep>> {
-        let deadline = self
-            .lane
-            .shared
-            .start
-            .checked_add(Duration::from_nanos(at))?;
+    fn set_alarm(&mut self, at: Nanos) -> Pin<&mut Sleep> {
+        let deadline = self.lane.shared.start + Duration::from_nanos(at);
         let alarm = match self.alarm.take() {
             Some(mut alarm) => {
                 alarm.as_mut().reset(deadline);
@@ -289,7 +285,7 @@ impl Acquire<'_> {
             }
             None => Box::pin(tokio::time::sleep_until(deadline)),
         };
-        Some(self.alarm.insert(alarm).as_mut())
+        self.alarm.insert(alarm).as_mut()
     }
 }
 
@@ -326,11 +322,9 @@ impl Future for Acquire<'_> {
                     alarm
                 }
             };
-            match alarm.map(|at| this.set_alarm(at)) {
+            match alarm {
                 None => return Poll::Pending,
-                Some(Some(alarm)) => ready!(alarm.poll(cx)),
-                // Beyond the end of the clock's time.
-                Some(None) => return Poll::Pending,
+                Some(at) => ready!(this.set_alarm(at).poll(cx)),
             }
         }
     }

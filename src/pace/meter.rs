@@ -213,8 +213,8 @@ impl Meter {
         self.keep_empty_while_closed(now);
     }
 
-    #[inline]
     /// A call has cost `actual` in all.
+    #[inline]
     pub(super) fn settle(&mut self, now: Nanos, share: Share, actual: u64) {
         self.bucket.settle(self.clock_at(now), share.due, actual);
         if share.later > 0 {
@@ -368,7 +368,7 @@ impl Meter {
             (self.scale, self.source) = (fresh.scale, source);
         }
         (self.clock, self.at, self.burst) = (clock, self.at.max(now), nanos(burst.time));
-        self.bucket.retune(clock, rate, self.scaled_burst());
+        self.bucket.retune(clock, rate, self.scaled(self.burst));
         self.sized_for = self.scale.value();
     }
 
@@ -381,11 +381,7 @@ impl Meter {
         }
         self.sized_for = self.scale.value();
         let clock = self.clock_at(now);
-        self.bucket.resize(clock, self.scaled_burst());
-    }
-
-    fn scaled_burst(&self) -> Nanos {
-        self.hastened(self.burst)
+        self.bucket.resize(clock, self.scaled(self.burst));
     }
 
     #[inline]
@@ -396,21 +392,21 @@ impl Meter {
         }
     }
 
-    /// The time is known where it was passed, or stands still.
+    /// Nothing to reckon where no time has passed, or it stands still.
     #[inline]
     fn clock_at(&self, now: Nanos) -> Nanos {
         match now.saturating_sub(self.at) {
             0 => self.clock,
-            passed => self.clock.saturating_add(self.hastened(passed)),
+            passed => self.clock.saturating_add(self.scaled(passed)),
         }
     }
 
-    /// How much of the bucket's time goes by in `passed` of the lane's.
+    /// A time of the lane's as the bucket sees it.
     #[inline]
-    fn hastened(&self, passed: Nanos) -> Nanos {
+    fn scaled(&self, time: Nanos) -> Nanos {
         match self.scale.value() {
-            1.0 => passed,
-            scale => times(passed, scale),
+            1.0 => time,
+            scale => times(time, scale),
         }
     }
 
@@ -426,8 +422,7 @@ impl Meter {
     }
 }
 
-/// Never inlined: floats would be reckoned with before it is known whether they are needed, which was a
-/// third of what a grant cost.
+/// Never inlined: else floats are reckoned with before it is known whether they are needed.
 #[inline(never)]
 fn times(time: Nanos, factor: f64) -> Nanos {
     (time as f64 * factor) as Nanos

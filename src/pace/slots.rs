@@ -119,7 +119,7 @@ mod tests {
 
     #[test]
     fn overload_halves_once_a_cohort_and_successes_bring_it_back() {
-        let at = |second: Nanos| second * 1_000_000_000;
+        let at = |second: u64| second * 1_000_000_000;
         let mut slots = Slots::new(Some(10));
         (0..8).for_each(|_| slots.take());
         assert!(slots.overloaded(at(10), at(5)));
@@ -138,7 +138,7 @@ mod tests {
 
     #[test]
     fn a_crowd_leaves_as_many_as_were_let_in() {
-        let at = |second: Nanos| second * 1_000_000_000;
+        let at = |second: u64| second * 1_000_000_000;
         let mut slots = Slots::new(Some(16));
         (0..16).for_each(|_| slots.take());
         assert!(slots.are_many());

@@ -58,8 +58,8 @@ pub(super) enum Turn {
     Stopped(Error),
 }
 
-/// What is left to do once the lock is released, because a waker runs code of
-/// others when it wakes and even when it is dropped.
+/// What is left to do once the lock is released, because a waker runs code of others when it
+/// wakes, and may when it is dropped.
 #[derive(Debug)]
 pub(super) struct Errands<W> {
     /// Whom to wake. Most often there is one, who costs no allocation.
@@ -247,9 +247,11 @@ impl<W: Clone> Turnstile<W> {
             // Whoever let it through has seen to the others.
             return self.collect(now, key);
         }
+        // First, as it is code of others: if it panics, nothing has changed.
+        let waker = waker.clone();
         // It is awake, and its old alarm is spent.
         self.timekeeper.take_if(|(keeper, _)| *keeper == key);
-        self.look(now, key, waker.clone(), errands)
+        self.look(now, key, waker, errands)
     }
 
     /// One in the queue looks after itself and everybody else. Its waker is a clone of one
@@ -333,6 +335,7 @@ impl<W: Clone> Turnstile<W> {
     }
 
     pub(super) fn snapshot(&self, now: Nanos) -> LaneSnapshot {
+        debug_assert_eq!(self.in_flight.len(), self.slots.used());
         let from_now = |at: Nanos| Duration::from_nanos(at.saturating_sub(now));
         let closed_for = from_now(self.gate.opens_at());
         let stop = self.stop.as_ref();

@@ -28,7 +28,8 @@ pub(super) fn sent_before() -> Error {
     Error::new(ErrorKind::LeaseLost, message).with_billed(None)
 }
 
-/// Why an item of a run whose time is up is not begun: a pipeline that has a fallback for calls that fail would end well.
+/// How an item ends that was not begun before its run's time was up. It is not tried: a pipeline with a
+/// fallback for calls that fail would end well.
 pub(super) fn too_late() -> Error {
     let message = "the deadline of its run passed before it was begun";
     Error::new(ErrorKind::DeadlineExceeded, message).with_billed(Some(false))

@@ -142,6 +142,7 @@ struct RunInfo {
 }
 
 impl RunInfo {
+    /// Whether its time is up.
     fn is_late(&self) -> bool {
         self.deadline.is_some_and(|end| end <= Instant::now())
     }

@@ -189,7 +189,7 @@ impl Session {
         }
     }
 
-    /// Starts what was claimed; what nobody here can do goes back.
+    /// Starts what was claimed. What must not be begun ends here, and what nobody here can do goes back.
     async fn start(&self, hands: &mut Hands, items: Vec<Item>) {
         count(&self.worker.counters.claimed, items.len() as u64);
         let ambiguous = match self.worker.ambiguous(&items).await {

@@ -67,12 +67,11 @@ impl Body {
         if announced > max as u64 {
             return Err(too_large("body", max));
         }
-        let mut first = Bytes::new();
-        let mut all = Vec::new();
+        let (mut first, mut all, mut left) = (Bytes::new(), Vec::new(), max);
         while let Some(chunk) = self.chunk().await? {
-            if chunk.len() > max - first.len().max(all.len()) {
-                return Err(too_large("body", max));
-            }
+            left = left
+                .checked_sub(chunk.len())
+                .ok_or_else(|| too_large("body", max))?;
             if first.is_empty() {
                 // Most come in one piece, which need not be copied.
                 first = chunk;

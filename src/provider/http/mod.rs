@@ -148,6 +148,7 @@ impl Http {
         }
         let client = Client::builder()
             .user_agent(concat!("throughline/", env!("CARGO_PKG_VERSION")))
+            // A proxy is told the `user-agent` among them, and no other.
             .default_headers(headers)
             .connect_timeout(settings.limits.connect)
             // The guard above counts and paces every call, so none is made behind its
