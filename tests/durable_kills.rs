@@ -268,12 +268,11 @@ fn killed_again_and_again(schemas: Option<&Schemas>, workers: usize, kills: usiz
         let (before, until) = (job.billed().len(), Instant::now() + PATIENCE);
         sleep(Duration::from_millis(random.u64(100..500)));
         // On a busy machine, the time to have something in hand; unless nothing is left to do.
-        let mut done = at_work[victim].try_wait().unwrap().is_some();
-        while !done && job.billed().len() < before + IN_FLIGHT && Instant::now() < until {
+        let mut done = || at_work[victim].try_wait().unwrap().is_some();
+        while !done() && job.billed().len() < before + IN_FLIGHT && Instant::now() < until {
             sleep(Duration::from_millis(10));
-            done = at_work[victim].try_wait().unwrap().is_some();
         }
-        if done {
+        if done() {
             continue;
         }
         killed += 1;
