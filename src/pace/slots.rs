@@ -1,16 +1,19 @@
 //! [`Slots`]: the calls in flight, and how many there may be while the provider is overloaded
 //! or lets in fewer than it was said to.
 
+use slab::Slab;
+
 use super::bucket::Nanos;
 
 /// Where it was their number that was refused, one more is tried after so many rounds of
 /// successes: while nothing has changed, the one is refused, and the lane closes for it.
 const PATIENCE: usize = 16;
 
+/// Each slot holds what there is to know of its call while that is made.
 #[derive(Debug)]
-pub(super) struct Slots {
+pub(super) struct Slots<T> {
     most: usize,
-    used: usize,
+    taken: Slab<T>,
     /// Fewer than `most` since an overload.
     eased: Option<usize>,
     eased_at: Option<Nanos>,
@@ -19,11 +22,11 @@ pub(super) struct Slots {
     successes: usize,
 }
 
-impl Slots {
+impl<T> Slots<T> {
     pub(super) fn new(most: Option<usize>) -> Self {
         Self {
             most: most.unwrap_or(usize::MAX),
-            used: 0,
+            taken: Slab::new(),
             eased: None,
             eased_at: None,
             crowded: false,
@@ -32,7 +35,7 @@ impl Slots {
     }
 
     pub(super) fn used(&self) -> usize {
-        self.used
+        self.taken.len()
     }
 
     /// How many there may be now.
@@ -41,15 +44,20 @@ impl Slots {
     }
 
     pub(super) fn free(&self) -> usize {
-        self.limit().saturating_sub(self.used)
+        self.limit().saturating_sub(self.used())
     }
 
-    pub(super) fn take(&mut self) {
-        self.used += 1;
+    /// The number of the slot that `call` has taken.
+    pub(super) fn take(&mut self, call: T) -> usize {
+        self.taken.insert(call)
     }
 
-    pub(super) fn give_back(&mut self) {
-        self.used -= 1;
+    pub(super) fn get_mut(&mut self, slot: usize) -> &mut T {
+        &mut self.taken[slot]
+    }
+
+    pub(super) fn give_back(&mut self, slot: usize) -> T {
+        self.taken.remove(slot)
     }
 
     pub(super) fn retune(&mut self, most: Option<usize>) {
@@ -63,7 +71,7 @@ impl Slots {
         if self.eased_at.is_some_and(|at| sent_at < at) {
             return false;
         }
-        self.eased = Some((self.used.min(self.limit()) / 2).max(1));
+        self.eased = Some((self.used().min(self.limit()) / 2).max(1));
         self.eased_at = Some(now);
         self.crowded = false;
         self.successes = 0;
@@ -72,7 +80,7 @@ impl Slots {
 
     /// Whether so many are in flight that it may be their number that is refused.
     pub(super) fn are_many(&self) -> bool {
-        self.limit() < usize::MAX && self.used > self.limit() / 2
+        self.limit() < usize::MAX && self.used() > self.limit() / 2
     }
 
     /// A call was refused for the number in flight, of which it still is one: it was one too
@@ -83,7 +91,7 @@ impl Slots {
             Some(eased) if self.was_crowded(sent_at) => eased,
             _ => {
                 self.eased_at = Some(now);
-                self.used.min(self.limit())
+                self.used().min(self.limit())
             }
         };
         self.eased = Some(most.saturating_sub(1).max(1));
@@ -121,7 +129,9 @@ mod tests {
     fn overload_halves_once_a_cohort_and_successes_bring_it_back() {
         let at = |second: u64| second * 1_000_000_000;
         let mut slots = Slots::new(Some(10));
-        (0..8).for_each(|_| slots.take());
+        for _ in 0..8 {
+            slots.take(());
+        }
         assert!(slots.overloaded(at(10), at(5)));
         assert_eq!((slots.limit(), slots.free()), (4, 0));
         assert!(!slots.overloaded(at(11), at(6)), "the same cohort");
@@ -140,18 +150,18 @@ mod tests {
     fn a_crowd_leaves_as_many_as_were_let_in() {
         let at = |second: u64| second * 1_000_000_000;
         let mut slots = Slots::new(Some(16));
-        (0..16).for_each(|_| slots.take());
+        let taken: Vec<_> = (0..16).map(|_| slots.take(())).collect();
         assert!(slots.are_many());
-        for _ in 0..8 {
+        for slot in &taken[..8] {
             slots.crowded(at(1), at(1));
-            slots.give_back();
+            slots.give_back(*slot);
         }
         assert_eq!(slots.limit(), 8);
         (0..8 * PATIENCE - 1).for_each(|_| slots.succeeded(at(2)));
         assert_eq!(slots.limit(), 8);
         slots.succeeded(at(2));
         assert_eq!(slots.limit(), 9);
-        slots.take();
+        slots.take(());
         slots.crowded(at(3), at(3));
         assert_eq!(slots.limit(), 8);
     }
@@ -159,14 +169,16 @@ mod tests {
     #[test]
     fn without_a_limit_nobody_is_many() {
         let mut slots = Slots::new(None);
-        (0..1_000).for_each(|_| slots.take());
+        for _ in 0..1_000 {
+            slots.take(());
+        }
         assert!(!slots.are_many());
     }
 
     #[test]
     fn one_always_goes() {
         let mut slots = Slots::new(None);
-        slots.take();
+        slots.take(());
         assert!(slots.overloaded(0, 0));
         assert_eq!(slots.limit(), 1);
     }

@@ -11,8 +11,6 @@ mod ends;
 
 use std::time::Duration;
 
-use slab::Slab;
-
 use super::bucket::{Nanos, Rate};
 use super::buckets::{Buckets, Mark, Named};
 use super::gate::Gate;
@@ -34,7 +32,7 @@ const PULSE: Nanos = 60_000_000_000;
 #[must_use]
 pub(super) struct Grant(usize);
 
-/// What a call was let through with. It stays here while the call is made: its holders are
+/// What a call was let through with. It stays in the call's slot: who holds the grant are
 /// futures, which are moved about.
 #[derive(Debug)]
 struct Granted {
@@ -150,9 +148,8 @@ pub(super) struct Turnstile<W> {
     burst: Burst,
     buckets: Buckets,
     gate: Gate,
-    slots: Slots,
+    slots: Slots<Granted>,
     queue: Queue<W>,
-    in_flight: Slab<Granted>,
     /// Granted out of the queue and not yet collected, by ticket.
     uncollected: Map<u64, Grant>,
     /// Who will look next, and when at the latest.
@@ -179,7 +176,6 @@ impl<W: Clone> Turnstile<W> {
             gate: Gate::new(seed),
             slots: Slots::new(pace.in_flight),
             queue: Queue::new(),
-            in_flight: Slab::new(),
             uncollected: Map::default(),
             timekeeper: None,
             stop: None,
@@ -284,8 +280,7 @@ impl<W: Clone> Turnstile<W> {
                 let why = stop.as_ref().map(|stop| &stop.why);
                 let why = why.or(self.last_stop.as_ref()).cloned();
                 if let Some(grant) = grant {
-                    let Granted { charge, at, .. } = self.in_flight.remove(grant.0);
-                    self.slots.give_back();
+                    let Granted { charge, at, .. } = self.slots.give_back(grant.0);
                     self.buckets.refund(now, charge, at);
                 }
                 Turn::Stopped(why.expect("a waiter is in the queue, has its grant, or was stopped"))
@@ -335,7 +330,6 @@ impl<W: Clone> Turnstile<W> {
     }
 
     pub(super) fn snapshot(&self, now: Nanos) -> LaneSnapshot {
-        debug_assert_eq!(self.in_flight.len(), self.slots.used());
         let from_now = |at: Nanos| Duration::from_nanos(at.saturating_sub(now));
         let closed_for = from_now(self.gate.opens_at());
         let stop = self.stop.as_ref();
@@ -402,10 +396,9 @@ impl<W: Clone> Turnstile<W> {
 
     fn grant(&mut self, now: Nanos, charge: Charge) -> Grant {
         let mark = self.buckets.take(now, charge);
-        self.slots.take();
         self.pulse.beat(now);
         self.granted += 1;
-        Grant(self.in_flight.insert(Granted {
+        Grant(self.slots.take(Granted {
             charge,
             at: now,
             mark,

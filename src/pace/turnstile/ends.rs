@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::super::bucket::{Nanos, nanos};
 use super::super::buckets::{Mark, Named};
 use super::super::words::{CallOutcome, Charge, LaneChange};
-use super::{End, Errands, Grant, Granted, Turnstile};
+use super::{End, Errands, Grant, Turnstile};
 use crate::error::{Error, ErrorKind, Persistence};
 use crate::usage::RateSnapshot;
 
@@ -26,7 +26,7 @@ impl<W: Clone> Turnstile<W> {
         said: &RateSnapshot,
         errands: &mut Errands<W>,
     ) -> Vec<LaneChange> {
-        let granted = &mut self.in_flight[grant.0];
+        let granted = self.slots.get_mut(grant.0);
         granted.named = Named::of(said, granted.charge);
         if !self.adaptive || granted.at < self.observed {
             return Vec::new();
@@ -66,8 +66,8 @@ impl<W: Clone> Turnstile<W> {
         end: End,
         errands: &mut Errands<W>,
     ) -> Vec<LaneChange> {
-        let granted = self.in_flight.remove(grant.0);
-        let Granted { charge, at, .. } = granted;
+        let granted = self.slots.get_mut(grant.0);
+        let (charge, at, named) = (granted.charge, granted.at, granted.named);
         let mut changes = Vec::new();
         self.advance(now);
         if let End::Finished(CallOutcome::Done { .. }) = end {
@@ -95,12 +95,12 @@ impl<W: Clone> Turnstile<W> {
             End::Finished(CallOutcome::Throttled { wait }) => {
                 self.throttled += 1;
                 self.buckets.settle(now, charge, Charge::default(), at);
-                if self.is_crowd(now, &granted, wait) {
+                if self.is_crowd(now, at, named, wait) {
                     self.slots.crowded(now, at);
                     let in_flight = self.slots.limit();
                     changes.push(LaneChange::Eased { in_flight });
                 } else {
-                    self.slow_down(now, &granted, &mut changes);
+                    self.slow_down(now, (at, charge), named, &mut changes);
                 }
                 self.close(now, at, wait, LONGEST_THROTTLE, &mut changes);
                 if let Some(wait) = wait.filter(|wait| *wait > LONGEST_WAIT) {
@@ -118,31 +118,42 @@ impl<W: Clone> Turnstile<W> {
                 self.close(now, at, wait, LONGEST_OVERLOAD, &mut changes);
             }
         }
+        let granted = self.slots.give_back(grant.0);
         if let Some(said) = &granted.said {
             changes.extend(self.heed(now, at, &granted.mark, said));
         }
-        self.slots.give_back();
         self.pump(now, errands);
         changes
     }
 
     /// Whether a call was refused for the number in flight: nobody says how long to wait or
     /// for what, no rate is near its end, and most slots are taken.
-    fn is_crowd(&self, now: Nanos, granted: &Granted, wait: Option<Duration>) -> bool {
-        let unexplained = granted.named.is_none() && wait.is_none();
+    fn is_crowd(
+        &self,
+        now: Nanos,
+        sent_at: Nanos,
+        named: Option<Named>,
+        wait: Option<Duration>,
+    ) -> bool {
+        let unexplained = named.is_none() && wait.is_none();
         let many = || self.slots.are_many() && self.buckets.are_half_full(now);
-        self.adaptive && unexplained && (self.slots.was_crowded(granted.at) || many())
+        self.adaptive && unexplained && (self.slots.was_crowded(sent_at) || many())
     }
 
     /// Uses the limit that was refused more slowly, where no limit was known one
     /// that is guessed.
-    fn slow_down(&mut self, now: Nanos, granted: &Granted, changes: &mut Vec<LaneChange>) {
+    fn slow_down(
+        &mut self,
+        now: Nanos,
+        sent: (Nanos, Charge),
+        named: Option<Named>,
+        changes: &mut Vec<LaneChange>,
+    ) {
         if !self.adaptive {
             return;
         }
         let guess = || (self.pulse.rate(now), self.burst);
-        let sent = (granted.at, granted.charge);
-        let slowed = self.buckets.refuse(now, sent, granted.named, guess);
+        let slowed = self.buckets.refuse(now, sent, named, guess);
         changes.extend(slowed.map(|(resource, scale)| LaneChange::Slowed {
             limit: resource.binding(),
             scale,
