@@ -112,13 +112,11 @@ impl Guard {
     /// Gives the permit back with all the lane can learn from the call.
     fn conclude(
         &self,
-        mut turn: Turn<'_, Deployment>,
+        turn: Turn<'_, Deployment>,
         said: Option<&RateSnapshot>,
         outcome: CallOutcome,
     ) {
-        let mut changes = said.map_or_else(Vec::new, |said| turn.listen(said));
-        changes.extend(turn.conclude(outcome));
-        for change in changes {
+        for change in turn.conclude(said, outcome) {
             self.observers.tell(|| match change {
                 LaneChange::Closed { wait } => Event::LaneClosed { wait },
                 LaneChange::Slowed { limit, scale } => Event::LaneSlowed {

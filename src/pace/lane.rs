@@ -389,9 +389,23 @@ impl Permit {
         self.end(End::Finished(outcome));
     }
 
-    /// As [`finish`](Permit::finish), and says what that changed for everybody.
-    pub(crate) fn conclude(mut self, outcome: CallOutcome) -> Vec<LaneChange> {
-        self.end(End::Finished(outcome))
+    /// As [`observe`](Permit::observe) and [`finish`](Permit::finish) in one step of the lane,
+    /// and says what that changed for everybody.
+    pub(crate) fn conclude(
+        mut self,
+        said: Option<&RateSnapshot>,
+        outcome: CallOutcome,
+    ) -> Vec<LaneChange> {
+        let Some(grant) = self.grant.take() else {
+            return Vec::new();
+        };
+        self.lane.shared.step(|turnstile, now, errands| {
+            let mut changes = said.map_or_else(Vec::new, |said| {
+                turnstile.observe(now, &grant, said, errands)
+            });
+            changes.extend(turnstile.finish(now, grant, End::Finished(outcome), errands));
+            changes
+        })
     }
 
     /// Says what the headers of the reply, or of the error, told of the limits. Call it
@@ -403,17 +417,11 @@ impl Permit {
     /// an older call tells is left alone. A lane that is not
     /// [adaptive](Pace::adaptive) does not listen.
     pub fn observe(&mut self, said: &RateSnapshot) {
-        self.listen(said);
-    }
-
-    /// As [`observe`](Permit::observe), and says what that changed for everybody.
-    pub(crate) fn listen(&mut self, said: &RateSnapshot) -> Vec<LaneChange> {
-        let Some(grant) = &self.grant else {
-            return Vec::new();
-        };
-        self.lane
-            .shared
-            .step(|turnstile, now, errands| turnstile.observe(now, grant, said, errands))
+        if let Some(grant) = &self.grant {
+            self.lane
+                .shared
+                .step(|turnstile, now, errands| turnstile.observe(now, grant, said, errands));
+        }
     }
 
     #[inline]

@@ -342,17 +342,17 @@ impl<'a, T> Turn<'a, T> {
         self.permit.observe(said);
     }
 
-    pub(crate) fn listen(&mut self, said: &RateSnapshot) -> Vec<LaneChange> {
-        self.permit.listen(said)
-    }
-
     /// As [`Permit::finish`].
     pub fn finish(self, outcome: CallOutcome) {
-        self.conclude(outcome);
+        self.conclude(None, outcome);
     }
 
-    pub(crate) fn conclude(self, outcome: CallOutcome) -> Vec<LaneChange> {
-        let changes = self.permit.conclude(outcome);
+    pub(crate) fn conclude(
+        self,
+        said: Option<&RateSnapshot>,
+        outcome: CallOutcome,
+    ) -> Vec<LaneChange> {
+        let changes = self.permit.conclude(said, outcome);
         let closed = |change: &LaneChange| matches!(change, LaneChange::Closed { wait } if *wait > self.pool.parked_after);
         if changes.iter().any(closed) {
             self.pool.changed.notify_waiters();
