@@ -7,7 +7,7 @@ use async_trait::async_trait;
 use secrecy::ExposeSecret as _;
 use serde_json::json;
 
-use super::http::{self, Dialect, Field, Fields, Http, Json, Parts, Settings};
+use super::http::{self, Dialect, Fields, Http, Json, Parts, Settings};
 use super::{Capabilities, OutputCharge, Provider};
 use crate::error::{Error, ErrorKind, Result};
 use crate::reply::{FinishReason, Reply, ReplyStream};
@@ -108,24 +108,24 @@ impl Anthropic {
             .iter()
             .partition(|message| message.role == Role::System);
         let system: Vec<&str> = system.iter().map(|message| &*message.content).collect();
-        let mut body = Fields::new(request, stream);
-        body.put("model", Field::Text(http::model(request)?));
-        body.put_json("max_tokens", Some(request.max_tokens.unwrap_or(MAX_TOKENS)));
+        let mut body = Fields::new(request);
+        body.put("model", Some(http::model(request)?))?;
+        body.put("max_tokens", Some(request.max_tokens.unwrap_or(MAX_TOKENS)))?;
         // The other two roles are named here as in the dialect.
-        body.put("messages", Field::Messages(messages));
+        body.put("messages", Some(messages))?;
         let system = (!system.is_empty()).then(|| system.join("\n\n"));
-        body.put_json("system", system);
-        body.put_json("temperature", request.temperature);
-        let stop = (!request.stop.is_empty()).then(|| request.stop.clone());
-        body.put_json("stop_sequences", stop);
+        body.put("system", system)?;
+        body.put("temperature", request.temperature)?;
+        let stop = (!request.stop.is_empty()).then_some(&request.stop);
+        body.put("stop_sequences", stop)?;
         if let ResponseFormat::JsonSchema { schema, .. } = &request.response_format {
             let fit = http::enforceable(schema, &UNSUPPORTED);
             if fit.closed {
                 let format = json!({"type": "json_schema", "schema": fit.schema});
-                body.put_json("output_config", Some(json!({ "format": format })));
+                body.put("output_config", Some(json!({ "format": format })))?;
             }
         }
-        body.to_json()
+        body.end(stream)
     }
 }
 

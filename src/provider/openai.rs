@@ -7,7 +7,7 @@ use async_trait::async_trait;
 use secrecy::ExposeSecret as _;
 use serde_json::{Value, json};
 
-use super::http::{self, Dialect, Field, Fields, Http, Json, Parts, Settings};
+use super::http::{self, Dialect, Fields, Http, Json, Parts, Settings};
 use super::{Capabilities, Provider};
 use crate::error::{Error, ErrorKind, Result};
 use crate::reply::{FinishReason, Reply, ReplyStream};
@@ -108,23 +108,19 @@ impl OpenAi {
     }
 
     fn body(&self, request: &Request, stream: bool) -> Result<Vec<u8>> {
-        let mut body = Fields::new(request, stream);
-        body.put("model", Field::Text(http::model(request)?));
+        let mut body = Fields::new(request);
+        body.put("model", Some(http::model(request)?))?;
         // Roles are named here as in the dialect.
-        body.put(
-            "messages",
-            Field::Messages(request.messages.iter().collect()),
-        );
-        body.put_json(&self.max_tokens_field, request.max_tokens);
-        body.put_json("temperature", request.temperature);
-        let stop = (!request.stop.is_empty()).then(|| request.stop.clone());
-        body.put_json("stop", stop);
-        body.put_json("seed", request.seed);
-        body.put_json("response_format", response_format(&request.response_format));
+        body.put("messages", Some(&request.messages))?;
+        body.put(&self.max_tokens_field, request.max_tokens)?;
+        body.put("temperature", request.temperature)?;
+        body.put("stop", (!request.stop.is_empty()).then_some(&request.stop))?;
+        body.put("seed", request.seed)?;
+        body.put("response_format", response_format(&request.response_format))?;
         if stream {
-            body.put_json("stream_options", Some(json!({"include_usage": true})));
+            body.put("stream_options", Some(json!({"include_usage": true})))?;
         }
-        body.to_json()
+        body.end(stream)
     }
 }
 

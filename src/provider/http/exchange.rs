@@ -5,8 +5,7 @@ use std::marker::PhantomData;
 use std::time::Duration;
 
 use futures::stream;
-use serde::ser::{Serialize, SerializeMap as _, Serializer};
-use serde_json::Value;
+use serde::Serialize;
 /// A tree that borrows from the text it was read from: every reply is read once.
 pub(crate) use serde_json_borrow::Value as Json;
 
@@ -15,7 +14,7 @@ use super::sse::Events;
 use super::{Head, Http, classify};
 use crate::error::{Error, ErrorKind, Result};
 use crate::reply::{Delta, FinishReason, Reply, ReplyStream};
-use crate::request::{Message, Request};
+use crate::request::Request;
 use crate::usage::Usage;
 
 /// How a provider writes replies.
@@ -49,67 +48,49 @@ pub(crate) fn model(request: &Request) -> Result<&str> {
     })
 }
 
-/// A request's body: our fields, borrowed where they are large, and the provider's own
-/// ([`Request::extra`]) in the place of ours where the names are the same.
+/// A request's body: our fields, and the provider's own ([`Request::extra`]) in the place of
+/// ours where the names are the same.
 pub(crate) struct Fields<'a> {
-    ours: Vec<(&'a str, Field<'a>)>,
+    json: Vec<u8>,
     request: &'a Request,
-    stream: bool,
-}
-
-#[derive(serde::Serialize)]
-#[serde(untagged)]
-pub(crate) enum Field<'a> {
-    Text(&'a str),
-    Messages(Vec<&'a Message>),
-    Json(Value),
 }
 
 impl<'a> Fields<'a> {
-    pub(crate) fn new(request: &'a Request, stream: bool) -> Self {
+    pub(crate) fn new(request: &'a Request) -> Self {
+        // The prompt is most of it: a buffer of that size need not grow, and be copied, step by step.
+        let texts = request.messages.iter().map(|m| m.content.len());
         Self {
-            ours: Vec::with_capacity(8),
+            json: Vec::with_capacity(512 + texts.sum::<usize>()),
             request,
-            stream,
         }
     }
 
-    pub(crate) fn put(&mut self, name: &'a str, field: Field<'a>) {
-        if !self.request.extra.contains_key(name) {
-            self.ours.push((name, field));
+    pub(crate) fn put(&mut self, name: &str, value: Option<impl Serialize>) -> Result<()> {
+        match value {
+            Some(value) if !self.request.extra.contains_key(name) => self.write(name, value),
+            _ => Ok(()),
         }
     }
 
-    pub(crate) fn put_json(&mut self, name: &'a str, value: Option<impl Into<Value>>) {
-        if let Some(value) = value {
-            self.put(name, Field::Json(value.into()));
-        }
+    fn write(&mut self, name: &str, value: impl Serialize) -> Result<()> {
+        let first = self.json.is_empty();
+        self.json.push(if first { b'{' } else { b',' });
+        serde_json::to_writer(&mut self.json, name)?;
+        self.json.push(b':');
+        Ok(serde_json::to_writer(&mut self.json, &value)?)
     }
 
-    pub(crate) fn to_json(&self) -> Result<Vec<u8>> {
-        Ok(serde_json::to_vec(self)?)
-    }
-}
-
-impl Serialize for Fields<'_> {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let mut map = serializer.serialize_map(None)?;
-        for (name, field) in &self.ours {
-            map.serialize_entry(name, field)?;
+    /// The whole body. Whether the reply is streamed is for the method that was called to say.
+    pub(crate) fn end(mut self, stream: bool) -> Result<Vec<u8>> {
+        let extra = self.request.extra.iter();
+        for (name, value) in extra.filter(|(name, _)| *name != "stream") {
+            self.write(name, value)?;
         }
-        // Whether the reply is streamed is for the method that was called to say.
-        for (name, value) in self
-            .request
-            .extra
-            .iter()
-            .filter(|(name, _)| *name != "stream")
-        {
-            map.serialize_entry(name, value)?;
+        if stream {
+            self.write("stream", true)?;
         }
-        if self.stream {
-            map.serialize_entry("stream", &true)?;
-        }
-        map.end()
+        self.json.push(b'}');
+        Ok(self.json)
     }
 }
 

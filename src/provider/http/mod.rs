@@ -34,7 +34,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::provider::rate_headers;
 use crate::usage::RateSnapshot;
 
-pub(crate) use self::exchange::{Dialect, Field, Fields, Json, Parts, model};
+pub(crate) use self::exchange::{Dialect, Fields, Json, Parts, model};
 pub(crate) use self::setters::shared_setters;
 pub(crate) use crate::schema::enforceable;
 
