@@ -1,6 +1,7 @@
 //! Where in the work a call stands: its path, what bounds it, and what it has cost.
 
 use std::fmt::{self, Write as _};
+use std::future::poll_fn;
 use std::ops::AddAssign;
 use std::pin::pin;
 use std::sync::Arc;
@@ -255,30 +256,36 @@ impl Bounds {
         call: impl Future<Output = Result<T>>,
     ) -> Result<T> {
         let mut call = pin!(call);
-        // A provider that answers at once (a cache, a test) need not arm a timer.
-        if let Poll::Ready(done) = poll!(call.as_mut()) {
-            return done;
-        }
+        let mut ended = None;
+        poll_fn(|cx| {
+            // A provider that answers at once (a cache, a test) need not arm a timer.
+            if let Poll::Ready(done) = call.as_mut().poll(cx) {
+                return Poll::Ready(done);
+            }
+            let ended = ended.get_or_insert_with(|| Box::pin(self.ended(limit)));
+            ended.as_mut().poll(cx).map(Err)
+        })
+        .await
+    }
+
+    /// What ends a call in flight.
+    async fn ended(&self, limit: Duration) -> Error {
         let end = Instant::now() + limit;
         let at = self.deadline.map_or(end, |deadline| deadline.min(end));
-        let ended = Box::pin(async {
-            let error = tokio::select! {
-                biased;
-                done = call => return done,
-                () = self.cancel.cancelled() => {
-                    self.cut.store(true, Ordering::Relaxed);
-                    Error::cancelled("cancelled while the call was in flight")
-                }
-                () = sleep_until(at) => if at < end {
-                    let message = "the deadline passed while the call was in flight";
-                    Error::new(ErrorKind::DeadlineExceeded, message)
-                } else {
-                    Error::new(ErrorKind::Timeout, format!("no reply within {limit:?}"))
-                },
-            };
-            Err(error.with_billed(None))
-        });
-        ended.await
+        let error = tokio::select! {
+            biased;
+            () = self.cancel.cancelled() => {
+                self.cut.store(true, Ordering::Relaxed);
+                Error::cancelled("cancelled while the call was in flight")
+            }
+            () = sleep_until(at) => if at < end {
+                let message = "the deadline passed while the call was in flight";
+                Error::new(ErrorKind::DeadlineExceeded, message)
+            } else {
+                Error::new(ErrorKind::Timeout, format!("no reply within {limit:?}"))
+            },
+        };
+        error.with_billed(None)
     }
 }
 

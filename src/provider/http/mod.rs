@@ -16,12 +16,12 @@ mod setters;
 mod sse;
 
 use std::fmt;
+use std::future::poll_fn;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
-use futures::poll;
 use jiff::Timestamp;
 use reqwest::header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue};
 use reqwest::redirect;
@@ -304,26 +304,31 @@ impl Alarm {
     /// Waits for `future`, or fails with the deadline that came first. What is ready at once has none.
     async fn guard<F: Future>(
         &mut self,
-        deadline: impl FnOnce() -> Deadline,
+        deadline: impl Fn() -> Deadline,
         future: F,
     ) -> Result<F::Output, Deadline> {
         let mut future = pin!(future);
-        if let Poll::Ready(output) = poll!(future.as_mut()) {
-            return Ok(output);
-        }
-        let deadline = deadline();
-        let Some(at) = deadline.0 else {
-            return Ok(future.await);
-        };
-        let alarm = self.0.get_or_insert_with(|| Box::pin(sleep_until(at)));
+        let mut end = None;
+        poll_fn(|cx| {
+            if let Poll::Ready(output) = future.as_mut().poll(cx) {
+                return Poll::Ready(Ok(output));
+            }
+            let end = *end.get_or_insert_with(&deadline);
+            end.0
+                .map_or(Poll::Pending, |at| self.at(at).poll(cx).map(|()| Err(end)))
+        })
+        .await
+    }
+
+    fn at(&mut self, at: Instant) -> Pin<&mut Sleep> {
+        let mut alarm = self
+            .0
+            .get_or_insert_with(|| Box::pin(sleep_until(at)))
+            .as_mut();
         if alarm.deadline() != at {
             alarm.as_mut().reset(at);
         }
-        tokio::select! {
-            biased;
-            output = future => Ok(output),
-            () = alarm.as_mut() => Err(deadline),
-        }
+        alarm
     }
 }
 
