@@ -20,15 +20,14 @@ use crate::usage::{Quota, RateSnapshot};
 pub(crate) const LONGEST: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// Reads the limits and the wait the server asks for: `retry-after-ms`, else
-/// `retry-after`, else the `google.rpc.RetryInfo` of an error's body.
+/// `retry-after`. ([`retry_info`] is for the body of an error.)
 ///
 /// `headers` have lower-case names; of several with one name the first counts. Dates
 /// count from the reply's own `Date`, so that a wrong local clock does no harm, and from
 /// `clock` when there is none.
 pub(crate) fn snapshot<'a>(
-    headers: impl Iterator<Item = (&'a str, &'a str)>,
-    body: Option<&Value>,
-    clock: Timestamp,
+    headers: impl Iterator<Item = (&'a str, &'a [u8])>,
+    clock: impl Fn() -> Timestamp,
 ) -> RateSnapshot {
     let (mut date, mut retry_after_ms, mut retry_after) = (None, None, None);
     let [mut requests, mut tokens, mut input, mut output] = [Texts::default(); 4];
@@ -39,29 +38,33 @@ pub(crate) fn snapshot<'a>(
             "date" => &mut date,
             "retry-after-ms" => &mut retry_after_ms,
             "retry-after" => &mut retry_after,
-            _ => {
-                let Some((resource, field)) = quota_name(name) else {
-                    continue;
-                };
-                let texts = match resource {
-                    "requests" => &mut requests,
-                    "tokens" => &mut tokens,
-                    "input-tokens" => &mut input,
-                    "output-tokens" => &mut output,
-                    _ => continue,
-                };
-                match field {
-                    "limit" => &mut texts.limit,
-                    "remaining" => &mut texts.remaining,
-                    "reset" => &mut texts.reset,
-                    _ => continue,
-                }
-            }
+            "x-ratelimit-limit-requests" => &mut requests.limit,
+            "x-ratelimit-remaining-requests" => &mut requests.remaining,
+            "x-ratelimit-reset-requests" => &mut requests.reset,
+            "x-ratelimit-limit-tokens" => &mut tokens.limit,
+            "x-ratelimit-remaining-tokens" => &mut tokens.remaining,
+            "x-ratelimit-reset-tokens" => &mut tokens.reset,
+            "anthropic-ratelimit-requests-limit" => &mut requests.limit,
+            "anthropic-ratelimit-requests-remaining" => &mut requests.remaining,
+            "anthropic-ratelimit-requests-reset" => &mut requests.reset,
+            "anthropic-ratelimit-tokens-limit" => &mut tokens.limit,
+            "anthropic-ratelimit-tokens-remaining" => &mut tokens.remaining,
+            "anthropic-ratelimit-tokens-reset" => &mut tokens.reset,
+            "anthropic-ratelimit-input-tokens-limit" => &mut input.limit,
+            "anthropic-ratelimit-input-tokens-remaining" => &mut input.remaining,
+            "anthropic-ratelimit-input-tokens-reset" => &mut input.reset,
+            "anthropic-ratelimit-output-tokens-limit" => &mut output.limit,
+            "anthropic-ratelimit-output-tokens-remaining" => &mut output.remaining,
+            "anthropic-ratelimit-output-tokens-reset" => &mut output.reset,
+            _ => continue,
         };
-        slot.get_or_insert(value);
+        // Not only ASCII: Go writes microseconds with a µ.
+        if let (None, Ok(text)) = (&slot, std::str::from_utf8(value)) {
+            *slot = Some(text);
+        }
     }
     // Only when asked: most replies have no date to count from it.
-    let now = || date.and_then(http_date).unwrap_or(clock);
+    let now = || date.and_then(http_date).unwrap_or_else(&clock);
     RateSnapshot {
         requests: requests.quota(now),
         tokens: tokens.quota(now),
@@ -69,20 +72,7 @@ pub(crate) fn snapshot<'a>(
         output_tokens: output.quota(now),
         retry_after: retry_after_ms
             .and_then(|text| seconds(text, 1e-3))
-            .or_else(|| retry_after.and_then(|text| wait(text, now)))
-            .or_else(|| retry_info(body?)),
-    }
-}
-
-/// The resource and the field that a header is about: Anthropic names them in this
-/// order, OpenAI in the other.
-fn quota_name(header: &str) -> Option<(&str, &str)> {
-    match header.strip_prefix("anthropic-ratelimit-") {
-        Some(rest) => rest.rsplit_once('-'),
-        None => {
-            let (field, resource) = header.strip_prefix("x-ratelimit-")?.split_once('-')?;
-            Some((resource, field))
-        }
+            .or_else(|| retry_after.and_then(|text| wait(text, now))),
     }
 }
 
@@ -136,7 +126,8 @@ pub(crate) fn details(body: &Value) -> impl Iterator<Item = &Value> {
         .flatten()
 }
 
-fn retry_info(body: &Value) -> Option<Duration> {
+/// The wait that the `google.rpc.RetryInfo` of an error's body asks for.
+pub(crate) fn retry_info(body: &Value) -> Option<Duration> {
     details(body).find_map(|detail| go_duration(detail.get("retryDelay")?.as_str()?))
 }
 
@@ -228,11 +219,10 @@ mod tests {
     const DATE: &str = "Tue, 03 Jun 2025 10:00:00 GMT";
 
     fn read(headers: &[(&str, &str)]) -> RateSnapshot {
-        read_with(headers, None)
-    }
-
-    fn read_with(headers: &[(&str, &str)], body: Option<&Value>) -> RateSnapshot {
-        snapshot(headers.iter().copied(), body, Timestamp::UNIX_EPOCH)
+        let headers = headers
+            .iter()
+            .map(|(name, value)| (*name, value.as_bytes()));
+        snapshot(headers, || Timestamp::UNIX_EPOCH)
     }
 
     fn quota(limit: u64, remaining: u64, reset: Duration) -> Quota {
@@ -377,18 +367,16 @@ mod tests {
         ]}}]);
         let ms = ("retry-after-ms", "1500");
         let s = ("retry-after", "2");
-        let wait = |headers: &[_], body| read_with(headers, body).retry_after;
+        let wait = |headers: &[_]| read(headers).retry_after;
+        assert_eq!(wait(&[s, ms]), Some(Duration::from_millis(1500)));
+        assert_eq!(wait(&[s]), Some(Duration::from_secs(2)));
         assert_eq!(
-            wait(&[s, ms], Some(&body)),
-            Some(Duration::from_millis(1500))
-        );
-        assert_eq!(wait(&[s], Some(&body)), Some(Duration::from_secs(2)));
-        assert_eq!(wait(&[], Some(&body)), Some(Duration::from_millis(45_800)));
-        assert_eq!(
-            wait(&[("retry-after-ms", "?"), s], None),
+            wait(&[("retry-after-ms", "?"), s]),
             Some(Duration::from_secs(2))
         );
-        assert_eq!(wait(&[], None), None);
+        assert_eq!(wait(&[]), None);
+        assert_eq!(retry_info(&body), Some(Duration::from_millis(45_800)));
+        assert_eq!(retry_info(&json!({"error": {}})), None);
     }
 
     /// As Go prints it: the largest units first, a fraction in the last one.
@@ -419,7 +407,7 @@ mod tests {
                     }
                 }
                 let body = json!({"error": {"details": [{"retryDelay": text}]}});
-                prop_assert!(read_with(&[], Some(&body)).retry_after.unwrap_or_default() <= LONGEST);
+                prop_assert!(retry_info(&body).unwrap_or_default() <= LONGEST);
             }
         }
 

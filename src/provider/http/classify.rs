@@ -158,7 +158,9 @@ pub(super) fn refusal(head: &Head, body: &[u8]) -> Error {
         complaint.message = String::from_utf8_lossy(body).trim().to_owned();
     }
 
-    let mut rate = head.rate(json.as_ref());
+    let mut rate = head.rate.clone();
+    let wait = || rate_headers::retry_info(json.as_ref()?);
+    rate.retry_after = rate.retry_after.or_else(wait);
     let kind = complaint.kind(head.status, rate.retry_after.is_some());
     if kind == ErrorKind::Throttled {
         rate.retry_after = rate

@@ -171,7 +171,6 @@ fn is_error(json: &Json<'_>) -> bool {
 }
 
 fn reply(head: &Head, parts: Parts, raw: &str) -> Reply {
-    let rate = head.rate(None);
     Reply {
         text: parts.text,
         finish: match parts.finish {
@@ -183,7 +182,7 @@ fn reply(head: &Head, parts: Parts, raw: &str) -> Reply {
         model: parts.model,
         request_id: head.request_id(),
         raw: Some(raw.into()),
-        rate: (!rate.is_empty()).then(|| Box::new(rate)),
+        rate: (!head.rate.is_empty()).then(|| Box::new(head.rate.clone())),
     }
 }
 

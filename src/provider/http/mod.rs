@@ -23,11 +23,10 @@ use std::task::Poll;
 use std::time::Duration;
 
 use jiff::Timestamp;
-use reqwest::header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue};
+use reqwest::header::{AsHeaderName, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue};
 use reqwest::redirect;
 use reqwest::{Client, Url};
 use secrecy::{ExposeSecret, SecretString};
-use serde_json::Value;
 use tokio::time::{Instant, Sleep, sleep_until};
 
 use crate::error::{Error, ErrorKind, Result};
@@ -174,8 +173,9 @@ impl Http {
     /// Posts a body and waits for the head of the reply; a refusal is an error.
     async fn post(&self, body: Vec<u8>, timeout: Option<Duration>) -> Result<(Head, Body)> {
         let whole = timeout.map_or(self.limits.whole, |asked| asked.min(self.limits.whole));
-        let deadline = Deadline::after(whole);
-        let first_byte = || Deadline::after(self.limits.first_byte).min(deadline);
+        let start = Instant::now();
+        let deadline = Deadline::at(start, whole);
+        let first_byte = || Deadline::at(start, self.limits.first_byte).min(deadline);
 
         let request = self.client.post(self.url.clone()).body(body);
         let mut alarm = Alarm::default();
@@ -186,10 +186,14 @@ impl Http {
             Err(_) => return Err(too_slow("the reply's first byte", self.limits.first_byte)),
         };
 
+        let headers = std::mem::take(response.headers_mut());
+        let pairs = headers
+            .iter()
+            .map(|(name, value)| (name.as_str(), value.as_bytes()));
         let head = Head {
             status: response.status().as_u16(),
-            headers: std::mem::take(response.headers_mut()),
-            at: Timestamp::now(),
+            rate: rate_headers::snapshot(pairs, Timestamp::now),
+            headers,
             secrets: Arc::clone(&self.secrets),
         };
         let secrets = Arc::clone(&self.secrets);
@@ -228,23 +232,22 @@ impl fmt::Debug for Http {
 pub(crate) struct Head {
     status: u16,
     headers: HeaderMap,
-    at: Timestamp,
+    rate: RateSnapshot,
     secrets: Arc<Secrets>,
 }
 
 impl Head {
-    fn get(&self, name: &str) -> Option<&str> {
-        text(self.headers.get(name)?)
-    }
-
-    fn rate(&self, body: Option<&Value>) -> RateSnapshot {
-        let headers = self.headers.iter();
-        let headers = headers.filter_map(|(name, value)| Some((name.as_str(), text(value)?)));
-        rate_headers::snapshot(headers, body, self.at)
+    fn get(&self, name: impl AsHeaderName) -> Option<&str> {
+        std::str::from_utf8(self.headers.get(name)?.as_bytes()).ok()
     }
 
     fn request_id(&self) -> Option<String> {
-        ["x-request-id", "request-id", "apim-request-id"]
+        static NAMES: [HeaderName; 3] = [
+            HeaderName::from_static("x-request-id"),
+            HeaderName::from_static("request-id"),
+            HeaderName::from_static("apim-request-id"),
+        ];
+        NAMES
             .iter()
             .find_map(|name| self.get(name))
             .map(|id| classify::shorten(self.scrub(id), 200))
@@ -264,18 +267,12 @@ impl Head {
         if let Some(id) = self.request_id() {
             error = error.with_request_id(id);
         }
-        let rate = self.rate(None);
-        if rate.is_empty() {
+        if self.rate.is_empty() {
             error
         } else {
-            error.with_rate(rate)
+            error.with_rate(self.rate.clone())
         }
     }
-}
-
-/// Not `to_str`, which takes only ASCII: Go writes microseconds with a µ.
-fn text(value: &HeaderValue) -> Option<&str> {
-    std::str::from_utf8(value.as_bytes()).ok()
 }
 
 /// A point in time that may be too far away to be one.
@@ -284,7 +281,11 @@ struct Deadline(Option<Instant>);
 
 impl Deadline {
     fn after(duration: Duration) -> Self {
-        Self(Instant::now().checked_add(duration))
+        Self::at(Instant::now(), duration)
+    }
+
+    fn at(start: Instant, duration: Duration) -> Self {
+        Self(start.checked_add(duration))
     }
 
     fn min(self, other: Self) -> Self {
