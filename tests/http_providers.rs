@@ -55,6 +55,8 @@ async fn openai_replies_carry_usage_limits_ids_and_the_raw_body() {
     let bearer = format!("Bearer {KEY}");
     assert_eq!(sent.header("authorization"), Some(bearer.as_str()));
     assert_eq!(sent.header("content-type"), Some("application/json"));
+    let agent = concat!("throughline/", env!("CARGO_PKG_VERSION"));
+    assert_eq!(sent.header("user-agent"), Some(agent));
     assert_eq!(
         sent.json(),
         json!({"model": "m", "messages": [{"role": "user", "content": "Name a river."}]})
@@ -513,6 +515,7 @@ async fn azure_style_addresses_and_headers() {
         .organization("org-1")
         .project("proj-1")
         .header("x-gateway", "gateway-secret")
+        .header("user-agent", "my-service/2")
         .build()
         .unwrap();
     azure.generate(&request()).await.unwrap();
@@ -526,6 +529,7 @@ async fn azure_style_addresses_and_headers() {
     assert_eq!(sent.header("openai-organization"), Some("org-1"));
     assert_eq!(sent.header("openai-project"), Some("proj-1"));
     assert_eq!(sent.header("x-gateway"), Some("gateway-secret"));
+    assert_eq!(sent.header("user-agent"), Some("my-service/2"));
 }
 
 #[tokio::test]

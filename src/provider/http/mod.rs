@@ -23,9 +23,9 @@ use std::task::Poll;
 use std::time::Duration;
 
 use jiff::Timestamp;
-use reqwest::header::{AsHeaderName, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue};
+use reqwest::header::{AsHeaderName, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, USER_AGENT};
 use reqwest::redirect;
-use reqwest::{Client, Url};
+use reqwest::{Client, Method, Url};
 use secrecy::{ExposeSecret, SecretString};
 use tokio::time::{Instant, Sleep, sleep_until};
 
@@ -130,6 +130,9 @@ impl Http {
         let mut secrets = Secrets::default();
         let mut headers = HeaderMap::new();
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        // Static, because reqwest clones it six times a call.
+        let agent = concat!("throughline/", env!("CARGO_PKG_VERSION"));
+        headers.insert(USER_AGENT, HeaderValue::from_static(agent));
         for (name, value) in &settings.plain {
             headers.insert(*name, header_value(name, value)?);
         }
@@ -146,7 +149,6 @@ impl Http {
             headers.insert(header, value);
         }
         let client = Client::builder()
-            .user_agent(concat!("throughline/", env!("CARGO_PKG_VERSION")))
             // A proxy is told the `user-agent` among them, and no other.
             .default_headers(headers)
             .connect_timeout(settings.limits.connect)
@@ -177,9 +179,11 @@ impl Http {
         let deadline = Deadline::at(start, whole);
         let first_byte = || Deadline::at(start, self.limits.first_byte).min(deadline);
 
-        let request = self.client.post(self.url.clone()).body(body);
+        let mut request = reqwest::Request::new(Method::POST, self.url.clone());
+        *request.body_mut() = Some(body.into());
         let mut alarm = Alarm::default();
-        let mut response = match alarm.guard(first_byte, request.send()).await {
+        let sent = self.client.execute(request);
+        let mut response = match alarm.guard(first_byte, sent).await {
             Ok(Ok(response)) => response,
             Ok(Err(error)) => return Err(self.unsent(&error)),
             Err(end) if end == deadline => return Err(too_slow("the call", whole)),
