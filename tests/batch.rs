@@ -219,6 +219,40 @@ async fn nothing_is_lost_whatever_happens_to_an_item() {
     assert_eq!(cx.tally(), settled.tally());
 }
 
+/// Invariant 2: what is not begun any more ends too, as one outcome that says why.
+#[tokio::test(start_paused = true)]
+async fn a_batch_that_ends_early_loses_no_input() {
+    // Items 8 to 11 are in flight at that moment.
+    let midway = 5 * LATENCY / 2;
+    let cases: [(_, fn(&Context), _, _); 3] = [
+        (100 * LATENCY, Context::drain, 12, 0),
+        (100 * LATENCY, Context::cancel, 8, 4),
+        // Those four could not be answered in time, so they are not sent.
+        (midway, |_| {}, 8, 0),
+    ];
+    for (timeout, end, answered, ambiguous) in cases {
+        let cx = setup().1.with_timeout(timeout);
+        let ending = async {
+            sleep(midway).await;
+            end(&cx);
+        };
+        let batch = cx.fan_out("n", 0..20).buffer_unordered(4).settle(ask);
+        let (settled, ()) = tokio::join!(batch, ending);
+        let indices = settled.outcomes().iter().map(|outcome| outcome.index);
+        assert!(indices.eq(0..20));
+        let errors = settled.failures().filter_map(|failed| failed.error());
+        let (unknown, unpaid): (Vec<_>, Vec<_>) =
+            errors.partition(|error| error.billed().is_none());
+        assert_eq!(settled.oks().count(), answered);
+        assert_eq!(
+            (unknown.len(), unpaid.len()),
+            (ambiguous, 20 - answered - ambiguous)
+        );
+        let why = |error: &&Error| error.is_cancelled() || error.is_deadline_exceeded();
+        assert!(unknown.iter().chain(&unpaid).all(why));
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn the_summary_says_what_failed() {
     let (_, cx) = setup();
