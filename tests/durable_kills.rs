@@ -468,7 +468,7 @@ impl Drop for Server {
 
 #[test]
 fn a_postgres_that_crashes_and_comes_back_costs_nothing() {
-    // Who has none does not get one installed by a test.
+    // Says it if there can be none.
     if Schemas::find().is_none() {
         return;
     }

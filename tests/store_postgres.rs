@@ -1,6 +1,6 @@
 //! The store in Postgres, held to the contract of all stores; and what is the server's own.
 //!
-//! `scripts/services start` starts a server for it. Without one these tests say so and pass,
+//! `scripts/services` starts a server for it. Where it cannot, these tests say so and pass,
 //! unless `THROUGHLINE_REQUIRE_POSTGRES` is set.
 #![cfg(all(feature = "postgres", feature = "testing"))]
 

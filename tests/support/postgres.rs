@@ -1,7 +1,9 @@
 //! The Postgres of `scripts/services`, and schemas in it that no other test uses.
 #![allow(dead_code, missing_docs, unreachable_pub)] // Each test uses its part of this.
 
-use std::sync::Mutex;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::sync::{Mutex, OnceLock};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use sqlx::{AssertSqlSafe, Connection as _, PgConnection};
@@ -13,20 +15,17 @@ pub struct Schemas {
 }
 
 impl Schemas {
-    /// The server, if there is one. Says loudly if not.
+    /// The server, started if it does not run. Says loudly if there is none.
     pub fn find() -> Option<Self> {
-        let url = std::env::var("THROUGHLINE_TEST_POSTGRES").or_else(|_| {
-            let file = std::env::temp_dir().join("throughline-services/url");
-            std::fs::read_to_string(file).map(|url| url.trim().to_owned())
-        });
-        match url {
+        static SERVER: OnceLock<Result<String, String>> = OnceLock::new();
+        let named = || std::env::var("THROUGHLINE_TEST_POSTGRES");
+        match SERVER.get_or_init(|| named().or_else(|_| start())) {
             Ok(url) => Some(Self {
-                url,
+                url: url.clone(),
                 names: Mutex::default(),
             }),
-            Err(_) => {
-                let message =
-                    "\n\n    POSTGRES WAS NOT TESTED: start one with `scripts/services start`\n\n";
+            Err(why) => {
+                let message = format!("\n\n    POSTGRES WAS NOT TESTED: {why}\n\n");
                 assert!(
                     std::env::var_os("THROUGHLINE_REQUIRE_POSTGRES").is_none(),
                     "{message}"
@@ -87,4 +86,21 @@ impl Schemas {
                 .await;
         }
     }
+}
+
+/// Starts the server of `scripts/services`, if it does not run, and says where it is.
+fn start() -> Result<String, String> {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/services");
+    let run = |word| {
+        let mut command = Command::new(&script);
+        let ran = command.arg(word).stdin(Stdio::null()).output();
+        let ran = ran.map_err(|error| format!("{}: {error}", script.display()))?;
+        let text = |bytes| String::from_utf8_lossy(bytes).trim().to_owned();
+        match ran.status.success() {
+            true => Ok(text(&ran.stdout)),
+            false => Err(text(&ran.stderr)),
+        }
+    };
+    run("start")?;
+    run("url")
 }
