@@ -25,9 +25,9 @@ use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
 use reqwest::header::{AUTHORIZATION, CONTENT_TYPE};
 use serde::{Deserialize, Serialize};
 use throughline::{Context, OpenAi, Pace, Provider as _, Request};
-use tokio::runtime::{Builder, Runtime};
+use tokio::runtime::Runtime;
 
-use crate::server::{Server, reply};
+use crate::server::{Server, reply, runtime};
 
 const CALLS: u64 = 500;
 const ROUNDS: usize = 165;
@@ -65,26 +65,6 @@ fn answer() -> Vec<u8> {
         ("x-ratelimit-reset-tokens", "6ms"),
     ];
     reply(200, &headers, body.to_string().as_bytes())
-}
-
-/// The URL of a server that answers all with the same, on a thread of its own.
-fn serve() -> String {
-    let (tell, told) = std::sync::mpsc::channel();
-    thread::spawn(move || {
-        runtime().block_on(async {
-            let server = Server::fixed(answer()).await;
-            tell.send(server.url()).expect("the bench waits for it");
-            std::future::pending::<()>().await;
-        });
-    });
-    told.recv().expect("a server")
-}
-
-fn runtime() -> Runtime {
-    Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .expect("a runtime")
 }
 
 #[derive(Serialize)]
@@ -278,7 +258,7 @@ fn main() {
         println!("the CPU time of a thread is not known here");
         return;
     }
-    let url = serve();
+    let url = Server::apart(|| Server::fixed(answer()));
     let client = thread::spawn(move || client(&url));
     client.join().expect("the client's thread");
 }

@@ -21,15 +21,13 @@ mod server;
 
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use throughline::{Context, Event, OpenAi, Pace, Request};
-use tokio::runtime::{Builder, Runtime};
 
 use crate::account::{Account, Terms};
 use crate::bound::{Calls, Curve, Limit, lower_bound};
-use crate::server::Server;
+use crate::server::{Server, runtime};
 
 const SECOND: Duration = Duration::from_secs(1);
 const TRUE: u64 = 6_000;
@@ -124,30 +122,11 @@ impl Row {
     }
 }
 
-/// The URL of a server for `account`, on a thread of its own.
-fn serve(account: Arc<Account>) -> String {
-    let (tell, told) = std::sync::mpsc::channel();
-    thread::spawn(move || {
-        runtime().block_on(async {
-            let server = Server::answering(move |request| account.answer(&request)).await;
-            tell.send(server.url()).expect("the bench waits for it");
-            std::future::pending::<()>().await;
-        });
-    });
-    told.recv().expect("a server")
-}
-
-fn runtime() -> Runtime {
-    Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .expect("a runtime")
-}
-
 async fn run(scenario: &Scenario) -> Row {
     let terms = scenario.terms;
     let account = Account::new(terms);
-    let url = serve(Arc::clone(&account));
+    let asked = Arc::clone(&account);
+    let url = Server::apart(|| Server::answering(move |request| asked.answer(&request)));
     let provider = OpenAi::builder()
         .base_url(format!("{url}/v1"))
         .build()

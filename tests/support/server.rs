@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::runtime::Runtime;
 use tokio::task::{JoinHandle, JoinSet};
 
 /// What the server does, one after the other, when a request has come in.
@@ -119,6 +120,12 @@ pub struct Server {
     accepting: JoinHandle<()>,
 }
 
+/// A runtime on the thread that asks for it.
+pub fn runtime() -> Runtime {
+    let mut builder = tokio::runtime::Builder::new_current_thread();
+    builder.enable_all().build().unwrap()
+}
+
 impl Server {
     /// Answers each request with the next script, and with the last one from then on.
     pub async fn scripted(scripts: impl IntoIterator<Item = Script>) -> Self {
@@ -150,6 +157,19 @@ impl Server {
             repeat(stream, Arc::clone(&reply))
         })
         .await
+    }
+
+    /// The URL of such a server on a thread of its own, which lasts as long as the process.
+    pub fn apart<F: Future<Output = Self>>(start: impl FnOnce() -> F + Send + 'static) -> String {
+        let (tell, told) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            runtime().block_on(async {
+                let server = start().await;
+                tell.send(server.url()).unwrap();
+                std::future::pending::<()>().await;
+            });
+        });
+        told.recv().unwrap()
     }
 
     async fn start<F>(
