@@ -256,14 +256,14 @@ impl Bounds {
         call: impl Future<Output = Result<T>>,
     ) -> Result<T> {
         let mut call = pin!(call);
-        let mut ended = None;
+        let mut end = None;
         poll_fn(|cx| {
-            // A provider that answers at once (a cache, a test) need not arm a timer.
             if let Poll::Ready(done) = call.as_mut().poll(cx) {
                 return Poll::Ready(done);
             }
-            let ended = ended.get_or_insert_with(|| Box::pin(self.ended(limit)));
-            ended.as_mut().poll(cx).map(Err)
+            // Only at need: a provider that answers at once (a cache, a test) arms no timer.
+            let end = end.get_or_insert_with(|| Box::pin(self.ended(limit)));
+            end.as_mut().poll(cx).map(Err)
         })
         .await
     }

@@ -468,7 +468,7 @@ impl Drop for Server {
 
 #[test]
 fn a_postgres_that_crashes_and_comes_back_costs_nothing() {
-    // Says it if there can be none.
+    // Where no server can be started, it says so.
     if Schemas::find().is_none() {
         return;
     }

@@ -256,6 +256,15 @@ fn table() -> Vec<Case> {
         )
         .wait(ms(45_800))
         .code("RESOURCE_EXHAUSTED"),
+        // A header knows better.
+        case(
+            429,
+            r#"{"error":{"code":429,"status":"RESOURCE_EXHAUSTED","details":[{"retryDelay":"45.8s"}]}}"#,
+            Throttled,
+        )
+        .headers(&[("retry-after", "2")])
+        .wait(s(2))
+        .code("RESOURCE_EXHAUSTED"),
         case(
             429,
             r#"{"error":{"code":429,"message":"quota","status":"RESOURCE_EXHAUSTED","details":[

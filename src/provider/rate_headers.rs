@@ -1,5 +1,5 @@
-//! What a reply's headers and body say of the provider's rate limits: pure
-//! functions from text to [`RateSnapshot`].
+//! What a reply's headers and body say of the provider's rate limits: functions from
+//! text to a [`RateSnapshot`] or a wait.
 //!
 //! One function reads all dialects, because gateways mix them: OpenAI and those who
 //! copy it (`x-ratelimit-…`, resets as Go durations, on Azure as bare seconds) and
@@ -24,7 +24,7 @@ pub(crate) const LONGEST: Duration = Duration::from_secs(24 * 60 * 60);
 ///
 /// `headers` have lower-case names; of several with one name the first counts. Dates
 /// count from the reply's own `Date`, so that a wrong local clock does no harm, and from
-/// `clock` when there is none.
+/// `clock` when there is none that can be read.
 pub(crate) fn snapshot<'a>(
     headers: impl Iterator<Item = (&'a str, &'a [u8])>,
     clock: impl Fn() -> Timestamp,
@@ -44,6 +44,12 @@ pub(crate) fn snapshot<'a>(
             "x-ratelimit-limit-tokens" => &mut tokens.limit,
             "x-ratelimit-remaining-tokens" => &mut tokens.remaining,
             "x-ratelimit-reset-tokens" => &mut tokens.reset,
+            "x-ratelimit-limit-input-tokens" => &mut input.limit,
+            "x-ratelimit-remaining-input-tokens" => &mut input.remaining,
+            "x-ratelimit-reset-input-tokens" => &mut input.reset,
+            "x-ratelimit-limit-output-tokens" => &mut output.limit,
+            "x-ratelimit-remaining-output-tokens" => &mut output.remaining,
+            "x-ratelimit-reset-output-tokens" => &mut output.reset,
             "anthropic-ratelimit-requests-limit" => &mut requests.limit,
             "anthropic-ratelimit-requests-remaining" => &mut requests.remaining,
             "anthropic-ratelimit-requests-reset" => &mut requests.reset,
@@ -59,9 +65,7 @@ pub(crate) fn snapshot<'a>(
             _ => continue,
         };
         // Not only ASCII: Go writes microseconds with a µ.
-        if let (None, Ok(text)) = (&slot, std::str::from_utf8(value)) {
-            *slot = Some(text);
-        }
+        *slot = slot.or_else(|| std::str::from_utf8(value).ok());
     }
     // Only when asked: most replies have no date to count from it.
     let now = || date.and_then(http_date).unwrap_or_else(&clock);
@@ -361,10 +365,6 @@ mod tests {
 
     #[test]
     fn the_most_precise_word_wins() {
-        let body = json!([{"error": {"details": [
-            {"@type": "type.googleapis.com/google.rpc.QuotaFailure"},
-            {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "45.8s"},
-        ]}}]);
         let ms = ("retry-after-ms", "1500");
         let s = ("retry-after", "2");
         let wait = |headers: &[_]| read(headers).retry_after;
@@ -375,8 +375,26 @@ mod tests {
             Some(Duration::from_secs(2))
         );
         assert_eq!(wait(&[]), None);
+    }
+
+    #[test]
+    fn a_body_may_ask_for_a_wait() {
+        let body = json!([{"error": {"details": [
+            {"@type": "type.googleapis.com/google.rpc.QuotaFailure"},
+            {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "45.8s"},
+        ]}}]);
         assert_eq!(retry_info(&body), Some(Duration::from_millis(45_800)));
         assert_eq!(retry_info(&json!({"error": {}})), None);
+    }
+
+    #[test]
+    fn kinds_of_tokens_are_known_in_the_other_dialect_too() {
+        let rate = read(&[
+            ("x-ratelimit-remaining-input-tokens", "7"),
+            ("x-ratelimit-reset-output-tokens", "2s"),
+        ]);
+        assert_eq!(rate.input_tokens.remaining, Some(7));
+        assert_eq!(rate.output_tokens.reset, Some(Duration::from_secs(2)));
     }
 
     /// As Go prints it: the largest units first, a fraction in the last one.

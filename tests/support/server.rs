@@ -16,6 +16,12 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::runtime::Runtime;
 use tokio::task::{JoinHandle, JoinSet};
 
+/// A runtime on the thread that asks for it.
+pub fn runtime() -> Runtime {
+    let mut builder = tokio::runtime::Builder::new_current_thread();
+    builder.enable_all().build().unwrap()
+}
+
 /// What the server does, one after the other, when a request has come in.
 #[derive(Debug, Clone)]
 pub enum Act {
@@ -118,12 +124,6 @@ pub struct Server {
     address: SocketAddr,
     shared: Arc<Shared>,
     accepting: JoinHandle<()>,
-}
-
-/// A runtime on the thread that asks for it.
-pub fn runtime() -> Runtime {
-    let mut builder = tokio::runtime::Builder::new_current_thread();
-    builder.enable_all().build().unwrap()
 }
 
 impl Server {

@@ -57,7 +57,7 @@ pub(crate) struct Fields<'a> {
 
 impl<'a> Fields<'a> {
     pub(crate) fn new(request: &'a Request) -> Self {
-        // The prompt is most of it: a buffer of that size need not grow, and be copied, step by step.
+        // Most of it is the prompt: with room for that, it seldom grows and is copied step by step.
         let texts = request.messages.iter().map(|m| m.content.len());
         Self {
             json: Vec::with_capacity(512 + texts.sum::<usize>()),

@@ -130,7 +130,7 @@ impl Http {
         let mut secrets = Secrets::default();
         let mut headers = HeaderMap::new();
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
-        // Static, because reqwest clones it six times a call.
+        // Static, so that the six copies that reqwest makes of it for each call count no references.
         let agent = concat!("throughline/", env!("CARGO_PKG_VERSION"));
         headers.insert(USER_AGENT, HeaderValue::from_static(agent));
         for (name, value) in &settings.plain {
@@ -176,8 +176,8 @@ impl Http {
     async fn post(&self, body: Vec<u8>, timeout: Option<Duration>) -> Result<(Head, Body)> {
         let whole = timeout.map_or(self.limits.whole, |asked| asked.min(self.limits.whole));
         let start = Instant::now();
-        let deadline = Deadline::at(start, whole);
-        let first_byte = || Deadline::at(start, self.limits.first_byte).min(deadline);
+        let deadline = Deadline::from(start, whole);
+        let first_byte = || Deadline::from(start, self.limits.first_byte).min(deadline);
 
         let mut request = reqwest::Request::new(Method::POST, self.url.clone());
         *request.body_mut() = Some(body.into());
@@ -285,10 +285,10 @@ struct Deadline(Option<Instant>);
 
 impl Deadline {
     fn after(duration: Duration) -> Self {
-        Self::at(Instant::now(), duration)
+        Self::from(Instant::now(), duration)
     }
 
-    fn at(start: Instant, duration: Duration) -> Self {
+    fn from(start: Instant, duration: Duration) -> Self {
         Self(start.checked_add(duration))
     }
 
@@ -319,13 +319,15 @@ impl Alarm {
                 return Poll::Ready(Ok(output));
             }
             let end = *end.get_or_insert_with(&deadline);
-            end.0
-                .map_or(Poll::Pending, |at| self.at(at).poll(cx).map(|()| Err(end)))
+            match end.0 {
+                Some(at) => self.set(at).poll(cx).map(|()| Err(end)),
+                None => Poll::Pending,
+            }
         })
         .await
     }
 
-    fn at(&mut self, at: Instant) -> Pin<&mut Sleep> {
+    fn set(&mut self, at: Instant) -> Pin<&mut Sleep> {
         let mut alarm = self
             .0
             .get_or_insert_with(|| Box::pin(sleep_until(at)))

@@ -19,10 +19,7 @@ impl Secrets {
 
     /// Takes out every secret, and the query of every URL: some put a key there.
     pub(crate) fn scrub(&self, text: &str) -> String {
-        let mut text = match text.contains("://") {
-            true => strip_queries(text),
-            false => text.to_owned(),
-        };
+        let mut text = strip_queries(text);
         for secret in &self.0 {
             if text.contains(secret.expose_secret()) {
                 text = text.replace(secret.expose_secret(), "[secret]");
