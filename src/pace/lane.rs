@@ -213,6 +213,11 @@ impl Lane {
             .step(|turnstile, now, _| turnstile.snapshot(now))
     }
 
+    fn finish(&self, grant: Grant, end: End) -> Vec<LaneChange> {
+        self.shared
+            .step(|turnstile, now, errands| turnstile.finish(now, grant, end, errands))
+    }
+
     fn permit(&self, grant: Grant, place: Place) -> Permit {
         Permit {
             lane: self.clone(),
@@ -381,7 +386,7 @@ impl Permit {
     /// - [`Failed`](CallOutcome::Failed): the tokens are settled to what was charged; the
     ///   estimate stays where that is not known.
     pub fn finish(mut self, outcome: CallOutcome) {
-        self.end(None, End::Finished(outcome));
+        self.end(End::Finished(outcome));
     }
 
     /// As [`observe`](Permit::observe) and [`finish`](Permit::finish) in one step of the lane,
@@ -391,7 +396,17 @@ impl Permit {
         said: Option<&RateSnapshot>,
         outcome: CallOutcome,
     ) -> Vec<LaneChange> {
-        self.end(said, End::Finished(outcome))
+        let Some(grant) = self.grant.take() else {
+            return Vec::new();
+        };
+        // Apart from `end`, which most permits of a bare lane come to: joining what both say costs it 8 %.
+        self.lane.shared.step(|turnstile, now, errands| {
+            let mut changes = said.map_or_else(Vec::new, |said| {
+                turnstile.observe(now, &grant, said, errands)
+            });
+            changes.extend(turnstile.finish(now, grant, End::Finished(outcome), errands));
+            changes
+        })
     }
 
     /// Says what the headers of the reply, or of the error, told of the limits. Call it
@@ -411,27 +426,21 @@ impl Permit {
     }
 
     #[inline]
-    fn end(&mut self, said: Option<&RateSnapshot>, end: End) -> Vec<LaneChange> {
-        let Some(grant) = self.grant.take() else {
-            return Vec::new();
-        };
-        self.lane.shared.step(|turnstile, now, errands| {
-            let heard = said.map(|said| turnstile.observe(now, &grant, said, errands));
-            let mut changes = heard.unwrap_or_default();
-            changes.extend(turnstile.finish(now, grant, end, errands));
-            changes
-        })
+    fn end(&mut self, end: End) -> Vec<LaneChange> {
+        match self.grant.take() {
+            Some(grant) => self.lane.finish(grant, end),
+            None => Vec::new(),
+        }
     }
 }
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        let end = if self.sent {
+        self.end(if self.sent {
             End::Abandoned
         } else {
             End::Unsent
-        };
-        self.end(None, end);
+        });
     }
 }
 
