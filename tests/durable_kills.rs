@@ -19,7 +19,7 @@ mod store;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -408,21 +408,10 @@ struct Server {
 }
 
 impl Server {
-    fn script(&self, word: &str) -> Output {
-        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/services");
-        let ran = Command::new(script)
-            .arg(word)
-            .env("TMPDIR", self.dir.path())
-            .env("THROUGHLINE_TEST_POSTGRES_PORT", self.port.to_string())
-            .stdin(Stdio::null())
-            .output()
-            .unwrap();
-        assert!(
-            ran.status.success(),
-            "{}",
-            String::from_utf8_lossy(&ran.stderr)
-        );
-        ran
+    fn script(&self, word: &str) -> String {
+        let (home, port) = (self.dir.path().as_os_str(), self.port.to_string());
+        let port = ("THROUGHLINE_TEST_POSTGRES_PORT", port.as_ref());
+        postgres::services(word, &[("TMPDIR", home), port]).unwrap()
     }
 
     fn start() -> Self {
@@ -436,14 +425,6 @@ impl Server {
         let server = Self { dir, port };
         server.script("start");
         server
-    }
-
-    fn url(&self) -> String {
-        let home = self.dir.path().join("throughline-services");
-        std::fs::read_to_string(home.join("url"))
-            .unwrap()
-            .trim()
-            .to_owned()
     }
 
     /// At once, in the middle of whatever it does.
@@ -476,7 +457,7 @@ fn a_postgres_that_crashes_and_comes_back_costs_nothing() {
     let server = Server::start();
     let job = Job {
         dir: tempfile::tempdir().unwrap(),
-        store: format!("{}#t", server.url()),
+        store: format!("{}#t", server.script("url")),
     };
     let run = job.submit("p", ITEMS, "--max-attempts 5");
     let workers: Vec<_> = (0..2)

@@ -1,6 +1,7 @@
 //! The Postgres of `scripts/services`, and schemas in it that no other test uses.
 #![allow(dead_code, missing_docs, unreachable_pub)] // Each test uses its part of this.
 
+use std::ffi::OsStr;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::{Mutex, OnceLock};
@@ -88,19 +89,22 @@ impl Schemas {
     }
 }
 
-/// Starts the server of `scripts/services`, if it does not run, and says where it is.
+/// Starts the server, if it does not run, and says where it is.
 fn start() -> Result<String, String> {
+    services("start", &[])?;
+    services("url", &[])
+}
+
+/// What `scripts/services` answers to `word` with these variables, or why it fails.
+pub fn services(word: &str, variables: &[(&str, &OsStr)]) -> Result<String, String> {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/services");
-    let run = |word| {
-        let mut command = Command::new(&script);
-        let ran = command.arg(word).stdin(Stdio::null()).output();
-        let ran = ran.map_err(|error| format!("{}: {error}", script.display()))?;
-        let text = |bytes| String::from_utf8_lossy(bytes).trim().to_owned();
-        match ran.status.success() {
-            true => Ok(text(&ran.stdout)),
-            false => Err(text(&ran.stderr)),
-        }
-    };
-    run("start")?;
-    run("url")
+    let mut command = Command::new(&script);
+    command.arg(word).stdin(Stdio::null());
+    let ran = command.envs(variables.iter().copied()).output();
+    let ran = ran.map_err(|error| format!("{}: {error}", script.display()))?;
+    let text = |bytes| String::from_utf8_lossy(bytes).trim().to_owned();
+    match ran.status.success() {
+        true => Ok(text(&ran.stdout)),
+        false => Err(text(&ran.stderr)),
+    }
 }
