@@ -246,6 +246,7 @@ impl Head {
     }
 
     fn request_id(&self) -> Option<String> {
+        // Every reply is asked for them: as strings, they would be parsed each time.
         static NAMES: [HeaderName; 3] = [
             HeaderName::from_static("x-request-id"),
             HeaderName::from_static("request-id"),
