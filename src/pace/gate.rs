@@ -60,6 +60,12 @@ impl Gate {
         self.opens_at = self.opens_at.max(opens_at);
     }
 
+    /// Stays closed until `opens_at`, or longer if it would have.
+    #[allow(dead_code)] // the guard uses it next
+    pub(super) fn close_until(&mut self, opens_at: Nanos) {
+        self.opens_at = self.opens_at.max(opens_at);
+    }
+
     /// A call came through: the next refusal is a first one again.
     pub(super) fn welcome(&mut self, granted_at: Nanos) {
         if self.is_news(granted_at) {

@@ -195,6 +195,31 @@ impl Lane {
             .step(|turnstile, _, errands| turnstile.stop(why, None, errands));
     }
 
+    /// As [`stop`](Lane::stop), for as long as `time`. Then one call at a time is let through, until
+    /// one succeeds.
+    #[allow(dead_code)] // the guard uses it next
+    pub(crate) fn stop_for(&self, why: Error, time: Duration) {
+        self.shared.step(|turnstile, now, errands| {
+            let until = now.saturating_add(nanos(time));
+            turnstile.stop(why, Some(until), errands);
+        });
+    }
+
+    /// Sends nothing for as long as `wait`, and then one call at a time until one succeeds. Calls
+    /// that wait go on waiting.
+    #[allow(dead_code)] // the guard uses it next
+    pub(crate) fn cool_down(&self, wait: Duration) {
+        self.shared
+            .step(|turnstile, now, errands| turnstile.cool_down(now, wait, errands));
+    }
+
+    /// Lets calls through as usual after [`cool_down`](Lane::cool_down): the provider answers.
+    #[allow(dead_code)] // the guard uses it next
+    pub(crate) fn end_probing(&self) {
+        self.shared
+            .step(|turnstile, now, errands| turnstile.end_probing(now, errands));
+    }
+
     /// Starts a lane again that was stopped or parked.
     pub fn reopen(&self) {
         self.shared
@@ -454,6 +479,8 @@ impl fmt::Debug for Permit {
 
 #[cfg(test)]
 mod tests {
+    use futures::FutureExt as _;
+
     use super::*;
 
     #[tokio::test(start_paused = true)]
@@ -469,5 +496,56 @@ mod tests {
         lane.acquire(Need::new(1, 1)).await.unwrap().mark_sent();
         lane.acquire(Need::new(1, 1)).await.unwrap().mark_sent();
         assert_eq!(lane.shared.start.elapsed(), Duration::from_secs(1));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn after_a_cooldown_one_call_at_a_time_goes_until_one_succeeds() {
+        let lane = Lane::new(Pace::unlimited());
+        let need = Need::new(1, 1);
+        lane.cool_down(Duration::from_secs(3));
+        let mut probe = lane.acquire(need).await.unwrap();
+        assert_eq!(lane.shared.start.elapsed(), Duration::from_secs(3));
+        probe.mark_sent();
+        let mut second = queued(&lane, need);
+        assert!(second.as_mut().now_or_never().is_none());
+        probe.finish(CallOutcome::Failed { usage: None });
+        let probe = second.await.unwrap();
+        let mut others = [(); 2].map(|()| queued(&lane, need));
+        for other in &mut others {
+            assert!(other.as_mut().now_or_never().is_none());
+        }
+        drop(probe);
+        let [next, last] = others;
+        let probe = next.await.unwrap();
+        probe.finish(CallOutcome::Done { usage: None });
+        let _both = (last.await.unwrap(), lane.acquire(need).await.unwrap());
+        assert_eq!(lane.snapshot().in_flight, 2);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stop_that_ends_by_itself_lets_one_probe_through() {
+        let lane = Lane::new(Pace::unlimited());
+        let need = Need::new(1, 1);
+        let why = || Error::other("refused");
+        lane.stop_for(why(), Duration::from_secs(300));
+        assert!(lane.acquire(need).await.is_err());
+        tokio::time::sleep(Duration::from_secs(301)).await;
+        let probe = lane.acquire(need).await.unwrap();
+        let waiting = queued(&lane, need);
+        assert!(lane.try_acquire(&need).is_none());
+        lane.stop_for(why(), Duration::from_secs(300));
+        drop(probe);
+        assert!(waiting.await.is_err());
+        lane.reopen();
+        let _both = [lane.try_acquire(&need), lane.try_acquire(&need)].map(Option::unwrap);
+    }
+
+    type Waiting<'a> = Pin<Box<dyn Future<Output = Result<Permit>> + Send + 'a>>;
+
+    /// A call that has queued already.
+    fn queued(lane: &Lane, need: Need) -> Waiting<'_> {
+        let mut waiting: Waiting<'_> = Box::pin(lane.acquire(need));
+        assert!(waiting.as_mut().now_or_never().is_none());
+        waiting
     }
 }

@@ -11,7 +11,7 @@ mod ends;
 
 use std::time::Duration;
 
-use super::bucket::{Nanos, Rate};
+use super::bucket::{Nanos, Rate, nanos};
 use super::buckets::{Buckets, Mark, Named};
 use super::gate::Gate;
 use super::limits::Pace;
@@ -117,6 +117,15 @@ struct Stop {
     until: Option<Nanos>,
 }
 
+/// One call at a time goes, because it is not known whether the provider answers any.
+#[derive(Debug)]
+struct Probing {
+    /// The success of a call that was granted since then ends the probing.
+    since: Nanos,
+    /// The slot of the probe that is under way.
+    slot: Option<usize>,
+}
+
 /// How many grants there were since when.
 #[derive(Debug, Default)]
 struct Pulse {
@@ -155,6 +164,7 @@ pub(super) struct Turnstile<W> {
     /// Who will look next, and when at the latest.
     timekeeper: Option<(Key, Nanos)>,
     stop: Option<Stop>,
+    probing: Option<Probing>,
     /// Why the lane was stopped last, for those who look when it goes again.
     last_stop: Option<Error>,
     /// When the call was granted whose headers were used last.
@@ -179,6 +189,7 @@ impl<W: Clone> Turnstile<W> {
             uncollected: Map::default(),
             timekeeper: None,
             stop: None,
+            probing: None,
             last_stop: None,
             observed: 0,
             pulse: Pulse::default(),
@@ -280,7 +291,7 @@ impl<W: Clone> Turnstile<W> {
                 let why = stop.as_ref().map(|stop| &stop.why);
                 let why = why.or(self.last_stop.as_ref()).cloned();
                 if let Some(grant) = grant {
-                    let Granted { charge, at, .. } = self.slots.give_back(grant.0);
+                    let Granted { charge, at, .. } = self.free_slot(grant.0);
                     self.buckets.refund(now, charge, at);
                 }
                 Turn::Stopped(why.expect("a waiter is in the queue, has its grant, or was stopped"))
@@ -321,7 +332,41 @@ impl<W: Clone> Turnstile<W> {
 
     pub(super) fn reopen(&mut self, now: Nanos, errands: &mut Errands<W>) {
         self.stop = None;
+        self.probing = None;
         self.pump(now, errands);
+    }
+
+    /// Sends nothing for as long as `wait`, and then one call at a time until one succeeds.
+    #[allow(dead_code)] // the guard uses it next
+    pub(super) fn cool_down(&mut self, now: Nanos, wait: Duration, errands: &mut Errands<W>) {
+        self.advance(now);
+        self.gate.close_until(now.saturating_add(nanos(wait)));
+        self.buckets.close_until(now, self.gate.opens_at());
+        self.probe(now);
+        self.pump(now, errands);
+    }
+
+    /// The provider answers: calls go as usual.
+    #[allow(dead_code)] // the guard uses it next
+    pub(super) fn end_probing(&mut self, now: Nanos, errands: &mut Errands<W>) {
+        if self.probing.take().is_some() {
+            self.advance(now);
+            self.pump(now, errands);
+        }
+    }
+
+    fn probe(&mut self, now: Nanos) {
+        self.probing.get_or_insert(Probing {
+            since: now,
+            slot: None,
+        });
+    }
+
+    fn free_slot(&mut self, slot: usize) -> Granted {
+        if let Some(probing) = &mut self.probing {
+            probing.slot.take_if(|probe| *probe == slot);
+        }
+        self.slots.give_back(slot)
     }
 
     pub(super) fn stopped(&mut self, now: Nanos) -> Option<&Error> {
@@ -369,12 +414,20 @@ impl<W: Clone> Turnstile<W> {
     fn advance(&mut self, now: Nanos) {
         let waited = !self.queue.is_empty() && self.slots.free() > 0;
         self.buckets.advance(now, waited);
-        self.stop
-            .take_if(|stop| stop.until.is_some_and(|until| until <= now));
+        let over = |stop: &mut Stop| stop.until.is_some_and(|until| until <= now);
+        if self.stop.take_if(over).is_some() {
+            self.probe(now);
+        }
     }
 
     fn obstacle(&self, now: Nanos, charge: Charge) -> Option<Obstacle> {
         let opens_at = self.gate.opens_at();
+        if matches!(&self.probing, Some(probing) if probing.slot.is_some()) {
+            return Some(Obstacle {
+                binding: Binding::Gate,
+                until: None,
+            });
+        }
         if self.slots.free() == 0 {
             let closed = opens_at > now;
             return Some(Obstacle {
@@ -398,13 +451,17 @@ impl<W: Clone> Turnstile<W> {
         let mark = self.buckets.take(now, charge);
         self.pulse.beat(now);
         self.granted += 1;
-        Grant(self.slots.take(Granted {
+        let slot = self.slots.take(Granted {
             charge,
             at: now,
             mark,
             named: None,
             said: None,
-        }))
+        });
+        if let Some(probing) = &mut self.probing {
+            probing.slot = Some(slot);
+        }
+        Grant(slot)
     }
 
     /// After anything has changed: lets everybody through who can go, and sees to

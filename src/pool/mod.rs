@@ -304,6 +304,22 @@ impl Visit {
         }
     }
 
+    /// Its next attempt waits behind all those that wait now, instead of where it stood.
+    #[allow(dead_code)] // the guard uses it next
+    pub(crate) fn go_behind<T>(&mut self, pool: &Pool<T>) {
+        *self = Self {
+            failed: std::mem::take(&mut self.failed),
+            group: self.group,
+            ..pool.arrive()
+        };
+    }
+
+    /// Whether there is a later group that the call could [fall back](Self::fall_back) to.
+    #[allow(dead_code)] // the guard uses it next
+    pub(crate) fn has_fallback<T>(&self, pool: &Pool<T>) -> bool {
+        self.group < pool.last_group()
+    }
+
     /// Gives up the group of the deployment with this [index](Turn::index): the call waits
     /// for the groups after it only. Whether there are any, the answer says.
     pub fn fall_back<T>(&mut self, pool: &Pool<T>, index: usize) -> bool {

@@ -73,6 +73,7 @@ impl<W: Clone> Turnstile<W> {
         if let End::Finished(CallOutcome::Done { .. }) = end {
             self.gate.welcome(at);
             self.slots.succeeded(at);
+            self.probing.take_if(|probing| probing.since <= at);
         }
         match end {
             End::Unsent => self.buckets.refund(now, charge, at),
@@ -118,7 +119,7 @@ impl<W: Clone> Turnstile<W> {
                 self.close(now, at, wait, LONGEST_OVERLOAD, &mut changes);
             }
         }
-        let granted = self.slots.give_back(grant.0);
+        let granted = self.free_slot(grant.0);
         if let Some(said) = &granted.said {
             changes.extend(self.heed(now, at, &granted.mark, said));
         }
