@@ -30,8 +30,11 @@ pub enum ErrorKind {
     Timeout,
     /// The request itself is refused (400, 404, 413, 422): the same request will fail again.
     InvalidRequest,
-    /// The credentials are refused (401, 403). No call of this account will succeed.
+    /// The credentials are refused (401). No call of this account will succeed.
     Unauthorized,
+    /// The request is forbidden (403) and the provider does not say why. It may be this request
+    /// alone (a model that the key may not use, a policy of a gateway) or all of the account's.
+    Forbidden,
     /// The account's quota is used up (402, `insufficient_quota`, spend cap, per-day limit).
     /// No call of this account will succeed until somebody acts or the day ends.
     QuotaExhausted,
@@ -47,7 +50,8 @@ pub enum ErrorKind {
     TooFew,
     /// A setting is wrong: a missing key, an unusable URL.
     Config,
-    /// Reading or writing failed outside the provider.
+    /// Reading or writing failed outside the provider, or no file descriptor was left for a
+    /// connection.
     Io,
     /// The store failed. Temporary where trying again can help: a connection that is gone, a
     /// file that is busy.
@@ -75,6 +79,7 @@ impl ErrorKind {
             Self::Timeout => "timeout",
             Self::InvalidRequest => "invalid_request",
             Self::Unauthorized => "unauthorized",
+            Self::Forbidden => "forbidden",
             Self::QuotaExhausted => "quota_exhausted",
             Self::MalformedReply => "malformed_reply",
             Self::Cancelled => "cancelled",
@@ -100,6 +105,7 @@ impl ErrorKind {
             Self::Timeout => "timed out",
             Self::InvalidRequest => "request refused",
             Self::Unauthorized => "credentials refused",
+            Self::Forbidden => "forbidden",
             Self::QuotaExhausted => "account quota exhausted",
             Self::MalformedReply => "malformed reply",
             Self::Cancelled => "cancelled",
@@ -427,6 +433,8 @@ impl Error {
 
     /// No other call of this account can succeed either: credentials or quota.
     /// Stop, keep what is done, and tell a person.
+    ///
+    /// One [`Forbidden`](ErrorKind::Forbidden) request does not say so much, and is not counted here.
     pub fn is_account_wide(&self) -> bool {
         matches!(
             self.0.kind,

@@ -135,6 +135,7 @@ async fn a_server_without_tls_costs_nothing() {
     let openai = OpenAi::builder().base_url(url).build().unwrap();
     let error = openai.generate(&request()).await.unwrap_err();
     assert_eq!((error.kind(), error.billed()), (Connection, Some(false)));
+    assert!(error.message().contains("begin with http://?"), "{error}");
 }
 
 #[tokio::test]

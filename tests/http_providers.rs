@@ -320,7 +320,8 @@ fn table() -> Vec<Case> {
                 ("retry-after", "Tue, 03 Jun 2025 10:00:09 GMT"),
             ])
             .wait(s(9)),
-        case(403, "<html>Forbidden</html>", Unauthorized),
+        case(403, "<html>Forbidden</html>", InvalidRequest),
+        case(403, r#"{"error":{"code":"forbidden","message":"Forbidden"}}"#, Forbidden).code("forbidden"),
         case(503, "upstream connect error", Overloaded)
             .headers(&[("retry-after", "0.5")])
             .wait(ms(500)),
@@ -374,7 +375,7 @@ fn table() -> Vec<Case> {
         (400, InvalidRequest),
         (401, Unauthorized),
         (402, QuotaExhausted),
-        (403, Unauthorized),
+        (403, Forbidden),
         (404, InvalidRequest),
         (405, InvalidRequest),
         (408, Unavailable),
@@ -418,7 +419,8 @@ async fn every_refusal_of_the_table_in_both_dialects_whole_and_streamed() {
                 assert_eq!(error.code(), case.code, "{what}");
                 assert_eq!(error.http_status(), Some(case.status), "{what}");
                 assert_eq!(error.request_id(), Some("req_9"), "{what}");
-                let billed = case.kind == MalformedReply;
+                // A web page is not the API's: nothing was done for it.
+                let billed = case.kind == MalformedReply && !case.body.starts_with('<');
                 assert_eq!(error.billed(), Some(billed), "{what}");
                 assert!(!error.to_string().contains("token="), "{what}");
                 let limits = case
@@ -560,9 +562,11 @@ async fn a_request_without_model_is_refused_before_it_is_sent() {
 async fn settings_that_cannot_work_are_refused_at_once() {
     let build = |url: &str| OpenAi::builder().base_url(url).build();
     for (url, why) in [
-        ("", "relative URL"),
-        ("localhost:1", "http://"),
-        ("ftp://a", "http://"),
+        ("", "begin with https:// or http://"),
+        ("localhost:1", "begin with https:// or http://"),
+        ("api.example.com/v1", "begin with https:// or http://"),
+        ("ftp://a", "begin with https:// or http://"),
+        ("http://", "empty host"),
         ("http://user:pa55word@a", "header"),
     ] {
         let error = build(url).unwrap_err();

@@ -44,6 +44,9 @@ const UNSUPPORTED: [&str; 12] = [
 /// - An error's [kind](ErrorKind) says what can be done. A refusal and a connection that
 ///   was not made cost nothing, a malformed reply did cost, and of a call that broke or
 ///   timed out nobody knows ([`Error::billed`]).
+/// - It speaks HTTP/1.1, with a connection for each call in flight: many of them need as many
+///   open files (`ulimit -n`), and a call that finds none left fails with a temporary
+///   [`ErrorKind::Io`]. HTTP/2 shares a connection (`http2` of the builder).
 /// - System messages are joined and sent as the API's `system` field.
 /// - Without [`Request::max_tokens`], 4,096 is sent, as the API demands a number.
 /// - [`Request::seed`] is not sent: the API has none.
@@ -268,7 +271,9 @@ fn read(parts: &mut Parts, message: &Json<'_>, delta: &Json<'_>) {
         model.clone_into(&mut parts.model);
     }
     usage(&mut parts.usage, message.get("usage"));
-    if let Some(reason) = delta.get("stop_reason").as_str() {
+    // As with the other dialect, compatible servers may write an empty one for null.
+    let reason = delta.get("stop_reason").as_str();
+    if let Some(reason) = reason.filter(|reason| !reason.is_empty()) {
         parts.finish = Some(match reason {
             "end_turn" | "stop_sequence" => FinishReason::Stop,
             "max_tokens" | "model_context_window_exceeded" => FinishReason::Length,

@@ -25,6 +25,9 @@ const BASE_URL: &str = "https://api.openai.com/v1";
 /// - An error's [kind](ErrorKind) says what can be done. A refusal and a connection that
 ///   was not made cost nothing, a malformed reply did cost, and of a call that broke or
 ///   timed out nobody knows ([`Error::billed`]).
+/// - It speaks HTTP/1.1, with a connection for each call in flight: many of them need as many
+///   open files (`ulimit -n`), and a call that finds none left fails with a temporary
+///   [`ErrorKind::Io`]. HTTP/2 shares a connection (`http2` of the builder).
 /// - [`Request::max_tokens`] is sent as `max_completion_tokens` to OpenAI and Azure, whose
 ///   newer models refuse `max_tokens`, and as `max_tokens` to everyone else, as older
 ///   servers know no other ([`OpenAiBuilder::max_tokens_field`] decides otherwise).
@@ -285,12 +288,13 @@ impl Dialect for Chat {
     fn whole(body: &Json<'_>) -> Result<Parts, &'static str> {
         let choice = first_choice(body).ok_or("the reply has no choices")?;
         let message = choice.get("message");
-        if message.is_null() {
-            return Err("the choice has no message");
-        }
         let mut parts = Parts::default();
         parts.text = content(&mut parts, message);
         read(&mut parts, body, choice);
+        // Azure leaves the message out where its filter has taken all of it.
+        if message.is_null() && parts.finish != Some(FinishReason::ContentFilter) {
+            return Err("the choice has no message");
+        }
         Ok(parts)
     }
 
@@ -316,7 +320,9 @@ fn read(parts: &mut Parts, body: &Json<'_>, choice: &Json<'_>) {
     if let Some(usage) = usage(body.get("usage")) {
         parts.usage = usage;
     }
-    if let Some(reason) = choice.get("finish_reason").as_str() {
+    // Some servers write an empty one into every chunk where others write null.
+    let reason = choice.get("finish_reason").as_str();
+    if let Some(reason) = reason.filter(|reason| !reason.is_empty()) {
         parts.finish = Some(match reason {
             "stop" => FinishReason::Stop,
             "length" => FinishReason::Length,

@@ -6,8 +6,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use reqwest::Response;
 
-use super::secrets::Secrets;
-use super::{Alarm, Deadline, Limits, flatten, too_slow};
+use super::form::Form;
+use super::{Alarm, Deadline, Endpoint, Limits, flatten, too_slow};
 use crate::error::{Error, ErrorKind, Persistence, Result};
 
 /// How much of a refusal's body is read, and how long for: the status alone says
@@ -16,7 +16,9 @@ const REFUSAL: (usize, Duration) = (64 << 10, Duration::from_secs(5));
 
 pub(super) struct Body {
     response: Response,
-    secrets: Arc<Secrets>,
+    /// Read already, and to be read again.
+    ahead: Bytes,
+    endpoint: Arc<Endpoint>,
     limits: Limits,
     alarm: Alarm,
     deadline: Deadline,
@@ -26,7 +28,7 @@ pub(super) struct Body {
 impl Body {
     pub(super) fn new(
         response: Response,
-        secrets: Arc<Secrets>,
+        endpoint: Arc<Endpoint>,
         limits: Limits,
         alarm: Alarm,
         deadline: Deadline,
@@ -34,7 +36,8 @@ impl Body {
     ) -> Self {
         Self {
             response,
-            secrets,
+            ahead: Bytes::new(),
+            endpoint,
             limits,
             alarm,
             deadline,
@@ -44,19 +47,44 @@ impl Body {
 
     /// The next piece, `None` at the end.
     pub(super) async fn chunk(&mut self) -> Result<Option<Bytes>> {
+        if !self.ahead.is_empty() {
+            return Ok(Some(std::mem::take(&mut self.ahead)));
+        }
         let (idle, deadline) = (self.limits.idle, self.deadline);
         let end = || Deadline::after(idle).min(deadline);
         match self.alarm.guard(end, self.response.chunk()).await {
             Ok(Ok(chunk)) => Ok(chunk),
             Ok(Err(error)) => {
                 let message = format!("the reply broke off: {}", flatten(&error));
-                Err(Error::new(
-                    ErrorKind::Connection,
-                    self.secrets.scrub(&message),
-                ))
+                let message = self.endpoint.secrets.scrub(&message);
+                Err(Error::new(ErrorKind::Connection, message))
             }
             Err(end) if end == deadline => Err(too_slow("the call", self.whole)),
             Err(_) => Err(too_slow("the next piece of the reply", idle)),
+        }
+    }
+
+    /// What the body is, by its first bytes, which stay to be read.
+    pub(super) async fn form(&mut self, declared_events: bool) -> Result<Form> {
+        let mut start = Bytes::new();
+        loop {
+            let over = match self.chunk().await? {
+                Some(chunk) if start.is_empty() => {
+                    start = chunk;
+                    false
+                }
+                Some(chunk) => {
+                    start = [&start[..], &chunk[..]].concat().into();
+                    false
+                }
+                None => true,
+            };
+            // White space without end is no body.
+            let over = over || start.len() > self.limits.max_event;
+            if let Some(form) = Form::of(&start, over, declared_events) {
+                self.ahead = start;
+                return Ok(form);
+            }
         }
     }
 

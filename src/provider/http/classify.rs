@@ -1,14 +1,13 @@
 //! What a refusal means: status, the provider's own words and headers to an [`Error`].
 
+use std::fmt;
+
 use serde_json::Value;
 
 use crate::error::{Error, ErrorKind, Persistence};
 use crate::provider::rate_headers;
 
-use super::Head;
-
-/// Longest message kept of what a server says, in bytes.
-const MAX_MESSAGE: usize = 2048;
+use super::{Head, text};
 
 /// What the body of a refusal says, in whatever form the server has chosen.
 #[derive(Debug, Default)]
@@ -21,6 +20,10 @@ struct Complaint {
     /// A status given in the body, for errors that come with a 200.
     status: Option<u16>,
     per_day: bool,
+    /// A moderator's report on the prompt stands beside the message.
+    moderated: bool,
+    /// The body is a web page: something in front of the API has answered.
+    page: bool,
 }
 
 impl Complaint {
@@ -68,6 +71,10 @@ impl Complaint {
             // A code can be any number; only one that is a refusal's status is one.
             status: status.filter(|status| (400..600).contains(status)),
             per_day,
+            moderated: ["flagged_input", "reasons"]
+                .iter()
+                .any(|name| error["metadata"].get(name).is_some_and(|it| !it.is_null())),
+            page: false,
         }
     }
 
@@ -98,11 +105,70 @@ impl Complaint {
             || (!waitable && PROSE.iter().any(|phrase| message.contains(phrase)))
     }
 
+    /// The request is larger than the limit ever allows, although the status (429) is that of a
+    /// limit that is used up: said in words, or by two numbers.
+    fn exceeds_limit(&self) -> bool {
+        const PROSE: [&str; 3] = [
+            "request too large",
+            "must be reduced",
+            "extra usage is required for long context",
+        ];
+        let message = self.message.to_lowercase();
+        self.says(&["request_too_large", "context_length_exceeded"])
+            || PROSE.iter().any(|phrase| message.contains(phrase))
+            || matches!(
+                (number_after(&message, "limit"), number_after(&message, "requested")),
+                (Some(limit), Some(requested)) if requested > limit
+            )
+    }
+
+    /// The prompt is refused for what it says, by a moderator or by a firewall.
+    fn is_about_the_prompt(&self) -> bool {
+        const PROSE: [&str; 7] = [
+            "usage guidelines",
+            "content policy",
+            "content management policy",
+            "input was flagged",
+            "prompt was flagged",
+            "content was flagged",
+            "request was flagged",
+        ];
+        let message = self.message.to_lowercase();
+        self.page
+            || self.moderated
+            || self.says(&[
+                "content_policy_violation",
+                "content_filter",
+                "moderation_blocked",
+                "invalid_prompt",
+            ])
+            || PROSE.iter().any(|phrase| message.contains(phrase))
+    }
+
+    /// A code says that the credentials or the whole account are refused.
+    fn is_about_the_account(&self) -> bool {
+        self.says(&[
+            "invalid_api_key",
+            "api_key_invalid",
+            "api_key_service_blocked",
+            "access_token_expired",
+            "authentication_error",
+            "unauthenticated",
+            "account_deactivated",
+            "consumer_suspended",
+            "service_disabled",
+            "unsupported_country_region_territory",
+        ])
+    }
+
     fn kind(&self, status: u16, waitable: bool) -> ErrorKind {
         let status = match status {
             200..300 => self.status.unwrap_or(0),
             status => status,
         };
+        if matches!(status, 0 | 429) && self.exceeds_limit() {
+            return ErrorKind::InvalidRequest;
+        }
         if matches!(status, 0 | 400 | 402 | 403 | 429) && self.out_of_quota(waitable) {
             return ErrorKind::QuotaExhausted;
         }
@@ -112,8 +178,10 @@ impl Complaint {
         match status {
             300..400 => ErrorKind::Config,
             402 => ErrorKind::QuotaExhausted,
-            401 | 403 => ErrorKind::Unauthorized,
-            400 if self.says(&["invalid_api_key", "api_key_invalid"]) => ErrorKind::Unauthorized,
+            401 => ErrorKind::Unauthorized,
+            0 | 400 | 403 if self.is_about_the_account() => ErrorKind::Unauthorized,
+            403 if self.is_about_the_prompt() => ErrorKind::InvalidRequest,
+            403 => ErrorKind::Forbidden,
             429 => ErrorKind::Throttled,
             // 498: Groq's capacity exceeded.
             498 | 503 | 529 => ErrorKind::Overloaded,
@@ -128,14 +196,7 @@ impl Complaint {
             {
                 ErrorKind::Throttled
             }
-            _ if self.says(&[
-                "authentication_error",
-                "permission_error",
-                "invalid_api_key",
-            ]) =>
-            {
-                ErrorKind::Unauthorized
-            }
+            _ if self.says(&["permission_error"]) => ErrorKind::Forbidden,
             _ if self.says(&[
                 "invalid_request_error",
                 "not_found_error",
@@ -149,6 +210,18 @@ impl Complaint {
     }
 }
 
+/// The first whole number that stands right behind `word` (`limit 30000`, `Requested: ~12,903`).
+fn number_after(text: &str, word: &str) -> Option<u64> {
+    text.match_indices(word).find_map(|(at, _)| {
+        let rest = &text[at + word.len()..];
+        let rest = rest.trim_start_matches([' ', ':', '=', '~']);
+        let end = rest
+            .find(|c: char| !c.is_ascii_digit() && c != ',')
+            .unwrap_or(rest.len());
+        rest[..end].replace(',', "").parse().ok()
+    })
+}
+
 /// The error for a refusal: a status that is not a success, or a success whose body
 /// or frame is an error after all.
 pub(super) fn refusal(head: &Head, body: &[u8]) -> Error {
@@ -156,6 +229,7 @@ pub(super) fn refusal(head: &Head, body: &[u8]) -> Error {
     let mut complaint = json.as_ref().map(Complaint::read).unwrap_or_default();
     if json.is_none() {
         complaint.message = String::from_utf8_lossy(body).trim().to_owned();
+        complaint.page = text::is_page(&complaint.message);
     }
 
     let mut rate = head.rate.clone();
@@ -167,26 +241,24 @@ pub(super) fn refusal(head: &Head, body: &[u8]) -> Error {
             .retry_after
             .or_else(|| rate_headers::exhausted_reset(&rate));
     }
-    let message = match (kind, head.get("location")) {
-        (ErrorKind::Config, to) => format!(
-            "the server redirects to {}, which is not followed so that the key goes to nobody \
-             else: set that address as the base URL if it is right",
-            to.unwrap_or("nowhere")
-        ),
-        _ => complaint.message,
-    };
+    let message = message(head, kind, &complaint, body, json.is_some());
 
     let mut error = head.error(kind, &message);
     if let Some(code) = &complaint.code {
-        error = error.with_code(shorten(head.scrub(code), 100));
+        error = error.with_code(text::shorten(text::line(&head.scrub(code)), 100));
     }
-    if let Some(wait) = rate.retry_after {
+    // A request that can never succeed has nothing to wait for.
+    if let Some(wait) = rate
+        .retry_after
+        .filter(|_| kind != ErrorKind::InvalidRequest)
+    {
         error = error.with_wait(wait);
     }
+    // No server's advice to try again fills an empty account, or makes a request smaller.
+    let hopeless = error.is_account_wide() || complaint.exceeds_limit();
     error = match head.get("x-should-retry") {
         Some("false") => error.with_persistence(Persistence::Permanent),
-        // No server's advice to try again fills an empty account.
-        Some("true") if !error.is_account_wide() => error.with_persistence(Persistence::Temporary),
+        Some("true") if !hopeless => error.with_persistence(Persistence::Temporary),
         _ => error,
     };
     if rate.is_empty() {
@@ -196,20 +268,74 @@ pub(super) fn refusal(head: &Head, body: &[u8]) -> Error {
     }
 }
 
-/// Cuts a text to at most `max` bytes, at a character's end.
-pub(super) fn shorten(text: String, max: usize) -> String {
-    if text.len() <= max {
-        return text;
+/// What is told of a refusal: the server's words, and the address where they say too little.
+fn message(head: &Head, kind: ErrorKind, complaint: &Complaint, body: &[u8], json: bool) -> String {
+    let address = &head.endpoint.address;
+    let said = &complaint.message;
+    if kind == ErrorKind::Config {
+        return format!(
+            "the server redirects to {}, which is not followed so that the key goes to nobody \
+             else: set that address as the base URL if it is right",
+            head.get("location").unwrap_or("nowhere")
+        );
     }
-    let mark = "…";
-    let mut end = max - mark.len();
-    while !text.is_char_boundary(end) {
-        end -= 1;
+    if !json && is_compressed(head, body) {
+        return format!("the reason cannot be read: it is {COMPRESSED}");
     }
-    format!("{}{mark}", &text[..end])
+    let missing = matches!(head.status, 404 | 405);
+    if complaint.page {
+        let hint = match head.status {
+            403 => "; a firewall in front of the API may refuse this prompt",
+            _ if missing => "; is the base URL right?",
+            _ => "",
+        };
+        return format!(
+            "a web page came from {address} instead of the API's answer (\"{}\"){hint}",
+            text::excerpt(said)
+        );
+    }
+    match (missing && complaint.code.is_none(), json) {
+        (true, true) => format!("{said} (from {address})"),
+        (true, false) => format!("{said} (from {address}; is the base URL right?)"),
+        _ => said.clone(),
+    }
 }
 
-/// A server's message as it may be shown: without secrets, and bounded.
-pub(super) fn shown(head: &Head, message: &str) -> String {
-    shorten(head.scrub(message), MAX_MESSAGE)
+const COMPRESSED: &str = "compressed, which was not asked for and is not supported (is there a \
+                          proxy that compresses?)";
+
+/// Whether a body is compressed, by its first bytes or by what the head says.
+fn is_compressed(head: &Head, body: &[u8]) -> bool {
+    let coding = head.get("content-encoding").unwrap_or_default().trim();
+    body.starts_with(&[0x1f, 0x8b])
+        || !(coding.is_empty() || coding.eq_ignore_ascii_case("identity"))
+}
+
+/// The error for a success whose body is not the API's.
+pub(super) fn unreadable(head: &Head, body: &[u8], why: &dyn fmt::Display) -> Error {
+    if is_compressed(head, body) {
+        // Asked for again, it would be compressed again, and perhaps paid for again.
+        return head
+            .error(
+                ErrorKind::MalformedReply,
+                &format!("the reply is {COMPRESSED}"),
+            )
+            .with_persistence(Persistence::Permanent)
+            .with_billed(None);
+    }
+    let body = String::from_utf8_lossy(body);
+    if text::is_page(&body) {
+        let message = format!(
+            "a web page came from {} instead of the API's answer (\"{}\"); is the base URL right, \
+             and does no login page stand in between?",
+            head.endpoint.address,
+            text::excerpt(&body)
+        );
+        // It was not the API that answered.
+        return head
+            .error(ErrorKind::MalformedReply, &message)
+            .with_billed(Some(false));
+    }
+    let message = format!("not JSON ({why}): {body}");
+    head.error(ErrorKind::MalformedReply, &message)
 }

@@ -10,8 +10,9 @@ use serde::Serialize;
 pub(crate) use serde_json_borrow::Value as Json;
 
 use super::body::too_large;
+use super::form::Form;
 use super::sse::Events;
-use super::{Head, Http, classify};
+use super::{Head, Http, Limits, classify};
 use crate::error::{Error, ErrorKind, Result};
 use crate::reply::{Delta, FinishReason, Reply, ReplyStream};
 use crate::request::Request;
@@ -102,7 +103,19 @@ impl Http {
     ) -> Result<Reply> {
         let (head, mut body) = self.post(body, timeout).await?;
         let body = body.all().await.map_err(|error| head.mark(error))?;
-        whole::<D>(&head, &body)
+        match Form::of(&body, true, false) {
+            // Some servers stream whether they are asked to or not.
+            Some(Form::Events) => {
+                let events = Events::of_body(body, self.limits.max_event);
+                let mut streaming = Streaming::<D>::new(head, events, self.limits);
+                loop {
+                    if let Delta::End(reply) = streaming.next().await? {
+                        return Ok(*reply);
+                    }
+                }
+            }
+            _ => whole::<D>(&head, &body),
+        }
     }
 
     pub(crate) async fn stream<D: Dialect>(
@@ -111,28 +124,17 @@ impl Http {
         timeout: Option<Duration>,
     ) -> Result<ReplyStream> {
         let (head, mut body) = self.post(body, timeout).await?;
+        let form = body.form(head.declares_events()).await;
         // Some servers cannot stream, and some answer so when they refuse after all.
-        let form = head.get("content-type").unwrap_or_default();
-        if ["application/json", "text/html"]
-            .iter()
-            .any(|document| form.starts_with(document))
-        {
+        if form.map_err(|error| head.mark(error))? == Form::Document {
             let body = body.all().await.map_err(|error| head.mark(error))?;
             let reply = whole::<D>(&head, &body)?;
-            let text = Delta::Text(reply.text.clone());
-            return Ok(Box::pin(stream::iter([
-                Ok(text),
-                Ok(Delta::End(Box::new(reply))),
-            ])));
+            let text = (!reply.text.is_empty()).then(|| Ok(Delta::Text(reply.text.clone())));
+            let end = Ok(Delta::End(Box::new(reply)));
+            return Ok(Box::pin(stream::iter(text.into_iter().chain([end]))));
         }
-        let streaming = Streaming::<D> {
-            head,
-            events: Events::new(body, self.limits.max_event),
-            parts: Parts::default(),
-            last: String::new(),
-            max_text: self.limits.max_body,
-            dialect: PhantomData,
-        };
+        let events = Events::new(body, self.limits.max_event);
+        let streaming = Streaming::<D>::new(head, events, self.limits);
         Ok(Box::pin(stream::unfold(
             Some(streaming),
             |streaming| async {
@@ -146,15 +148,13 @@ impl Http {
 }
 
 fn whole<D: Dialect>(head: &Head, body: &[u8]) -> Result<Reply> {
-    let text = std::str::from_utf8(body)
-        .map_err(|error| head.error(ErrorKind::MalformedReply, &error.to_string()))?;
-    let body = text.trim_start_matches('\u{feff}').trim();
-    let json: Json<'_> = serde_json::from_str(body).map_err(|error| {
-        let message = format!("not JSON ({error}): {body}");
-        head.error(ErrorKind::MalformedReply, &message)
-    })?;
+    let text =
+        std::str::from_utf8(body).map_err(|error| classify::unreadable(head, body, &error))?;
+    let trimmed = text.trim_start_matches('\u{feff}').trim();
+    let json: Json<'_> =
+        serde_json::from_str(trimmed).map_err(|error| classify::unreadable(head, body, &error))?;
     if is_error(&json) {
-        return Err(classify::refusal(head, body.as_bytes()));
+        return Err(classify::refusal(head, trimmed.as_bytes()));
     }
     let parts =
         D::whole(&json).map_err(|missing| head.error(ErrorKind::MalformedReply, missing))?;
@@ -196,11 +196,28 @@ struct Streaming<D> {
 }
 
 impl<D: Dialect> Streaming<D> {
+    fn new(head: Head, events: Events, limits: Limits) -> Self {
+        Self {
+            head,
+            events,
+            parts: Parts::default(),
+            last: String::new(),
+            max_text: limits.max_body,
+            dialect: PhantomData,
+        }
+    }
+
     /// More text, or the end.
     async fn next(&mut self) -> Result<Delta> {
         loop {
             let data = match self.events.next().await {
-                Ok(Some(data)) if data.trim() == "[DONE]" => return Ok(self.end()),
+                Ok(Some(data)) if data.trim() == "[DONE]" => {
+                    if self.last.is_empty() {
+                        let message = "the stream ended in order, without a reply in it";
+                        return Err(self.head.error(ErrorKind::MalformedReply, message));
+                    }
+                    return Ok(self.end());
+                }
                 Ok(Some(data)) => data,
                 // The text is whole once the model said why it stopped; what else
                 // was to come is not worth paying for again.

@@ -3,17 +3,23 @@
 //! - `mod` (here): the client, its settings, one call's head;
 //! - `body`: reading under the call's timeouts and bounds;
 //! - `sse`: server-sent events out of a body;
+//! - `form`: whether a body is a document or a stream of events;
 //! - `exchange`: a call from request to [`Reply`](crate::Reply), whole or streamed;
 //! - `classify`: what a refusal means;
+//! - `connect`: the client's connections, and why one was not made;
+//! - `text`: others' texts, made fit to be shown;
 //! - `setters`: the builder methods both providers share;
 //! - `secrets`: what must never be shown.
 
 mod body;
 mod classify;
+mod connect;
 mod exchange;
+mod form;
 mod secrets;
 mod setters;
 mod sse;
+mod text;
 
 use std::fmt;
 use std::future::poll_fn;
@@ -23,8 +29,9 @@ use std::task::Poll;
 use std::time::Duration;
 
 use jiff::Timestamp;
-use reqwest::header::{AsHeaderName, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, USER_AGENT};
-use reqwest::redirect;
+use reqwest::header::{
+    ACCEPT_ENCODING, AsHeaderName, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, USER_AGENT,
+};
 use reqwest::{Client, Method, Url};
 use secrecy::{ExposeSecret, SecretString};
 use tokio::time::{Instant, Sleep, sleep_until};
@@ -50,6 +57,10 @@ pub(crate) struct Settings {
     /// Headers of the protocol, secret to nobody.
     pub(crate) plain: Vec<(&'static str, String)>,
     pub(crate) query: Vec<(String, String)>,
+    /// Whether HTTP/2 is spoken where the server can.
+    pub(crate) http2: bool,
+    /// The silence after which an HTTP/2 connection is pinged, and the longest wait for the answer.
+    pub(crate) ping: Duration,
     pub(crate) limits: Limits,
 }
 
@@ -72,6 +83,8 @@ impl Settings {
             headers: Vec::new(),
             plain: Vec::new(),
             query: Vec::new(),
+            http2: false,
+            ping: Duration::from_secs(10),
             limits: Limits {
                 connect: Duration::from_secs(10),
                 first_byte: Duration::from_secs(600),
@@ -110,6 +123,7 @@ impl fmt::Debug for Settings {
                 "query",
                 &names(&mut self.query.iter().map(|(name, _)| name)),
             )
+            .field("http2", &self.http2)
             .field("limits", &self.limits)
             .finish()
     }
@@ -120,8 +134,17 @@ impl fmt::Debug for Settings {
 pub(crate) struct Http {
     client: Client,
     url: Url,
-    secrets: Arc<Secrets>,
+    endpoint: Arc<Endpoint>,
     limits: Limits,
+}
+
+/// What messages about an endpoint need.
+struct Endpoint {
+    /// Its URL without the query, which may hold a key.
+    address: String,
+    secrets: Secrets,
+    /// How many files the process might have open when the client was made, if that is known.
+    max_open_files: Option<u64>,
 }
 
 impl Http {
@@ -133,6 +156,8 @@ impl Http {
         // Static, so that the six copies that reqwest makes of it for each call count no references.
         let agent = concat!("throughline/", env!("CARGO_PKG_VERSION"));
         headers.insert(USER_AGENT, HeaderValue::from_static(agent));
+        // Without it, any compression would be as good an answer.
+        headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
         for (name, value) in &settings.plain {
             headers.insert(*name, header_value(name, value)?);
         }
@@ -148,22 +173,22 @@ impl Http {
                 .map_err(|_| config(&format!("{name:?} is not a header's name")))?;
             headers.insert(header, value);
         }
-        let client = Client::builder()
-            // A proxy is told the `user-agent` among them, and no other.
-            .default_headers(headers)
-            .connect_timeout(settings.limits.connect)
-            // The guard above counts and paces every call, so none is made behind its
-            // back. (What hyper still does by itself: a request that found its pooled
-            // connection closed before a byte of it was written takes another one.)
-            .retry(reqwest::retry::never())
-            .redirect(redirect::Policy::none())
-            .referer(false)
+        let url = endpoint(&settings, path)?;
+        // A proxy is told the `user-agent` among them, and no other.
+        let client = connect::builder(&settings, &url).default_headers(headers);
+        let client = client
             .build()
             .map_err(|error| config(&secrets.scrub(&flatten(&error))))?;
+        let address = url.as_str().split('?').next().unwrap_or_default();
+        let endpoint = Endpoint {
+            address: address.to_owned(),
+            secrets,
+            max_open_files: connect::max_open_files(),
+        };
         Ok(Self {
             client,
-            url: endpoint(&settings, path)?,
-            secrets: secrets.into(),
+            url,
+            endpoint: endpoint.into(),
             limits: settings.limits,
         })
     }
@@ -185,7 +210,7 @@ impl Http {
         let sent = self.client.execute(request);
         let mut response = match alarm.guard(first_byte, sent).await {
             Ok(Ok(response)) => response,
-            Ok(Err(error)) => return Err(self.unsent(&error)),
+            Ok(Err(error)) => return Err(connect::failure(&error, &self.endpoint)),
             Err(end) if end == deadline => return Err(too_slow("the call", whole)),
             Err(_) => return Err(too_slow("the reply's first byte", self.limits.first_byte)),
         };
@@ -194,39 +219,28 @@ impl Http {
         let pairs = headers
             .iter()
             .map(|(name, value)| (name.as_str(), value.as_bytes()));
-        let head = Head {
+        let mut head = Head {
             status: response.status().as_u16(),
             rate: rate_headers::snapshot(pairs, Timestamp::now),
             headers,
-            secrets: Arc::clone(&self.secrets),
+            endpoint: Arc::clone(&self.endpoint),
         };
-        let secrets = Arc::clone(&self.secrets);
-        let mut body = Body::new(response, secrets, self.limits, alarm, deadline, whole);
+        let endpoint = Arc::clone(&self.endpoint);
+        let mut body = Body::new(response, endpoint, self.limits, alarm, deadline, whole);
         if (200..300).contains(&head.status) {
+            // Some send it with every reply. It asks nobody to wait who was let in.
+            head.rate.retry_after = None;
             return Ok((head, body));
         }
         let text = body.beginning().await;
         Err(classify::refusal(&head, &text))
     }
-
-    fn unsent(&self, error: &reqwest::Error) -> Error {
-        let connecting = error.is_connect();
-        let kind = match error.is_timeout() {
-            true => ErrorKind::Timeout,
-            false => ErrorKind::Connection,
-        };
-        let message = self.secrets.scrub(&flatten(error));
-        // Nothing was sent where no connection was made.
-        Error::new(kind, message).with_billed(connecting.then_some(false))
-    }
 }
 
 impl fmt::Debug for Http {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut url = self.url.clone();
-        url.set_query(None);
         f.debug_struct("Http")
-            .field("url", &url.as_str())
+            .field("url", &self.endpoint.address)
             .field("limits", &self.limits)
             .finish_non_exhaustive()
     }
@@ -237,7 +251,7 @@ pub(crate) struct Head {
     status: u16,
     headers: HeaderMap,
     rate: RateSnapshot,
-    secrets: Arc<Secrets>,
+    endpoint: Arc<Endpoint>,
 }
 
 impl Head {
@@ -255,16 +269,24 @@ impl Head {
         NAMES
             .iter()
             .find_map(|name| self.get(name))
-            .map(|id| classify::shorten(self.scrub(id), 200))
+            .map(|id| text::shorten(text::line(&self.scrub(id)), 200))
     }
 
     fn scrub(&self, text: &str) -> String {
-        self.secrets.scrub(text)
+        self.endpoint.secrets.scrub(text)
+    }
+
+    /// Whether the server calls the body a stream of events.
+    fn declares_events(&self) -> bool {
+        self.get("content-type").is_some_and(|form| {
+            let essence = form.split(';').next().unwrap_or_default().trim();
+            essence.eq_ignore_ascii_case("text/event-stream")
+        })
     }
 
     /// An error that carries what the head tells.
     fn error(&self, kind: ErrorKind, message: &str) -> Error {
-        self.mark(Error::new(kind, classify::shown(self, message)))
+        self.mark(Error::new(kind, text::line(&self.scrub(message))))
     }
 
     fn mark(&self, error: Error) -> Error {
@@ -381,10 +403,15 @@ fn header_value(name: &str, value: &str) -> Result<HeaderValue> {
 
 fn endpoint(settings: &Settings, path: &str) -> Result<Url> {
     let wrong = |why: &str| config(&format!("the base URL cannot be used: {why}"));
-    let mut url =
-        Url::parse(settings.base_url.trim()).map_err(|error| wrong(&error.to_string()))?;
+    let scheme = "it must begin with https:// or http://, as in https://api.example.com/v1";
+    let mut url = Url::parse(settings.base_url.trim()).map_err(|error| {
+        match settings.base_url.contains("://") {
+            true => wrong(&error.to_string()),
+            false => wrong(scheme),
+        }
+    })?;
     if !matches!(url.scheme(), "http" | "https") {
-        return Err(wrong("it does not begin with http:// or https://"));
+        return Err(wrong(scheme));
     }
     if !url.username().is_empty() || url.password().is_some() {
         return Err(wrong("it holds a user or password; send those in a header"));

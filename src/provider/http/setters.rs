@@ -36,6 +36,30 @@ macro_rules! shared_setters {
             self
         }
 
+        /// Sets whether HTTP/2 is spoken, many calls on one connection. The default is HTTP/1.1,
+        /// with a connection for each call in flight.
+        ///
+        /// An HTTP/2 server lets only so many calls share a connection (often 100), and the rest
+        /// wait for their turn, so it pays where connections are scarce: behind a proxy that
+        /// counts them, or under a low limit on open files. A server that offers no HTTP/2 over
+        /// TLS is spoken to as before; with an `http://` base URL it must speak HTTP/2, as there
+        /// is nothing to negotiate with. A request that the server says it has not begun
+        /// (a graceful GOAWAY, REFUSED_STREAM) is sent again on another connection, unseen.
+        #[must_use]
+        pub fn http2(mut self, enabled: bool) -> Self {
+            self.settings.http2 = enabled;
+            self
+        }
+
+        /// Sets after how long a silence an HTTP/2 connection is asked whether it is alive. One
+        /// that gives no answer within the same time again is given up, and the calls on it fail.
+        /// The default is 10 s.
+        #[must_use]
+        pub fn http2_ping(mut self, silence: Duration) -> Self {
+            self.settings.ping = silence;
+            self
+        }
+
         /// Sets how long making a connection may take, name look-up and TLS included.
         /// The default is 10 s. A call that fails so was not sent and costs nothing.
         #[must_use]

@@ -33,6 +33,11 @@ impl Events {
         Self::from_chunks(chunks, max_event)
     }
 
+    /// The events of a body that is there as a whole.
+    pub(super) fn of_body(body: Bytes, max_event: usize) -> Self {
+        Self::from_chunks(stream::iter([Ok(body)]), max_event)
+    }
+
     fn from_chunks(
         chunks: impl Stream<Item = Result<Bytes>> + Send + 'static,
         max_event: usize,
