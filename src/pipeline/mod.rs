@@ -52,7 +52,7 @@ use crate::error::Result;
     message = "`{Self}` is not a `Pipeline`",
     label = "this is not a `Pipeline`",
     note = "implement `Pipeline` with `async fn run(&self, cx: &Context, input: Input) -> Result<Output>`,",
-    note = "or wrap a closure: `pipeline(\"name\", |cx: Context, input: Input| async move {{ .. }})`"
+    note = "or wrap a closure: `pipeline(\"name\", async |cx: Context, input: Input| {{ .. }})`"
 )]
 pub trait Pipeline: Send + Sync {
     /// What one run takes.

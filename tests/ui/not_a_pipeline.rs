@@ -1,4 +1,9 @@
-use throughline::{Context, PipelineExt as _, Result};
+//~ error[E0277]: `Summarise` is not a `Pipeline`
+//~ this is not a `Pipeline`
+//~ implement `Pipeline` with `async fn run(&self, cx: &Context, input: Input) -> Result<Output>`
+//~ or wrap a closure: `pipeline("name", async |cx: Context, input: Input| { .. })`
+
+use throughline::{Context, Pipeline, Result};
 
 struct Summarise;
 
@@ -8,11 +13,8 @@ impl Summarise {
     }
 }
 
-fn wants_a_pipeline(_: impl throughline::Pipeline) {}
+fn wants_a_pipeline(_: impl Pipeline) {}
 
 fn main() {
     wants_a_pipeline(Summarise);
-    wants_a_pipeline(throughline::pipeline("ok", |cx: Context, text: String| async move {
-        cx.generate(text).await
-    }).boxed());
 }
