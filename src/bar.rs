@@ -68,14 +68,13 @@ impl Bar {
     /// Shows how the work stands now.
     pub fn update(&mut self, snapshot: &Snapshot) {
         let message = self.message(snapshot);
-        self.bar
-            .set_position(snapshot.items_done + snapshot.items_failed);
+        self.bar.set_position(snapshot.items_ended());
         self.bar.set_message(message);
     }
 
     fn message(&mut self, snapshot: &Snapshot) -> String {
         let now = Instant::now();
-        let ended = snapshot.items_done + snapshot.items_failed;
+        let ended = snapshot.items_ended();
         if now - self.began >= START {
             self.history.push_back((now, snapshot.lane.granted, ended));
         }
@@ -90,6 +89,9 @@ impl Bar {
         let mut message = String::new();
         if snapshot.items_failed > 0 {
             let _ = write!(message, "{} failed  ", snapshot.items_failed);
+        }
+        if snapshot.items_cancelled > 0 {
+            let _ = write!(message, "{} cancelled  ", snapshot.items_cancelled);
         }
         let _ = write!(message, "{} in flight", snapshot.lane.in_flight);
         if let Some(rate) = per_minute(snapshot.lane.granted.saturating_sub(granted)) {
@@ -157,7 +159,7 @@ mod tests {
         let mut bar = Bar::drawn_to(300, ProgressDrawTarget::hidden());
         let work = cx
             .fan_out("n", 0..300)
-            .settle(|cx, n| async move { cx.generate(format!("{n}")).await });
+            .settle(async |cx, n| cx.generate(format!("{n}")).await);
         let mut work = std::pin::pin!(work);
         for _ in 0..60 {
             let second = tokio::time::timeout(Duration::from_millis(100), work.as_mut());

@@ -12,7 +12,7 @@ use tokio::time::Instant;
 
 pub use self::builder::ContextBuilder;
 use crate::deployment::Deployment;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::event::{Event, Observers};
 use crate::guard::{Guard, Sink, With};
 use crate::join::Switch;
@@ -61,6 +61,7 @@ struct Items {
     started: AtomicU64,
     done: AtomicU64,
     failed: AtomicU64,
+    cancelled: AtomicU64,
 }
 
 impl Context {
@@ -80,6 +81,7 @@ impl Context {
     /// # Cancel safety
     /// Dropped before the call was sent, nothing is paid and the permit goes back whole.
     /// Dropped after, the provider may bill a reply that nobody receives.
+    #[doc(alias = "retry")]
     pub fn generate(
         &self,
         request: impl Into<Request>,
@@ -300,7 +302,7 @@ impl Context {
     /// let work = cx
     ///     .fan_out("page", 0..10)
     ///     .sequential()
-    ///     .settle(|cx, page| async move { cx.generate(format!("page {page}")).await });
+    ///     .settle(async |cx, page| cx.generate(format!("page {page}")).await);
     /// let (settled, ()) = tokio::join!(work, stop);
     /// assert_eq!(settled.oks().count(), 2); // the one in flight is kept
     /// assert!(settled.failures().all(|failed| failed.error().unwrap().is_cancelled()));
@@ -385,6 +387,7 @@ impl Context {
         let items = &self.shared.items;
         // Settled first, started last: a reader never sees more settled than started.
         let (items_done, items_failed) = (count(&items.done), count(&items.failed));
+        let items_cancelled = count(&items.cancelled);
         let others = self.lanes().skip(1).map(Lane::snapshot);
         let mut lane = others.fold(self.lane().snapshot(), LaneSnapshot::beside);
         if lane.binding == Binding::Nothing && self.shared.guard.budget_is_dry() {
@@ -394,6 +397,7 @@ impl Context {
             items_started: count(&items.started),
             items_done,
             items_failed,
+            items_cancelled,
             tally: self.tally(),
             lane,
             observer_panics: self.observers().panics(),
@@ -402,7 +406,7 @@ impl Context {
 
     /// A reply could not be used and is asked for again.
     #[cfg(feature = "structured")]
-    pub(crate) fn reask(&self, ask: u32, error: &crate::error::Error) {
+    pub(crate) fn reask(&self, ask: u32, error: &Error) {
         self.scope.add(Tally {
             reasked: 1,
             ..Tally::default()
@@ -439,9 +443,13 @@ impl Context {
         self.shared.items.started.fetch_add(1, Ordering::Relaxed);
     }
 
-    pub(crate) fn item_settled(&self, ok: bool) {
+    pub(crate) fn item_settled(&self, error: Option<&Error>) {
         let items = &self.shared.items;
-        let counter = if ok { &items.done } else { &items.failed };
+        let counter = match error {
+            None => &items.done,
+            Some(error) if error.is_cancelled() => &items.cancelled,
+            Some(_) => &items.failed,
+        };
         counter.fetch_add(1, Ordering::Relaxed);
     }
 }
@@ -467,8 +475,11 @@ pub struct Snapshot {
     pub items_started: u64,
     /// Items that ended well.
     pub items_done: u64,
-    /// Items that failed.
+    /// Items that failed, those that were cancelled not counted.
     pub items_failed: u64,
+    /// Items that ended because of [`drain`](Context::drain) or [`cancel`](Context::cancel), most of
+    /// them before a call was sent.
+    pub items_cancelled: u64,
     /// What the work has cost so far.
     pub tally: Tally,
     /// The lane: in flight, waiting, and what binds now.
@@ -478,9 +489,13 @@ pub struct Snapshot {
 }
 
 impl Snapshot {
+    /// Items that are over: done, failed or cancelled.
+    pub fn items_ended(&self) -> u64 {
+        self.items_done + self.items_failed + self.items_cancelled
+    }
+
     /// Items that are under way.
     pub fn items_running(&self) -> u64 {
-        self.items_started
-            .saturating_sub(self.items_done + self.items_failed)
+        self.items_started.saturating_sub(self.items_ended())
     }
 }

@@ -135,15 +135,30 @@ pub enum Event {
         path: Arc<str>,
         /// How long the item took.
         elapsed: Duration,
-        /// Why it failed, if it did.
+        /// Why it has no value: it failed, or it was cancelled ([`Error::is_cancelled`]).
         error: Option<Error>,
     },
+}
+
+/// Where something happened, as the start of a line. Calls of the context itself, outside batches and labels, have no
+/// path.
+struct At<'a>(&'a str);
+
+impl fmt::Display for At<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            "" => Ok(()),
+            path => write!(f, "{path}: "),
+        }
+    }
 }
 
 impl fmt::Display for Event {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::CallStarted { path, attempt } => write!(f, "{path}: call {attempt} sent"),
+            Self::CallStarted { path, attempt } => {
+                write!(f, "{}call {attempt} sent", At(path))
+            }
             Self::CallSucceeded {
                 path,
                 attempt,
@@ -151,10 +166,12 @@ impl fmt::Display for Event {
                 usage,
             } => write!(
                 f,
-                "{path}: call {attempt} answered in {elapsed:.1?}, {} + {} tokens",
-                usage.input_tokens, usage.output_tokens
+                "{}call {attempt} answered in {elapsed:.1?}, {} + {} tokens",
+                At(path),
+                usage.input_tokens,
+                usage.output_tokens
             ),
-            Self::CallThrottled { path, error } => write!(f, "{path}: {error}"),
+            Self::CallThrottled { path, error } => write!(f, "{}{error}", At(path)),
             Self::CallRetried {
                 path,
                 attempt,
@@ -162,20 +179,28 @@ impl fmt::Display for Event {
                 error,
             } => write!(
                 f,
-                "{path}: call {attempt} failed, again in {delay:.1?}: {error}"
+                "{}call {attempt} failed, again in {delay:.1?}: {error}",
+                At(path)
             ),
-            Self::CallFailed { path, error } => write!(f, "{path}: failed: {error}"),
+            Self::CallFailed { path, error } => write!(f, "{}call failed: {error}", At(path)),
             Self::ReplyRejected { path, ask, error } => {
-                write!(f, "{path}: reply {ask} is asked for again: {error}")
+                write!(f, "{}reply {ask} is asked for again: {error}", At(path))
             }
             Self::LaneClosed { wait } => write!(f, "the lane is closed for {wait:.1?}"),
-            Self::LaneSlowed { limit, scale } => {
-                write!(
+            Self::LaneSlowed { limit, scale } => match scale * 100.0 {
+                percent if percent < 99.5 => {
+                    write!(
+                        f,
+                        "the lane slows to {percent:.0} % of the limit on {limit}"
+                    )
+                }
+                percent if percent < 100.5 => write!(f, "the lane slows to the limit on {limit}"),
+                // Of a limit that nobody has named, only the first estimate is known.
+                _ => write!(
                     f,
-                    "the lane uses {:.0} % of the limit on {limit}",
-                    scale * 100.0
-                )
-            }
+                    "the lane slows to {scale:.1} times the estimated limit on {limit}"
+                ),
+            },
             Self::LaneEased { in_flight } => {
                 write!(f, "the lane allows {in_flight} calls in flight")
             }
@@ -189,23 +214,18 @@ impl fmt::Display for Event {
             Self::StageEnded {
                 path,
                 elapsed,
-                error: None,
+                error,
             }
             | Self::ItemSettled {
                 path,
                 elapsed,
-                error: None,
-            } => write!(f, "{path}: done in {elapsed:.1?}"),
-            Self::StageEnded {
-                path,
-                elapsed,
-                error: Some(error),
-            }
-            | Self::ItemSettled {
-                path,
-                elapsed,
-                error: Some(error),
-            } => write!(f, "{path}: failed in {elapsed:.1?}: {error}"),
+                error,
+            } => match error {
+                None => write!(f, "{}done in {elapsed:.1?}", At(path)),
+                // Work that was drained or cancelled has not failed; the error says so.
+                Some(error) if error.is_cancelled() => write!(f, "{}{error}", At(path)),
+                Some(error) => write!(f, "{}failed in {elapsed:.1?}: {error}", At(path)),
+            },
         }
     }
 }
@@ -287,6 +307,54 @@ mod tests {
         }
         assert_eq!(observers.panics(), 2);
         assert_eq!(told.load(Ordering::Relaxed), 2);
+    }
+
+    #[test]
+    fn a_line_names_the_place_only_where_there_is_one() {
+        let sent = |path: &str| Event::CallStarted {
+            path: path.into(),
+            attempt: 1,
+        };
+        assert_eq!(sent("week[3]").to_string(), "week[3]: call 1 sent");
+        assert_eq!(sent("").to_string(), "call 1 sent");
+        let failed = Event::CallFailed {
+            path: "".into(),
+            error: Error::other("no"),
+        };
+        assert_eq!(failed.to_string(), "call failed: failed: no");
+    }
+
+    #[test]
+    fn a_slower_lane_is_announced_as_slower() {
+        let line = |scale| {
+            let limit = "requests";
+            Event::LaneSlowed { limit, scale }.to_string()
+        };
+        assert_eq!(
+            line(0.784),
+            "the lane slows to 78 % of the limit on requests"
+        );
+        assert_eq!(line(1.0), "the lane slows to the limit on requests");
+        assert_eq!(
+            line(1.7),
+            "the lane slows to 1.7 times the estimated limit on requests"
+        );
+    }
+
+    #[test]
+    fn a_drained_item_is_cancelled_and_not_failed() {
+        let settled = |error| Event::ItemSettled {
+            path: "page[3]".into(),
+            elapsed: Duration::ZERO,
+            error: Some(error),
+        };
+        let drained = settled(Error::cancelled("the context is draining"));
+        assert_eq!(
+            drained.to_string(),
+            "page[3]: cancelled: the context is draining"
+        );
+        let failed = settled(Error::other("no"));
+        assert_eq!(failed.to_string(), "page[3]: failed in 0.0ns: failed: no");
     }
 
     #[test]

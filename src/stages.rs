@@ -28,7 +28,7 @@ const MOST: usize = 1_024;
 /// # let provider = Scripted::new().reply("a").reply("b");
 /// let cx = Context::builder(provider).observer(stages.clone()).build();
 /// for name in ["Rhine", "Po"] {
-///     cx.stage("describe", |cx| async move { cx.generate(name).await }).await?;
+///     cx.stage("describe", async |cx| cx.generate(name).await).await?;
 /// }
 /// let describe = &stages.report()[1];
 /// assert_eq!((describe.label.as_str(), describe.count), ("describe", 2));
@@ -127,6 +127,10 @@ impl Stages {
     }
 
     fn add(&self, path: &str, kind: Kind, elapsed: Duration, error: Option<&Error>) {
+        // Work that was cut short says nothing about how long it takes.
+        if error.is_some_and(Error::is_cancelled) {
+            return;
+        }
         let key = (labels(path), kind);
         let mut state = self.lock();
         if state.kinds.len() >= MOST && !state.kinds.contains_key(&key) {

@@ -254,6 +254,55 @@ async fn a_batch_that_ends_early_loses_no_input() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn drained_items_count_as_cancelled_and_not_as_failed() {
+    let (_, cx) = setup();
+    let lines = Arc::new(Mutex::new(Vec::new()));
+    let told = Arc::clone(&lines);
+    let batch = cx
+        .fan_out("n", 0..6)
+        .sequential()
+        .on_progress(move |progress| told.lock().unwrap().push(progress.to_string()))
+        .settle(async |item, n| {
+            if n == 2 {
+                cx.drain();
+            }
+            ask(item, n).await
+        });
+    let settled = batch.await;
+    assert_eq!((settled.oks().count(), settled.failures().count()), (2, 4));
+    let snapshot = cx.snapshot();
+    assert_eq!(snapshot.items_done, 2);
+    assert_eq!((snapshot.items_failed, snapshot.items_cancelled), (0, 4));
+    assert_eq!((snapshot.items_ended(), snapshot.items_running()), (6, 0));
+    let last = lines.lock().unwrap().pop().unwrap();
+    assert_eq!(last, "n: 2 of 6 done, 4 cancelled, 200.0ms");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_async_closure_borrows_nests_and_runs_in_a_spawned_task() {
+    let (_, cx) = setup();
+    let week = async move {
+        let template = String::from("Describe");
+        cx.fan_out("routine", ["scales".to_owned(), "chords".to_owned()])
+            .settle(async |cx, routine| {
+                let etudes = cx.fan_out("etude", ["slowly", "quickly"]);
+                let etudes = etudes
+                    .settle(async |cx, how| {
+                        let prompt = format!("{template} {routine} {how}");
+                        Ok(cx.generate(prompt).await?.text)
+                    })
+                    .await;
+                Ok((routine, etudes.all()?))
+            })
+            .await
+            .all()
+    };
+    let week = tokio::spawn(week).await.unwrap().unwrap();
+    assert_eq!(week[1].0, "chords");
+    assert_eq!(week[1].1[1], "Describe chords quickly");
+}
+
+#[tokio::test(start_paused = true)]
 async fn the_summary_says_what_failed() {
     let (_, cx) = setup();
     let prompts = ["a", "refuse", "b", "refuse"];

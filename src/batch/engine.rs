@@ -141,6 +141,7 @@ struct Tracker {
     total: Option<usize>,
     done: AtomicUsize,
     failed: AtomicUsize,
+    cancelled: AtomicUsize,
     on_progress: Option<ProgressFn>,
 }
 
@@ -158,6 +159,7 @@ impl Tracker {
             total,
             done: AtomicUsize::new(0),
             failed: AtomicUsize::new(0),
+            cancelled: AtomicUsize::new(0),
             on_progress,
         }
     }
@@ -171,7 +173,7 @@ impl Tracker {
         room: Room,
     ) -> Box<(Outcome<O>, Room)> {
         let elapsed = started.elapsed();
-        self.batch.item_settled(result.is_ok());
+        self.batch.item_settled(result.as_ref().err());
         self.batch.observers().tell(|| Event::ItemSettled {
             path: item.path(),
             elapsed,
@@ -180,6 +182,7 @@ impl Tracker {
         if let Some(on_progress) = &self.on_progress {
             let counter = match &result {
                 Ok(_) => &self.done,
+                Err(error) if error.is_cancelled() => &self.cancelled,
                 Err(_) => &self.failed,
             };
             counter.fetch_add(1, Ordering::Relaxed);
@@ -188,6 +191,7 @@ impl Tracker {
                 total: self.total,
                 done: self.done.load(Ordering::Relaxed),
                 failed: self.failed.load(Ordering::Relaxed),
+                cancelled: self.cancelled.load(Ordering::Relaxed),
                 index,
                 key: item.key.clone(),
                 ok: result.is_ok(),
@@ -218,8 +222,10 @@ pub struct Progress {
     pub total: Option<usize>,
     /// Items that ended well, this one included.
     pub done: usize,
-    /// Items that failed, this one included.
+    /// Items that failed, this one included; those that were cancelled are not counted.
     pub failed: usize,
+    /// Items that ended because the context was drained or cancelled, this one included.
+    pub cancelled: usize,
     /// The item that has just ended: its place among the inputs.
     pub index: usize,
     /// The item that has just ended: its key.
@@ -240,6 +246,9 @@ impl fmt::Display for Progress {
         f.write_str(" done")?;
         if self.failed > 0 {
             write!(f, ", {} failed", self.failed)?;
+        }
+        if self.cancelled > 0 {
+            write!(f, ", {} cancelled", self.cancelled)?;
         }
         write!(f, ", {:.1?}", self.elapsed)
     }
