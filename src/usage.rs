@@ -85,6 +85,58 @@ pub struct RateSnapshot {
 }
 
 impl RateSnapshot {
+    /// Nothing yet; add what the provider said.
+    ///
+    /// ```
+    /// use std::time::Duration;
+    /// use throughline::{Quota, RateSnapshot};
+    ///
+    /// // `x-ratelimit-limit-requests: 500`, `-remaining-requests: 499`, `-reset-requests: 120ms`
+    /// let requests = Quota::new(500, 499, Duration::from_millis(120));
+    /// let rate = RateSnapshot::new()
+    ///     .with_requests(requests)
+    ///     .with_tokens(Quota::new(None, 149_984, None));
+    /// assert_eq!(rate.requests.limit, Some(500));
+    /// ```
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds the limit on requests.
+    #[must_use]
+    pub fn with_requests(mut self, quota: Quota) -> Self {
+        self.requests = quota;
+        self
+    }
+
+    /// Adds the limit on input and output tokens together.
+    #[must_use]
+    pub fn with_tokens(mut self, quota: Quota) -> Self {
+        self.tokens = quota;
+        self
+    }
+
+    /// Adds the limit on input tokens.
+    #[must_use]
+    pub fn with_input_tokens(mut self, quota: Quota) -> Self {
+        self.input_tokens = quota;
+        self
+    }
+
+    /// Adds the limit on output tokens.
+    #[must_use]
+    pub fn with_output_tokens(mut self, quota: Quota) -> Self {
+        self.output_tokens = quota;
+        self
+    }
+
+    /// Adds how long the server asks to wait before the next call.
+    #[must_use]
+    pub fn with_retry_after(mut self, wait: Duration) -> Self {
+        self.retry_after = Some(wait);
+        self
+    }
+
     /// Whether the provider said nothing at all.
     pub fn is_empty(&self) -> bool {
         *self == Self::default()
@@ -101,6 +153,25 @@ pub struct Quota {
     pub remaining: Option<u64>,
     /// How long until all of it is back, counted from when the reply was written.
     pub reset: Option<Duration>,
+}
+
+impl Quota {
+    /// A limit in a period, what is left of it, and how long until all of it is back; `None` for
+    /// each that the provider does not tell.
+    ///
+    /// A lane reads the limit as one per minute, unless `remaining` and `reset` show that it holds for
+    /// an hour or a day. Leave out a limit of another period where the provider tells no reset.
+    pub fn new(
+        limit: impl Into<Option<u64>>,
+        remaining: impl Into<Option<u64>>,
+        reset: impl Into<Option<Duration>>,
+    ) -> Self {
+        Self {
+            limit: limit.into(),
+            remaining: remaining.into(),
+            reset: reset.into(),
+        }
+    }
 }
 
 #[cfg(test)]

@@ -33,6 +33,8 @@ use super::words::Binding;
 /// let pace = Pace::normal().in_flight(4);
 /// assert_eq!(pace.retries(), Some(2));
 /// ```
+#[doc(alias = "rate limit")]
+#[doc(alias = "throttle")]
 #[derive(Debug, Clone, PartialEq)]
 #[must_use]
 pub struct Pace {
@@ -76,6 +78,23 @@ impl Pace {
             requests: Some(rate("requests", requests)),
             ..Self::unlimited()
         }
+    }
+
+    /// At most `requests` in a second: the same limit as 60 times that in a minute, which is how
+    /// events and [`LaneSnapshot`](crate::LaneSnapshot) name it.
+    ///
+    /// # Panics
+    ///
+    /// If `requests` is zero.
+    ///
+    /// ```
+    /// use throughline::Pace;
+    ///
+    /// assert_eq!(Pace::per_second(10), Pace::per_minute(600));
+    /// ```
+    #[track_caller]
+    pub fn per_second(requests: u64) -> Self {
+        Self::per_minute(requests.saturating_mul(60))
     }
 
     /// Two seconds between calls and three retries: for an account whose limits
@@ -140,6 +159,8 @@ impl Pace {
     ///
     /// If `calls` is zero.
     #[track_caller]
+    #[doc(alias = "concurrency")]
+    #[doc(alias = "semaphore")]
     pub fn in_flight(mut self, calls: usize) -> Self {
         assert!(
             calls > 0,
