@@ -37,7 +37,7 @@ async fn main() -> Result<()> {
     for (what, classes) in [("one class, ours", 2..3), ("100 classes at once", 3..103)] {
         store.forget();
         let classes = cx.fan_out("class", classes).join_all();
-        let ended = classes.settle(|cx, number| async move { class(&cx, log, number).await });
+        let ended = classes.settle(async |cx, number| class(&cx, log, number).await);
         let ended = ended.await;
         let (took, waited) = (ended.elapsed(), store.trips());
         log.journal.flush().await?;

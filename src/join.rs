@@ -188,7 +188,7 @@ impl Context {
     /// # async fn load_profile() -> throughline::Result<String> { Ok("profile".into()) }
     /// # let cx = Context::builder(Scripted::new().reply("a")).build();
     /// let profile = cx.stage("profile", |_| load_profile()).await?;
-    /// let advice = cx.stage("advice", |cx| async move { cx.generate(profile).await }).await?;
+    /// let advice = cx.stage("advice", async |cx| cx.generate(profile).await).await?;
     /// # let _ = advice;
     /// # Ok(()) }
     /// ```

@@ -25,10 +25,11 @@
 //!         .build();
 //!
 //!     let rivers = ["Danube", "Rhine", "Po"];
+//!     let style = String::from("in one sentence"); // the closure borrows it
 //!     let settled = cx
 //!         .fan_out("river", rivers)
 //!         .key(|name| name.to_string())
-//!         .settle(|cx, name| async move { cx.generate(format!("Describe the {name}.")).await })
+//!         .settle(async |cx, name| cx.generate(format!("Describe the {name} {style}.")).await)
 //!         .await;
 //!     assert_eq!(settled.tally().throttled, 0);
 //!     assert_eq!(settled.all()?.len(), 3);
@@ -53,8 +54,11 @@
 //! - `signal`: [`stop_on_signal`], for services that are asked to stop.
 //! - `full`: `openai`, `anthropic`, `structured`, `sim`, `bar` and `signal`.
 //!
-//! `tutorial` builds a pipeline step by step, from ten lines to the streamed form (with the features
-//! `structured` and `sim`). [`design`] tells the decisions behind it and their reasons.
+//! # Where to go from here
+//!
+//! - [`tutorial`]: a pipeline step by step, from ten lines to the streamed form (with the features
+//!   `structured` and `sim`).
+//! - [`design`]: the design decisions and their reasons.
 
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
@@ -133,11 +137,15 @@ pub use crate::pipeline::{
 };
 pub use crate::pool::{Pool, Turn, Visit};
 #[cfg(feature = "sim")]
+#[doc(inline)]
 pub use crate::provider::sim::Sim;
 #[cfg(feature = "anthropic")]
+#[doc(inline)]
 pub use crate::provider::{Anthropic, AnthropicBuilder};
+#[doc(inline)]
 pub use crate::provider::{Capabilities, OutputCharge, Provider};
 #[cfg(feature = "openai")]
+#[doc(inline)]
 pub use crate::provider::{OpenAi, OpenAiBuilder};
 pub use crate::reply::{Delta, FinishReason, Reply, ReplyStream};
 pub use crate::request::{Message, Request, ResponseFormat, Role};

@@ -25,6 +25,7 @@ use crate::error::{Error, ErrorKind};
 ///
 /// [`max_delay`]: Retry::max_delay
 /// [`base_delay`]: Retry::base_delay
+#[doc(alias = "backoff")]
 #[derive(Debug, Clone, PartialEq)]
 pub struct Retry {
     attempts: u32,

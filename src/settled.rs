@@ -54,7 +54,7 @@ impl<T> Outcome<T> {
 ///
 /// # #[tokio::main(flavor = "current_thread")] async fn main() {
 /// # let cx = Context::builder(Scripted::new()).build();
-/// let halves = cx.fan_out("half", [4, 5, 6]).settle(|_cx, n| async move {
+/// let halves = cx.fan_out("half", [4, 5, 6]).settle(async |_cx, n| {
 ///     if n % 2 == 0 { Ok(n / 2) } else { Err(Error::other("odd")) }
 /// });
 /// let halves = halves.await;

@@ -91,7 +91,7 @@ impl Run {
         let settled = cx
             .fan_out("call", 0..CALLS)
             .buffer_unordered(64)
-            .settle(|cx, n| async move { cx.generate(format!("Describe river {n}.")).await })
+            .settle(async |cx, n| cx.generate(format!("Describe river {n}.")).await)
             .await;
 
         let makespan = began.elapsed();

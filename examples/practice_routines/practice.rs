@@ -64,7 +64,7 @@ pub async fn week(
     routines
         .key(|sketch: &Result<Sketch>| sketch.as_ref().map_or("?".into(), |s| s.name.clone()))
         .on_progress(tell)
-        .settle(|cx, sketch| async move { Ok(routine(&cx, way, sketch?).await) })
+        .settle(async |cx, sketch| Ok(routine(&cx, way, sketch?).await))
         .await
 }
 
@@ -76,7 +76,7 @@ async fn routine(cx: &Context, way: Way, sketch: Sketch) -> Routine {
         _ => etudes.join_all(),
     };
     let settled = etudes
-        .settle(|cx, exercise| async move {
+        .settle(async |cx, exercise| {
             let request = Request::new(format!("Write an etude: {exercise}.")).max_tokens(400);
             Ok(cx.generate(request).await?.text)
         })

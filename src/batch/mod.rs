@@ -84,20 +84,23 @@ pub struct Over<P>(pub(crate) P);
 /// that makes the inputs is the caller's own and goes through.
 ///
 /// A batch of a pipeline collects with `settle(&cx)`, a fan-out of a context with
-/// `settle(|cx, input| async move { .. })`.
+/// `settle(async |cx, input| { .. })`. Such a closure borrows what it captures, here a `String`, for all items at
+/// once, and may hold fan-outs of its own. [`stream`](Self::stream) needs an owned closure and shows how to write one.
 ///
 /// ```
 /// use throughline::{Context, testing::Scripted};
 ///
 /// # #[tokio::main(flavor = "current_thread")] async fn main() -> throughline::Result<()> {
 /// # let cx = Context::builder(Scripted::new().reply("a").reply("b").reply("c")).build();
+/// let style = String::from("in one sentence");
 /// let rivers = cx
 ///     .fan_out("river", ["Danube", "Rhine", "Po"])
 ///     .key(|name| name.to_string())
 ///     .buffer_unordered(2)
 ///     .on_progress(|progress| eprintln!("{progress}"))
-///     .settle(|cx, name| async move { cx.generate(format!("Describe the {name}.")).await });
-/// assert_eq!(rivers.await.all()?.len(), 3);
+///     .settle(async |cx, name| cx.generate(format!("Describe the {name} {style}.")).await)
+///     .await;
+/// assert_eq!(rivers.all()?.len(), 3);
 /// # Ok(()) }
 /// ```
 #[must_use = "a batch does nothing until it is collected: `settle`, `try_all` or `stream`"]
@@ -150,9 +153,13 @@ impl<W, S: Stream> Batch<W, S> {
 
     /// Runs `n` items at a time and yields as they end.
     ///
+    /// This bounds the items, of which each may make many calls; [`Pace::in_flight`](crate::Pace::in_flight)
+    /// bounds the calls of all batches together.
+    ///
     /// # Panics
     /// If `n` is 0.
     #[track_caller]
+    #[doc(alias = "concurrency")]
     pub fn buffer_unordered(self, n: usize) -> Self {
         assert!(
             n > 0,
@@ -324,6 +331,27 @@ impl<T: Send, S: Stream<Item = T> + Send> Batch<Context, S> {
     }
 
     /// Runs `work` on every item and yields the outcomes as they come. See [`Outcomes`].
+    ///
+    /// The items run in a task of their own, so `work` cannot borrow: it owns what it captures and hands a
+    /// clone to each item.
+    ///
+    /// ```
+    /// use std::sync::Arc;
+    /// use futures::StreamExt as _;
+    /// use throughline::{Context, testing::Scripted};
+    ///
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> throughline::Result<()> {
+    /// # let cx = Context::builder(Scripted::new().reply("a").reply("b")).build();
+    /// let style: Arc<str> = "in one sentence".into();
+    /// let mut rivers = cx.fan_out("river", ["Danube", "Rhine"]).stream(move |cx, name| {
+    ///     let style = Arc::clone(&style);
+    ///     async move { cx.generate(format!("Describe the {name} {style}.")).await }
+    /// });
+    /// while let Some(outcome) = rivers.next().await {
+    ///     println!("{}", outcome.result?.text);
+    /// }
+    /// # Ok(()) }
+    /// ```
     ///
     /// # Panics
     /// Outside a Tokio runtime.

@@ -165,7 +165,7 @@ impl ContextBuilder {
     ///     let lengths = cx
     ///         .fan_out("length", ["Danube"])
     ///         .key(|river| river.to_string())
-    ///         .settle(|cx, river| async move { cx.generate(format!("How long is the {river}?")).await })
+    ///         .settle(async |cx, river| cx.generate(format!("How long is the {river}?")).await)
     ///         .await;
     ///     assert_eq!(lengths.tally().replayed, run - 1);
     ///     assert_eq!(lengths.all()?[0].text, "2,850 km");
@@ -173,6 +173,9 @@ impl ContextBuilder {
     /// }
     /// # Ok(()) }
     /// ```
+    #[doc(alias = "cache")]
+    #[doc(alias = "checkpoint")]
+    #[doc(alias = "resume")]
     pub fn store(mut self, store: impl Store) -> Self {
         self.store = Some(Arc::new(store));
         self

@@ -81,6 +81,8 @@ use crate::usage::RateSnapshot;
 /// assert!(start.elapsed() >= Duration::from_secs(20));
 /// # Ok(()) }
 /// ```
+#[doc(alias = "rate limiter")]
+#[doc(alias = "semaphore")]
 #[derive(Clone)]
 pub struct Lane {
     shared: Arc<Shared>,

@@ -84,14 +84,14 @@ pub trait Pipeline: Send + Sync {
 ///
 /// # #[tokio::main(flavor = "current_thread", start_paused = true)]
 /// # async fn main() -> throughline::Result<()> {
-/// let count = pipeline("count", |cx: Context, text: String| async move {
+/// let count = pipeline("count", async |cx: Context, text: String| {
 ///     let reply = cx.generate(format!("How many words? {text}")).await?;
 ///     reply.text.parse::<usize>().map_err(Error::other)
 /// });
-/// let by_hand = pipeline("by-hand", |_cx, text: String| async move {
+/// let by_hand = pipeline("by-hand", async |_cx, text: String| {
 ///     Ok(text.split_whitespace().count())
 /// });
-/// let double = pipeline("double", |_cx, n: usize| async move { Ok(2 * n) });
+/// let double = pipeline("double", async |_cx, n: usize| Ok(2 * n));
 ///
 /// let chain = count
 ///     .timeout(Duration::from_secs(60))
@@ -176,16 +176,21 @@ macro_rules! forward {
 }
 forward!([P: Pipeline + ?Sized] &P, [P: Pipeline + ?Sized] Arc<P>, [P: Pipeline + ?Sized] Box<P>);
 
-/// A pipeline of a closure from a context and an input to a future.
+/// A pipeline of an async closure from a context and an input.
+///
+/// The closure may borrow what it captures, and then the pipeline lives as long as that. A pipeline that a
+/// [`Worker`](crate::Worker) registers, or whose batch is [streamed](Batch::stream), captures nothing, or is a struct
+/// that implements [`Pipeline`] and keeps in its fields what a closure would capture.
 ///
 /// ```
 /// use throughline::{Context, PipelineExt as _, pipeline};
 ///
-/// let count_words = pipeline("count-words", |cx: Context, text: String| async move {
-///     let reply = cx.generate(format!("How many words? {text}")).await?;
+/// let question = String::from("How many words?");
+/// let count_words = pipeline("count-words", async |cx: Context, text: String| {
+///     let reply = cx.generate(format!("{question} {text}")).await?;
 ///     reply.text.parse::<u32>().map_err(throughline::Error::other)
 /// });
-/// let guarded = count_words.timeout(std::time::Duration::from_secs(60)).boxed();
+/// let guarded = count_words.timeout(std::time::Duration::from_secs(60));
 /// # let _ = guarded;
 /// ```
 pub fn pipeline<I, O, F, Fut>(name: impl Into<Arc<str>>, run: F) -> FnPipeline<I, F>

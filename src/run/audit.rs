@@ -190,7 +190,7 @@ impl Runner {
     /// ```
     /// # use throughline::{Context, Runner, pipeline, store::Memory};
     /// # #[tokio::main(flavor = "current_thread")] async fn main() -> throughline::Result<()> {
-    /// # let double = pipeline("double", |_cx: Context, n: u32| async move { Ok(2 * n) });
+    /// # let double = pipeline("double", async |_cx: Context, n: u32| Ok(2 * n));
     /// # let runner = Runner::new(Memory::new());
     /// let run = runner.submit("double", &double, [1, 2, 3]).await?;
     /// let audit = runner.audit(run).await?.expect("it is there");

@@ -35,7 +35,7 @@ use crate::store::{
 /// use throughline::{Context, Runner, Worker, pipeline, testing::Scripted};
 ///
 /// # #[tokio::main(flavor = "current_thread")] async fn main() -> throughline::Result<()> {
-/// let describe = pipeline("describe", |cx: Context, river: String| async move {
+/// let describe = pipeline("describe", async |cx: Context, river: String| {
 ///     Ok(cx.generate(format!("Describe the {river}.")).await?.text)
 /// });
 /// let store = Arc::new(Memory::new()); // or Sqlite::open("runs.db").await?, or Postgres
@@ -52,6 +52,9 @@ use crate::store::{
 /// assert_eq!(results[0].output(), Some(&"Long and brown.".to_owned()));
 /// # Ok(()) }
 /// ```
+#[doc(alias = "checkpoint")]
+#[doc(alias = "job queue")]
+#[doc(alias = "resume")]
 #[derive(Clone)]
 pub struct Runner {
     store: Arc<dyn Store>,
@@ -79,7 +82,7 @@ impl Runner {
     /// ```
     /// # use throughline::{Context, Runner, pipeline, store::{Memory, RunFilter}};
     /// # #[tokio::main(flavor = "current_thread")] async fn main() -> throughline::Result<()> {
-    /// # let double = pipeline("double", |_cx: Context, n: u32| async move { Ok(2 * n) });
+    /// # let double = pipeline("double", async |_cx: Context, n: u32| Ok(2 * n));
     /// let runner = Runner::new(Memory::new());
     /// let (ada, bob) = (runner.for_tenant("ada"), runner.for_tenant("bob"));
     /// let run = ada.submit("double", &double, [1, 2, 3]).await?;

@@ -23,7 +23,7 @@ use crate::store::{Run, RunId, Status};
 /// ```
 /// # use throughline::{Context, Runner, pipeline, store::Memory};
 /// # #[tokio::main(flavor = "current_thread")] async fn main() -> throughline::Result<()> {
-/// # let double = pipeline("double", |_cx: Context, n: u32| async move { Ok(2 * n) });
+/// # let double = pipeline("double", async |_cx: Context, n: u32| Ok(2 * n));
 /// # let runner = Runner::new(Memory::new());
 /// let run = runner.submit("double", &double, [1, 2, 3]).await?;
 /// let snapshot = runner.snapshot(run).await?.expect("it is there");
@@ -136,7 +136,7 @@ impl Runner {
     /// use futures::TryStreamExt as _;
     /// # use throughline::{Context, Runner, pipeline, store::Memory};
     /// # #[tokio::main(flavor = "current_thread")] async fn main() -> throughline::Result<()> {
-    /// # let double = pipeline("double", |_cx: Context, n: u32| async move { Ok(2 * n) });
+    /// # let double = pipeline("double", async |_cx: Context, n: u32| Ok(2 * n));
     /// # let runner = Runner::new(Memory::new());
     /// let run = runner.submit("double", &double, [1, 2, 3]).await?;
     /// runner.cancel(run).await?;

@@ -69,7 +69,7 @@ impl Runner {
     /// ```
     /// # use throughline::{Context, Runner, pipeline, store::{Memory, Status}};
     /// # #[tokio::main(flavor = "current_thread")] async fn main() -> throughline::Result<()> {
-    /// # let double = pipeline("double", |_cx: Context, n: u32| async move { Ok(2 * n) });
+    /// # let double = pipeline("double", async |_cx: Context, n: u32| Ok(2 * n));
     /// # let runner = Runner::new(Memory::new());
     /// let run = runner.submit("double", &double, [1, 2, 3]).await?;
     /// let page = runner.results::<u32>(run, 1, 10).await?;
@@ -100,7 +100,7 @@ impl Runner {
     /// use futures::TryStreamExt as _;
     /// # use throughline::{Context, Runner, pipeline, store::Memory};
     /// # #[tokio::main(flavor = "current_thread")] async fn main() -> throughline::Result<()> {
-    /// # let double = pipeline("double", |_cx: Context, n: u32| async move { Ok(2 * n) });
+    /// # let double = pipeline("double", async |_cx: Context, n: u32| Ok(2 * n));
     /// # let runner = Runner::new(Memory::new());
     /// let run = runner.submit("double", &double, 0..600).await?;
     /// let items: Vec<_> = runner.stream_results::<u32>(run).try_collect().await?;
@@ -129,7 +129,7 @@ impl Runner {
     /// # use std::{sync::Arc, time::Duration};
     /// # use throughline::{Context, Runner, Worker, pipeline, store::Memory, testing::Scripted};
     /// # #[tokio::main(flavor = "current_thread")] async fn main() -> throughline::Result<()> {
-    /// # let double = pipeline("double", |_cx: Context, n: u32| async move { Ok(2 * n) });
+    /// # let double = pipeline("double", async |_cx: Context, n: u32| Ok(2 * n));
     /// # let store = Arc::new(Memory::new());
     /// # let runner = Runner::new(Arc::clone(&store));
     /// # let worker = Worker::builder(store, Context::builder(Scripted::new()).build());

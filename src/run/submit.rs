@@ -43,7 +43,7 @@ type Key<I> = Box<dyn Fn(&I) -> String + Send>;
 /// ```
 /// # use throughline::{Context, Runner, pipeline, store::Memory};
 /// # #[tokio::main(flavor = "current_thread")] async fn main() -> throughline::Result<()> {
-/// # let double = pipeline("double", |_cx: Context, n: u32| async move { Ok(2 * n) });
+/// # let double = pipeline("double", async |_cx: Context, n: u32| Ok(2 * n));
 /// # let runner = Runner::new(Memory::new());
 /// let submit = || {
 ///     runner
@@ -144,7 +144,7 @@ impl<I: Serialize + Send> Submit<I> {
     /// # use std::{sync::Arc, time::Duration};
     /// # use throughline::{Context, Runner, Sim, Worker, pipeline, store::{Memory, Status}};
     /// # #[tokio::main(flavor = "current_thread", start_paused = true)] async fn main() -> throughline::Result<()> {
-    /// # let page = pipeline("page", |cx: Context, n: u32| async move { Ok(cx.generate(format!("{n}")).await?.text) });
+    /// # let page = pipeline("page", async |cx: Context, n: u32| Ok(cx.generate(format!("{n}")).await?.text));
     /// # let store = Arc::new(Memory::new());
     /// # let runner = Runner::new(Arc::clone(&store));
     /// # let cx = Context::builder(Sim::builder().latency(Duration::from_secs(9)).build()).build();

@@ -64,7 +64,7 @@ impl Context {
     /// let plan = cx.generate_items::<Sketch>("Plan the week.");
     /// let etudes = cx
     ///     .fan_out("etude", plan)
-    ///     .settle(|cx, sketch| async move { cx.generate(format!("An etude on {}.", sketch?.topic)).await })
+    ///     .settle(async |cx, sketch| cx.generate(format!("An etude on {}.", sketch?.topic)).await)
     ///     .await;
     /// assert_eq!(etudes.all()?.len(), 2);
     /// # Ok(()) }

@@ -49,7 +49,7 @@ use crate::store::{Queue, RunId};
 ///
 /// #[tokio::main(flavor = "current_thread", start_paused = true)]
 /// async fn main() -> throughline::Result<()> {
-///     let summary = pipeline("summary", |cx: Context, page: u32| async move {
+///     let summary = pipeline("summary", async |cx: Context, page: u32| {
 ///         Ok(cx.generate(format!("Sum up page {page}.")).await?.text)
 ///     });
 ///     let store = Arc::new(Memory::new());
@@ -72,6 +72,7 @@ use crate::store::{Queue, RunId};
 ///     Ok(())
 /// }
 /// ```
+#[doc(alias = "resume")]
 #[derive(Clone)]
 pub struct Worker(Arc<Inner>);
 
@@ -236,7 +237,7 @@ impl Worker {
     /// # use std::{sync::Arc, time::Duration};
     /// # use throughline::{Context, Drive, Runner, Worker, pipeline, store::Memory, testing::Scripted};
     /// # #[tokio::main(flavor = "current_thread")] async fn main() -> throughline::Result<()> {
-    /// # let double = pipeline("double", |_cx: Context, n: u32| async move { Ok(2 * n) });
+    /// # let double = pipeline("double", async |_cx: Context, n: u32| Ok(2 * n));
     /// # let store = Arc::new(Memory::new());
     /// # let runner = Runner::new(Arc::clone(&store));
     /// # let run = runner.submit("double", &double, [1, 2, 3]).await?;

@@ -19,8 +19,12 @@ impl Schemas {
     /// The server, started if it does not run. Says loudly if there is none.
     pub fn find() -> Option<Self> {
         static SERVER: OnceLock<Result<String, String>> = OnceLock::new();
-        let named = || std::env::var("THROUGHLINE_TEST_POSTGRES");
-        match SERVER.get_or_init(|| named().or_else(|_| start())) {
+        let server = || match std::env::var("THROUGHLINE_TEST_POSTGRES") {
+            Ok(none) if none == "none" => Err("THROUGHLINE_TEST_POSTGRES is `none`".to_owned()),
+            Ok(url) => Ok(url),
+            Err(_) => start(),
+        };
+        match SERVER.get_or_init(server) {
             Ok(url) => Some(Self {
                 url: url.clone(),
                 names: Mutex::default(),
