@@ -515,6 +515,32 @@ async fn odd_but_valid_messages_are_read() {
     }
 }
 
+/// Azure leaves out the message of a choice that its filter has emptied.
+#[tokio::test]
+async fn a_choice_without_a_message_is_a_reply_only_if_it_was_filtered() {
+    let body = |reason: &str| {
+        format!(
+            r#"{{"choices":[{{"content_filter_results":{{"hate":{{"filtered":true,"severity":"high"}}}},"finish_reason":"{reason}","index":0,"logprobs":null}}],
+            "model":"gpt-35-turbo","usage":{{"completion_tokens":14,"prompt_tokens":6,"total_tokens":20}}}}"#
+        )
+    };
+    let scripts = [
+        Script::json(200, &body("content_filter")),
+        Script::json(200, &body("stop")),
+    ];
+    let server = Server::scripted(scripts).await;
+    let openai = openai(&server);
+    let reply = openai.generate(&request()).await.unwrap();
+    assert_eq!(
+        (reply.text.as_str(), reply.finish),
+        ("", FinishReason::ContentFilter)
+    );
+    assert_eq!(reply.usage.output_tokens, 14, "it was paid for");
+    let error = openai.generate(&request()).await.unwrap_err();
+    assert_eq!(error.kind(), MalformedReply);
+    assert!(error.message().contains("no message"), "{error}");
+}
+
 #[tokio::test]
 async fn azure_style_addresses_and_headers() {
     let server = Server::scripted([Script::json(200, OPENAI_BODY)]).await;

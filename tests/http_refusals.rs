@@ -12,13 +12,19 @@ use throughline::{Context, Error, Pace, Provider};
 use support::server::{Recorded, Script, Server};
 use support::{ANTHROPIC_BODY, OPENAI_BODY, anthropic, both, collect, openai, request};
 
-/// What both providers make of one answer, asked for whole and streamed.
-async fn refused(script: Script) -> Vec<Error> {
-    let server = Server::scripted([script]).await;
-    let mut errors = Vec::new();
+/// What both providers make of each answer, asked for whole and streamed.
+async fn refused(scripts: impl IntoIterator<Item = Script>) -> Vec<Vec<Error>> {
+    let scripts: Vec<_> = scripts.into_iter().collect();
+    let twice = scripts
+        .iter()
+        .flat_map(|script| [script.clone(), script.clone()]);
+    let server = Server::scripted(twice.clone().chain(twice)).await;
+    let mut errors = vec![Vec::new(); scripts.len()];
     for provider in both(&server) {
-        errors.push(provider.generate(&request()).await.unwrap_err());
-        errors.push(collect(provider.as_ref()).await.1.unwrap_err());
+        for errors in &mut errors {
+            errors.push(provider.generate(&request()).await.unwrap_err());
+            errors.push(collect(provider.as_ref()).await.1.unwrap_err());
+        }
     }
     errors
 }
@@ -32,36 +38,38 @@ const CLOUDFLARE_BLOCK: &str = "<!DOCTYPE html><html><head><title>Attention Requ
 
 #[tokio::test]
 async fn a_request_above_the_limit_is_invalid_and_not_throttled() {
-    let long_wait = [("retry-after", "2"), ("x-should-retry", "true")];
-    for body in [
+    let headers = [("retry-after", "2"), ("x-should-retry", "true")];
+    let bodies = [
         OPENAI_TOO_LARGE,
         GROQ_TOO_LARGE,
         LONG_CONTEXT,
         r#"{"error":{"message":"limit: 1,000 tokens, requested: 1,001","type":"tokens"}}"#,
-    ] {
-        for status in [200, 429] {
-            for error in refused(Script::reply(status, &long_wait, body)).await {
-                assert_eq!(error.kind(), InvalidRequest, "{body}: {error:?}");
-                assert!(error.is_permanent() && error.wait().is_none(), "{error:?}");
-            }
+    ];
+    for status in [200, 429] {
+        let scripts = bodies.map(|body| Script::reply(status, &headers, body));
+        for error in refused(scripts).await.concat() {
+            assert_eq!(error.kind(), InvalidRequest, "{error:?}");
+            assert!(error.is_permanent() && error.wait().is_none(), "{error:?}");
         }
     }
 }
 
 #[tokio::test]
 async fn a_request_within_the_limit_is_throttled() {
-    for message in [
+    let messages = [
         "Rate limit reached for gpt-4o on tokens per min (TPM): Limit 300000, Used 286751, Requested 16144. Please try again in 579ms.",
         "Rate limit reached on requests per min (RPM): Limit 3, Used 3, Requested 1. Please try again in 20s.",
         "Limit 30000, Requested 30000",
         "Request 7 of 5: rate limit exceeded",
         "limit reached, requested 99999999999999999999999 tokens",
-    ] {
+    ];
+    let scripts = messages.map(|message| {
         let body =
             serde_json::json!({"error": {"message": message, "code": "rate_limit_exceeded"}});
-        for error in refused(Script::json(429, &body.to_string())).await {
-            assert_eq!(error.kind(), Throttled, "{message}: {error:?}");
-        }
+        Script::json(429, &body.to_string())
+    });
+    for error in refused(scripts).await.concat() {
+        assert_eq!(error.kind(), Throttled, "{error:?}");
     }
 }
 
@@ -70,7 +78,8 @@ async fn a_request_within_the_limit_is_throttled() {
 #[tokio::test]
 async fn a_wait_of_a_day_is_passed_on_as_a_throttle() {
     let body = r#"{"error": {"code": "429", "message": "Requests to the ChatCompletions_Create Operation under Azure OpenAI API version 2024-08-01-preview have exceeded token rate limit of your current OpenAI S0 pricing tier. Please retry after 86400 seconds."}}"#;
-    for error in refused(Script::reply(429, &[("retry-after", "86400")], body)).await {
+    let script = Script::reply(429, &[("retry-after", "86400")], body);
+    for error in refused([script]).await.concat() {
         assert_eq!(error.kind(), Throttled, "{error:?}");
         assert_eq!(error.wait(), Some(Duration::from_secs(86_400)));
         assert!(!error.is_account_wide());
@@ -109,15 +118,19 @@ async fn a_403_concerns_the_account_only_where_a_code_says_so() {
             QuotaExhausted,
         ),
     ];
-    for (body, kind) in cases {
-        for error in refused(Script::reply(403, &[], body)).await {
+    let scripts = cases.map(|(body, _)| Script::reply(403, &[], body));
+    for (errors, (body, kind)) in refused(scripts).await.iter().zip(cases) {
+        for error in errors {
             assert_eq!(error.kind(), kind, "{body}: {error:?}");
             assert!(error.is_permanent() && error.billed() == Some(false));
             let account = matches!(kind, Unauthorized | QuotaExhausted);
             assert_eq!(error.is_account_wide(), account, "{body}");
         }
     }
-    for error in refused(Script::reply(401, &[], CLOUDFLARE_BLOCK)).await {
+    for error in refused([Script::reply(401, &[], CLOUDFLARE_BLOCK)])
+        .await
+        .concat()
+    {
         assert!(error.is_account_wide(), "401 is about the key: {error:?}");
     }
 }
@@ -194,7 +207,7 @@ async fn a_wait_beside_a_success_is_nobodys() {
 
 #[tokio::test]
 async fn a_wrong_address_is_shown() {
-    for (status, body, hint) in [
+    let cases = [
         (
             404,
             "<html><head><title>404 Not Found</title></head></html>",
@@ -205,21 +218,19 @@ async fn a_wrong_address_is_shown() {
         (405, "<h1>Method Not Allowed</h1>", true),
         (404, r#"{"detail":"Not Found"}"#, false),
         (404, r#"{"error":"404 page not found"}"#, false),
-    ] {
-        let server = Server::scripted([Script::reply(status, &[], body)]).await;
-        let openai = openai(&server);
-        let error = openai.generate(&request()).await.unwrap_err();
-        let address = format!("{}/v1/chat/completions", server.url());
-        assert!(error.message().contains(&address), "{error}");
-        assert_eq!(
-            error.message().contains("is the base URL right?"),
-            hint,
-            "{error}"
-        );
-        assert!(!error.message().contains('<'), "{error}");
+    ];
+    let scripts = cases.map(|(status, body, _)| Script::reply(status, &[], body));
+    for (errors, (_, body, hint)) in refused(scripts).await.iter().zip(cases) {
+        for error in errors {
+            assert!(error.message().contains("http://127.0.0.1:"), "{error}");
+            assert!(error.message().contains("/v1/"), "{error}");
+            let hinted = error.message().contains("is the base URL right?");
+            assert_eq!(hinted, hint, "{body}: {error}");
+            assert!(!error.message().contains('<'), "{error}");
+        }
     }
     let body = r#"{"error":{"code":"model_not_found","message":"The model `x` does not exist"}}"#;
-    for error in refused(Script::json(404, body)).await {
+    for error in refused([Script::json(404, body)]).await.concat() {
         assert_eq!(error.message(), "The model `x` does not exist");
     }
 }
@@ -227,19 +238,19 @@ async fn a_wrong_address_is_shown() {
 #[tokio::test]
 async fn a_web_page_in_place_of_a_reply_is_not_billed() {
     let page = "<!doctype html>\n<html><head><title>Sign in to\n the Wi-Fi</title></head></html>";
-    for kind in ["text/html; charset=utf-8", "TEXT/HTML", "text/event-stream"] {
-        for error in refused(Script::reply(200, &[("content-type", kind)], page)).await {
-            assert_eq!(
-                (error.kind(), error.billed()),
-                (MalformedReply, Some(false))
-            );
-            let message = error.message();
-            assert!(
-                message.contains("a web page came from http://127.0.0.1"),
-                "{message}"
-            );
-            assert!(message.contains("\"Sign in to the Wi-Fi\""), "{message}");
-        }
+    let scripts = ["text/html; charset=utf-8", "TEXT/HTML", "text/event-stream"]
+        .map(|kind| Script::reply(200, &[("content-type", kind)], page));
+    for error in refused(scripts).await.concat() {
+        assert_eq!(
+            (error.kind(), error.billed()),
+            (MalformedReply, Some(false))
+        );
+        let message = error.message();
+        assert!(
+            message.contains("a web page came from http://127.0.0.1"),
+            "{message}"
+        );
+        assert!(message.contains("\"Sign in to the Wi-Fi\""), "{message}");
     }
 }
 
@@ -248,26 +259,19 @@ async fn a_web_page_in_place_of_a_reply_is_not_billed() {
 async fn messages_are_one_line_without_escape_sequences() {
     let body = r#"{"error":{"message":"bad \u001b[2J\u001b[31mred\r\nERROR 2026 forged log line\u0000","code":"a\nb"}}"#;
     let plain = "upstream\u{1b}[31m failed\r\n\r\nConnection: close";
-    for script in [
-        Script::json(400, body),
-        Script::reply(502, &[], plain),
-        Script::reply(200, &[], plain),
-    ] {
-        for error in refused(script).await {
+    let page = "<html>\r\n<head><title>502 Bad Gateway</title></head>\r\n<body>\r\n<center><h1>502 Bad Gateway</h1></center>\r\n</body>\r\n</html>\r\n";
+    let cases = [
+        (400, body, "bad red ERROR 2026 forged log line"),
+        (502, plain, "upstream failed Connection: close"),
+        (200, plain, "upstream failed Connection: close"),
+        (502, page, "(\"502 Bad Gateway\")"),
+    ];
+    let scripts = cases.map(|(status, text, _)| Script::reply(status, &[], text));
+    for (errors, (_, _, end)) in refused(scripts).await.iter().zip(cases) {
+        for error in errors {
             let shown = error.to_string();
             assert!(!shown.chars().any(char::is_control), "{shown:?}");
-            assert!(
-                shown.contains("red ERROR 2026") || shown.contains("upstream failed Connection"),
-                "{shown}"
-            );
+            assert!(error.message().ends_with(end), "{shown}");
         }
-    }
-    let page = "<html>\r\n<head><title>502 Bad Gateway</title></head>\r\n<body>\r\n<center><h1>502 Bad Gateway</h1></center>\r\n</body>\r\n</html>\r\n";
-    for error in refused(Script::reply(502, &[], page)).await {
-        assert!(
-            error.message().ends_with("(\"502 Bad Gateway\")"),
-            "{error}"
-        );
-        assert_eq!(error.kind(), Unavailable);
     }
 }

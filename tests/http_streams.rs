@@ -253,6 +253,159 @@ async fn a_server_that_does_not_stream_is_understood() {
     assert_eq!(end.unwrap().usage.output_tokens, 7);
 }
 
+const DECLARED: [&str; 7] = [
+    "text/event-stream",
+    "TEXT/EVENT-STREAM; charset=utf-8",
+    "application/json",
+    "Application/JSON; charset=utf-8",
+    "text/html; charset=utf-8",
+    "text/plain",
+    "application/x-ndjson",
+];
+
+/// A reply of known length that is declared to be something else, sent in pieces.
+fn declared(kind: &str, body: &str, size: usize) -> Script {
+    let head = format!(
+        "HTTP/1.1 200 OK\r\ncontent-type: {kind}\r\nx-request-id: req_1\r\ncontent-length: {}\r\n\r\n",
+        body.len()
+    );
+    let pieces = body.as_bytes().chunks(size);
+    pieces.fold(Script::new().send(head), |script, piece| script.send(piece))
+}
+
+#[tokio::test]
+async fn a_stream_is_known_by_its_content() {
+    let cases = DECLARED.map(|kind| [(kind, 1), (kind, 1 << 20)]).concat();
+    let scripts = [chat(&WORDS), messages(&WORDS)]
+        .into_iter()
+        .flat_map(|wire| {
+            let twice = cases.iter().flat_map(|case| [case, case]);
+            let scripts = twice.map(move |(kind, size)| declared(kind, &wire, *size));
+            scripts.collect::<Vec<_>>()
+        });
+    let server = Server::scripted(scripts).await;
+    for provider in both(&server) {
+        for case in &cases {
+            check_whole(provider.as_ref(), &format!("{} {case:?}", provider.name())).await;
+            // A server that streams unasked is understood as well.
+            let reply = provider.generate(&support::request()).await.unwrap();
+            assert_eq!(reply.text, WORDS.concat(), "{case:?}");
+            assert_eq!(reply.finish, FinishReason::Length, "{case:?}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_document_is_known_by_its_content() {
+    let error = r#"{"error":{"message":"The model is overloaded, please retry","type":"overloaded_error"}}"#;
+    let pieces = [(1, ""), (1, "\n \n"), (1, "\u{feff}"), (1 << 20, "")];
+    let cases = DECLARED
+        .map(|kind| pieces.map(|(size, start)| (kind, size, start)))
+        .concat();
+    let scripts = [OPENAI_BODY, support::ANTHROPIC_BODY]
+        .into_iter()
+        .flat_map(|body| {
+            cases.iter().flat_map(move |(kind, size, start)| {
+                [body, error].map(|body| declared(kind, &format!("{start}{body}"), *size))
+            })
+        });
+    let server = Server::scripted(scripts).await;
+    for provider in both(&server) {
+        for case in &cases {
+            let (texts, end) = collect(provider.as_ref()).await;
+            let reply = end.unwrap_or_else(|error| panic!("{case:?}: {error:?}"));
+            assert_eq!(
+                (texts.concat(), reply.text),
+                ("Rhône".into(), "Rhône".into())
+            );
+            let error = collect(provider.as_ref()).await.1.unwrap_err();
+            assert_eq!(error.kind(), Overloaded, "{case:?}: {error:?}");
+            assert_eq!(error.billed(), Some(false));
+        }
+    }
+}
+
+/// Nobody asked for it: the reply may have been paid for, and would be compressed again.
+#[tokio::test]
+async fn a_compressed_reply_is_named_and_not_asked_for_again() {
+    let gzip = b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03\xabV\xcaH\xcd\xc9\xc9\x07\x00";
+    let brotli = b"\x8b\x04\x80{\"a\":1}\x03";
+    for (coding, body) in [
+        ("gzip", &gzip[..]),
+        ("", gzip),
+        ("br", brotli),
+        ("BR", b"data: {}\n\n"),
+    ] {
+        for kind in ["application/json", "text/event-stream"] {
+            let headers = [("content-type", kind), ("content-encoding", coding)];
+            let server = Server::scripted([Script::reply(200, &headers, body)]).await;
+            for provider in both(&server) {
+                let error = collect(provider.as_ref()).await.1.unwrap_err();
+                assert_eq!(
+                    (error.kind(), error.billed()),
+                    (MalformedReply, None),
+                    "{error:?}"
+                );
+                assert!(error.is_permanent());
+                assert!(error.message().contains("compressed"), "{error}");
+            }
+        }
+        let headers = [("content-encoding", coding), ("retry-after", "2")];
+        let server = Server::scripted([Script::reply(429, &headers, body)]).await;
+        for provider in both(&server) {
+            let error = provider.generate(&support::request()).await.unwrap_err();
+            assert_eq!(error.kind(), Throttled);
+            assert!(
+                error.wait().is_some() && error.message().contains("compressed"),
+                "{error}"
+            );
+        }
+        let asked = server.requests();
+        assert_eq!(asked[0].header("accept-encoding"), Some("identity"));
+    }
+}
+
+#[tokio::test]
+async fn a_stream_without_a_reply_is_no_success() {
+    let server = Server::scripted([Script::events(&["data: [DONE]\n\n"])]).await;
+    for provider in both(&server) {
+        let (texts, end) = collect(provider.as_ref()).await;
+        assert!(texts.is_empty());
+        assert_eq!(end.unwrap_err().kind(), MalformedReply);
+    }
+}
+
+/// Older Ollama and SGLang write an empty reason into every chunk where others write null.
+#[tokio::test]
+async fn an_empty_reason_to_stop_is_none() {
+    let chunk = |reason: &str| {
+        format!(
+            "data: {{\"choices\":[{{\"index\":0,\"delta\":{{\"content\":\"a\"}},\"finish_reason\":\"{reason}\"}}]}}\n\n"
+        )
+    };
+    let delta = |reason: &str| {
+        format!(
+            "data: {{\"type\":\"message_delta\",\"delta\":{{\"text\":\"a\",\"stop_reason\":\"{reason}\"}}}}\n\n"
+        )
+    };
+    let [cut, delta_cut] = [chunk("").repeat(3), delta("").repeat(3)];
+    let whole = format!("{cut}{}", chunk("length"));
+    let delta_whole = format!("{delta_cut}{}", delta("max_tokens"));
+    let scripts = [cut, whole, delta_cut, delta_whole].map(|wire| Script::events(&[wire]));
+    let server = Server::scripted(scripts).await;
+    for provider in both(&server) {
+        let (texts, end) = collect(provider.as_ref()).await;
+        assert_eq!(texts, ["a"; 3]);
+        let error = end.unwrap_err();
+        assert_eq!((error.kind(), error.billed()), (Connection, None));
+        let reply = collect(provider.as_ref()).await.1.unwrap();
+        assert_eq!(
+            (reply.text.as_str(), reply.finish),
+            ("aaaa", FinishReason::Length)
+        );
+    }
+}
+
 #[tokio::test]
 async fn frames_that_make_no_sense_are_a_malformed_reply() {
     let server = Server::scripted([Script::events(&["data: {nonsense\n\ndata: [DONE]\n\n"])]).await;

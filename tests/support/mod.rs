@@ -1,6 +1,7 @@
 //! What the integration tests of this crate share.
 #![allow(dead_code, missing_docs, unreachable_pub)] // Each test uses its part of this.
 
+pub mod http2;
 pub mod server;
 
 use std::sync::Arc;

@@ -306,9 +306,8 @@ const COMPRESSED: &str = "compressed, which was not asked for and is not support
 
 /// Whether a body is compressed, by its first bytes or by what the head says.
 fn is_compressed(head: &Head, body: &[u8]) -> bool {
-    let coding = head.get("content-encoding").unwrap_or_default().trim();
-    body.starts_with(&[0x1f, 0x8b])
-        || !(coding.is_empty() || coding.eq_ignore_ascii_case("identity"))
+    const GZIP: &[u8] = &[0x1f, 0x8b];
+    body.starts_with(GZIP) || head.is_encoded()
 }
 
 /// The error for a success whose body is not the API's.

@@ -1,13 +1,19 @@
 //! The client's connections: which protocol they speak, how long they are kept, and what it
 //! means that one was not made or broke.
 
+use std::convert::Infallible;
 use std::error::Error as StdError;
 use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use reqwest::{Client, ClientBuilder, Url, redirect, retry};
+use bytes::Bytes;
+use futures::stream;
+use reqwest::header::{CONTENT_LENGTH, HeaderValue};
+use reqwest::{Client, ClientBuilder, Request, Url, redirect, retry};
 
-use super::{Endpoint, Settings, flatten};
+use super::{Endpoint, Settings, flatten, text};
 use crate::error::{Error, ErrorKind, Persistence};
 
 /// How long an unused HTTP/1.1 connection is kept. Many servers close theirs after 5 s (uvicorn,
@@ -21,10 +27,6 @@ const IDLE_HTTP2: Duration = Duration::from_secs(90);
 const TCP_SILENCE: Duration = Duration::from_secs(15);
 const TCP_PROBES: (u32, Duration) = (3, Duration::from_secs(5));
 
-/// How often a request is sent again that an HTTP/2 server has not begun. Each time a whole
-/// connection was closed under it.
-const REPLAYS: u32 = 10;
-
 /// A client with all but its headers.
 pub(super) fn builder(settings: &Settings, url: &Url) -> ClientBuilder {
     let client = Client::builder()
@@ -32,30 +34,20 @@ pub(super) fn builder(settings: &Settings, url: &Url) -> ClientBuilder {
         .tcp_keepalive(TCP_SILENCE)
         .tcp_keepalive_retries(TCP_PROBES.0)
         .tcp_keepalive_interval(TCP_PROBES.1)
-        .redirect(redirect::Policy::none())
-        .referer(false);
-    if !settings.http2 {
         // The guard above counts and paces every call, so none is made behind its back. (What
         // hyper still does by itself: a request that found its pooled connection closed before
         // a byte of it was written takes another one.)
-        return client
-            .http1_only()
-            .pool_idle_timeout(IDLE)
-            .retry(retry::never());
+        .retry(retry::never())
+        .redirect(redirect::Policy::none())
+        .referer(false);
+    if !settings.http2 {
+        return client.http1_only().pool_idle_timeout(IDLE);
     }
-    let unprocessed = retry::for_host(url.host_str().unwrap_or_default().to_owned())
-        .no_budget()
-        .max_retries_per_request(REPLAYS)
-        .classify_fn(|outcome| match outcome.error() {
-            Some(error) if was_never_processed(error) => outcome.retryable(),
-            _ => outcome.success(),
-        });
     let client = client
         .http2_keep_alive_interval(settings.ping)
         .http2_keep_alive_timeout(settings.ping)
         .http2_keep_alive_while_idle(true)
-        .pool_idle_timeout(IDLE_HTTP2)
-        .retry(unprocessed);
+        .pool_idle_timeout(IDLE_HTTP2);
     match url.scheme() {
         // Without TLS there is nothing to negotiate with.
         "http" => client.http2_prior_knowledge(),
@@ -63,9 +55,36 @@ pub(super) fn builder(settings: &Settings, url: &Url) -> ClientBuilder {
     }
 }
 
-/// Whether an HTTP/2 server has said that it did not begin this request: it closes the
+/// The body of a request over HTTP/2, and what became of it.
+pub(super) struct Upload {
+    taken: Arc<AtomicBool>,
+}
+
+impl Upload {
+    /// Gives the request this body. Its length is told beside it, as a stream has none.
+    pub(super) fn attach(request: &mut Request, body: Bytes) -> Self {
+        let taken = Arc::new(AtomicBool::new(false));
+        let flag = Arc::clone(&taken);
+        request
+            .headers_mut()
+            .insert(CONTENT_LENGTH, HeaderValue::from(body.len()));
+        *request.body_mut() = Some(reqwest::Body::wrap_stream(stream::once(async move {
+            flag.store(true, Ordering::Relaxed);
+            Ok::<_, Infallible>(body)
+        })));
+        Self { taken }
+    }
+
+    /// Whether no server can have begun the request: nothing of its body was taken to be sent
+    /// (it waited for a stream of its own when the connection was closed), or the server says so.
+    pub(super) fn is_unprocessed(&self, error: &reqwest::Error) -> bool {
+        !error.is_connect() && !self.taken.load(Ordering::Relaxed) || was_refused(error)
+    }
+}
+
+/// Whether an HTTP/2 server has said that it did not begin a request: it closes the
 /// connection in order and had not come to it, or it refused the stream (RFC 9113, 8.7).
-fn was_never_processed(error: &(dyn StdError + 'static)) -> bool {
+fn was_refused(error: &(dyn StdError + 'static)) -> bool {
     causes(error)
         .filter_map(|cause| cause.downcast_ref::<h2::Error>())
         .any(|error| {
@@ -76,14 +95,14 @@ fn was_never_processed(error: &(dyn StdError + 'static)) -> bool {
         })
 }
 
-/// The error for a call that got no reply.
-pub(super) fn failure(error: &reqwest::Error, endpoint: &Endpoint) -> Error {
-    // Nothing was sent where no connection was made.
+/// The error for a call that got no reply; `unprocessed` if it is known that no server has
+/// begun it.
+pub(super) fn failure(error: &reqwest::Error, unprocessed: bool, endpoint: &Endpoint) -> Error {
     let connecting = error.is_connect();
     if connecting && lacks_descriptors(error) {
         return out_of_descriptors(endpoint.max_open_files);
     }
-    let mut message = endpoint.secrets.scrub(&flatten(error));
+    let mut message = text::line(&endpoint.secrets.scrub(&flatten(error)));
     if message.contains("InvalidContentType") {
         // The words of rustls: "received corrupt message of type InvalidContentType".
         message.push_str(
@@ -96,8 +115,9 @@ pub(super) fn failure(error: &reqwest::Error, endpoint: &Endpoint) -> Error {
         true => ErrorKind::Timeout,
         false => ErrorKind::Connection,
     };
-    let unsent = connecting || was_never_processed(error);
-    Error::new(kind, message).with_billed(unsent.then_some(false))
+    // Nothing was sent where no connection was made.
+    let unbilled = connecting || unprocessed;
+    Error::new(kind, message).with_billed(unbilled.then_some(false))
 }
 
 fn out_of_descriptors(max: Option<u64>) -> Error {

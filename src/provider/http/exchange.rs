@@ -105,7 +105,7 @@ impl Http {
         let body = body.all().await.map_err(|error| head.mark(error))?;
         match Form::of(&body, true, false) {
             // Some servers stream whether they are asked to or not.
-            Some(Form::Events) => {
+            Some(Form::Events) if !head.is_encoded() => {
                 let events = Events::of_body(body, self.limits.max_event);
                 let mut streaming = Streaming::<D>::new(head, events, self.limits);
                 loop {
@@ -125,8 +125,9 @@ impl Http {
     ) -> Result<ReplyStream> {
         let (head, mut body) = self.post(body, timeout).await?;
         let form = body.form(head.declares_events()).await;
+        let form = form.map_err(|error| head.mark(error))?;
         // Some servers cannot stream, and some answer so when they refuse after all.
-        if form.map_err(|error| head.mark(error))? == Form::Document {
+        if form == Form::Document || head.is_encoded() {
             let body = body.all().await.map_err(|error| head.mark(error))?;
             let reply = whole::<D>(&head, &body)?;
             let text = (!reply.text.is_empty()).then(|| Ok(Delta::Text(reply.text.clone())));

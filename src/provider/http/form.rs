@@ -34,6 +34,8 @@ impl Form {
         match start.first() {
             None => undecided,
             Some(b'{' | b'[' | b'"' | b'<') => Some(Self::Document),
+            // Compressed: read as a whole, it is named as such.
+            Some(0x1f) => Some(Self::Document),
             Some(b':') => Some(Self::Events),
             Some(_) => match start.iter().position(|byte| b":\r\n".contains(byte)) {
                 Some(end) if FIELDS.contains(&&start[..end]) => Some(Self::Events),

@@ -28,6 +28,7 @@ use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
+use bytes::Bytes;
 use jiff::Timestamp;
 use reqwest::header::{
     ACCEPT_ENCODING, AsHeaderName, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, USER_AGENT,
@@ -45,6 +46,7 @@ pub(crate) use self::setters::shared_setters;
 pub(crate) use crate::schema::enforceable;
 
 use self::body::Body;
+use self::connect::Upload;
 use self::secrets::Secrets;
 
 /// Everything a provider's builder can set that is not its dialect's own.
@@ -135,8 +137,13 @@ pub(crate) struct Http {
     client: Client,
     url: Url,
     endpoint: Arc<Endpoint>,
+    http2: bool,
     limits: Limits,
 }
+
+/// How often a request is sent again that an HTTP/2 server has not begun. Each time, a whole
+/// connection was closed under it.
+const REPLAYS: u32 = 10;
 
 /// What messages about an endpoint need.
 struct Endpoint {
@@ -189,6 +196,7 @@ impl Http {
             client,
             url,
             endpoint: endpoint.into(),
+            http2: settings.http2,
             limits: settings.limits,
         })
     }
@@ -204,15 +212,23 @@ impl Http {
         let deadline = Deadline::from(start, whole);
         let first_byte = || Deadline::from(start, self.limits.first_byte).min(deadline);
 
-        let mut request = reqwest::Request::new(Method::POST, self.url.clone());
-        *request.body_mut() = Some(body.into());
+        let mut body = Bytes::from(body);
         let mut alarm = Alarm::default();
-        let sent = self.client.execute(request);
-        let mut response = match alarm.guard(first_byte, sent).await {
-            Ok(Ok(response)) => response,
-            Ok(Err(error)) => return Err(connect::failure(&error, &self.endpoint)),
-            Err(end) if end == deadline => return Err(too_slow("the call", whole)),
-            Err(_) => return Err(too_slow("the reply's first byte", self.limits.first_byte)),
+        let mut replays = 0;
+        let mut response = loop {
+            let (request, upload) = self.request(&mut body);
+            let sent = self.client.execute(request);
+            let error = match alarm.guard(first_byte, sent).await {
+                Ok(Ok(response)) => break response,
+                Ok(Err(error)) => error,
+                Err(end) if end == deadline => return Err(too_slow("the call", whole)),
+                Err(_) => return Err(too_slow("the reply's first byte", self.limits.first_byte)),
+            };
+            let unprocessed = upload.is_some_and(|upload| upload.is_unprocessed(&error));
+            if !unprocessed || replays == REPLAYS {
+                return Err(connect::failure(&error, unprocessed, &self.endpoint));
+            }
+            replays += 1;
         };
 
         let headers = std::mem::take(response.headers_mut());
@@ -234,6 +250,18 @@ impl Http {
         }
         let text = body.beginning().await;
         Err(classify::refusal(&head, &text))
+    }
+
+    /// The request with its body. Over HTTP/2, where it may be sent again, the body stays too,
+    /// and what is taken of it is watched.
+    fn request(&self, body: &mut Bytes) -> (reqwest::Request, Option<Upload>) {
+        let mut request = reqwest::Request::new(Method::POST, self.url.clone());
+        if self.http2 {
+            let upload = Upload::attach(&mut request, body.clone());
+            return (request, Some(upload));
+        }
+        *request.body_mut() = Some(std::mem::take(body).into());
+        (request, None)
     }
 }
 
@@ -274,6 +302,12 @@ impl Head {
 
     fn scrub(&self, text: &str) -> String {
         self.endpoint.secrets.scrub(text)
+    }
+
+    /// Whether the body has an encoding, although none was asked for.
+    fn is_encoded(&self) -> bool {
+        let coding = self.get("content-encoding").unwrap_or_default().trim();
+        !(coding.is_empty() || coding.eq_ignore_ascii_case("identity"))
     }
 
     /// Whether the server calls the body a stream of events.
