@@ -202,3 +202,40 @@ async fn notes_are_kept_by_name_and_tenant_and_read_from_their_end() -> Result<(
     assert_ne!(run.await?, hers.run());
     Ok(())
 }
+
+#[tokio::test]
+async fn a_runner_for_one_tenant_cannot_be_made_one_for_another() {
+    let store = Arc::new(Memory::new());
+    let runner = Runner::new(Arc::clone(&store));
+    let (ada, bob) = (runner.for_tenant("ada"), runner.for_tenant("bob"));
+    let theirs = bob.submit("page", &page(), [1]).await.unwrap();
+    let beyond = ada.for_tenant("bob");
+    assert!(beyond.snapshot(theirs).await.unwrap().is_none());
+    assert_eq!(beyond.cancel(theirs).await.unwrap(), 0);
+    assert_eq!(beyond.retry_failed(theirs).await.unwrap(), 0);
+    assert!(beyond.list(RunFilter::new(), 9).await.unwrap().is_empty());
+    assert!(beyond.log_last(theirs, 9).await.unwrap().is_empty());
+    let errors = [
+        beyond.submit("page", &page(), [1]).await.unwrap_err(),
+        beyond
+            .submit("page", &page(), [1])
+            .tenant("ada")
+            .await
+            .unwrap_err(),
+        beyond.notes::<u32>("log").await.unwrap_err(),
+        beyond.purge(Duration::ZERO, 9).await.unwrap_err(),
+    ];
+    for error in errors {
+        assert_eq!(error.kind(), ErrorKind::Config);
+    }
+    // Narrowed to the same tenant it is the same, and it does not come back out of nothing.
+    assert!(
+        bob.for_tenant("bob")
+            .snapshot(theirs)
+            .await
+            .unwrap()
+            .is_some()
+    );
+    let again = beyond.for_tenant("bob");
+    assert!(again.snapshot(theirs).await.unwrap().is_none());
+}

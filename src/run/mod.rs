@@ -61,6 +61,8 @@ pub struct Runner {
     poll: Duration,
     /// Whose runs it sees; `None` for everybody's.
     tenant: Option<Arc<str>>,
+    /// The other tenant that it was narrowed to after that: it sees no runs at all.
+    beyond: Option<Arc<str>>,
 }
 
 impl Runner {
@@ -70,6 +72,7 @@ impl Runner {
             store: Arc::new(store),
             poll: Duration::from_millis(250),
             tenant: None,
+            beyond: None,
         }
     }
 
@@ -78,6 +81,9 @@ impl Runner {
     /// nothing else.
     ///
     /// What concerns the store as a whole (`purge`, `ambiguous`, `dismiss`) it refuses.
+    ///
+    /// A runner is only ever narrowed: made for another tenant, one that is for a tenant already sees no runs, and refuses
+    /// to submit.
     ///
     /// ```
     /// # use throughline::{Context, Runner, pipeline, store::{Memory, RunFilter}};
@@ -93,14 +99,35 @@ impl Runner {
     /// ```
     #[must_use]
     pub fn for_tenant(&self, tenant: impl Into<Arc<str>>) -> Self {
-        Self {
-            tenant: Some(tenant.into()),
-            ..self.clone()
+        let tenant = tenant.into();
+        let mut narrowed = self.clone();
+        match &self.tenant {
+            None => narrowed.tenant = Some(tenant),
+            Some(ours) if *ours == tenant => {}
+            Some(_) => narrowed.beyond = Some(tenant),
+        }
+        narrowed
+    }
+
+    /// Fails for a runner that was narrowed to two tenants.
+    fn has_tenant(&self) -> Result<()> {
+        match (&self.tenant, &self.beyond) {
+            (Some(tenant), Some(beyond)) => Err(Error::new(
+                ErrorKind::Config,
+                format!(
+                    "this runner was made for {beyond:?} out of one for {tenant:?}: it can submit for \
+                     neither; call `for_tenant` on the runner for all"
+                ),
+            )),
+            _ => Ok(()),
         }
     }
 
     /// The run's record, if it is there for this runner.
     async fn found(&self, run: RunId) -> Result<Option<Run>> {
+        if self.beyond.is_some() {
+            return Ok(None);
+        }
         let found = self.store.run(run).await?;
         let theirs = |run: &Run| match &self.tenant {
             Some(tenant) => **tenant == *run.tenant,
@@ -147,7 +174,9 @@ impl Runner {
         P::Input: Serialize,
     {
         let inputs = inputs.into_iter().collect();
-        Submit::new(Arc::clone(&self.store), name.into(), inputs).only_for(self.tenant.clone())
+        Submit::new(Arc::clone(&self.store), name.into(), inputs)
+            .only_for(self.tenant.clone())
+            .refused_by(self.has_tenant().err())
     }
 
     /// Where a run stands; `None` if there is no such run (any more). One indexed read.
@@ -208,6 +237,9 @@ impl Runner {
     /// # Errors
     /// The store's.
     pub async fn list(&self, mut filter: RunFilter, limit: u32) -> Result<Vec<Run>> {
+        if self.beyond.is_some() {
+            return Ok(Vec::new());
+        }
         if let Some(tenant) = &self.tenant {
             let asked = filter.tenant.replace(tenant.to_string());
             if asked.is_some_and(|asked| asked != **tenant) {

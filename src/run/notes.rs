@@ -49,6 +49,7 @@ impl Runner {
     /// # Errors
     /// The store's.
     pub async fn notes<T>(&self, name: &str) -> Result<Notes<T>> {
+        self.has_tenant()?;
         let tenant = self.tenant.as_deref().unwrap_or_default();
         let run = NewRun::new(tenant, name).idempotency_key(format!("notes: {name}"));
         Ok(Notes {

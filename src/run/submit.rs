@@ -1,6 +1,6 @@
 //! [`Submit`]: a run on its way into the store, and what names its items.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::future::IntoFuture;
 use std::sync::Arc;
@@ -69,6 +69,7 @@ pub struct Submit<I> {
     spec: Spec,
     timeout: Option<Duration>,
     only_for: Option<Arc<str>>,
+    refusal: Option<Error>,
 }
 
 impl<I: Serialize + Send> Submit<I> {
@@ -81,7 +82,14 @@ impl<I: Serialize + Send> Submit<I> {
             spec: Spec::default(),
             timeout: None,
             only_for: None,
+            refusal: None,
         }
+    }
+
+    /// For a runner that may submit nothing.
+    pub(super) fn refused_by(mut self, refusal: Option<Error>) -> Self {
+        self.refusal = refusal;
+        self
     }
 
     /// For a runner that is for one tenant.
@@ -95,7 +103,8 @@ impl<I: Serialize + Send> Submit<I> {
 
     /// Names each item. What is paid for an item is remembered under its name, so that a later run of the same
     /// name and tenant replays it: take what stays the same when the input is edited. Of several
-    /// items with one key the second is called `key~1`, the third `key~2`.
+    /// items with one key the second is called `key~1`, the third `key~2`, and so on, past names that other
+    /// items have as their keys.
     ///
     /// Without it, the name is a digest of the serialised input.
     pub fn key(mut self, f: impl Fn(&I) -> String + Send + 'static) -> Self {
@@ -162,6 +171,9 @@ impl<I: Serialize + Send> Submit<I> {
     }
 
     async fn submit(mut self) -> Result<RunId> {
+        if let Some(refusal) = self.refusal {
+            return Err(refusal);
+        }
         if let Some(tenant) = &self.only_for
             && **tenant != *self.run.tenant
         {
@@ -171,17 +183,22 @@ impl<I: Serialize + Send> Submit<I> {
             );
             return Err(Error::new(ErrorKind::Config, message));
         }
-        let mut names = Names::default();
-        let mut items = Vec::with_capacity(self.inputs.len());
-        for input in &self.inputs {
+        let mut texts = Vec::with_capacity(self.inputs.len());
+        let mut keys = Vec::with_capacity(self.inputs.len());
+        for (index, input) in self.inputs.iter().enumerate() {
             let text = serde_json::to_string(input)
-                .map_err(|error| unusable(items.len(), &error.to_string()))?;
-            let name = match &self.key {
+                .map_err(|error| unusable(index, &error.to_string()))?;
+            keys.push(match &self.key {
                 Some(key) => key(input),
                 None => digest(&text)?,
-            };
-            items.push(NewItem::new(names.unique(name), text));
+            });
+            texts.push(text);
         }
+        let names = unique(keys).into_iter();
+        let items = names
+            .zip(texts)
+            .map(|(name, text)| NewItem::new(name, text))
+            .collect();
         let now = SystemTime::now().duration_since(UNIX_EPOCH);
         self.spec.until = self.timeout.map(|timeout| {
             let until = now.unwrap_or_default().saturating_add(timeout);
@@ -210,23 +227,25 @@ fn digest(text: &str) -> Result<String> {
         .collect())
 }
 
-/// Tells items of one name apart by their order among themselves: what comes between does not matter.
-#[derive(Default)]
-struct Names(HashMap<String, u32>);
-
-impl Names {
-    fn unique(&mut self, name: String) -> String {
-        match self.0.get_mut(&name) {
-            None => {
-                self.0.insert(name.clone(), 0);
-                name
-            }
-            Some(count) => {
-                *count += 1;
-                format!("{name}~{count}")
-            }
+/// A name of its own for each item. The first with a key is called by it; the others are told apart by their
+/// order among themselves, so that what comes between does not matter.
+fn unique(keys: Vec<String>) -> Vec<String> {
+    let taken: HashSet<String> = keys.iter().cloned().collect();
+    let mut counts = HashMap::new();
+    let name = |key: String| match counts.get_mut(&key) {
+        None => {
+            counts.insert(key.clone(), 0_u64);
+            key
         }
-    }
+        Some(count) => loop {
+            *count += 1;
+            let name = format!("{key}~{count}");
+            if !taken.contains(&name) {
+                break name;
+            }
+        },
+    };
+    keys.into_iter().map(name).collect()
 }
 
 impl<I: Serialize + Send + Sync + 'static> IntoFuture for Submit<I> {
@@ -254,13 +273,18 @@ mod tests {
 
     #[test]
     fn an_inserted_input_names_nobody_anew() {
-        let names = |inputs: &[&str]| {
-            let mut names = Names::default();
-            let unique = |input: &&str| names.unique((*input).to_owned());
-            inputs.iter().map(unique).collect::<Vec<_>>()
-        };
+        let names = |keys: &[&str]| unique(keys.iter().map(|key| (*key).to_owned()).collect());
         assert_eq!(names(&["a", "b", "a"]), ["a", "b", "a~1"]);
         assert_eq!(names(&["a", "new", "b", "a"]), ["a", "new", "b", "a~1"]);
+    }
+
+    #[test]
+    fn a_made_name_is_never_the_key_of_another_item() {
+        let names = |keys: &[&str]| unique(keys.iter().map(|key| (*key).to_owned()).collect());
+        assert_eq!(names(&["a", "a", "a~1"]), ["a", "a~2", "a~1"]);
+        assert_eq!(names(&["a~1", "a", "a", "a"]), ["a~1", "a", "a~2", "a~3"]);
+        let doubled = names(&["a", "a", "a~1", "a~1", "a~1~1", "a"]);
+        assert_eq!(doubled, ["a", "a~2", "a~1", "a~1~2", "a~1~1", "a~3"]);
     }
 
     #[test]
