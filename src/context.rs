@@ -4,7 +4,7 @@ mod builder;
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use futures::FutureExt as _;
@@ -62,6 +62,7 @@ struct Items {
     done: AtomicU64,
     failed: AtomicU64,
     cancelled: AtomicU64,
+    dropped: AtomicU64,
 }
 
 impl Context {
@@ -105,9 +106,11 @@ impl Context {
         let guard = &self.shared.guard;
         // In boxes, so that calls without a store are not as large as those with one.
         let asked = Asked::new(&self.scope, &request).map(Box::new);
+        let was_sent = AtomicBool::new(false);
         let with = With {
             sink,
             asked: asked.as_deref(),
+            was_sent: &was_sent,
         };
         let call = || guard.call(&self.scope, &request, with);
         let result = match &asked {
@@ -117,7 +120,20 @@ impl Context {
                 Box::pin(asked.answer(&self.scope, pay)).await
             }
         };
-        result.inspect_err(|error| guard.failed(&self.scope, error))
+        let was_sent = was_sent.into_inner();
+        if was_sent && request.asks_again {
+            self.scope.add(Tally {
+                reasked: 1,
+                ..Tally::default()
+            });
+        }
+        if let Err(error) = &result {
+            guard.failed(&self.scope, was_sent, error);
+            if let (Some(sink), Some(asked)) = (sink, asked) {
+                sink.leave_unkept(asked);
+            }
+        }
+        result
     }
 
     /// A context that asks anew, where there is a store: no reply of before is used, and those
@@ -135,6 +151,7 @@ impl Context {
     /// assert_eq!((&*first.text, &*again.text), ("The Danube.", "The Rhine."));
     /// # Ok(()) }
     /// ```
+    #[must_use = "it makes a new context and leaves this one as it is"]
     pub fn fresh(&self) -> Self {
         let tag = || format!("{:016x}{:016x}", fastrand::u64(..), fastrand::u64(..));
         self.at(|scope| {
@@ -195,15 +212,15 @@ impl Context {
     /// assert_eq!(cx.tally().attempts, 1);
     /// # Ok(()) }
     /// ```
+    #[must_use = "it makes a new context and leaves this one as it is"]
     pub fn child(&self, label: impl Into<Arc<str>>) -> Self {
         self.narrowed(label.into(), self.scope.bounds.child())
     }
 
     /// A context that ends at `deadline`, or at this one's if that comes first.
+    #[must_use = "it makes a new context and leaves this one as it is"]
     pub fn with_deadline(&self, deadline: Instant) -> Self {
-        let mut bounds = self.scope.bounds.child();
-        bounds.deadline = Some(bounds.deadline.map_or(deadline, |ours| ours.min(deadline)));
-        self.narrowed("".into(), bounds)
+        self.narrowed("".into(), self.scope.bounds.until(deadline))
     }
 
     /// A context that ends `after` this long from now, or with this one if that comes first.
@@ -219,17 +236,20 @@ impl Context {
     /// assert_eq!(error.billed(), None); // it was sent, and nobody knows
     /// # }
     /// ```
+    #[must_use = "it makes a new context and leaves this one as it is"]
     pub fn with_timeout(&self, after: Duration) -> Self {
         self.with_deadline(Instant::now() + after)
     }
 
     /// A context whose calls wait in the line of that tenant, and of that priority below
     /// it: see [`Tenant`] for what each gets of the lane.
+    #[must_use = "it makes a new context and leaves this one as it is"]
     pub fn with_tenant(&self, tenant: Tenant) -> Self {
         self.in_line(|who| who.tenant = Some(tenant))
     }
 
     /// A context whose calls have that priority.
+    #[must_use = "it makes a new context and leaves this one as it is"]
     pub fn with_priority(&self, priority: Priority) -> Self {
         self.in_line(|who| who.priority = priority)
     }
@@ -239,7 +259,8 @@ impl Context {
     }
 
     fn at(&self, change: impl FnOnce(&mut Scope)) -> Self {
-        let mut scope = Scope::child(&self.scope, "".into(), Arc::clone(&self.scope.bounds));
+        let bounds = Arc::new(self.scope.bounds.child());
+        let mut scope = Scope::child(&self.scope, "".into(), bounds);
         change(&mut scope);
         Self {
             shared: Arc::clone(&self.shared),
@@ -255,10 +276,16 @@ impl Context {
     }
 
     /// The context of one item of a batch whose context is `self`.
-    pub(crate) fn item(&self, label: Arc<str>, index: usize, key: Option<Arc<str>>) -> Self {
+    pub(crate) fn item(
+        &self,
+        label: Arc<str>,
+        index: usize,
+        key: Option<Arc<str>>,
+        repeat: u32,
+    ) -> Self {
         Self {
             shared: Arc::clone(&self.shared),
-            scope: Arc::new(Scope::item(&self.scope, label, index, key)),
+            scope: Arc::new(Scope::item(&self.scope, label, index, key, repeat)),
         }
     }
 
@@ -268,10 +295,14 @@ impl Context {
         label: Arc<str>,
         key: Arc<str>,
         place: Arc<Place>,
+        deadline: Option<Instant>,
         who: impl FnOnce(&mut Who),
     ) -> Self {
-        let bounds = Arc::new(self.scope.bounds.separate());
-        let mut scope = Scope::child(&self.scope, label, bounds);
+        let bounds = match deadline {
+            Some(deadline) => self.scope.bounds.until(deadline),
+            None => self.scope.bounds.child(),
+        };
+        let mut scope = Scope::child(&self.scope, label, Arc::new(bounds.into_unit()));
         scope.key = Some(key);
         scope.place = Some(place);
         who(&mut scope.who);
@@ -282,7 +313,11 @@ impl Context {
     }
 
     /// Ends this context and all below it: what waits is not sent, calls in flight are dropped.
-    /// An item's context shares its batch's cancellation.
+    ///
+    /// Only clones share a cancellation. A context made from another one ([`child`](Self::child),
+    /// [`with_tenant`](Self::with_tenant), [`with_timeout`](Self::with_timeout) and so on) and that of each item of
+    /// a batch have their own: cancelling or [draining](Self::drain) them ends neither the context they
+    /// were made from nor their siblings.
     pub fn cancel(&self) {
         self.scope.bounds.cancel();
     }
@@ -319,12 +354,12 @@ impl Context {
 
     /// Whether [`cancel`](Self::cancel) was called here or above.
     pub fn is_cancelled(&self) -> bool {
-        self.scope.bounds.cancel.is_cancelled()
+        self.scope.bounds.is_cancelled()
     }
 
     /// Whether [`drain`](Self::drain) or [`cancel`](Self::cancel) was called here or above.
     pub fn is_draining(&self) -> bool {
-        self.scope.bounds.drain.is_cancelled()
+        self.scope.bounds.is_draining()
     }
 
     /// When this context ends by itself.
@@ -388,6 +423,7 @@ impl Context {
         // Settled first, started last: a reader never sees more settled than started.
         let (items_done, items_failed) = (count(&items.done), count(&items.failed));
         let items_cancelled = count(&items.cancelled);
+        let items_dropped = count(&items.dropped);
         let others = self.lanes().skip(1).map(Lane::snapshot);
         let mut lane = others.fold(self.lane().snapshot(), LaneSnapshot::beside);
         if lane.binding == Binding::Nothing && self.shared.guard.budget_is_dry() {
@@ -398,6 +434,7 @@ impl Context {
             items_done,
             items_failed,
             items_cancelled,
+            items_dropped,
             tally: self.tally(),
             lane,
             observer_panics: self.observers().panics(),
@@ -407,10 +444,6 @@ impl Context {
     /// A reply could not be used and is asked for again.
     #[cfg(feature = "structured")]
     pub(crate) fn reask(&self, ask: u32, error: &Error) {
-        self.scope.add(Tally {
-            reasked: 1,
-            ..Tally::default()
-        });
         self.observers().tell(|| Event::ReplyRejected {
             path: self.path(),
             ask,
@@ -439,8 +472,22 @@ impl Context {
         Arc::clone(&self.shared.observers)
     }
 
+    /// The path of the item of that name in a batch with that label of this context.
+    pub(crate) fn item_path(&self, label: &str, name: &str) -> String {
+        match &*self.path() {
+            "" => format!("{label}[{name}]"),
+            path if label.is_empty() => format!("{path}[{name}]"),
+            path => format!("{path}/{label}[{name}]"),
+        }
+    }
+
     pub(crate) fn item_started(&self) {
         self.shared.items.started.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// An item that was started has been dropped before its outcome.
+    pub(crate) fn item_dropped(&self) {
+        self.shared.items.dropped.fetch_add(1, Ordering::Relaxed);
     }
 
     pub(crate) fn item_settled(&self, error: Option<&Error>) {
@@ -480,6 +527,8 @@ pub struct Snapshot {
     /// Items that ended because of [`drain`](Context::drain) or [`cancel`](Context::cancel), most of
     /// them before a call was sent.
     pub items_cancelled: u64,
+    /// Items that were dropped on the way, with their batch.
+    pub items_dropped: u64,
     /// What the work has cost so far.
     pub tally: Tally,
     /// The lane: in flight, waiting, and what binds now.
@@ -496,6 +545,7 @@ impl Snapshot {
 
     /// Items that are under way.
     pub fn items_running(&self) -> u64 {
-        self.items_started.saturating_sub(self.items_ended())
+        let over = self.items_ended() + self.items_dropped;
+        self.items_started.saturating_sub(over)
     }
 }

@@ -15,7 +15,8 @@ use crate::request::Request;
 /// Two requests have the same digest if and only if model, messages, limits,
 /// sampling, format and `extra` are equal. Timeouts and item keys do not count,
 /// nor does the order in which `extra` was filled, nor whether a number was
-/// written `1` or `1.0`.
+/// written `1` or `1.0`. A schema that `generate_as` and its siblings derive from a type does not count either;
+/// one that the caller sets does.
 ///
 /// Stores keep digests, so the form is fixed: SHA-256 of `throughline/1` followed
 /// by JSON without white space, object keys sorted by their bytes. This is RFC 8785
@@ -64,11 +65,14 @@ impl Request {
             timeout: _,
             item_key: _,
             sample: _,
+            derived,
+            asks_again: _,
         } = self;
         if let Some(model) = model {
             put("model", json!(&**model));
         }
-        put("messages", json!(messages));
+        let prompt = derived.as_ref().is_some_and(|derived| derived.has_prompt);
+        put("messages", json!(messages[usize::from(prompt)..]));
         if let Some(max_tokens) = max_tokens {
             put("max_tokens", json!(max_tokens));
         }
@@ -84,7 +88,12 @@ impl Request {
         if let Some(seed) = seed {
             put("seed", json!(seed));
         }
-        put("response_format", json!(response_format));
+        let format = match derived {
+            // No response format of the caller's looks like this.
+            Some(derived) => json!({ "derived": derived.shape }),
+            None => json!(response_format),
+        };
+        put("response_format", format);
         if !extra.is_empty() {
             put("extra", Value::Object(extra.clone()));
         }

@@ -204,6 +204,8 @@ struct Inner {
     billed: Option<bool>,
     #[serde(default)]
     attempts: u32,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    item: Option<Arc<str>>,
     #[serde(skip)]
     rate: Option<Box<RateSnapshot>>,
     #[serde(skip)]
@@ -223,6 +225,7 @@ impl Error {
             request_id: None,
             billed: kind.billed(),
             attempts: 0,
+            item: None,
             rate: None,
             source: None,
         }))
@@ -324,6 +327,12 @@ impl Error {
         self
     }
 
+    /// Names the item of a batch that failed, unless an inner batch has named one of its own.
+    pub(crate) fn of_item(mut self, path: impl FnOnce() -> String) -> Self {
+        self.0.item.get_or_insert_with(|| path().into());
+        self
+    }
+
     /// What went wrong.
     pub fn kind(&self) -> ErrorKind {
         self.0.kind
@@ -374,6 +383,12 @@ impl Error {
     /// made, or when the error did not come out of a call.
     pub fn attempts(&self) -> u32 {
         self.0.attempts
+    }
+
+    /// The path of the item that failed, as in `week-plan[3]/routine[0]`, where the error is that of a batch
+    /// ([`try_all`](crate::Batch::try_all)): the innermost item, if batches are nested. `Display` begins with it.
+    pub fn item(&self) -> Option<&str> {
+        self.0.item.as_deref()
     }
 
     /// It may pass, and nobody has given up on it.
@@ -451,6 +466,9 @@ impl fmt::Debug for Error {
 
 impl fmt::Display for Inner {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(item) = &self.item {
+            write!(f, "{item}: ")?;
+        }
         f.write_str(self.kind.describe())?;
         match (self.http_status, &self.code) {
             (Some(status), Some(code)) => write!(f, " (HTTP {status}, {code})")?,
@@ -485,6 +503,7 @@ impl fmt::Debug for Inner {
             .field("request_id", &self.request_id)
             .field("wait", &self.wait)
             .field("attempts", &self.attempts)
+            .field("item", &self.item)
             .field("billed", &self.billed)
             .finish()
     }

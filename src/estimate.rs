@@ -200,9 +200,9 @@ mod tests {
     fn output_is_learned_by_label_and_never_above_max_tokens() {
         let estimator = Estimator::new(None);
         let root = scope();
-        let short = Scope::item(&root, "short".into(), 0, None);
-        let other = Scope::item(&root, "short".into(), 7, Some("key".into()));
-        let long = Scope::item(&root, "long".into(), 0, None);
+        let short = Scope::item(&root, "short".into(), 0, None, 0);
+        let other = Scope::item(&root, "short".into(), 7, Some("key".into()), 0);
+        let long = Scope::item(&root, "long".into(), 0, None, 0);
         answered(&estimator, &short, 1..=7);
         let request = Request::new("a");
         let charge = OutputCharge::Produced;

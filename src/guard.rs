@@ -7,7 +7,7 @@ mod stream;
 
 use std::pin::pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use futures::FutureExt as _;
@@ -30,7 +30,7 @@ use crate::retry::{Class, Retry, Streak};
 use crate::scope::{Scope, Tally};
 use crate::usage::RateSnapshot;
 
-pub(crate) use self::stream::Sink;
+pub(crate) use self::stream::{Sink, Unkept};
 
 /// How long the writing of an intent may go on when the call has been called off.
 const LAST_INTENT: Duration = Duration::from_secs(1);
@@ -74,10 +74,11 @@ impl Guard {
         self.budget.is_dry()
     }
 
-    /// Counts and tells of a request that has failed for good.
-    pub(crate) fn failed(&self, scope: &Scope, error: &Error) {
+    /// Counts and tells of a request that has failed for good, after calls to the provider or without any.
+    pub(crate) fn failed(&self, scope: &Scope, was_sent: bool, error: &Error) {
         scope.add(Tally {
-            calls: 1,
+            calls: u64::from(was_sent),
+            unsent: u64::from(!was_sent),
             ..Tally::default()
         });
         tracing::debug!(path = %scope, %error, "call failed");
@@ -263,6 +264,7 @@ impl Call<'_> {
             self.intend(asked).await?;
         }
         turn.mark_sent();
+        self.with.was_sent.store(true, Ordering::Relaxed);
         let (index, deployment) = (turn.index(), turn.deployment());
         let charge = deployment.charge();
         let adapted = deployment.adapt(self.request);
@@ -405,6 +407,8 @@ pub(crate) struct With<'a> {
     pub(crate) sink: Option<&'a Sink>,
     /// What is written down before the request is sent.
     pub(crate) asked: Option<&'a Asked>,
+    /// Set when a call for the request leaves for the provider.
+    pub(crate) was_sent: &'a AtomicBool,
 }
 
 /// Since when the lane has answered nobody.

@@ -37,6 +37,33 @@ impl Message {
             content: content.into(),
         }
     }
+
+    /// A turn of the user.
+    ///
+    /// ```
+    /// use throughline::{Message, Request};
+    ///
+    /// let request = Request::conversation([
+    ///     Message::system("Answer with one word."),
+    ///     Message::user("Name a river."),
+    ///     Message::assistant("Danube"),
+    ///     Message::user("Another one."),
+    /// ]);
+    /// assert_eq!(request.last_text(), "Another one.");
+    /// ```
+    pub fn user(content: impl Into<String>) -> Self {
+        Self::new(Role::User, content)
+    }
+
+    /// A turn of the model.
+    pub fn assistant(content: impl Into<String>) -> Self {
+        Self::new(Role::Assistant, content)
+    }
+
+    /// Instructions that stand above the conversation.
+    pub fn system(content: impl Into<String>) -> Self {
+        Self::new(Role::System, content)
+    }
 }
 
 /// The form the answer must have.
@@ -111,6 +138,22 @@ pub struct Request {
     /// all items of a tenant; `None` gives each item an answer of its own. Not part of the digest.
     #[serde(skip)]
     pub sample: Option<u32>,
+    /// What was put in for a type by `generate_as` and its siblings, which the digest leaves out.
+    #[serde(skip)]
+    pub(crate) derived: Option<Derived>,
+    /// A reply to what this asks for came before and could not be used. Not part of the digest.
+    #[serde(skip)]
+    pub(crate) asks_again: bool,
+}
+
+/// What a request owes to the type of its reply. The schema in it is the type's: it is no part of what was asked,
+/// so an edited type replays.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Derived {
+    /// Whether a value or a list is asked for, and in which field: in the place of the response format.
+    pub(crate) shape: String,
+    /// The first message is the schema.
+    pub(crate) has_prompt: bool,
 }
 
 impl Request {
@@ -229,6 +272,12 @@ impl Request {
 
 impl From<&str> for Request {
     fn from(prompt: &str) -> Self {
+        Self::new(prompt)
+    }
+}
+
+impl From<&String> for Request {
+    fn from(prompt: &String) -> Self {
         Self::new(prompt)
     }
 }

@@ -4,15 +4,15 @@ use std::fmt::{self, Write as _};
 use std::future::poll_fn;
 use std::ops::AddAssign;
 use std::pin::pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::task::Poll;
 use std::time::Duration;
 
 use futures::poll;
 use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, sleep_until};
-use tokio_util::sync::CancellationToken;
+use tokio_util::sync::{CancellationToken, WaitForCancellationFuture};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::memo::Place;
@@ -23,8 +23,12 @@ use crate::usage::Usage;
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct Tally {
-    /// Requests that were answered or have failed for good.
+    /// Requests that reached the provider, once or more often, and were answered or have failed for good.
     pub calls: u64,
+    /// Requests that ended without anything being sent for them: the context was drained, cancelled or out of
+    /// time before, the account is refused, or the same request of somebody else failed for both.
+    #[serde(default)]
+    pub unsent: u64,
     /// Calls that reached the provider, refused ones not counted.
     pub attempts: u64,
     /// Calls that the provider's rate limit refused. They are not attempts.
@@ -33,7 +37,7 @@ pub struct Tally {
     #[serde(default)]
     pub retries: u64,
     /// Requests made once more because a reply could not be used: not the JSON that was asked
-    /// for, cut, broken off. They are calls too.
+    /// for, cut, broken off. They are calls too; those that were answered out of the store are not counted here.
     #[serde(default)]
     pub reasked: u64,
     /// Attempts that met an overloaded provider.
@@ -59,9 +63,47 @@ pub struct Tally {
     pub usage: Usage,
 }
 
+impl fmt::Display for Tally {
+    /// `12 calls, 228 replayed, 1200 + 340 tokens; 2 retries, 1 ambiguous`: counters that are 0 are left out, but for
+    /// the calls and the tokens.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Usage {
+            input_tokens,
+            output_tokens,
+            ..
+        } = self.usage;
+        let calls = if self.calls == 1 { "call" } else { "calls" };
+        write!(f, "{} {calls}", self.calls)?;
+        for (count, name) in [(self.replayed, "replayed"), (self.unsent, "unsent")] {
+            if count > 0 {
+                write!(f, ", {count} {name}")?;
+            }
+        }
+        write!(f, ", {input_tokens} + {output_tokens} tokens")?;
+        let mut separator = "; ";
+        for (count, name) in [
+            (self.retries, "retries"),
+            (self.reasked, "asked again"),
+            (self.throttled, "throttled"),
+            (self.overloaded, "overloaded"),
+            (self.timed_out, "timed out"),
+            (self.transient, "transient"),
+            (self.failed, "failed"),
+            (self.ambiguous, "ambiguous"),
+        ] {
+            if count > 0 {
+                write!(f, "{separator}{count} {name}")?;
+                separator = ", ";
+            }
+        }
+        Ok(())
+    }
+}
+
 impl AddAssign for Tally {
     fn add_assign(&mut self, other: Self) {
         self.calls += other.calls;
+        self.unsent += other.unsent;
         self.attempts += other.attempts;
         self.throttled += other.throttled;
         self.retries += other.retries;
@@ -80,6 +122,7 @@ impl AddAssign for Tally {
 #[derive(Default)]
 struct Meter {
     calls: AtomicU64,
+    unsent: AtomicU64,
     attempts: AtomicU64,
     throttled: AtomicU64,
     retries: AtomicU64,
@@ -97,10 +140,11 @@ struct Meter {
 }
 
 impl Meter {
-    fn pairs<'a>(&'a self, tally: &'a mut Tally) -> [(&'a AtomicU64, &'a mut u64); 15] {
+    fn pairs<'a>(&'a self, tally: &'a mut Tally) -> [(&'a AtomicU64, &'a mut u64); 16] {
         let usage = &mut tally.usage;
         [
             (&self.calls, &mut tally.calls),
+            (&self.unsent, &mut tally.unsent),
             (&self.attempts, &mut tally.attempts),
             (&self.throttled, &mut tally.throttled),
             (&self.retries, &mut tally.retries),
@@ -135,20 +179,31 @@ impl Meter {
     }
 }
 
-/// What ends work early.
-#[derive(Clone)]
+/// What ends work early. Bounds form a tree: what ends one ends all below it.
 pub(crate) struct Bounds {
-    /// Everything stops, calls in flight too.
-    pub(crate) cancel: CancellationToken,
-    /// Nothing new is sent; calls in flight finish.
-    pub(crate) drain: CancellationToken,
+    parent: Option<Arc<Bounds>>,
+    /// Everything stops, calls in flight too. Made when it is first cancelled or waited for,
+    /// because most items of a batch do neither.
+    cancel: OnceLock<CancellationToken>,
+    /// Nothing new is sent; calls in flight finish. Made like `cancel`.
+    drain: OnceLock<CancellationToken>,
     pub(crate) deadline: Option<Instant>,
-    /// Whether something was refused or cut short because of the two tokens. Shared with all
-    /// bounds below: what came out of it need not be what would have come out of the whole.
-    cut: Arc<AtomicBool>,
+    unit: Arc<Unit>,
     /// Whether a token of this tree may be cancelled. To ask a token takes a lock, and most
     /// contexts never end anything.
     uneasy: Arc<AtomicBool>,
+}
+
+/// What the bounds of one unit of work know together: those of an item that a worker runs and
+/// of everything below it.
+#[derive(Default)]
+struct Unit {
+    /// Something was refused or cut short because of the two tokens: what came out of it need not
+    /// be what would have come out of the whole.
+    cut: AtomicBool,
+    /// Inputs were left because `deadline` had passed.
+    late: AtomicBool,
+    deadline: Option<Instant>,
 }
 
 impl Bounds {
@@ -157,65 +212,142 @@ impl Bounds {
         let uneasy = Arc::new(AtomicBool::new(token.is_some()));
         let cancel = token.unwrap_or_default();
         Self {
-            drain: cancel.child_token(),
-            cancel,
+            parent: None,
+            drain: cancel.child_token().into(),
+            cancel: cancel.into(),
             deadline: None,
-            cut: Arc::default(),
+            unit: Arc::default(),
             uneasy,
         }
     }
 
-    /// Bounds below these that know by themselves whether they cut something short.
-    pub(crate) fn separate(&self) -> Self {
+    /// Bounds below these that can be drawn tighter without touching these.
+    pub(crate) fn child(self: &Arc<Self>) -> Self {
         Self {
-            cut: Arc::default(),
-            ..self.child()
+            parent: Some(Arc::clone(self)),
+            cancel: OnceLock::new(),
+            drain: OnceLock::new(),
+            deadline: self.deadline,
+            unit: Arc::clone(&self.unit),
+            uneasy: Arc::clone(&self.uneasy),
         }
     }
 
-    /// Whether something was refused or cut short by cancelling or draining.
+    /// Bounds below these that end at `deadline`, if that comes first.
+    pub(crate) fn until(self: &Arc<Self>, deadline: Instant) -> Self {
+        let mut child = self.child();
+        child.deadline = Some(child.deadline.map_or(deadline, |ours| ours.min(deadline)));
+        child
+    }
+
+    /// Makes these the bounds of a unit of work, which knows by itself whether it was cut short.
+    pub(crate) fn into_unit(mut self) -> Self {
+        self.unit = Arc::new(Unit {
+            deadline: self.deadline,
+            ..Unit::default()
+        });
+        self
+    }
+
+    /// Whether something in this unit of work was refused or cut short by cancelling or draining.
     pub(crate) fn was_cut(&self) -> bool {
-        self.cut.load(Ordering::Relaxed)
+        self.unit.cut.load(Ordering::Relaxed)
+    }
+
+    /// Whether a batch in this unit of work left inputs because the unit's deadline had passed.
+    pub(crate) fn was_late(&self) -> bool {
+        self.unit.late.load(Ordering::Relaxed)
     }
 
     /// Ends everything. What is cancelled drains too, so that one look at `drain` says
     /// whether anything may still start.
     pub(crate) fn cancel(&self) {
         self.uneasy.store(true, Ordering::Release);
-        self.cancel.cancel();
-        self.drain.cancel();
+        self.token(|bounds| &bounds.cancel).cancel();
+        self.token(|bounds| &bounds.drain).cancel();
     }
 
     /// Ends what has not been sent.
     pub(crate) fn drain(&self) {
         self.uneasy.store(true, Ordering::Release);
-        self.drain.cancel();
+        self.token(|bounds| &bounds.drain).cancel();
     }
 
-    /// Bounds that can be drawn tighter without touching these.
-    pub(crate) fn child(&self) -> Self {
-        Self {
-            cancel: self.cancel.child_token(),
-            drain: self.drain.child_token(),
-            deadline: self.deadline,
-            cut: Arc::clone(&self.cut),
-            uneasy: Arc::clone(&self.uneasy),
+    /// Whether everything was ended, here or above.
+    pub(crate) fn is_cancelled(&self) -> bool {
+        self.has_ended(|bounds| &bounds.cancel)
+    }
+
+    /// Whether nothing new may be sent, because of a call here or above.
+    pub(crate) fn is_draining(&self) -> bool {
+        self.has_ended(|bounds| &bounds.drain)
+    }
+
+    /// Waits until everything is ended.
+    pub(crate) fn cancelled(&self) -> WaitForCancellationFuture<'_> {
+        self.token(|bounds| &bounds.cancel).cancelled()
+    }
+
+    /// Waits until nothing new may be sent.
+    pub(crate) fn drained(&self) -> WaitForCancellationFuture<'_> {
+        self.token(|bounds| &bounds.drain).cancelled()
+    }
+
+    /// Waits until nothing new may start, for whatever reason.
+    pub(crate) fn stopped(&self) -> impl Future<Output = ()> + Send + 'static {
+        let drained = self.token(|bounds| &bounds.drain).clone().cancelled_owned();
+        let deadline = self.deadline;
+        async move {
+            tokio::select! {
+                () = drained => {}
+                () = sleep_until(deadline.unwrap_or_else(Instant::now)), if deadline.is_some() => {}
+            }
         }
+    }
+
+    /// Bounds whose token was never made were never ended themselves: those above decide.
+    fn has_ended(&self, which: fn(&Self) -> &OnceLock<CancellationToken>) -> bool {
+        let mut bounds = self;
+        loop {
+            match (which(bounds).get(), &bounds.parent) {
+                (Some(token), _) => return token.is_cancelled(),
+                (None, Some(parent)) => bounds = parent,
+                (None, None) => return false,
+            }
+        }
+    }
+
+    /// The token, made if there is none yet, below those of all bounds above.
+    fn token(&self, which: fn(&Self) -> &OnceLock<CancellationToken>) -> &CancellationToken {
+        if let Some(token) = which(self).get() {
+            return token;
+        }
+        let mut missing = vec![self];
+        let mut bounds = self;
+        let mut token = loop {
+            let parent = bounds.parent.as_deref();
+            bounds = parent.expect("the outermost bounds are made with their tokens");
+            match which(bounds).get() {
+                Some(token) => break token,
+                None => missing.push(bounds),
+            }
+        };
+        for bounds in missing.into_iter().rev() {
+            token = which(bounds).get_or_init(|| token.child_token());
+        }
+        token
     }
 
     /// Whether new work may still start.
     pub(crate) fn check(&self) -> Result<()> {
-        if self.uneasy.load(Ordering::Acquire) && self.drain.is_cancelled() {
-            self.cut.store(true, Ordering::Relaxed);
-            Err(Error::cancelled(if self.cancel.is_cancelled() {
+        if self.uneasy.load(Ordering::Acquire) && self.is_draining() {
+            self.unit.cut.store(true, Ordering::Relaxed);
+            Err(Error::cancelled(if self.is_cancelled() {
                 "the context was cancelled before the call was sent"
             } else {
                 "the context is draining: nothing new is sent"
             }))
-        } else if self
-            .deadline
-            .is_some_and(|deadline| deadline <= Instant::now())
-        {
+        } else if self.is_over() {
             Err(Error::new(
                 ErrorKind::DeadlineExceeded,
                 "the deadline passed before the call was sent",
@@ -223,6 +355,32 @@ impl Bounds {
         } else {
             Ok(())
         }
+    }
+
+    fn is_over(&self) -> bool {
+        let deadline = self.deadline;
+        deadline.is_some_and(|deadline| deadline <= Instant::now())
+    }
+
+    /// Why a batch takes no more inputs after `taken` of them, once [`stopped`](Self::stopped) is
+    /// ready. The unit of work remembers that it was cut short.
+    pub(crate) fn inputs_left(&self, taken: usize) -> Error {
+        let (kind, why) = if self.is_draining() {
+            self.unit.cut.store(true, Ordering::Relaxed);
+            let why = match self.is_cancelled() {
+                true => "the context was cancelled",
+                false => "the context is draining",
+            };
+            (ErrorKind::Cancelled, why)
+        } else {
+            let unit = self.unit.deadline;
+            if unit.is_some_and(|deadline| deadline <= Instant::now()) {
+                self.unit.late.store(true, Ordering::Relaxed);
+            }
+            (ErrorKind::DeadlineExceeded, "the deadline passed")
+        };
+        let message = format!("{why}: the batch took {taken} of its inputs and left the others");
+        Error::new(kind, message)
     }
 
     /// Waits for something that comes before a call is sent: cancel, drain and
@@ -237,7 +395,7 @@ impl Bounds {
         let waited = Box::pin(async {
             tokio::select! {
                 biased;
-                () = self.drain.cancelled() => None,
+                () = self.drained() => None,
                 () = sleep_until(self.deadline.unwrap_or_else(Instant::now)), if self.deadline.is_some() => None,
                 done = wait => Some(done),
             }
@@ -274,8 +432,8 @@ impl Bounds {
         let at = self.deadline.map_or(end, |deadline| deadline.min(end));
         let error = tokio::select! {
             biased;
-            () = self.cancel.cancelled() => {
-                self.cut.store(true, Ordering::Relaxed);
+            () = self.cancelled() => {
+                self.unit.cut.store(true, Ordering::Relaxed);
                 Error::cancelled("cancelled while the call was in flight")
             }
             () = sleep_until(at) => if at < end {
@@ -286,6 +444,20 @@ impl Bounds {
             },
         };
         error.with_billed(None)
+    }
+}
+
+/// Drops a chain of parents one by one: dropped by recursion, a long one would overflow the stack.
+fn drop_chain<T>(parent: Option<Arc<T>>, next: fn(&mut T) -> Option<Arc<T>>) {
+    let mut parent = parent;
+    while let Some(mut last) = parent.and_then(Arc::into_inner) {
+        parent = next(&mut last);
+    }
+}
+
+impl Drop for Bounds {
+    fn drop(&mut self) {
+        drop_chain(self.parent.take(), |bounds| bounds.parent.take());
     }
 }
 
@@ -338,21 +510,24 @@ impl Scope {
         }
     }
 
-    /// The scope of one item of a batch.
+    /// The scope of one item of a batch, with bounds of its own. `repeat` is how many items before it in
+    /// the batch had the same key.
     #[inline]
     pub(crate) fn item(
         batch: &Arc<Self>,
         label: Arc<str>,
         index: usize,
         key: Option<Arc<str>>,
+        repeat: u32,
     ) -> Self {
-        let mut item = Self {
-            index: Some(index),
-            key,
-            ..Self::child(batch, label, Arc::clone(&batch.bounds))
-        };
+        let bounds = Arc::new(batch.bounds.child());
+        let mut item = Self::child(batch, label, bounds);
+        item.index = Some(index);
+        item.key = key;
         if let Some(place) = &batch.place {
-            item.place = Some(place.item(&batch.labels_here(), &item.label, index, &item.key));
+            let labels = batch.labels_here();
+            let item_place = place.item(&labels, &item.label, index, item.key.as_deref(), repeat);
+            item.place = Some(Arc::new(item_place));
         }
         item
     }
@@ -388,11 +563,14 @@ impl Scope {
         self.meter.read()
     }
 
+    /// This scope and those above it, the innermost first.
+    fn outwards(&self) -> impl Iterator<Item = &Self> {
+        std::iter::successors(Some(self), |scope| scope.parent.as_deref())
+    }
+
     /// The key of the innermost item that has one.
     pub(crate) fn item_key(&self) -> Option<&Arc<str>> {
-        self.key
-            .as_ref()
-            .or_else(|| self.parent.as_ref()?.item_key())
+        self.outwards().find_map(|scope| scope.key.as_ref())
     }
 
     pub(crate) fn path(&self) -> Arc<str> {
@@ -400,20 +578,33 @@ impl Scope {
     }
 }
 
+impl Drop for Scope {
+    fn drop(&mut self) {
+        drop_chain(self.parent.take(), |scope| scope.parent.take());
+    }
+}
+
 impl fmt::Display for Scope {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if let Some(parent) = &self.parent {
-            fmt::Display::fmt(parent, f)?;
-            if !parent.label.is_empty() && !self.label.is_empty() {
-                f.write_char('/')?;
+        let mut scopes: Vec<_> = self.outwards().collect();
+        scopes.reverse();
+        let mut is_first = true;
+        for scope in scopes {
+            if !scope.label.is_empty() {
+                if !is_first {
+                    f.write_char('/')?;
+                }
+                f.write_str(&scope.label)?;
             }
+            match (&scope.key, scope.index) {
+                (Some(key), _) => write!(f, "[{key}]")?,
+                (None, Some(index)) => write!(f, "[{index}]")?,
+                (None, None) if scope.label.is_empty() => continue,
+                (None, None) => {}
+            }
+            is_first = false;
         }
-        f.write_str(&self.label)?;
-        match (&self.key, self.index) {
-            (Some(key), _) => write!(f, "[{key}]"),
-            (None, Some(index)) => write!(f, "[{index}]"),
-            (None, None) => Ok(()),
-        }
+        Ok(())
     }
 }
 
@@ -423,8 +614,8 @@ mod tests {
 
     fn nested() -> (Arc<Scope>, Arc<Scope>) {
         let root = Arc::new(Scope::root(Arc::new(Bounds::new(None))));
-        let item = Arc::new(Scope::item(&root, "plan".into(), 3, Some("k".into())));
-        let inner = Arc::new(Scope::item(&item, "etude".into(), 0, None));
+        let item = Arc::new(Scope::item(&root, "plan".into(), 3, Some("k".into()), 0));
+        let inner = Arc::new(Scope::item(&item, "etude".into(), 0, None, 0));
         (root, inner)
     }
 
@@ -449,6 +640,55 @@ mod tests {
         assert_eq!(inner.tally(), cost);
         assert_eq!(root.tally().attempts, 4);
         assert_eq!(root.tally().usage, Usage::new(10, 14));
+    }
+
+    #[test]
+    fn a_tally_reads_as_a_line() {
+        assert_eq!(Tally::default().to_string(), "0 calls, 0 + 0 tokens");
+        let tally = Tally {
+            calls: 12,
+            replayed: 228,
+            retries: 2,
+            ambiguous: 1,
+            usage: Usage::new(1200, 340),
+            ..Tally::default()
+        };
+        let line = "12 calls, 228 replayed, 1200 + 340 tokens; 2 retries, 1 ambiguous";
+        assert_eq!(tally.to_string(), line);
+    }
+
+    #[test]
+    fn paths_have_a_slash_between_labels_whatever_is_in_between() {
+        let root = Arc::new(Scope::root(Arc::new(Bounds::new(None))));
+        let child = |parent: &Arc<Scope>, label: &str| {
+            let bounds = Arc::new(parent.bounds.child());
+            Arc::new(Scope::child(parent, label.into(), bounds))
+        };
+        let a = child(&root, "a");
+        let b = child(&child(&child(&a, ""), ""), "b");
+        assert_eq!(b.to_string(), "a/b");
+        let week = Arc::new(Scope::item(&root, "week".into(), 0, None, 0));
+        let day = Scope::item(&child(&week, ""), "day".into(), 0, None, 0);
+        assert_eq!(day.to_string(), "week[0]/day[0]");
+        let nameless = Scope::item(&a, "".into(), 3, None, 0);
+        assert_eq!(nameless.to_string(), "a[3]");
+    }
+
+    #[tokio::test]
+    async fn what_is_ended_below_ends_nothing_above_or_beside() {
+        let root = Arc::new(Bounds::new(None));
+        let (left, right) = (Arc::new(root.child()), Arc::new(root.child()));
+        let below = Arc::new(Arc::new(left.child()).child());
+        left.drain();
+        assert!(left.is_draining() && below.is_draining() && !below.is_cancelled());
+        assert!(!root.is_draining() && !right.is_draining());
+        below.drained().await;
+        let waits = right.drained();
+        root.cancel();
+        waits.await;
+        assert!(right.is_cancelled() && below.is_cancelled() && below.check().is_err());
+        // Made only afterwards.
+        assert!(right.child().is_cancelled());
     }
 
     #[tokio::test(start_paused = true)]

@@ -39,6 +39,14 @@ impl<T> Outcome<T> {
         self.started + self.elapsed
     }
 
+    /// How a path names the item: by its key, or else by its index.
+    pub(crate) fn name(&self) -> String {
+        match &self.key {
+            Some(key) => key.to_string(),
+            None => self.index.to_string(),
+        }
+    }
+
     /// Why there is no value.
     pub fn error(&self) -> Option<&Error> {
         self.result.as_ref().err()

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::panic::resume_unwind;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{self, Poll, ready};
 use std::time::Duration;
 
@@ -12,7 +13,7 @@ use tokio::task::JoinHandle;
 
 use crate::context::Context;
 use crate::error::{Error, ErrorKind, Result};
-use crate::guard::Sink;
+use crate::guard::{Sink, Unkept};
 use crate::reply::{Delta, Reply};
 use crate::request::Request;
 
@@ -51,6 +52,7 @@ impl Context {
             cx: self.child(""),
             idle: IDLE,
             discard: false,
+            unkept: None,
             state: State::New(Box::new(request.into())),
         }
     }
@@ -79,6 +81,7 @@ pub struct Deltas {
     cx: Context,
     idle: Duration,
     discard: bool,
+    unkept: Option<Arc<Unkept>>,
     state: State,
 }
 
@@ -137,12 +140,21 @@ impl Deltas {
         ))
     }
 
+    /// Leaves the memo's place of the call there, should it fail: whoever can use what has come of
+    /// the reply may keep that.
+    #[cfg(feature = "structured")]
+    pub(crate) fn leaving_unkept(mut self, unkept: &Arc<Unkept>) -> Self {
+        self.unkept = Some(Arc::clone(unkept));
+        self
+    }
+
     fn start(&self, request: Request) -> State {
         let (sender, receiver) = unbounded_channel();
         let (idle, discard) = (self.idle, self.discard);
         let cx = self.cx.clone();
+        let unkept = self.unkept.clone();
         let driver = tokio::spawn(async move {
-            let sink = Sink::new(sender, idle, discard);
+            let sink = Sink::new(sender, idle, discard).unkept(unkept);
             let result = cx.generate_into(Box::new(request), Some(&sink)).await;
             sink.end(result);
         });
@@ -169,10 +181,14 @@ impl Stream for Deltas {
                     }
                     let ended = ready!(driver.poll_unpin(cx));
                     self.state = State::Done;
-                    if let Err(error) = ended
-                        && error.is_panic()
-                    {
-                        resume_unwind(error.into_panic());
+                    match ended {
+                        Ok(()) => {}
+                        Err(error) if error.is_panic() => resume_unwind(error.into_panic()),
+                        Err(_) => {
+                            let message = "the runtime that drove the call has shut down";
+                            let error = Error::cancelled(message).with_billed(None);
+                            return Poll::Ready(Some(Err(error)));
+                        }
                     }
                 }
                 State::Done => return Poll::Ready(None),

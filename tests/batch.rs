@@ -358,6 +358,295 @@ async fn try_all_stops_sending_at_the_first_failure_and_keeps_what_is_in_flight(
     assert_eq!(all.unwrap(), ["a", "b"]);
 }
 
+/// How the inputs of a batch come to be left: the context drains, is cancelled, or meets its deadline.
+const CUTS: [(Duration, fn(&Context), ErrorKind); 3] = [
+    (
+        Duration::from_secs(100),
+        Context::drain,
+        ErrorKind::Cancelled,
+    ),
+    (
+        Duration::from_secs(100),
+        Context::cancel,
+        ErrorKind::Cancelled,
+    ),
+    (
+        Duration::from_millis(250),
+        |_| {},
+        ErrorKind::DeadlineExceeded,
+    ),
+];
+
+#[tokio::test(start_paused = true)]
+async fn try_all_never_gives_fewer_values_than_inputs() {
+    for (timeout, end, kind) in CUTS {
+        // Items that do not notice the end, and inputs that come slowly.
+        let work = |_: Context, n: u32| async move {
+            sleep(LATENCY).await;
+            Ok(n)
+        };
+        let cx = setup().1.with_timeout(timeout);
+        let slow = stream::iter(0..10).then(|n| sleep(LATENCY).map(move |()| n));
+        let (cut, slowly, ()) = tokio::join!(
+            cx.fan_out("n", 0..10).sequential().try_all(work),
+            cx.fan_out("n", slow.boxed()).try_all(work),
+            async {
+                sleep(Duration::from_millis(250)).await;
+                end(&cx);
+            }
+        );
+        for error in [cut.unwrap_err(), slowly.unwrap_err()] {
+            assert_eq!(error.kind(), kind);
+            let message = error.message();
+            assert!(message.contains("left the others"), "{message}");
+        }
+
+        // With all of its inputs taken, it ends well.
+        let cx = setup().1.with_timeout(timeout);
+        let (whole, ()) = tokio::join!(cx.fan_out("n", 0..1).sequential().try_all(work), async {
+            sleep(LATENCY / 2).await;
+            cx.drain();
+        });
+        assert_eq!(whole.unwrap(), [0]);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stream_of_outcomes_says_that_it_was_cut_short() {
+    for (timeout, end, kind) in CUTS {
+        let cx = setup().1.with_timeout(timeout);
+        let mut outcomes = cx
+            .fan_out("n", 0..10)
+            .sequential()
+            .stream(|_, n| async move {
+                sleep(LATENCY).await;
+                Ok(n)
+            });
+        assert!(outcomes.next().await.unwrap().is_ok());
+        assert!(outcomes.cut_short().is_none(), "it has not ended");
+        sleep(Duration::from_millis(160)).await;
+        end(&cx);
+        assert!(outcomes.by_ref().count().await < 9);
+        let why = outcomes.cut_short().expect("inputs were left");
+        assert_eq!(why.kind(), kind);
+    }
+    let (_, cx) = setup();
+    let mut outcomes = cx.fan_out("n", 0..10).stream(ask);
+    assert_eq!(outcomes.by_ref().count().await, 10);
+    assert!(outcomes.cut_short().is_none());
+}
+
+#[test]
+fn a_stream_says_that_its_runtime_has_shut_down() {
+    let runtime = || {
+        let mut builder = tokio::runtime::Builder::new_multi_thread();
+        builder.worker_threads(1).enable_all().build().unwrap()
+    };
+    let (ours, theirs) = (runtime(), runtime());
+    let (_, cx) = setup();
+    let (mut outcomes, mut deltas) = {
+        let _in = theirs.enter();
+        let batch = cx.fan_out("n", 0..1_000).sequential();
+        (batch.stream(ask), cx.stream("a"))
+    };
+    let first = ours.block_on(outcomes.next()).unwrap();
+    assert!(first.is_ok());
+    // Its call starts in their runtime, too.
+    let pending = {
+        let _in = theirs.enter();
+        deltas.next().now_or_never()
+    };
+    assert!(pending.is_none());
+    theirs.shutdown_background();
+    assert!(ours.block_on(outcomes.by_ref().count()) < 999);
+    assert!(outcomes.cut_short().is_some_and(Error::is_cancelled));
+    let last = ours.block_on(deltas.next()).unwrap();
+    assert!(last.unwrap_err().is_cancelled());
+    assert!(ours.block_on(deltas.next()).is_none());
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_failure_of_try_all_names_its_item() {
+    let (_, cx) = setup();
+    let weeks = cx.child("plan").fan_out("week", 0..2).sequential();
+    let error = weeks.try_all(|cx, week| async move {
+        let days = cx.with_priority(throughline::Priority::Low);
+        let days = days
+            .fan_out("day", ["mon", "refuse"])
+            .key(|day| day.to_string());
+        days.try_all(|cx, day| ask(cx, if week == 1 { day } else { "fine" }))
+            .await
+    });
+    let error = error.await.unwrap_err();
+    assert_eq!(error.item(), Some("plan/week[1]/day[refuse]"));
+    assert_eq!(
+        error.to_string(),
+        "plan/week[1]/day[refuse]: request refused: refused"
+    );
+    let json = serde_json::to_string(&error).unwrap();
+    let back: Error = serde_json::from_str(&json).unwrap();
+    assert_eq!(back.to_string(), error.to_string());
+}
+
+#[tokio::test(start_paused = true)]
+async fn ending_a_context_ends_neither_its_parent_nor_its_siblings() {
+    use throughline::{Priority, Tenant};
+    let narrowings: [fn(&Context) -> Context; 6] = [
+        |cx| cx.child("a"),
+        |cx| cx.with_tenant(Tenant::new("acme", 1)),
+        |cx| cx.with_priority(Priority::Low),
+        |cx| cx.with_timeout(Duration::from_secs(60)),
+        |cx| cx.with_deadline(Instant::now() + Duration::from_secs(60)),
+        Context::fresh,
+    ];
+    for narrow in narrowings {
+        for end in [Context::cancel, Context::drain] {
+            let (_, cx) = setup();
+            let (ended, other) = (narrow(&cx), narrow(&cx));
+            let waiting = other.child("below");
+            let (answer, ()) = tokio::join!(ask(waiting, "a"), async { end(&ended) });
+            answer.unwrap();
+            assert!(ask(ended.clone(), "a").await.unwrap_err().is_cancelled());
+            assert!(ended.is_draining() && !cx.is_draining() && !other.is_draining());
+            ask(cx, "a").await.unwrap();
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_item_that_ends_its_context_ends_itself_alone() {
+    for end in [Context::cancel, Context::drain] {
+        let (_, cx) = setup();
+        let work = move |cx: Context, n: u32| async move {
+            if n == 1 {
+                end(&cx);
+            }
+            ask(cx, n).await
+        };
+        let settled = cx.fan_out("n", 0..4).settle(work).await;
+        let failed: Vec<_> = settled.failures().map(|outcome| outcome.index).collect();
+        assert_eq!(failed, [1]);
+        assert!(!cx.is_draining());
+        // The failure of an item is that of `try_all`, and ends the batch.
+        let error = cx.fan_out("n", 0..4).try_all(work).await.unwrap_err();
+        assert_eq!(error.item(), Some("n[1]"));
+        assert!(!cx.is_draining());
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn ending_the_context_of_a_batch_ends_its_items_wherever_they_are() {
+    let (echo, cx) = setup();
+    let batch = cx.child("batch");
+    let settle = batch.fan_out("n", 0..4).settle(|cx, n| async move {
+        let inner = cx.with_priority(throughline::Priority::Low);
+        ask(inner.child("call"), n).await
+    });
+    let (settled, ()) = tokio::join!(settle, async {
+        sleep(LATENCY / 2).await;
+        batch.cancel();
+    });
+    assert_eq!(settled.failures().count(), 4);
+    assert_eq!((echo.sent(), echo.running()), (4, 0));
+}
+
+/// Runs `work` beside a task that counts how often it gets its turn.
+async fn turns_beside<T>(work: impl Future<Output = T>) -> usize {
+    let turns = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&turns);
+    let other = tokio::spawn(async move {
+        loop {
+            count.fetch_add(1, Ordering::Relaxed);
+            tokio::task::yield_now().await;
+        }
+    });
+    work.await;
+    other.abort();
+    turns.load(Ordering::Relaxed)
+}
+
+#[tokio::test(start_paused = true)]
+async fn batches_over_ready_items_let_other_tasks_run() {
+    const ITEMS: u32 = 10_000;
+    let (_, cx) = setup();
+    let ready = |_, n: u32| async move { Ok(n) };
+    let batch = || cx.fan_out("n", 0..ITEMS);
+    let drained = cx.child("drained");
+    drained.drain();
+    for turns in [
+        turns_beside(batch().settle(ready)).await,
+        turns_beside(batch().join_all().settle(ready)).await,
+        turns_beside(batch().buffered(8).settle(ready)).await,
+        turns_beside(batch().chunks(8).try_all(ready)).await,
+        turns_beside(batch().join_all().stream(ready).count()).await,
+        turns_beside(drained.fan_out("n", 0..ITEMS).settle(ask)).await,
+    ] {
+        // Tokio lets a task do 128 things at a time.
+        assert!(turns >= ITEMS as usize / 128, "{turns}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn items_of_a_dropped_batch_are_not_running() {
+    let (_, cx) = setup();
+    let settle = cx.fan_out("n", 0..100).settle(ask);
+    let dropped = tokio::time::timeout(LATENCY / 2, settle).await;
+    assert!(dropped.is_err());
+    let snapshot = cx.snapshot();
+    assert_eq!((snapshot.items_started, snapshot.items_dropped), (64, 64));
+    assert_eq!(snapshot.items_running(), 0);
+
+    let mut outcomes = cx.fan_out("n", 0..10).stream(ask);
+    outcomes.next().await.unwrap();
+    assert_eq!(cx.snapshot().items_running(), 0);
+    let sleeping = cx.fan_out("n", 0..10).stream(|_, _| async move {
+        sleep(Duration::from_secs(3600)).await;
+        Ok(())
+    });
+    sleep(LATENCY).await;
+    assert_eq!(cx.snapshot().items_running(), 10);
+    drop(sleeping);
+    tokio::task::yield_now().await;
+    assert_eq!(cx.snapshot().items_running(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn requests_that_nothing_was_sent_for_are_no_calls() {
+    let pace = throughline::Pace::unlimited().in_flight(4);
+    let cx = Context::builder(Echo::default()).pace(pace).build();
+    let work = cx.fan_out("n", 0..20).settle(ask);
+    let (settled, ()) = tokio::join!(work, async {
+        sleep(LATENCY / 2).await;
+        cx.drain();
+    });
+    let tally = settled.tally();
+    assert_eq!((tally.calls, tally.attempts, tally.unsent), (4, 4, 16));
+    assert_eq!(tally.to_string(), "4 calls, 16 unsent, 4 + 8 tokens");
+}
+
+/// In a thread with a small stack: one that overflows ends the process.
+#[test]
+fn a_long_chain_of_contexts_does_not_overflow_the_stack() {
+    let chain = || {
+        let runtime = tokio::runtime::Builder::new_current_thread();
+        let runtime = { runtime }.enable_all().start_paused(true).build().unwrap();
+        runtime.block_on(async {
+            let (_, mut cx) = setup();
+            let first = cx.clone();
+            for _ in 0..20_000 {
+                cx = cx.child("turn");
+            }
+            let (answer, ()) = tokio::join!(ask(cx.clone(), "a"), sleep(LATENCY / 2));
+            answer.unwrap();
+            assert_eq!(cx.path().len(), "turn/".len() * 20_000 - 1);
+            first.cancel();
+            assert!(cx.is_cancelled());
+        });
+    };
+    let thread = std::thread::Builder::new().stack_size(512 << 10);
+    thread.spawn(chain).unwrap().join().unwrap();
+}
+
 /// Invariant 5: dropping a future or stream sends nothing more.
 #[tokio::test(start_paused = true)]
 async fn dropping_sends_nothing_more() {

@@ -515,3 +515,120 @@ async fn many_small_runs_start_together() {
     let extra = began.elapsed() - Duration::from_secs(10);
     assert!(extra < Duration::from_millis(250), "{extra:?}");
 }
+
+/// Ten pages of a book, one after the other, counted in one of three ways.
+#[derive(Clone)]
+struct Pages(&'static str);
+
+impl throughline::Pipeline for Pages {
+    type Input = u32;
+    type Output = usize;
+
+    fn name(&self) -> &str {
+        "pages"
+    }
+
+    async fn run(&self, cx: &Context, book: u32) -> throughline::Result<usize> {
+        let pages = cx.fan_out("page", 0..10).sequential();
+        let work = move |cx: Context, page: u32| async move {
+            Ok(cx.generate(format!("book {book} page {page}")).await?.text)
+        };
+        match self.0 {
+            "try_all" => Ok(pages.try_all(work).await?.len()),
+            "stream" => {
+                // As somebody might write it who does not look why the stream has ended.
+                let outcomes = pages.stream(work);
+                let done = outcomes.filter(|outcome| std::future::ready(outcome.is_ok()));
+                Ok(done.count().await)
+            }
+            _ => Ok(pages.settle(work).await.all()?.len()),
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_shortened_batch_is_never_committed() {
+    for how in ["settle", "try_all", "stream"] {
+        let (store, sim) = (Arc::new(Memory::new()), sim(2));
+        let runner = Runner::new(Arc::clone(&store));
+        let run = runner.submit("pages", &Pages(how), 0..3).await.unwrap();
+        let worker = || {
+            let cx = Context::builder(sim.clone()).build();
+            Worker::builder(Arc::clone(&store), cx)
+                .register("pages", Pages(how))
+                .build()
+        };
+        // A stop signal after two of the pages, and another process goes on.
+        worker()
+            .run_until(sleep(Duration::from_secs(5)))
+            .await
+            .unwrap();
+        let outputs: Vec<usize> = runner.outputs(run).await.unwrap();
+        assert!(outputs.is_empty(), "{how}: {outputs:?}");
+        let _ = worker().drive(10 * MINUTE).await.unwrap();
+        assert_eq!(
+            runner.outputs::<usize>(run).await.unwrap(),
+            [10; 3],
+            "{how}"
+        );
+        assert_eq!(sim.ledger().total.billed, 30, "{how}");
+
+        // The run's time is up in the middle.
+        let late = runner.submit("pages", &Pages(how), 10..11);
+        let late = late.timeout(Duration::from_secs(5)).await.unwrap();
+        let drive = worker().drive_run(late, MINUTE).await.unwrap();
+        assert_eq!(drive, Drive::Done);
+        let record = runner.snapshot(late).await.unwrap().unwrap().run;
+        assert_eq!((record.status, record.failed), (Status::Failed, 1), "{how}");
+        // With `settle`, the pipeline itself says that there were too few.
+        let error = record.error.unwrap();
+        assert!(error.is_deadline_exceeded() || how == "settle", "{error}");
+    }
+}
+
+/// A pipeline that gives up on a slow call and asks once more.
+#[tokio::test(start_paused = true)]
+async fn a_dropped_call_stays_listed_and_the_next_one_is_replayed() {
+    let (store, calls) = (Arc::new(Memory::new()), Arc::new(AtomicU32::new(0)));
+    let count = Arc::clone(&calls);
+    let sim = Sim::builder()
+        .latency_when("ask", Duration::from_secs(1))
+        .build();
+    let broken = Arc::new(AtomicBool::new(true));
+    let is_broken = Arc::clone(&broken);
+    let patient = pipeline("patient", move |cx: Context, n: u32| {
+        let (count, broken) = (Arc::clone(&count), is_broken.load(Ordering::Relaxed));
+        async move {
+            for patience in [100, 10_000] {
+                count.fetch_add(1, Ordering::Relaxed);
+                let call = cx.generate(format!("ask {n}"));
+                if let Ok(reply) = timeout(Duration::from_millis(patience), call).await {
+                    let text = reply?.text;
+                    return match broken {
+                        true => Err(Error::other("the parser is broken")),
+                        false => Ok(text),
+                    };
+                }
+            }
+            Err(Error::other("slow"))
+        }
+    });
+    let runner = Runner::new(Arc::clone(&store));
+    let run = runner.submit("patient", &patient, [1]).await.unwrap();
+    let cx = Context::builder(sim.clone()).build();
+    let worker = Worker::builder(Arc::clone(&store), cx)
+        .register("patient", patient)
+        .build();
+    assert_eq!(worker.drive(MINUTE).await.unwrap(), Drive::Done);
+    assert_eq!(runner.status(run).await.unwrap(), Some(Status::Failed));
+    let calls_made = sim.ledger().total.admitted;
+    assert_eq!(calls_made, 2);
+    // The first may have been paid for.
+    assert_eq!(runner.ambiguous(None, 10).await.unwrap().len(), 1);
+    broken.store(false, Ordering::Relaxed);
+    runner.retry_failed(run).await.unwrap();
+    assert_eq!(worker.drive(MINUTE).await.unwrap(), Drive::Done);
+    assert_eq!(runner.status(run).await.unwrap(), Some(Status::Completed));
+    assert_eq!(sim.ledger().total.admitted, calls_made);
+    assert_eq!(runner.ambiguous(None, 10).await.unwrap().len(), 1);
+}

@@ -6,6 +6,7 @@ use std::time::Duration;
 use futures::StreamExt as _;
 use schemars::JsonSchema;
 use serde::Deserialize;
+use throughline::store::Memory;
 use throughline::testing::Scripted;
 use throughline::{
     Context, Error, ErrorKind, FinishReason, Growing, Items, OnBreak, Pace, Provider as _, Reply,
@@ -182,6 +183,92 @@ async fn the_rest_is_asked_for_where_the_policy_says_so() {
     let cx = Context::builder(script).build();
     let items = all(cx.generate_items("list").on_break(rest())).await;
     assert_eq!(names(&items), ["a", "b", "-"]);
+}
+
+/// Names rivers and asks about each, in a context with that store. Gives the answers, and the failure of the list.
+async fn rivers(script: &Scripted, store: &Arc<Memory>, policy: OnBreak) -> Vec<Result<String>> {
+    let cx = Context::builder(script.clone())
+        .store(Arc::clone(store))
+        .build();
+    let items = cx.fan_out("item", ["rivers"]).key(|item| item.to_string());
+    let items = items.settle(|cx, _| async move {
+        let list = cx
+            .generate_items::<Routine>("Name rivers.")
+            .on_break(policy);
+        let work = |cx: Context, river: Result<Routine>| async move {
+            Ok(cx.generate(river?.name).await?.text)
+        };
+        Ok(cx.fan_out("river", list).sequential().settle(work).await)
+    });
+    let settled = items.await.all().unwrap().remove(0);
+    cx.flush().await.unwrap();
+    settled.into_results()
+}
+
+fn texts(results: Vec<Result<String>>) -> Vec<String> {
+    results.into_iter().map(Result::unwrap).collect()
+}
+
+fn about(script: Scripted) -> Scripted {
+    script.answer_with(|request| Ok(format!("about {}", request.last_text())))
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_list_that_was_completed_after_a_break_is_replayed() {
+    let store = Arc::new(Memory::new());
+    let begun = format!("[{}, {{\"name\": \"Rh", routine("Danube"));
+    let script = Scripted::new().broken(SECOND, [begun], cut());
+    let script = about(script).streamed(SECOND, [format!("[{}]", routine("Rhine"))]);
+    let script = about(script);
+    let policy = OnBreak::AskForRest { times: 2 };
+    let first = texts(rivers(&script, &store, policy).await);
+    assert_eq!(first, ["about Danube", "about Rhine"]);
+    assert_eq!(script.lines_left(), 0);
+    // The script has no more lines: whatever was asked would fail.
+    assert_eq!(texts(rivers(&script, &store, policy).await), first);
+    assert_eq!(script.requests().len(), 4);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_rest_of_a_list_is_asked_for_by_a_rerun_if_it_never_came() {
+    let store = Arc::new(Memory::new());
+    let begun = format!("[{}, ", routine("Danube"));
+    let refused = Error::new(ErrorKind::InvalidRequest, "no");
+    let script = about(Scripted::new().broken(SECOND, [begun], cut())).error(refused);
+    let policy = OnBreak::AskForRest { times: 2 };
+    let first = rivers(&script, &store, policy).await;
+    assert_eq!(first[0].as_ref().unwrap(), "about Danube");
+    assert!(first[1].is_err());
+
+    let script = Scripted::new().streamed(SECOND, [format!("[{}]", routine("Rhine"))]);
+    let script = about(script);
+    let second = texts(rivers(&script, &store, policy).await);
+    assert_eq!(second, ["about Danube", "about Rhine"]);
+    let so_far = &script.requests()[0].messages[2].content;
+    assert_eq!(*so_far, format!("[{}]", routine("Danube")));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_list_whose_call_breaks_off_behind_it_is_replayed() {
+    let store = Arc::new(Memory::new());
+    let list = format!("[{}]", routine("Danube"));
+    let script = about(Scripted::new().broken(SECOND, [list], cut()));
+    let first = texts(rivers(&script, &store, OnBreak::Fail).await);
+    assert_eq!(first, ["about Danube"]);
+    assert_eq!(texts(rivers(&script, &store, OnBreak::Fail).await), first);
+    assert_eq!(script.requests().len(), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_list_that_failed_is_asked_for_anew() {
+    let store = Arc::new(Memory::new());
+    let begun = format!("[{}, ", routine("Danube"));
+    let script = about(Scripted::new().broken(SECOND, [begun], cut()));
+    let first = rivers(&script, &store, OnBreak::Fail).await;
+    assert!(first[0].is_ok() && first[1].is_err());
+    let script = about(Scripted::new().reply(format!("[{}]", routine("Elbe"))));
+    let second = texts(rivers(&script, &store, OnBreak::Fail).await);
+    assert_eq!(second, ["about Elbe"]);
 }
 
 #[tokio::test(start_paused = true)]

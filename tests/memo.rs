@@ -15,6 +15,10 @@ struct Numbered {
     calls: Arc<AtomicU64>,
     latency: Duration,
     fails: bool,
+    /// The numbers of the calls that fail.
+    failing: Vec<u64>,
+    /// What a call takes besides the latency, in seconds, by its prompt.
+    extra: Option<fn(&str) -> u64>,
 }
 
 impl Numbered {
@@ -29,10 +33,13 @@ impl Provider for Numbered {
         "numbered"
     }
 
-    async fn generate(&self, _request: &Request) -> Result<Reply> {
+    async fn generate(&self, request: &Request) -> Result<Reply> {
         let n = self.calls.fetch_add(1, Ordering::Relaxed);
         tokio::time::sleep(self.latency).await;
-        if self.fails {
+        if let Some(extra) = self.extra {
+            tokio::time::sleep(Duration::from_secs(extra(request.last_text()))).await;
+        }
+        if self.fails || self.failing.contains(&n) {
             return Err(Error::new(ErrorKind::InvalidRequest, "no"));
         }
         let mut reply = Reply::new(n.to_string(), Usage::new(3, 4));
@@ -116,25 +123,161 @@ async fn n_samples_stay_n_and_a_label_is_another_place() {
     assert_eq!(provider.calls(), 5);
 }
 
+/// Below an item, a branch is named by its key, or else by its index.
 #[tokio::test(start_paused = true)]
-async fn siblings_without_keys_below_an_item_do_not_depend_on_their_index() {
-    let (provider, store) = (Numbered::default(), Arc::new(Memory::new()));
-    let ask = async |topics: &'static [&'static str]| {
+async fn an_inserted_branch_pays_for_those_behind_it_only_where_branches_have_no_keys() {
+    for (keys, paid) in [(true, 3), (false, 5)] {
+        let (provider, store) = (Numbered::default(), Arc::new(Memory::new()));
+        let ask = async |topics: &'static [&'static str]| {
+            let cx = over(&provider, &store);
+            let outer = cx.fan_out("plan", ["p"]).key(|plan| plan.to_string());
+            let settled = outer.settle(|cx, _| async move {
+                let inner = cx.fan_out("topic", topics.to_vec());
+                let inner = match keys {
+                    true => inner.key(|topic| topic.to_string()),
+                    false => inner,
+                };
+                let work = |cx: Context, topic| async move { Ok(cx.generate(topic).await?.text) };
+                inner.settle(work).await.all()
+            });
+            let texts = settled.await.all().unwrap().remove(0);
+            cx.flush().await.unwrap();
+            texts
+        };
+        let first = ask(&["x", "y"]).await;
+        let second = ask(&["w", "x", "y"]).await;
+        assert_eq!(second[1..] == first[..], keys);
+        assert_eq!(provider.calls(), paid);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_branch_keeps_its_replies_whatever_the_timing() {
+    let store = Arc::new(Memory::new());
+    let run = async |extra: fn(&str) -> u64| {
+        let provider = Numbered {
+            extra: Some(extra),
+            ..Numbered::default()
+        };
         let cx = over(&provider, &store);
-        let outer = cx.fan_out("plan", ["p"]).key(|plan| plan.to_string());
-        let settled = outer.settle(|cx, _| async move {
-            let inner = cx.fan_out("topic", topics.to_vec());
-            let inner = inner.settle(|cx, topic| async move { Ok(cx.generate(topic).await?.text) });
-            inner.await.all()
+        let stories = cx.fan_out("story", ["s"]).key(|story| story.to_string());
+        let stories = stories.settle(|cx, _| async move {
+            let chapters = cx.fan_out("chapter", 0..5).settle(|cx, n| async move {
+                cx.generate(format!("Outline {n}")).await?;
+                let style = cx.generate("Name a style.").await?.text;
+                let prompt = format!("Write chapter {n} in style {style}");
+                Ok(cx.generate(prompt).await?.text)
+            });
+            chapters.await.all()
         });
-        let texts = settled.await.all().unwrap().remove(0);
+        let texts = stories.await.all().unwrap();
+        cx.flush().await.unwrap();
+        (texts, provider.calls())
+    };
+    // The outlines of the first branches take longest; replayed, they come at once.
+    let uneven = |prompt: &str| match prompt.strip_prefix("Outline ") {
+        Some(n) => 9 - n.parse::<u64>().unwrap(),
+        None => 0,
+    };
+    let (first, paid) = run(uneven).await;
+    assert_eq!(paid, 15);
+    assert_eq!(run(|_| 0).await, (first, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn rounds_of_branches_without_keys_get_an_answer_each() {
+    let (provider, store) = (Numbered::default(), Arc::new(Memory::new()));
+    let run = async || {
+        let cx = over(&provider, &store);
+        let items = cx.fan_out("item", ["a"]).key(|item| item.to_string());
+        let items = items.settle(|cx, _| async move {
+            let mut texts = Vec::new();
+            for _round in 0..2 {
+                let samples = cx.fan_out("sample", 0..2);
+                let ask = |cx: Context, _| async move { Ok(cx.generate("A joke.").await?.text) };
+                texts.extend(samples.settle(ask).await.all()?);
+            }
+            Ok(texts)
+        });
+        let texts = items.await.all().unwrap().remove(0);
         cx.flush().await.unwrap();
         texts
     };
-    let first = ask(&["x", "y"]).await;
-    let second = ask(&["w", "x", "y"]).await;
-    assert_eq!(second[1..], first[..]);
-    assert_eq!(provider.calls(), 3);
+    let first = run().await;
+    assert_eq!(first, ["0", "1", "2", "3"]);
+    assert_eq!(run().await, first);
+    assert_eq!(provider.calls(), 4);
+}
+
+#[tokio::test(start_paused = true)]
+async fn items_with_the_same_key_get_answers_of_their_own_and_keep_them() {
+    let (provider, store) = (Numbered::default(), Arc::new(Memory::new()));
+    let same: fn(&str) -> String = |_| "Write an example.".to_owned();
+    let keys = ["plank", "plank", "bridge", "plank", "plank~1"];
+    let first = texts(&over(&provider, &store), &keys, same).await;
+    assert_eq!(first, ["0", "1", "2", "3", "4"]);
+    let second = texts(&over(&provider, &store), &keys, same).await;
+    assert_eq!(second, first);
+    assert_eq!(provider.calls(), 5);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_reply_after_a_failed_call_is_replayed() {
+    let store = Arc::new(Memory::new());
+    let provider = Numbered {
+        failing: vec![0, 2],
+        ..Numbered::default()
+    };
+    let run = async || {
+        let cx = over(&provider, &store);
+        let items = cx.fan_out("item", ["a"]).key(|item| item.to_string());
+        let items = items.settle(|cx, item| async move {
+            let mut texts = Vec::new();
+            // Each is asked again until there is an answer.
+            while texts.len() < 2 {
+                if let Ok(reply) = cx.generate(item).await {
+                    texts.push(reply.text);
+                }
+            }
+            Ok(texts)
+        });
+        let texts = items.await.all().unwrap().remove(0);
+        cx.flush().await.unwrap();
+        texts
+    };
+    let first = run().await;
+    assert_eq!(first, ["1", "3"]);
+    assert_eq!(run().await, first);
+    assert_eq!(provider.calls(), 4);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_reply_after_a_call_that_was_dropped_is_replayed() {
+    let store = Arc::new(Memory::new());
+    let provider = Numbered {
+        latency: Duration::from_secs(1),
+        ..Numbered::default()
+    };
+    let run = async |patience: [u64; 2]| {
+        let cx = over(&provider, &store);
+        let items = cx.fan_out("item", ["a"]).key(|item| item.to_string());
+        let items = items.settle(|cx, item| async move {
+            for patience in patience {
+                let patience = Duration::from_millis(patience);
+                let call = tokio::time::timeout(patience, cx.generate(item));
+                if let Ok(reply) = call.await {
+                    return Ok(reply?.text);
+                }
+            }
+            Err(Error::new(ErrorKind::Timeout, "slow"))
+        });
+        let texts = items.await.all().unwrap();
+        cx.flush().await.unwrap();
+        texts
+    };
+    assert_eq!(run([500, 5_000]).await, ["1"]);
+    assert_eq!(run([500, 5_000]).await, ["1"]);
+    assert_eq!(provider.calls(), 2);
 }
 
 #[tokio::test(start_paused = true)]

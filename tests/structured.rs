@@ -7,6 +7,7 @@ use futures::StreamExt as _;
 use schemars::JsonSchema;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use throughline::store::Memory;
 use throughline::testing::Scripted;
 use throughline::{
     Context, Error, ErrorKind, Event, FinishReason, OnLength, Reply, Request, ResponseFormat,
@@ -315,6 +316,73 @@ async fn calls_that_fail_are_retried_by_the_guard_and_not_counted_as_asks() {
     let error = cx.generate_as::<River>("Which?").await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Unauthorized);
     assert_eq!(cx.tally().reasked, 0);
+}
+
+/// What became of [`River`] in the next release.
+#[derive(Debug, PartialEq, Deserialize, JsonSchema)]
+struct EditedRiver {
+    /// The name of the river.
+    name: String,
+    length_km: f64,
+    source: Option<String>,
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_edited_type_replays() {
+    for enforces in [false, true] {
+        let store = Arc::new(Memory::new());
+        let script = Scripted::new()
+            .reply("no")
+            .reply(PO)
+            .reply(format!("[{PO}]"));
+        let script = match enforces {
+            true => script.enforces_schema(),
+            false => script,
+        };
+        let cx = || {
+            let cx = Context::builder(script.clone()).store(Arc::clone(&store));
+            cx.model("m").build()
+        };
+        let first = cx();
+        let river = first.generate_as::<River>("Which?").await.unwrap();
+        let list: Vec<_> = first.generate_items::<River>("Which?").collect().await;
+        assert_eq!(first.tally().reasked, 1);
+        first.flush().await.unwrap();
+
+        // The problem with the first reply, which the model was told, is the same: it was no JSON.
+        let second = cx();
+        let edited = second.generate_as::<EditedRiver>("Which?").await.unwrap();
+        assert_eq!((edited.name, edited.length_km), (river.name, 652.0));
+        let edited: Vec<_> = second
+            .generate_items::<EditedRiver>("Which?")
+            .collect()
+            .await;
+        assert_eq!(edited.len(), list.len());
+        assert_eq!(script.requests().len(), 3);
+        // A value is not a list, and neither is plain text.
+        let third = cx();
+        third.generate("Which?").await.unwrap_err();
+        assert_eq!(script.requests().len(), 4);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_replay_counts_no_reply_as_asked_again() {
+    let store = Arc::new(Memory::new());
+    let script = Scripted::new().reply("no").reply("no").reply(PO);
+    let cx = || {
+        let cx = Context::builder(script.clone());
+        cx.store(Arc::clone(&store)).build()
+    };
+    let first = cx();
+    first.generate_as::<River>("Which?").await.unwrap();
+    let tally = first.tally();
+    assert_eq!((tally.calls, tally.reasked, tally.replayed), (3, 2, 0));
+    first.flush().await.unwrap();
+    let second = cx();
+    second.generate_as::<River>("Which?").await.unwrap();
+    let tally = second.tally();
+    assert_eq!((tally.calls, tally.reasked, tally.replayed), (0, 0, 3));
 }
 
 fn cut(text: &str) -> Reply {

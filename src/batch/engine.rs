@@ -3,21 +3,23 @@
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{self, Poll, ready};
 use std::time::Duration;
 
 use futures::stream::{BoxStream, FuturesUnordered};
-use futures::{FutureExt as _, Stream, StreamExt as _, future};
+use futures::{FutureExt as _, Stream, StreamExt as _};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
+use super::intake::{CutShort, Intake, yield_after};
 use super::{Batch, Parallelism, ProgressFn};
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::event::Event;
+use crate::memo::Repeats;
 use crate::scope::Scope;
 use crate::settled::Outcome;
 
@@ -27,12 +29,13 @@ type Room = Option<OwnedSemaphorePermit>;
 impl<T: Send, S: Stream<Item = T> + Send> Batch<Context, S> {
     /// The outcomes as they come.
     ///
-    /// Once `stop` ends, inputs that were not taken yet are left alone; without it, they are
-    /// all taken and end as cancelled. With `room`, an input is taken when there is some.
+    /// With `stop`, inputs that were not taken when that context ends are left alone, and the error
+    /// that says so is put there; without it, they are all taken and end as cancelled. With `room`, an input is
+    /// taken when there is some.
     pub(super) fn run<'a, O, F, Fut>(
         self,
         work: F,
-        stop: Option<Context>,
+        stop: Option<(Context, CutShort)>,
         room: Option<Arc<Semaphore>>,
     ) -> BoxStream<'a, Box<(Outcome<O>, Room)>>
     where
@@ -57,10 +60,7 @@ impl<T: Send, S: Stream<Item = T> + Send> Batch<Context, S> {
             self.on_progress,
         ));
 
-        let inputs = match stop {
-            Some(stop) => self.inputs.take_until(stop.stopped()).boxed(),
-            None => self.inputs.boxed(),
-        };
+        let inputs = Intake::new(self.inputs.boxed(), stop);
         let inputs = match room {
             Some(room) => inputs
                 .then(move |input| {
@@ -72,17 +72,23 @@ impl<T: Send, S: Stream<Item = T> + Send> Batch<Context, S> {
         };
 
         let (key, label) = (self.key, self.label);
+        let has_store = batch.scope().place.is_some();
+        let repeats = has_store.then(Mutex::<Repeats>::default);
         let start = move |(index, (input, room)): (usize, (T, Room))| {
             let key = key
                 .as_ref()
                 .map(|key| caught(|| key(&input)).map(Arc::from))
                 .transpose();
-            let cx = batch.item(
-                Arc::clone(&label),
-                index,
-                key.as_ref().ok().cloned().flatten(),
-            );
-            cx.item_started();
+            let name = key.as_ref().ok().cloned().flatten();
+            let repeat = match (&repeats, &name) {
+                (Some(repeats), Some(name)) => {
+                    let mut repeats = repeats.lock().unwrap_or_else(PoisonError::into_inner);
+                    repeats.count(name)
+                }
+                _ => 0,
+            };
+            let cx = batch.item(Arc::clone(&label), index, name, repeat);
+            let running = Running::new(&tracker);
             let scope = Arc::clone(cx.scope());
             let started = Instant::now();
             let item = cx
@@ -91,7 +97,6 @@ impl<T: Send, S: Stream<Item = T> + Send> Batch<Context, S> {
                 // Boxed here, because on its way into the set of running items it is moved
                 // a dozen times, and it is as large as everything the work awaits.
                 .and_then(|_| caught(|| Box::pin(work(cx, input))));
-            let tracker = Arc::clone(&tracker);
             async move {
                 let result = match item {
                     Ok(item) => AssertUnwindSafe(item)
@@ -100,7 +105,7 @@ impl<T: Send, S: Stream<Item = T> + Send> Batch<Context, S> {
                         .unwrap_or_else(|panic| Err(Error::panicked(panic))),
                     Err(error) => Err(error),
                 };
-                tracker.settle(&scope, index, started, result, room)
+                running.settle(&scope, index, started, result, room)
             }
         };
 
@@ -143,6 +148,42 @@ struct Tracker {
     failed: AtomicUsize,
     cancelled: AtomicUsize,
     on_progress: Option<ProgressFn>,
+}
+
+/// An item under way, which is counted as dropped if it does not get to its outcome.
+struct Running {
+    tracker: Arc<Tracker>,
+    is_settled: bool,
+}
+
+impl Running {
+    fn new(tracker: &Arc<Tracker>) -> Self {
+        tracker.batch.item_started();
+        Self {
+            tracker: Arc::clone(tracker),
+            is_settled: false,
+        }
+    }
+
+    fn settle<O>(
+        mut self,
+        item: &Scope,
+        index: usize,
+        started: Instant,
+        result: Result<O>,
+        room: Room,
+    ) -> Box<(Outcome<O>, Room)> {
+        self.is_settled = true;
+        self.tracker.settle(item, index, started, result, room)
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if !self.is_settled {
+            self.tracker.batch.item_dropped();
+        }
+    }
 }
 
 impl Tracker {
@@ -261,7 +302,27 @@ impl fmt::Display for Progress {
 /// new one starts until the consumer takes some. [`join_all`](Batch::join_all) knows no such bound.
 ///
 /// When the context drains, is cancelled or meets its deadline, the stream ends: items that
-/// have started yield their outcome, inputs that were not taken are left alone.
+/// have started yield their outcome, inputs that were not taken are left alone, and
+/// [`cut_short`](Self::cut_short) says so. Look at it where the result is taken for the whole:
+///
+/// ```
+/// use futures::StreamExt;
+/// use throughline::{Context, Error, testing::Scripted};
+///
+/// # #[tokio::main(flavor = "current_thread")] async fn main() -> throughline::Result<()> {
+/// # let cx = Context::builder(Scripted::new().reply("a").reply("b")).build();
+/// let mut pages = cx
+///     .fan_out("page", 0..1000)
+///     .sequential()
+///     .stream(|cx, n| async move { cx.generate(format!("page {n}")).await });
+/// let first = pages.next().await.expect("a page").result?;
+/// cx.drain(); // a stop signal
+/// let others = pages.by_ref().count().await;
+/// assert!(others < 999);
+/// assert!(pages.cut_short().is_some_and(Error::is_cancelled));
+/// # let _ = first;
+/// # Ok(()) }
+/// ```
 ///
 /// # Cancel safety
 /// Dropping the stream cancels its items: nothing more is sent, permits go back, and the
@@ -275,6 +336,7 @@ pub struct Outcomes<T> {
     /// The one task that drives the items; a set, because a set aborts its tasks when dropped.
     driver: JoinSet<()>,
     cx: Context,
+    cut_short: CutShort,
 }
 
 impl<T: Send + 'static> Outcomes<T> {
@@ -282,21 +344,38 @@ impl<T: Send + 'static> Outcomes<T> {
     pub(super) fn spawn(
         cx: Context,
         mut running: BoxStream<'static, Box<(Outcome<T>, Room)>>,
+        cut_short: CutShort,
     ) -> Self {
         let (sender, receiver) = mpsc::unbounded_channel();
         let mut driver = JoinSet::new();
         driver.spawn(async move {
+            let mut outcomes = 0;
             while let Some(outcome) = running.next().await {
                 if sender.send(outcome).is_err() {
                     break;
                 }
+                outcomes += 1;
+                yield_after(outcomes).await;
             }
         });
         Self {
             receiver,
             driver,
             cx,
+            cut_short,
         }
+    }
+}
+
+impl<T> Outcomes<T> {
+    /// Why the stream ended before its inputs did: the context drained, was cancelled or met its
+    /// deadline ([`Error::is_cancelled`], [`Error::is_deadline_exceeded`]), or the runtime that drove
+    /// the items shut down. `None` while the stream has not ended, and where it ended with its inputs.
+    ///
+    /// Inputs that are a stream of unknown length count as left when none was waiting: whether
+    /// more would have come is unknown.
+    pub fn cut_short(&self) -> Option<&Error> {
+        self.cut_short.get()
     }
 }
 
@@ -310,6 +389,13 @@ impl<T> Stream for Outcomes<T> {
         }
         match ready!(self.driver.poll_join_next(cx)) {
             Some(Err(error)) if error.is_panic() => resume_unwind(error.into_panic()),
+            Some(Err(_)) => {
+                let message =
+                    "the runtime that drove the batch has shut down, with items under way";
+                let error = Error::cancelled(message).with_billed(None);
+                let _ = self.cut_short.set(error);
+                Poll::Ready(None)
+            }
             _ => Poll::Ready(None),
         }
     }
@@ -327,26 +413,5 @@ impl<T> fmt::Debug for Outcomes<T> {
         f.debug_struct("Outcomes")
             .field("cx", &self.cx)
             .finish_non_exhaustive()
-    }
-}
-
-impl Context {
-    /// Ready when nothing new may start any more.
-    fn stopped(&self) -> impl Future<Output = ()> + Send + 'static {
-        let bounds = self.bounds();
-        let deadline = bounds.deadline;
-        let drain = bounds.drain.clone();
-        async move {
-            let deadline = async {
-                match deadline {
-                    Some(deadline) => tokio::time::sleep_until(deadline).await,
-                    None => future::pending().await,
-                }
-            };
-            tokio::select! {
-                () = drain.cancelled() => {}
-                () = deadline => {}
-            }
-        }
     }
 }

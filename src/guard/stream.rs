@@ -5,6 +5,7 @@
 //! is done in flight, and that a reply somebody has begun to read is not begun again by itself.
 
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures::StreamExt as _;
@@ -12,6 +13,7 @@ use tokio::sync::mpsc::UnboundedSender;
 use tokio::time::timeout;
 
 use crate::error::{Error, ErrorKind, Persistence, Result};
+use crate::memo::Asked;
 use crate::provider::Provider;
 use crate::reply::{Delta, Reply};
 use crate::request::Request;
@@ -23,6 +25,23 @@ pub(crate) struct Sink {
     /// Whether a reply that broke off may be begun again, what came of it being void.
     discard: bool,
     yielded: AtomicBool,
+    unkept: Option<Arc<Unkept>>,
+}
+
+/// The place in the memo of a streamed call that failed, for a reader who can use what came of its reply.
+#[derive(Default)]
+pub(crate) struct Unkept(Mutex<Option<Box<Asked>>>);
+
+impl Unkept {
+    fn lock(&self) -> MutexGuard<'_, Option<Box<Asked>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The call, once it has failed in a context with a store.
+    #[cfg(feature = "structured")]
+    pub(crate) fn take(&self) -> Option<Box<Asked>> {
+        self.lock().take()
+    }
 }
 
 impl Sink {
@@ -36,6 +55,20 @@ impl Sink {
             idle,
             discard,
             yielded: AtomicBool::new(false),
+            unkept: None,
+        }
+    }
+
+    /// Leaves a call that failed there.
+    pub(crate) fn unkept(mut self, unkept: Option<Arc<Unkept>>) -> Self {
+        self.unkept = unkept;
+        self
+    }
+
+    /// The call has failed, and nothing of it is kept. To be called before [`end`](Self::end).
+    pub(crate) fn leave_unkept(&self, asked: Box<Asked>) {
+        if let Some(unkept) = &self.unkept {
+            *unkept.lock() = Some(asked);
         }
     }
 

@@ -17,7 +17,8 @@ use tokio::time::{Instant, sleep};
 
 use self::flights::Flights;
 use self::lookups::Lookups;
-pub(crate) use self::place::Place;
+use self::place::{LeftIntent, Occurrence};
+pub(crate) use self::place::{Place, Repeats};
 use crate::digest::RequestDigest;
 use crate::error::{Error, Result};
 use crate::journal::Journal;
@@ -40,7 +41,10 @@ pub(crate) struct Asked {
     place: Arc<Place>,
     key: MemoKey,
     digest: RequestDigest,
+    /// The number of the key; a key that items share has none.
+    occurrence: Option<Occurrence>,
     intent: Option<Intent>,
+    /// The intent is written, and nothing has ended it.
     intended: AtomicBool,
 }
 
@@ -63,13 +67,16 @@ impl Asked {
     pub(crate) fn new(scope: &Scope, request: &Request) -> Option<Self> {
         let place = Arc::clone(scope.place.as_ref()?);
         let digest = request.digest();
-        let key = match request.sample {
-            Some(sample) => place.shared_key(&digest, sample),
-            None => place.own_key(&scope.labels_here(), &digest),
+        let (key, occurrence) = match request.sample {
+            Some(sample) => (place.shared_key(&digest, sample), None),
+            None => {
+                let (key, occurrence) = place.own_key(&scope.labels_here(), &digest);
+                (key, Some(occurrence))
+            }
         };
-        let intent = place.intents.map(|(item, attempt)| Intent {
-            item,
-            attempt,
+        let intent = place.intents.as_deref().map(|intents| Intent {
+            item: intents.item,
+            attempt: intents.attempt,
             key,
             provider_ref: None,
         });
@@ -77,9 +84,17 @@ impl Asked {
             place,
             key,
             digest,
+            occurrence,
             intent,
             intended: AtomicBool::new(false),
         })
+    }
+
+    /// There is a reply: the next identical request asks for another one.
+    fn has_reply(&self) {
+        if let Some(occurrence) = &self.occurrence {
+            occurrence.keep();
+        }
     }
 
     /// The reply out of the store, or what `pay` gets for it: that is kept before it is returned.
@@ -145,6 +160,7 @@ impl Asked {
     }
 
     fn replayed(&self, scope: &Scope, reply: Reply) -> Reply {
+        self.has_reply();
         scope.add(Tally {
             replayed: 1,
             ..Tally::default()
@@ -154,12 +170,8 @@ impl Asked {
 
     /// Hands a reply over to be stored, and ends the intent of its call.
     pub(crate) fn keep(&self, result: Result<Reply>) -> Result<Reply> {
-        let intended = self.intended.load(Ordering::Relaxed);
-        // A call that we dropped ourselves has no end: nobody knows whether it is paid for.
-        let dropped = |error: &Error| error.is_cancelled() && error.billed().is_none();
-        let ended = intended && !result.as_ref().err().is_some_and(dropped);
-        let intent = self.intent.as_ref().filter(|_| ended);
-        let mut commit = Commit::new().over(intent.map(Intent::name));
+        let ended = self.end_intent(result.as_ref().err());
+        let mut commit = Commit::new().over(ended.map(Intent::name));
         if let Ok(reply) = &result {
             commit.generations.push(Generation {
                 tenant: self.place.tenant.to_string(),
@@ -169,6 +181,7 @@ impl Asked {
                 usage: reply.usage,
                 cost_micros: None,
             });
+            self.has_reply();
         }
         if !commit.is_empty() {
             self.place.memo.journal.write(commit);
@@ -176,14 +189,57 @@ impl Asked {
         result
     }
 
+    /// Keeps as much of a reply as came before its stream broke off, for who goes on from there.
+    #[cfg(feature = "structured")]
+    pub(crate) fn keep_broken(&self, text: String) {
+        let mut reply = Reply::new(text, crate::usage::Usage::default());
+        reply.finish = crate::reply::FinishReason::Other("broken_off".to_owned());
+        if let Err(error) = self.keep(Ok(reply)) {
+            tracing::error!(key = %self.key, %error, "a reply cannot be written down");
+        }
+    }
+
+    /// The intent of the call, if it has an end and that one is to be written.
+    fn end_intent(&self, error: Option<&Error>) -> Option<&Intent> {
+        // A call that we dropped ourselves has no end: nobody knows whether it is paid for.
+        let dropped = |error: &Error| error.is_cancelled() && error.billed().is_none();
+        if error.is_some_and(dropped) || !self.intended.swap(false, Ordering::Relaxed) {
+            return None;
+        }
+        let intents = self.place.intents.as_deref()?;
+        if intents.left(&self.key) == Some(LeftIntent::Ambiguous) {
+            // An earlier call under this name may have been paid for: it stays listed.
+            return None;
+        }
+        if error.is_some() {
+            intents.leave(self.key, LeftIntent::Ended);
+        }
+        self.intent.as_ref()
+    }
+
     /// Writes down that the call is about to be sent, if that is wanted here.
     /// Once: a second attempt is the same intent.
     pub(crate) async fn intend(&self) {
-        if let Some(intent) = &self.intent
+        if let (Some(intent), Some(intents)) = (&self.intent, self.place.intents.as_deref())
             && !self.intended.load(Ordering::Relaxed)
         {
-            self.place.memo.journal.intend([intent.clone()]).await;
+            let journal = &self.place.memo.journal;
+            // The end of an earlier intent of this name must not take this one away.
+            if intents.left(&self.key) == Some(LeftIntent::Ended) {
+                while journal.flush().await.is_err() {}
+            }
+            journal.intend([intent.clone()]).await;
             self.intended.store(true, Ordering::Relaxed);
+        }
+    }
+}
+
+impl Drop for Asked {
+    fn drop(&mut self) {
+        if *self.intended.get_mut()
+            && let Some(intents) = &self.place.intents
+        {
+            intents.leave(self.key, LeftIntent::Ambiguous);
         }
     }
 }

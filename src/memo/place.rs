@@ -1,30 +1,154 @@
 //! [`Place`]: where in the work a reply belongs, which is the first half of what it is remembered under.
 
-use std::collections::HashMap;
+use std::collections::hash_map::DefaultHasher;
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::hash::{Hash as _, Hasher as _};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::Memo;
 use crate::digest::RequestDigest;
 use crate::store::{ItemId, MemoKey};
 
-/// The innermost thing with a name: the context, or an item that has a key. What is asked below it is told
+/// Where a reply belongs: the context, or the innermost item of a batch. What is asked below it is told
 /// apart by labels, and identical requests under the same labels by their order.
 ///
-/// Items without a key below one that has a key belong to it: an index would make an
-/// inserted sibling re-pay all behind it. At the top nothing else tells them apart, so there the
-/// index is the name, and what is counted is forgotten with the item.
+/// An item is named by its key, and without one by its index. A second batch with the same label and keys is the
+/// same work and replays. Below an item, a second batch of items without keys is another round: identical
+/// requests are counted through, in the innermost item with a key.
 pub(crate) struct Place {
     pub(crate) memo: Arc<Memo>,
     pub(crate) tenant: Arc<str>,
-    /// The durable item whose calls are written down before they are sent, and its attempt.
-    pub(crate) intents: Option<(ItemId, u32)>,
+    /// The durable item whose calls are written down before they are sent.
+    pub(super) intents: Option<Arc<Intents>>,
     name: MemoKey,
     is_item: bool,
     /// What a fresh asking puts into each key.
     fresh: Option<Arc<str>>,
     /// How often each request was asked here.
-    asked: Mutex<HashMap<MemoKey, u32>>,
+    asked: Arc<Occurrences>,
+}
+
+/// The calls of a durable item that are written down before they are sent.
+pub(super) struct Intents {
+    pub(super) item: ItemId,
+    pub(super) attempt: u32,
+    /// What became of calls that ended without a reply, whose key the next identical call uses again.
+    left: Mutex<HashMap<MemoKey, LeftIntent>>,
+}
+
+/// What a call without a reply has left of its intent.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum LeftIntent {
+    /// It is on its way out of the store.
+    Ended,
+    /// It stays listed: the call was dropped, and may have been paid for.
+    Ambiguous,
+}
+
+impl Intents {
+    pub(super) fn leave(&self, key: MemoKey, left: LeftIntent) {
+        let mut all = self.left.lock().unwrap_or_else(PoisonError::into_inner);
+        // What is listed stays listed.
+        let known = all.entry(key).or_insert(left);
+        if left == LeftIntent::Ambiguous {
+            *known = left;
+        }
+    }
+
+    pub(super) fn left(&self, key: &MemoKey) -> Option<LeftIntent> {
+        let all = self.left.lock().unwrap_or_else(PoisonError::into_inner);
+        all.get(key).copied()
+    }
+}
+
+/// How often each request was asked at a place.
+#[derive(Default)]
+struct Occurrences(Mutex<HashMap<MemoKey, Numbers>>);
+
+/// The numbers of one request: all below `next` are taken, but for those that are free again.
+#[derive(Default)]
+struct Numbers {
+    next: u32,
+    free: BTreeSet<u32>,
+}
+
+impl Occurrences {
+    fn lock(&self) -> MutexGuard<'_, HashMap<MemoKey, Numbers>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn take(&self, asked: MemoKey) -> u32 {
+        let mut all = self.lock();
+        let numbers = all.entry(asked).or_default();
+        numbers.free.pop_first().unwrap_or_else(|| {
+            numbers.next += 1;
+            numbers.next - 1
+        })
+    }
+
+    fn give_back(&self, asked: MemoKey, number: u32) {
+        let mut all = self.lock();
+        let Some(numbers) = all.get_mut(&asked) else {
+            return;
+        };
+        numbers.free.insert(number);
+        while numbers.next > 0 && numbers.free.remove(&(numbers.next - 1)) {
+            numbers.next -= 1;
+        }
+        if numbers.next == 0 {
+            all.remove(&asked);
+        }
+    }
+}
+
+/// The number of a request among the identical ones at its place. Dropped, it is free for the next of them: a call
+/// that ended without a reply leaves no gap, so that a rerun finds the replies under the same numbers.
+pub(super) struct Occurrence {
+    occurrences: Arc<Occurrences>,
+    asked: MemoKey,
+    number: u32,
+    has_reply: AtomicBool,
+}
+
+impl Occurrence {
+    /// There is a reply under this number: it stays taken.
+    pub(super) fn keep(&self) {
+        self.has_reply.store(true, Ordering::Relaxed);
+    }
+}
+
+impl Drop for Occurrence {
+    fn drop(&mut self) {
+        if !*self.has_reply.get_mut() {
+            self.occurrences.give_back(self.asked, self.number);
+        }
+    }
+}
+
+/// Tells the items of a batch that have the same key apart, by their order.
+///
+/// It keeps eight bytes of each key: two keys that share them get other names than they would
+/// otherwise, and no reply of each other's.
+#[derive(Default)]
+pub(crate) struct Repeats {
+    seen: HashSet<u64>,
+    again: HashMap<Arc<str>, u32>,
+}
+
+impl Repeats {
+    /// How many items before it had this key.
+    pub(crate) fn count(&mut self, key: &Arc<str>) -> u32 {
+        let mut hasher = DefaultHasher::new();
+        key.hash(&mut hasher);
+        if self.seen.insert(hasher.finish()) {
+            return 0;
+        }
+        let count = self.again.entry(Arc::clone(key)).or_default();
+        *count += 1;
+        *count
+    }
 }
 
 impl Place {
@@ -38,7 +162,7 @@ impl Place {
             name,
             is_item: false,
             fresh: None,
-            asked: Mutex::default(),
+            asked: Arc::default(),
         }
     }
 
@@ -46,41 +170,47 @@ impl Place {
     /// label at the top of a context.
     pub(crate) fn durable(memo: Arc<Memo>, tenant: Arc<str>, name: &str, key: &str) -> Self {
         let root = Self::root(memo, tenant);
-        root.below(root.item_name(&[], name, &format!("k{key}")), true)
+        let name = root.item_name(&[], name, &format!("k{key}"), 0);
+        root.below(name, true, Arc::default())
     }
 
-    fn item_name(&self, labels: &[&Arc<str>], label: &str, name: &str) -> MemoKey {
+    /// `repeat` is in the name only of an item whose key others before it had: each part is told apart by its
+    /// length, so no key can be written that means a repeated one.
+    fn item_name(&self, labels: &[&Arc<str>], label: &str, name: &str, repeat: u32) -> MemoKey {
         let labels = labels.iter().map(|label| label.as_bytes());
         let parts = [self.name.as_bytes().as_slice()].into_iter().chain(labels);
-        MemoKey::of(parts.chain([label.as_bytes(), name.as_bytes()]))
+        let parts = parts.chain([label.as_bytes(), name.as_bytes()]);
+        let repeated = repeat.to_be_bytes();
+        MemoKey::of(parts.chain((repeat > 0).then_some(repeated.as_slice())))
     }
 
-    fn below(&self, name: MemoKey, is_item: bool) -> Self {
+    fn below(&self, name: MemoKey, is_item: bool, asked: Arc<Occurrences>) -> Self {
         Self {
             memo: Arc::clone(&self.memo),
             tenant: Arc::clone(&self.tenant),
-            intents: self.intents,
+            intents: self.intents.clone(),
             name,
             is_item,
             fresh: self.fresh.clone(),
-            asked: Mutex::default(),
+            asked,
         }
     }
 
-    /// The place of a batch's item under these labels: its own, or this one.
+    /// The place of a batch's item under these labels. `repeat` says how many items before it had its key.
     pub(crate) fn item(
-        self: &Arc<Self>,
+        &self,
         labels: &[&Arc<str>],
-        label: &Arc<str>,
+        label: &str,
         index: usize,
-        key: &Option<Arc<str>>,
-    ) -> Arc<Self> {
-        let name = match key {
-            Some(key) => format!("k{key}"),
-            None if self.is_item => return Arc::clone(self),
-            None => format!("i{index}"),
+        key: Option<&str>,
+        repeat: u32,
+    ) -> Self {
+        let (name, asked) = match key {
+            Some(key) => (format!("k{key}"), Arc::default()),
+            None if self.is_item => (format!("i{index}"), Arc::clone(&self.asked)),
+            None => (format!("i{index}"), Arc::default()),
         };
-        Arc::new(self.below(self.item_name(labels, label, &name), true))
+        self.below(self.item_name(labels, label, &name, repeat), true, asked)
     }
 
     /// This place, where nothing has been asked yet. `tag` tells one such from another.
@@ -89,29 +219,39 @@ impl Place {
         let parts = [self.name.as_bytes(), b"fresh".as_slice(), tag.as_bytes()];
         Self {
             fresh: Some(tag.clone()),
-            ..self.below(MemoKey::of(parts), self.is_item)
+            ..self.below(MemoKey::of(parts), self.is_item, Arc::default())
         }
     }
 
     /// This place, whose calls are written down for a durable item before they are sent.
     pub(crate) fn with_intents(mut self, item: ItemId, attempt: u32) -> Self {
-        self.intents = Some((item, attempt));
+        self.intents = Some(Arc::new(Intents {
+            item,
+            attempt,
+            left: Mutex::default(),
+        }));
         self
     }
 
     /// What the reply to a request is remembered under, if this item alone is to have it. Asked again, it gives
     /// another: the next reply.
-    pub(crate) fn own_key(&self, labels: &[&Arc<str>], request: &RequestDigest) -> MemoKey {
+    pub(super) fn own_key(
+        &self,
+        labels: &[&Arc<str>],
+        request: &RequestDigest,
+    ) -> (MemoKey, Occurrence) {
         let labels = labels.iter().map(|label| label.as_bytes());
         let parts = [self.name.as_bytes().as_slice()].into_iter().chain(labels);
         let asked = MemoKey::of(parts.chain([request.as_bytes().as_slice()]));
-        let occurrence = {
-            let mut counts = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
-            let count = counts.entry(asked).or_default();
-            *count += 1;
-            *count - 1
+        let occurrence = Occurrence {
+            number: self.asked.take(asked),
+            occurrences: Arc::clone(&self.asked),
+            asked,
+            has_reply: AtomicBool::new(false),
         };
-        MemoKey::of([asked.as_bytes().as_slice(), &occurrence.to_be_bytes()])
+        let number = occurrence.number.to_be_bytes();
+        let key = MemoKey::of([asked.as_bytes().as_slice(), &number]);
+        (key, occurrence)
     }
 
     /// What the reply to a request is remembered under, if all of the tenant's items share it.

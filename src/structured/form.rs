@@ -4,7 +4,7 @@ use schemars::{JsonSchema, SchemaGenerator};
 use serde_json::{Map, Value, json};
 
 use crate::provider::Capabilities;
-use crate::request::{Request, ResponseFormat};
+use crate::request::{Derived, Request, ResponseFormat};
 use crate::schema::enforceable;
 
 /// The field of a value that is no object: providers enforce objects only.
@@ -17,6 +17,8 @@ pub(super) const ITEMS: &str = "items";
 pub(super) struct Form {
     name: String,
     schema: Value,
+    /// What is asked for besides the schema, for the digest.
+    shape: String,
     /// The value is in the field [`VALUE`].
     pub(super) wrapped: bool,
 }
@@ -31,6 +33,7 @@ impl Form {
         Self {
             name: T::schema_name().into_owned(),
             schema: with_definitions(root, definitions),
+            shape: "value".to_owned(),
             wrapped,
         }
     }
@@ -42,26 +45,38 @@ impl Form {
         Self {
             name: format!("List_of_{}", T::schema_name()),
             schema: with_definitions(field(name.unwrap_or(ITEMS), array), definitions),
+            shape: match name {
+                Some(name) => format!("list in {name}"),
+                None => "list".to_owned(),
+            },
             wrapped: false,
         }
     }
 
     /// The request that asks for it: in the provider's own field if it enforces this schema, else
-    /// in the prompt. A request that says itself what form it wants is left as it is.
-    pub(super) fn ask(&self, request: Request, can: Capabilities) -> Request {
+    /// in the prompt. A request that says itself what form it wants is left as it is. What is put in is left out of
+    /// the digest.
+    pub(super) fn ask(&self, mut request: Request, can: Capabilities) -> Request {
         if request.response_format != ResponseFormat::Text {
             return request;
         }
+        let mut derived = Derived {
+            shape: self.shape.clone(),
+            has_prompt: false,
+        };
         if can.json_schema {
             let mut schema = self.schema.clone();
             strict(&mut schema);
             if enforceable(&schema, &[]).closed {
+                request.derived = Some(derived);
                 return request.response_format(ResponseFormat::JsonSchema {
                     name: self.name.clone(),
                     schema,
                 });
             }
         }
+        derived.has_prompt = true;
+        request.derived = Some(derived);
         let request = request.system(format!(
             "Answer with JSON alone, without prose and code fences, that satisfies this JSON \
              schema:\n{}",

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::marker::PhantomData;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{self, Poll};
 use std::time::Duration;
 
@@ -14,6 +15,7 @@ use super::extract;
 use super::form::Form;
 use crate::context::Context;
 use crate::error::{Error, ErrorKind, Result};
+use crate::guard::Unkept;
 use crate::json::Reader;
 use crate::reply::{Delta, FinishReason, Reply};
 use crate::request::{Message, Request, Role};
@@ -24,11 +26,14 @@ use crate::stream::Deltas;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum OnBreak {
-    /// The error is the last that the stream yields.
+    /// The error is the last that the stream yields. Nothing of the list is kept: a rerun asks for all of it.
     #[default]
     Fail,
     /// The model is shown the elements that have come and asked for the others, so often at
     /// most; then as [`Fail`](Self::Fail).
+    ///
+    /// Where there is a [store](crate::ContextBuilder::store), the elements that have come are kept like a reply: a
+    /// rerun yields them again, under the same indices, and then the kept rest.
     AskForRest {
         /// How often.
         times: u32,
@@ -121,6 +126,15 @@ struct Run {
     asks: u32,
     /// The elements so far, as text, if the rest may be asked for.
     texts: Option<String>,
+    /// The reply that is being read, and its place in the memo once its call has failed.
+    broken: Option<Broken>,
+}
+
+/// What is kept of a reply that broke off. There is one where there is a store.
+#[derive(Default)]
+struct Broken {
+    text: String,
+    unkept: Arc<Unkept>,
 }
 
 impl<T> Items<T> {
@@ -147,18 +161,23 @@ impl<T> Items<T> {
         let can = self.cx.provider().capabilities();
         let form = (self.form)(self.field.as_deref());
         let request = form.ask(std::mem::take(&mut self.request), can);
+        let broken = self.cx.journal().is_some().then(Broken::default);
         Run {
-            deltas: Some(self.send(&request)),
+            deltas: Some(self.send(&request, broken.as_ref())),
             request,
             reader: self.reader(),
             elements: 0,
             asks: 1,
             texts: matches!(self.on_break, OnBreak::AskForRest { .. }).then(String::new),
+            broken,
         }
     }
 
-    fn send(&self, request: &Request) -> Deltas {
-        let deltas = self.cx.stream(request.clone());
+    fn send(&self, request: &Request, broken: Option<&Broken>) -> Deltas {
+        let mut deltas = self.cx.stream(request.clone());
+        if let Some(broken) = broken {
+            deltas = deltas.leaving_unkept(&broken.unkept);
+        }
         match self.idle {
             Some(idle) => deltas.idle_timeout(idle),
             None => deltas,
@@ -185,20 +204,35 @@ impl<T> Items<T> {
         self.cx.reask(run.asks, &error);
         run.asks += 1;
         let mut request = run.request.clone();
+        request.asks_again = true;
         if let Some(texts) = run.texts.as_ref().filter(|texts| !texts.is_empty()) {
             let so_far = Message::new(Role::Assistant, format!("[{texts}]"));
             let rest = "Your list broke off behind these elements. Send the elements that are \
                         missing, and only those, in the form that was asked for.";
             request.messages.push(so_far);
             request.messages.push(Message::new(Role::User, rest));
+            // The rest is asked for behind these elements, so a rerun must find the same ones.
+            run.keep_broken();
         }
-        run.deltas = Some(self.send(&request));
+        if let Some(broken) = &mut run.broken {
+            *broken = Broken::default();
+        }
+        run.deltas = Some(self.send(&request, run.broken.as_ref()));
         run.reader = self.reader();
         Ok(())
     }
 }
 
 impl Run {
+    /// Keeps what has come of a reply whose call has failed.
+    fn keep_broken(&mut self) {
+        if let Some(broken) = &mut self.broken
+            && let Some(asked) = broken.unkept.take()
+        {
+            asked.keep_broken(std::mem::take(&mut broken.text));
+        }
+    }
+
     /// What the end of a reply means for its list.
     fn ended(&self, reply: &Reply) -> Result<()> {
         let n = self.elements;
@@ -258,6 +292,9 @@ impl<T: DeserializeOwned> Stream for Items<T> {
             let broken = match deltas.poll_next_unpin(cx) {
                 Poll::Pending => break Poll::Pending,
                 Poll::Ready(Some(Ok(Delta::Text(text)))) => {
+                    if let Some(broken) = &mut run.broken {
+                        broken.text.push_str(&text);
+                    }
                     run.reader.push(text);
                     continue;
                 }
@@ -265,7 +302,10 @@ impl<T: DeserializeOwned> Stream for Items<T> {
                 // `Discard` comes only to who asks for it.
                 Poll::Ready(Some(Ok(_))) => continue,
                 // The list is whole, whatever became of the rest.
-                Poll::Ready(Some(Err(_))) if run.reader.finish().is_ok() => Ok(()),
+                Poll::Ready(Some(Err(_))) if run.reader.finish().is_ok() => {
+                    run.keep_broken();
+                    Ok(())
+                }
                 Poll::Ready(Some(Err(error))) => Err(error),
                 Poll::Ready(None) => Ok(()),
             };

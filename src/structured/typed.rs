@@ -182,6 +182,7 @@ where
                 };
                 self.cx.reask(ask, &error);
                 (first.max_tokens, request.max_tokens) = (Some(limit), Some(limit));
+                request.asks_again = true;
                 continue;
             }
             let value = extract::value::<T>(&reply.text, form.wrapped).and_then(|value| {
@@ -234,6 +235,7 @@ pub(super) fn finished(reply: &Reply) -> Result<()> {
 /// out: the prompt does not grow with each.
 fn corrected(first: &Request, text: &str, problem: &str) -> Request {
     let mut request = first.clone();
+    request.asks_again = true;
     // An empty turn is refused by some providers.
     if !text.trim().is_empty() {
         let turn = Message::new(Role::Assistant, quote(text, QUOTED));

@@ -35,6 +35,12 @@ pub(super) fn too_late() -> Error {
     Error::new(ErrorKind::DeadlineExceeded, message).with_billed(Some(false))
 }
 
+/// How an item ends whose pipeline gave an output although the deadline had ended one of its batches early.
+fn cut_by_deadline() -> Error {
+    let message = "the deadline passed while a batch of the item was reading its inputs";
+    Error::new(ErrorKind::DeadlineExceeded, message)
+}
+
 /// What an item came to for who claimed it.
 pub(super) enum End {
     /// It has its outcome, which is on its way into the store.
@@ -73,14 +79,10 @@ impl Inner {
             place = place.with_intents(item.id, number(&item));
         }
         let (priority, tenant) = (self.options.in_line)(&item.tenant);
-        let cx = parent.durable_item(name, key, Arc::new(place), |who| {
+        let cx = parent.durable_item(name, key, Arc::new(place), run.deadline, |who| {
             who.priority = priority;
             who.tenant = tenant.or(who.tenant);
         });
-        let cx = match run.deadline {
-            Some(deadline) => cx.with_deadline(deadline),
-            None => cx,
-        };
         Some(Ready { item, cx, work })
     }
 
@@ -96,6 +98,11 @@ impl Inner {
         if cx.bounds().was_cut() {
             return End::Cut(hold, result);
         }
+        // An output made of the inputs that a batch had taken when the time was up is not the item's.
+        let result = result.and_then(|output| match cx.bounds().was_late() {
+            true => Err(cut_by_deadline()),
+            false => Ok(output),
+        });
         match result {
             Err(error) if error.is_account_wide() => End::Hopeless(hold, error),
             Err(error) if error.kind() == ErrorKind::Store && error.is_temporary() => {

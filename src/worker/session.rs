@@ -177,7 +177,7 @@ impl Session {
             }
             tokio::select! {
                 () = stop.cancelled() => {}
-                () = self.cx.bounds().drain.cancelled() => {}
+                () = self.cx.bounds().drained() => {}
                 Some(done) = hands.tasks.join_next() => self.ended(hands, done),
                 () = sleep_until(claim_at), if hands.tasks.len() < most => {}
                 () = sleep_until(last_claim.unwrap_or(now)), if last_claim.is_some() => {}
