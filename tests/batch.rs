@@ -358,8 +358,11 @@ async fn try_all_stops_sending_at_the_first_failure_and_keeps_what_is_in_flight(
     assert_eq!(all.unwrap(), ["a", "b"]);
 }
 
+/// The time that a context has, how it is ended before, and the kind of the error.
+type Cut = (Duration, fn(&Context), ErrorKind);
+
 /// How the inputs of a batch come to be left: the context drains, is cancelled, or meets its deadline.
-const CUTS: [(Duration, fn(&Context), ErrorKind); 3] = [
+const CUTS: [Cut; 3] = [
     (
         Duration::from_secs(100),
         Context::drain,

@@ -149,6 +149,8 @@ impl ContextBuilder {
     /// also with another parser; two items with one prompt get two answers, and n identical
     /// requests of one item get n. [`Request::shared`] shares an answer among items; [`Context::fresh`]
     /// asks anew. Give items keys: without one the index names an item, and an inserted one re-pays those behind it.
+    /// Identical requests side by side in one item are numbered in the order in which they are asked: where that depends
+    /// on timing, give each a label ([`Context::child`], [`Context::stage`]).
     ///
     /// Replies are written behind the work, in batches ([`Journal`]): [`Context::flush`] before the end.
     ///
