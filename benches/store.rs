@@ -21,8 +21,8 @@ use sqlx::{
     AssertSqlSafe, Connection as _, PgConnection, QueryBuilder, Row as _, SqliteConnection,
 };
 use throughline::store::{
-    Commit, Generation, Item, MemoKey, NewItem, NewRun, Postgres, Queue, RunId, Settlement, Sqlite,
-    Store as _,
+    Claim, Commit, Generation, Item, MemoKey, NewItem, NewRun, Postgres, Queue, RunId, Settlement,
+    Sqlite, Store as _,
 };
 use throughline::{Context, Drive, Provider, Reply, Request, Result, Runner, Usage, Worker};
 use throughline::{async_trait, pipeline};
@@ -75,7 +75,10 @@ async fn ours(store: &dyn Queue, length: usize, generations: bool) -> (Duration,
     let mut took = Duration::ZERO;
     loop {
         let began = Instant::now();
-        let items = store.claim(lease, BATCH).await.expect("claim");
+        let items = store
+            .claim(lease, Claim::new(&["p"], BATCH))
+            .await
+            .expect("claim");
         took += began.elapsed();
         if items.is_empty() {
             return (submitted, took);
@@ -102,11 +105,11 @@ macro_rules! bare {
             .expect("run");
             for (chunk, texts) in texts.chunks(500).enumerate() {
                 let mut insert = QueryBuilder::<$db>::new(
-                    "INSERT INTO items (v, run_id, tenant, priority, max_attempts, seq, key, input) ",
+                    "INSERT INTO items (v, run_id, pipeline, tenant, priority, max_attempts, seq, key, input) ",
                 );
                 insert.push_values(texts.iter().enumerate(), |mut row, (i, text)| {
                     let seq = (chunk * 500 + i) as i64;
-                    row.push("1").push_bind(run).push("'bench', 0, 3").push_bind(seq);
+                    row.push("1").push_bind(run).push("'p', 'bench', 0, 3").push_bind(seq);
                     row.push_bind(format!("item-{seq}")).push_bind(text);
                 });
                 insert.build().execute(&mut *transaction).await.expect("items");
@@ -156,7 +159,7 @@ bare!(
     "BEGIN IMMEDIATE",
     "UPDATE items SET status = 'processing', lease_id = 1, epoch = epoch + 1, attempt = attempt + 1 \
      WHERE id IN (SELECT id FROM items INDEXED BY items_ready WHERE status = 'pending' \
-     AND not_before IS NULL AND tenant = 'bench' ORDER BY priority, id LIMIT $1) \
+     AND not_before IS NULL AND pipeline = 'p' AND handling = 0 AND tenant = 'bench' ORDER BY priority, id LIMIT $1) \
      RETURNING id, epoch, input",
     ") UPDATE items NOT INDEXED SET status = 'completed', output = s.output, lease_id = NULL FROM s \
      WHERE items.id = s.id AND items.epoch = s.epoch RETURNING id"
@@ -169,7 +172,7 @@ bare!(
     "BEGIN",
     "UPDATE items SET status = 'processing', lease_id = 1, epoch = epoch + 1, attempt = attempt + 1 \
      WHERE id IN (SELECT id FROM items WHERE status = 'pending' \
-     AND not_before IS NULL AND tenant = 'bench' ORDER BY priority, id LIMIT $1 FOR UPDATE SKIP LOCKED) \
+     AND not_before IS NULL AND pipeline = 'p' AND handling = 0 AND tenant = 'bench' ORDER BY priority, id LIMIT $1 FOR UPDATE SKIP LOCKED) \
      RETURNING id, epoch, input",
     ") UPDATE items SET status = 'completed', output = s.output, lease_id = NULL FROM s \
      WHERE items.id = s.id AND items.epoch = s.epoch RETURNING items.id"

@@ -6,7 +6,7 @@ mod support;
 use std::sync::Arc;
 use std::time::Duration;
 
-use throughline::store::{Memory, RunId};
+use throughline::store::{Claim, Memory, Queue as _, RunId};
 use throughline::testing::Counted;
 use throughline::{Context, Drive, Pace, Runner, Sim, Worker, pipeline};
 use tokio::time::{Instant, sleep, timeout};
@@ -192,4 +192,118 @@ async fn driving_a_run_ends_with_its_context() {
     sleep(Duration::from_secs(1)).await;
     cx.cancel();
     assert_eq!(drive.await.unwrap().unwrap(), Drive::Continue);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_run_is_driven_to_its_end_though_the_store_is_away_for_a_while() {
+    let (store, sim) = (Arc::new(Counted::new(Memory::new())), sim(5));
+    let runner = Runner::new(Arc::clone(&store));
+    let run = runner.submit("ask", &ask(), 0..10).await.unwrap();
+    // Another worker dies with an item, so there is nothing to do for a while.
+    let lease = store.register("other", 2 * Duration::from_secs(20));
+    let held = Claim::new(&["ask"], 1);
+    let held = store.claim(lease.await.unwrap(), held).await.unwrap();
+    assert_eq!(held.len(), 1);
+    let down = Arc::clone(&store);
+    tokio::spawn(async move {
+        for outage in [3, 15, 3] {
+            sleep(Duration::from_secs(12)).await;
+            down.set_down(true);
+            sleep(Duration::from_secs(outage)).await;
+            down.set_down(false);
+        }
+    });
+    let worker = worker(&store, &sim).build();
+    let drive = worker.drive_run(run, 5 * MINUTE).await;
+    assert_eq!(drive.unwrap(), Drive::Done);
+    assert_eq!(check(&store, run).await["completed"], 10);
+}
+
+/// A store that is away when the budget ends is an error, and no endless wait.
+#[tokio::test(start_paused = true)]
+async fn a_drive_of_a_run_ends_although_the_store_does_not_come_back() {
+    let (store, sim) = (Arc::new(Counted::new(Memory::new())), sim(5));
+    let runner = Runner::new(Arc::clone(&store));
+    let run = runner.submit("ask", &ask(), 0..10).await.unwrap();
+    let worker = worker(&store, &sim).build();
+    store.set_down(true);
+    let began = Instant::now();
+    let error = worker.drive_run(run, MINUTE).await.unwrap_err();
+    assert!(error.is_temporary(), "{error}");
+    assert!(began.elapsed() <= MINUTE + Duration::from_secs(15));
+}
+
+/// Other runs have work without end: whoever waits for this one need not wait for them.
+#[tokio::test(start_paused = true)]
+async fn a_drive_of_a_run_ends_with_the_run() {
+    let (store, sim) = (Arc::new(Memory::new()), sim(1));
+    let runner = Runner::new(Arc::clone(&store));
+    let run = runner.submit("ask", &ask(), 0..10).await.unwrap();
+    let rest = runner.submit("ask", &ask(), 10..10_000).await.unwrap();
+    let worker = worker(&store, &sim).in_flight(10).build();
+    let began = Instant::now();
+    let drive = worker.drive_run(run, 5 * MINUTE).await.unwrap();
+    assert_eq!(drive, Drive::Done);
+    assert!(
+        began.elapsed() < Duration::from_secs(5),
+        "{:?}",
+        began.elapsed()
+    );
+    // What was in flight was finished, and nothing of it is held.
+    let counts = check(&store, rest).await;
+    assert!(counts["completed"] > 0 && !counts.contains_key("processing"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn no_duration_is_too_long_or_too_short() {
+    let all = [
+        Duration::ZERO,
+        Duration::MAX,
+        Duration::from_secs(u64::MAX / 4),
+    ];
+    for long in all {
+        let (store, sim) = (Arc::new(Memory::new()), sim(1));
+        let runner = Runner::new(Arc::clone(&store)).poll_every(long);
+        let build = || {
+            worker(&store, &sim)
+                .lease(long)
+                .poll_every(long)
+                .drain_for(long)
+                .build()
+        };
+        // Each polls as rarely as it is told, so it finds what is there when it starts.
+        let run = runner.submit("ask", &ask(), [1]).timeout(Duration::MAX);
+        let run = run.await.unwrap();
+        let first = build();
+        let stopped = first.run_until(sleep(Duration::from_secs(5)));
+        timeout(MINUTE, stopped).await.unwrap().unwrap();
+        if !long.is_zero() {
+            assert_eq!(check(&store, run).await["completed"], 1, "{long:?}");
+        }
+        let again = runner.submit("ask", &ask(), [2]).await.unwrap();
+        let drive = timeout(5 * MINUTE, build().drive(long)).await.unwrap();
+        assert_eq!(
+            drive.is_ok_and(|drive| drive == Drive::Done),
+            !long.is_zero()
+        );
+        let drive = build().drive_run(again, long).await.unwrap();
+        assert_eq!(drive == Drive::Done, !long.is_zero());
+        assert_eq!(
+            runner.purge(long, 10).await.unwrap().generations > 0,
+            long.is_zero()
+        );
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn items_that_could_not_be_given_back_at_once_are_given_back_later() {
+    let (store, sim) = (Arc::new(Counted::default()), sim(1));
+    let runner = Runner::new(Arc::clone(&store));
+    let run = runner.submit("ask", &ask(), [1, 2, 3]).await.unwrap();
+    // Two broken connections in a pool: one is met when the run is read, one when its items are given back.
+    store.fail_next(["run", "release"]);
+    let worker = worker(&store, &sim).build();
+    worker.run_until(sleep(MINUTE)).await.unwrap();
+    assert_eq!(check(&store, run).await["completed"], 3);
+    assert!(store.calls("release") > 1);
 }

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
 use futures::{StreamExt as _, TryStreamExt as _};
-use throughline::store::{Memory, NewItem, NewRun, Queue, RunFilter, Status, Store};
+use throughline::store::{Claim, Memory, NewItem, NewRun, Queue, RunFilter, Status, Store};
 use throughline::testing::Counted;
 use throughline::{Ambiguous, Context, Drive, Error, ErrorKind, Runner, Sim, Worker, pipeline};
 use tokio::time::{sleep, timeout};
@@ -164,17 +164,21 @@ async fn dies_with(store: &Memory, items: u32) {
         .await
         .unwrap();
     assert_eq!(
-        store.claim(lease, items).await.unwrap().len(),
+        store
+            .claim(lease, Claim::new(&["ask"], items))
+            .await
+            .unwrap()
+            .len(),
         items as usize
     );
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_items_of_a_dead_worker_go_to_others_and_poison_stops() {
+async fn the_items_of_a_dead_worker_go_to_others_and_none_fails_for_a_neighbour() {
     let (store, sim) = (Arc::new(Memory::new()), sim(1));
     let runner = Runner::new(Arc::clone(&store));
     let once = runner.submit("ask", &ask(), 0..3).await.unwrap();
-    let poison = runner
+    let other = runner
         .submit("ask", &ask(), 3..5)
         .max_attempts(1)
         .await
@@ -183,22 +187,122 @@ async fn the_items_of_a_dead_worker_go_to_others_and_poison_stops() {
     let worker = worker(&store, &sim).name("dead").build();
     let work = worker.run_until(sleep(2 * MINUTE));
     work.await.unwrap();
-    assert_eq!(runner.status(once).await.unwrap(), Some(Status::Completed));
-    let results = runner.results::<String>(poison, 0, 10).await.unwrap();
-    for result in &results {
-        let error = result.error().unwrap();
-        assert_eq!(error.kind(), ErrorKind::LeaseLost);
-        assert!(error.message().contains("last attempt"), "{error}");
+    for run in [once, other] {
+        assert_eq!(runner.status(run).await.unwrap(), Some(Status::Completed));
+        check(&store, run).await;
     }
-    assert_eq!(results.len(), 2);
-    assert_eq!(sim.ledger().total.billed, 3);
-    check(&store, poison).await;
-    assert_eq!(runner.retry_failed(poison).await.unwrap(), 2);
+    assert_eq!(sim.ledger().total.billed, 5);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_item_that_its_workers_died_with_alone_fails_and_can_be_tried_again() {
+    let (store, sim) = (Arc::new(Memory::new()), sim(1));
+    let runner = Runner::new(Arc::clone(&store));
+    let submit = runner.submit("ask", &ask(), [1]).max_attempts(1);
+    let run = submit.await.unwrap();
+    dies_with(&store, 1).await;
+    let worker = worker(&store, &sim).build();
+    worker.run_until(sleep(2 * MINUTE)).await.unwrap();
+    let results = runner.results::<String>(run, 0, 10).await.unwrap();
+    let error = results[0].error().unwrap();
+    assert_eq!(error.kind(), ErrorKind::LeaseLost);
+    assert!(error.message().contains("alone"), "{error}");
+    assert_eq!(sim.ledger().total.billed, 0);
+    assert_eq!(runner.retry_failed(run).await.unwrap(), 1);
     assert_eq!(worker.drive(MINUTE).await.unwrap(), Drive::Done);
+    assert_eq!(runner.status(run).await.unwrap(), Some(Status::Completed));
+}
+
+/// Each process of a fleet that dies when it comes to one of these inputs. Dropped, a worker dies as a process does: nothing is
+/// given back, and others take its items when its lease is over.
+async fn die_of(
+    poison: &'static [u32],
+    store: &Arc<Memory>,
+    sim: &Sim,
+    in_flight: usize,
+) -> Vec<Duration> {
+    let began = tokio::time::Instant::now();
+    let mut deaths = Vec::new();
+    loop {
+        let dead = Arc::new(tokio::sync::Notify::new());
+        let death = Arc::clone(&dead);
+        let work = pipeline("work", move |cx: Context, n: u32| {
+            let death = Arc::clone(&death);
+            async move {
+                let text = cx.generate(format!("{n}")).await?.text;
+                if poison.contains(&n) {
+                    death.notify_one();
+                    std::future::pending::<()>().await;
+                }
+                Ok(text)
+            }
+        });
+        let cx = Context::builder(sim.clone()).build();
+        let worker = Worker::builder(Arc::clone(store), cx)
+            .register("work", work)
+            .in_flight(in_flight)
+            .build();
+        tokio::select! {
+            done = worker.drive(120 * MINUTE) => {
+                assert_eq!(done.unwrap(), Drive::Done);
+                return deaths;
+            }
+            () = dead.notified() => deaths.push(began.elapsed()),
+        }
+        // Until the lease of the dead is over there may be nothing to do, and a drive is done at once.
+        drop(worker);
+        sleep(Duration::from_secs(31)).await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_item_that_ends_its_process_fails_alone_and_its_neighbours_complete() {
+    for in_flight in [1, 4, 16, 64] {
+        let (store, sim) = (Arc::new(Memory::new()), sim(1));
+        let runner = Runner::new(Arc::clone(&store));
+        let work = pipeline("work", |_cx: Context, n: u32| async move { Ok(n) });
+        let run = runner.submit("work", &work, 0..100).await.unwrap();
+        let deaths = die_of(&[5, 47], &store, &sim, in_flight).await;
+        let results = runner.results::<String>(run, 0, 100).await.unwrap();
+        for result in &results {
+            let poison = [5, 47].contains(&result.index);
+            assert_eq!(result.error().is_some(), poison, "{in_flight}: {result:?}");
+            assert_eq!(
+                result.output().is_some(),
+                !poison,
+                "{in_flight}: {result:?}"
+            );
+        }
+        // Two deaths in company at most and three alone, for each of the two.
+        println!("{in_flight} in flight: workers died after {deaths:?}");
+        assert!((6..=10).contains(&deaths.len()), "{in_flight}: {deaths:?}");
+        check(&store, run).await;
+    }
+}
+
+/// As by a supervisor that is too impatient, or a node that fails again and again: the deaths say nothing of the items.
+#[tokio::test(start_paused = true)]
+async fn no_item_fails_in_a_crash_loop() {
+    let store = Arc::new(Memory::new());
+    let sim = Sim::builder()
+        .latency(Duration::from_secs(8))
+        .jitter(0.5)
+        .build();
+    let runner = Runner::new(Arc::clone(&store));
+    let run = runner.submit("ask", &ask(), 0..400).await.unwrap();
+    for kill in 0..100 {
+        let worker = worker(&store, &sim).in_flight(16).build();
+        let life = Duration::from_secs(3 + kill % 60);
+        let _ = timeout(life, worker.run_until(std::future::pending())).await;
+    }
+    let worker = worker(&store, &sim).build();
+    let ended = worker.drive_run(run, 240 * MINUTE).await.unwrap();
+    let record = runner.snapshot(run).await.unwrap().unwrap().run;
     assert_eq!(
-        runner.status(poison).await.unwrap(),
-        Some(Status::Completed)
+        (ended, record.completed, record.failed),
+        (Drive::Done, 400, 0)
     );
+    check(&store, run).await;
 }
 
 #[tokio::test(start_paused = true)]
@@ -297,7 +401,7 @@ async fn a_store_that_is_away_for_a_while_costs_nothing() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn names_that_nobody_registered_are_left_for_others() {
+async fn a_worker_leaves_items_of_other_pipelines_to_workers_that_have_them() {
     let (store, sim) = (Arc::new(Memory::new()), sim(1));
     let runner = Runner::new(Arc::clone(&store));
     let unknown = runner
@@ -308,7 +412,7 @@ async fn names_that_nobody_registered_are_left_for_others() {
     let known = runner.submit("ask", &ask(), 0..3).await.unwrap();
     let here = worker(&store, &sim).build();
     assert_eq!(here.drive(MINUTE).await.unwrap(), Drive::Done);
-    assert_eq!(here.stats().unknown, 3);
+    assert_eq!(here.stats().claimed, 3);
     assert_eq!(runner.status(known).await.unwrap(), Some(Status::Completed));
     let record = runner.snapshot(unknown).await.unwrap().unwrap().run;
     assert_eq!(record.ended(), 0);
@@ -317,11 +421,35 @@ async fn names_that_nobody_registered_are_left_for_others() {
     let there = Worker::builder(Arc::clone(&store), cx)
         .register("unheard", ask())
         .build();
-    there.run_until(sleep(MINUTE)).await.unwrap();
+    let began = tokio::time::Instant::now();
+    assert_eq!(there.drive(MINUTE).await.unwrap(), Drive::Done);
+    // At once: the other worker has not touched them.
+    assert_eq!(began.elapsed(), Duration::from_secs(1));
     assert_eq!(
         runner.status(unknown).await.unwrap(),
         Some(Status::Completed)
     );
+}
+
+/// As in each rolling deploy: workers of the last release do not know the pipeline yet.
+#[tokio::test(start_paused = true)]
+async fn a_worker_without_the_pipeline_does_not_slow_the_one_with_it() {
+    let (store, sim) = (Arc::new(Memory::new()), sim(1));
+    let runner = Runner::new(Arc::clone(&store));
+    let other = pipeline("other", |_cx: Context, n: u32| async move { Ok(n) });
+    let cx = Context::builder(sim.clone()).build();
+    let old = Worker::builder(Arc::clone(&store), cx).register("other", other);
+    let old = old.build();
+    let old = tokio::spawn(async move { old.run_until(std::future::pending()).await });
+    sleep(Duration::from_secs(5)).await;
+    let run = runner.submit("ask", &ask(), 0..500).await.unwrap();
+    let began = tokio::time::Instant::now();
+    let new = worker(&store, &sim).in_flight(16).build();
+    assert_eq!(new.drive_run(run, 60 * MINUTE).await.unwrap(), Drive::Done);
+    // 500 items of 1 s by 16.
+    let took = began.elapsed();
+    assert!(took < Duration::from_secs(34), "{took:?}");
+    old.abort();
 }
 
 #[tokio::test(start_paused = true)]
@@ -484,11 +612,36 @@ async fn the_policy_for_calls_in_flight_at_a_crash_is_kept() {
             assert_eq!(next.drive(5 * MINUTE).await.unwrap(), Drive::Done);
             assert_eq!(runner.status(run).await.unwrap(), Some(Status::Completed));
         }
-        // They stay on the list until somebody has dealt with them.
-        assert_eq!(runner.ambiguous(None, 10).await.unwrap(), ambiguous);
+        // They stay on the list until somebody has dealt with them, as by trying again what failed for them.
+        let listed = runner.ambiguous(None, 10).await.unwrap();
+        assert_eq!(listed.len(), 2 - failed as usize);
+        assert!(failed > 0 || listed == ambiguous);
         let ledger = sim.ledger().total;
         assert_eq!((ledger.admitted, ledger.cancelled), (8, 2));
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_call_that_a_stop_dropped_is_not_sent_again_where_the_policy_is_to_fail() {
+    let (store, sim) = (Arc::new(Memory::new()), sim(60));
+    let runner = Runner::new(Arc::clone(&store));
+    let run = runner.submit("ask", &ask(), [1]).await.unwrap();
+    let patience = Duration::from_secs(5);
+    let build = || {
+        let worker = worker(&store, &sim).drain_for(patience);
+        worker.on_ambiguous(Ambiguous::Fail).build()
+    };
+    build().run_until(sleep(2 * patience)).await.unwrap();
+    assert_eq!(sim.ledger().total.admitted, 1);
+    assert_eq!(runner.ambiguous(None, 10).await.unwrap().len(), 1);
+    assert_eq!(build().drive(10 * MINUTE).await.unwrap(), Drive::Done);
+    assert_eq!(sim.ledger().total.admitted, 1, "it was sent again");
+    assert_eq!(runner.status(run).await.unwrap(), Some(Status::Failed));
+    // Whoever tries it again has decided about it: it is sent, and no longer listed.
+    assert_eq!(runner.retry_failed(run).await.unwrap(), 1);
+    assert!(runner.ambiguous(None, 10).await.unwrap().is_empty());
+    assert_eq!(build().drive(10 * MINUTE).await.unwrap(), Drive::Done);
+    assert_eq!(runner.status(run).await.unwrap(), Some(Status::Completed));
 }
 
 #[tokio::test(start_paused = true)]

@@ -11,7 +11,9 @@ mod server;
 use std::time::{Duration, Instant};
 
 use sqlx::{Connection as _, SqliteConnection};
-use throughline::store::{Commit, Item, LeaseId, Postgres, Queue, RunId, Settlement, Sqlite};
+use throughline::store::{
+    Claim, Commit, Item, LeaseId, Postgres, Queue, RunId, Settlement, Sqlite,
+};
 
 use server::Schemas;
 
@@ -25,11 +27,11 @@ fn fill(series: &str) -> String {
         "INSERT INTO runs (v, tenant, name, status, total, created_at, spec)
             VALUES (1, 'big', 'p', 'pending', {ROWS}, 1, '1'), (1, 'small', 'p', 'pending', 10, 1, '1');
         INSERT INTO leases (worker, expires_at) VALUES ('w', 9000000000000);
-        INSERT INTO items (v, run_id, seq, tenant, priority, status, lease_id, attempt, max_attempts, key, input)
-            SELECT 1, 1, n, 'big', 0, CASE WHEN n % 2 = 0 THEN 'pending' ELSE 'processing' END,
+        INSERT INTO items (v, run_id, seq, pipeline, tenant, priority, status, lease_id, attempt, max_attempts, key, input)
+            SELECT 1, 1, n, 'p', 'big', 0, CASE WHEN n % 2 = 0 THEN 'pending' ELSE 'processing' END,
                 CASE WHEN n % 2 = 0 THEN NULL ELSE 1 END, 0, 3, 'k', '1' FROM {series} WHERE n < {ROWS};
-        INSERT INTO items (v, run_id, seq, tenant, priority, max_attempts, key, input)
-            SELECT 1, 2, n, 'small', 0, 3, 'k', '1' FROM {series} WHERE n < 10;"
+        INSERT INTO items (v, run_id, seq, pipeline, tenant, priority, max_attempts, key, input)
+            SELECT 1, 2, n, 'p', 'small', 0, 3, 'k', '1' FROM {series} WHERE n < 10;"
     )
 }
 
@@ -59,7 +61,7 @@ async fn exercise(store: &dyn Queue) -> Vec<(&'static str, Duration)> {
     }
     let lease = store.register("w", LONG).await.unwrap();
     for _ in 0..ROUNDS {
-        let items = timed!("claim", store.claim(lease, 64));
+        let items = timed!("claim", store.claim(lease, Claim::new(&["p"], 64)));
         assert!(items.len() >= 32);
         assert!(timed!("lost", store.lost(&[items[0].hold()])).is_empty());
         let (first, rest) = items.split_at(items.len() / 2);
@@ -78,7 +80,7 @@ async fn exercise(store: &dyn Queue) -> Vec<(&'static str, Duration)> {
         timed!("ambiguous", store.ambiguous(None, 10));
 
         let dying = store.register("w", LONG).await.unwrap();
-        let held = store.claim(dying, 16).await.unwrap();
+        let held = store.claim(dying, Claim::new(&["p"], 16)).await.unwrap();
         store
             .release(&[held[0].hold()], Duration::from_millis(1), true)
             .await

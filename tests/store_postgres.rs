@@ -13,7 +13,7 @@ use std::time::Duration;
 use sqlx::Connection as _;
 use throughline::ErrorKind;
 use throughline::store::{
-    Commit, Item, NewItem, NewRun, Postgres, Queue, Settlement, Status, Store,
+    Claim, Commit, Handling, Item, NewItem, NewRun, Postgres, Queue, Settlement, Status, Store,
 };
 use throughline::testing::store;
 
@@ -67,7 +67,7 @@ async fn a_batch_is_one_round_trip() {
     let run = store.create_run(run_of(N as usize)).await.unwrap().run;
     assert_eq!(store.round_trips() - before, 1);
     for expected in 1..=N.div_ceil(BATCH.into()) {
-        let claimed = store.claim(lease, BATCH).await.unwrap();
+        let claimed = store.claim(lease, Claim::new(&["p"], BATCH)).await.unwrap();
         store.commit(done(&claimed)).await.unwrap();
         assert_eq!(store.round_trips() - before, 1 + 2 * expected);
     }
@@ -224,6 +224,7 @@ async fn a_claim_under_way_is_not_overlooked_by_the_reaper() {
     let reaped = reaping.await.unwrap();
     assert_eq!((reaped.leases, reaped.requeued), (1, 4));
     let fresh = store.register("w", LONG).await.unwrap();
-    assert_eq!(store.claim(fresh, 10).await.unwrap().len(), 4);
+    let again = Claim::new(&["p"], 10).handling(Handling::Few);
+    assert_eq!(store.claim(fresh, again).await.unwrap().len(), 4);
     schemas.clear().await;
 }

@@ -9,8 +9,8 @@ use std::time::Duration;
 use sqlx::Connection as _;
 use tempfile::TempDir;
 use throughline::store::{
-    Commit, Durability, Generation, Intent, Item, MemoKey, NewItem, NewRun, Queue, RunId,
-    Settlement, Sqlite, Status, Store,
+    Claim, Commit, Durability, Generation, Handling, Intent, Item, MemoKey, NewItem, NewRun, Queue,
+    RunId, Settlement, Sqlite, Status, Store,
 };
 use throughline::testing::store;
 use throughline::{Error, ErrorKind, Request, Usage};
@@ -65,7 +65,7 @@ async fn what_is_committed_is_there_when_it_is_opened_again() {
     let first = Sqlite::open(&path).await.unwrap();
     let run = first.create_run(run_of(3)).await.unwrap().run;
     let lease = first.register("w", LONG).await.unwrap();
-    let items = first.claim(lease, 2).await.unwrap();
+    let items = first.claim(lease, Claim::new(&["p"], 2)).await.unwrap();
     first.commit(done(&items[..1])).await.unwrap();
     drop(first);
 
@@ -134,7 +134,7 @@ async fn a_batch_is_one_round_trip() {
     let run = store.create_run(run_of(N as usize)).await.unwrap().run;
     assert_eq!(store.round_trips() - before, 1);
     for expected in 1..=N.div_ceil(BATCH.into()) {
-        let claimed = store.claim(lease, BATCH).await.unwrap();
+        let claimed = store.claim(lease, Claim::new(&["p"], BATCH)).await.unwrap();
         store.commit(done(&claimed)).await.unwrap();
         assert_eq!(store.round_trips() - before, 1 + 2 * expected);
     }
@@ -150,7 +150,7 @@ async fn dropped_calls_leave_no_half_behind() {
     let lease = store.register("w", LONG).await.unwrap();
     for pause in 0..40 {
         let run = store.create_run(run_of(50)).await.unwrap().run;
-        let claimed = store.claim(lease, 50).await.unwrap();
+        let claimed = store.claim(lease, Claim::new(&["p"], 50)).await.unwrap();
         assert_eq!(claimed.len(), 50);
         let limit = Duration::from_micros(50 * pause);
         let _ = tokio::time::timeout(limit, store.commit(done(&claimed))).await;
@@ -177,7 +177,7 @@ async fn process() {
     store.create_run(run_of(ITEMS_EACH)).await.unwrap();
     let lease = store.register("w", LONG).await.unwrap();
     loop {
-        let claimed = store.claim(lease, 8).await.unwrap();
+        let claimed = store.claim(lease, Claim::new(&["p"], 8)).await.unwrap();
         if claimed.is_empty() {
             break;
         }
@@ -254,7 +254,7 @@ async fn write_the_fixture() {
         .await
         .unwrap();
     let lease = store.register("w", Duration::from_secs(1)).await.unwrap();
-    let items = store.claim(lease, 4).await.unwrap();
+    let items = store.claim(lease, Claim::new(&["p"], 4)).await.unwrap();
     let intent = Intent {
         item: items[3].id,
         attempt: 1,
@@ -311,14 +311,18 @@ async fn a_file_of_an_earlier_release_opens_and_goes_on() {
     let reaped = store.reap().await.unwrap();
     assert_eq!((reaped.leases, reaped.requeued, reaped.due), (1, 1, 1));
     let lease = store.register("w", LONG).await.unwrap();
-    let rest = store.claim(lease, 10).await.unwrap();
+    let claim = Claim::new(&["p"], 10);
+    let mut rest = store.claim(lease, claim).await.unwrap();
+    // It held one item only.
+    let alone = claim.handling(Handling::Alone);
+    rest.extend(store.claim(lease, alone).await.unwrap());
     assert_eq!(
         rest.iter().map(|item| item.attempt).collect::<Vec<_>>(),
-        [2, 2, 1, 1]
+        [2, 1, 1, 2]
     );
     store.commit(done(&rest)).await.unwrap();
     assert_eq!(store.retry_failed(run.id).await.unwrap(), 1);
-    let failed = store.claim(lease, 10).await.unwrap();
+    let failed = store.claim(lease, Claim::new(&["p"], 10)).await.unwrap();
     store.commit(done(&failed)).await.unwrap();
     let run = store.run(run.id).await.unwrap().unwrap();
     assert_eq!((run.status, run.completed), (Status::Completed, 6));

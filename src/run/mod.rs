@@ -152,10 +152,10 @@ impl Runner {
         }
     }
 
-    /// How often [`watch`](Self::watch) looks; 250 ms unless set, as each look is a round trip.
+    /// How often [`watch`](Self::watch) looks; 250 ms unless set, as each look is a round trip, and at least 1 ms.
     #[must_use]
     pub fn poll_every(mut self, poll: Duration) -> Self {
-        self.poll = poll;
+        self.poll = poll.max(Duration::from_millis(1));
         self
     }
 

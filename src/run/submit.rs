@@ -130,7 +130,9 @@ impl<I: Serialize + Send> Submit<I> {
         self
     }
 
-    /// How often an item may be begun before the death of its worker fails it; 3 unless set.
+    /// How often a worker may die with an item alone in its hands before that item fails; 3 unless set. A worker's death
+    /// with several items in its hands counts for none of them; they are tried again in smaller company
+    /// ([`Handling`](crate::store::Handling)).
     pub fn max_attempts(mut self, attempts: u32) -> Self {
         self.run.max_attempts = attempts;
         self

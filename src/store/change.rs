@@ -56,8 +56,8 @@ pub(super) fn ended_entry(status: Status) -> (String, String) {
 pub(super) fn worker_died() -> Error {
     Error::new(
         ErrorKind::LeaseLost,
-        "its worker died, or lost its lease, in the last attempt the item had; \
-         `retry_failed` gives it new ones",
+        "its worker died, or lost its lease, with this item alone in hand, in the last attempt that the \
+         item had; `retry_failed` gives it new ones",
     )
 }
 

@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use super::records::{Generation, Hold, IntentName, RunId, Status};
+use super::records::{Generation, Handling, Hold, IntentName, RunId, Status};
 use crate::error::{Error, ErrorKind, Result};
 
 /// A run to be created, with all of its items.
@@ -17,7 +17,7 @@ pub struct NewRun {
     pub spec: String,
     /// Lower goes first among the items of a tenant; 0 unless set.
     pub priority: i32,
-    /// How often an item may be claimed before a worker's death fails it; 3 unless set.
+    /// How often a worker may claim an item and die with it alone before the item fails; 3 unless set.
     pub max_attempts: u32,
     /// A second run of the same tenant with the same key is the first one again.
     pub idempotency_key: Option<String>,
@@ -58,7 +58,7 @@ impl NewRun {
         self
     }
 
-    /// Sets how often an item may be claimed before a worker's death fails it.
+    /// Sets how often a worker may claim an item and die with it alone before the item fails.
     #[must_use]
     pub fn max_attempts(mut self, max_attempts: u32) -> Self {
         self.max_attempts = max_attempts;
@@ -107,6 +107,44 @@ impl NewItem {
             key: key.into(),
             input: input.into(),
         }
+    }
+}
+
+/// Which items a worker asks for ([`Queue::claim`](crate::store::Queue::claim)).
+#[derive(Debug, Clone, Copy)]
+#[non_exhaustive]
+pub struct Claim<'a> {
+    /// The names of the pipelines that the worker has. Without a name there is nothing to claim.
+    pub pipelines: &'a [&'a str],
+    /// Only items with this handling.
+    pub handling: Handling,
+    /// How many at most.
+    pub limit: u32,
+}
+
+impl<'a> Claim<'a> {
+    /// At most `limit` items of these pipelines, with the normal handling.
+    pub fn new(pipelines: &'a [&'a str], limit: u32) -> Self {
+        Self {
+            pipelines,
+            handling: Handling::Normal,
+            limit,
+        }
+    }
+
+    /// Asks for items with this handling instead.
+    #[must_use]
+    pub fn handling(mut self, handling: Handling) -> Self {
+        self.handling = handling;
+        self
+    }
+
+    /// The names, each once: what a backend goes through.
+    pub fn names(&self) -> Vec<&'a str> {
+        let mut names = self.pipelines.to_vec();
+        names.sort_unstable();
+        names.dedup();
+        names
     }
 }
 

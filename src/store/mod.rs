@@ -7,7 +7,7 @@
 //!
 //! ```
 //! use std::time::Duration;
-//! use throughline::store::{Commit, Memory, NewItem, NewRun, Queue, Settlement, Status, Store};
+//! use throughline::store::{Claim, Commit, Memory, NewItem, NewRun, Queue, Settlement, Status, Store};
 //!
 //! # #[tokio::main(flavor = "current_thread")] async fn main() -> throughline::Result<()> {
 //! let store = Memory::new();
@@ -16,7 +16,7 @@
 //!
 //! // A worker: one lease for the process, then claim, work, commit.
 //! let lease = store.register("worker", Duration::from_secs(30)).await?;
-//! let claimed = store.claim(lease, 16).await?;
+//! let claimed = store.claim(lease, Claim::new(&["double"], 16)).await?;
 //! let settled = claimed.iter().map(|item| Settlement {
 //!     hold: item.hold(),
 //!     result: Ok("4".to_owned()),
@@ -67,13 +67,13 @@ use async_trait::async_trait;
 
 use crate::error::Result;
 
-pub use self::given::{Commit, NewItem, NewRun, Note, RunFilter, Settlement};
+pub use self::given::{Claim, Commit, NewItem, NewRun, Note, RunFilter, Settlement};
 pub use self::memory::Memory;
 #[cfg(feature = "postgres")]
 pub use self::postgres::{Postgres, PostgresBuilder};
 pub use self::records::{
-    Committed, Created, FORMAT, Generation, Hold, Intent, IntentName, Item, ItemId, LeaseId,
-    LogEntry, MemoKey, Purged, Reaped, Run, RunId, Status,
+    Committed, Created, FORMAT, Generation, Handling, Hold, Intent, IntentName, Item, ItemId,
+    LeaseId, LogEntry, MemoKey, Purged, Reaped, Run, RunId, Status,
 };
 #[cfg(feature = "sqlite")]
 pub use self::sqlite::{Durability, Sqlite, SqliteBuilder};
@@ -150,8 +150,10 @@ pub trait Store: Send + Sync + 'static {
     /// is over or not there.
     async fn cancel(&self, run: RunId) -> Result<u64>;
 
-    /// Makes the failed items of a run pending again, with their attempts back at 0. Gives their number;
-    /// 0 if the run was cancelled or is not there.
+    /// Makes the failed items of a run pending again, with their attempts back at 0, and removes their intents:
+    /// whoever tries an item again has decided about its calls. Gives their number; 0 if the run was cancelled or is not there.
+    ///
+    /// Their [`Handling`] stays, except that the last attempt is none any more: an item that ended its workers is still run alone.
     async fn retry_failed(&self, run: RunId) -> Result<u64>;
 
     /// Removes at most `limit` runs that ended at least so long ago, with all that is theirs,
@@ -179,8 +181,9 @@ pub trait Queue: Store {
     /// Ends a lease and releases what it holds, without charge. Gives the number of items released.
     async fn retire(&self, lease: LeaseId) -> Result<u64>;
 
-    /// Takes at most `limit` pending items: they are processing, under this lease, with
-    /// epoch and attempt raised by one. They come in the order in which they were dealt.
+    /// Takes pending items of the pipelines and the [`Handling`] that the claim names, at most
+    /// [`limit`](Claim::limit): they are processing, under this lease, with epoch and attempt raised by one. They come
+    /// in the order in which they were dealt. Items of other pipelines are left as they are, for workers that have them.
     ///
     /// Dealing is fair: tenants take turns, in the order of their names (by bytes) and from the one after the last that
     /// got something from this handle; nobody gets a second item before each has one. Within a tenant the
@@ -198,7 +201,11 @@ pub trait Queue: Store {
     /// # Cancel safety
     /// A claim that is dropped, or whose answer is lost with its connection, may have taken items that
     /// nobody works on, under a lease that lives. [`held`](Self::held) finds them.
-    async fn claim(&self, lease: LeaseId, limit: u32) -> Result<Vec<Item>>;
+    async fn claim(&self, lease: LeaseId, claim: Claim<'_>) -> Result<Vec<Item>>;
+
+    /// Whether there are pending items of these pipelines that could be claimed with another [`Handling`] than the normal one.
+    /// A read, whatever the number of items.
+    async fn has_suspects(&self, pipelines: &[&str]) -> Result<bool>;
 
     /// Gives items back: those that are not over and have the epoch that is named are pending again, with
     /// the epoch raised. They can be claimed when `delay` is over, at the next reap; at once where it is zero.
@@ -213,9 +220,13 @@ pub trait Queue: Store {
     /// A call for it may be aborted.
     async fn lost(&self, holds: &[Hold]) -> Result<Vec<ItemId>>;
 
-    /// Ends leases that have expired. Their items are pending again with the epoch raised; those
-    /// whose attempts are used up fail, with [`ErrorKind::LeaseLost`](crate::ErrorKind::LeaseLost). And lets
-    /// released items in whose delay is over. To be called every few seconds, by anybody.
+    /// Ends leases that have expired. Their items are pending again with the epoch raised, and with the
+    /// [`Handling`] that follows ([`Handling::after_death`]). And lets released items in whose delay is over. To be called
+    /// every few seconds, by anybody.
+    ///
+    /// The attempt counts only for an item that was all that its lease held: whatever ended the worker, it was none of its
+    /// neighbours. Such an item fails, with [`ErrorKind::LeaseLost`](crate::ErrorKind::LeaseLost), when its
+    /// attempts are used up. The items of a lease that held several keep the attempts they had before the claim.
     ///
     /// Leases go first and items second, each seeing what was committed until then: a claim that commits
     /// between the two must not be overlooked.

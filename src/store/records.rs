@@ -107,6 +107,59 @@ impl FromStr for Status {
     }
 }
 
+/// How an item is to be run, by what became of the workers that ran it before.
+///
+/// A worker's death says nothing about the items in its hands: it may have been killed from outside, or one of
+/// the items may have ended the process. [`reap`](crate::store::Queue::reap) raises the handling of each, and a worker that asks for
+/// few of the one kind, and for one at a time of the others, finds the item that is to blame.
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
+#[serde(rename_all = "snake_case")]
+pub enum Handling {
+    /// With any number of others: no worker has died with it.
+    #[default]
+    Normal,
+    /// With a few others at most: a worker died while it held this item and others.
+    Few,
+    /// With nothing beside it: the same happened again, or a worker died while it held this item alone.
+    Alone,
+    /// As [`Alone`](Self::Alone), and if its worker dies once more, the item has failed.
+    LastAttempt,
+}
+
+impl Handling {
+    /// The number that is stored.
+    pub fn as_i32(self) -> i32 {
+        match self {
+            Self::Normal => 0,
+            Self::Few => 1,
+            Self::Alone => 2,
+            Self::LastAttempt => 3,
+        }
+    }
+
+    /// The handling that is stored as this number. A number of a newer release counts as the strictest.
+    pub fn from_i32(number: i32) -> Self {
+        match number {
+            0 => Self::Normal,
+            1 => Self::Few,
+            2 => Self::Alone,
+            _ => Self::LastAttempt,
+        }
+    }
+
+    /// The handling after a worker died with the item, which may be begun `left` times more.
+    /// `alone`: whether it was the only item that the worker held.
+    pub fn after_death(self, alone: bool, left: u32) -> Self {
+        match self {
+            Self::Normal if !alone => Self::Few,
+            _ if left <= 1 => Self::LastAttempt,
+            _ => Self::Alone,
+        }
+    }
+}
+
 /// What became of [`create_run`](crate::store::Store::create_run).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Created {
@@ -171,10 +224,14 @@ pub struct Item {
     pub status: Status,
     /// Rises with every change of hands. Only who names the present one can change the item.
     pub epoch: i64,
-    /// How often it has been claimed, releases without charge not counted.
+    /// How often it has been claimed, releases without charge not counted, nor the deaths of workers that held
+    /// other items too.
     pub attempt: u32,
-    /// How often it may be claimed before a worker's death fails it.
+    /// How often a worker may claim it and die with it alone before it fails.
     pub max_attempts: u32,
+    /// How it is to be run.
+    #[serde(default)]
+    pub handling: Handling,
     /// The input.
     pub input: String,
     /// The output of a completed item.

@@ -6,7 +6,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 
 use super::{
-    Commit, Committed, Created, Generation, Hold, Intent, IntentName, Item, ItemId, LeaseId,
+    Claim, Commit, Committed, Created, Generation, Hold, Intent, IntentName, Item, ItemId, LeaseId,
     LogEntry, MemoKey, NewRun, Purged, Queue, Reaped, Run, RunFilter, RunId, Store,
 };
 use crate::error::Result;
@@ -86,8 +86,12 @@ impl<S: Queue + ?Sized> Queue for Arc<S> {
         (**self).retire(lease).await
     }
 
-    async fn claim(&self, lease: LeaseId, limit: u32) -> Result<Vec<Item>> {
-        (**self).claim(lease, limit).await
+    async fn claim(&self, lease: LeaseId, claim: Claim<'_>) -> Result<Vec<Item>> {
+        (**self).claim(lease, claim).await
+    }
+
+    async fn has_suspects(&self, pipelines: &[&str]) -> Result<bool> {
+        (**self).has_suspects(pipelines).await
     }
 
     async fn release(&self, holds: &[Hold], delay: Duration, charge: bool) -> Result<u64> {

@@ -144,6 +144,7 @@ macro_rules! decode {
                 input: row.try_get(9)?,
                 output: row.try_get(10)?,
                 error: read_error(row.try_get(11)?),
+                handling: $crate::store::records::Handling::from_i32(row.try_get(13)?),
             };
             Ok((item, row.try_get(12)?))
         }

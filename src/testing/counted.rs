@@ -10,7 +10,7 @@ use async_trait::async_trait;
 
 use crate::error::{Error, ErrorKind, Persistence, Result};
 use crate::store::{
-    Commit, Committed, Created, Generation, Hold, Intent, IntentName, Item, ItemId, LeaseId,
+    Claim, Commit, Committed, Created, Generation, Hold, Intent, IntentName, Item, ItemId, LeaseId,
     LogEntry, MemoKey, Memory, NewRun, Purged, Queue, Reaped, Run, RunFilter, RunId, Store,
 };
 
@@ -37,6 +37,7 @@ pub struct Counted<S = Memory> {
     calls: Mutex<BTreeMap<&'static str, u64>>,
     down: AtomicBool,
     stuck: AtomicBool,
+    fail_next: Mutex<Vec<&'static str>>,
     largest_commit: AtomicU64,
 }
 
@@ -49,6 +50,7 @@ impl<S> Counted<S> {
             calls: Mutex::default(),
             down: AtomicBool::new(false),
             stuck: AtomicBool::new(false),
+            fail_next: Mutex::default(),
             largest_commit: AtomicU64::new(0),
         }
     }
@@ -79,6 +81,15 @@ impl<S> Counted<S> {
         self.down.store(down, Ordering::Relaxed);
     }
 
+    /// Fails the next call of each of these methods with a temporary [`ErrorKind::Store`]: a broken connection.
+    pub fn fail_next(&self, methods: impl IntoIterator<Item = &'static str>) {
+        let mut failing = self
+            .fail_next
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        failing.extend(methods);
+    }
+
     /// Lets commits hang for ever, or those that come no longer.
     pub fn set_stuck(&self, stuck: bool) {
         self.stuck.store(stuck, Ordering::Relaxed);
@@ -98,7 +109,15 @@ impl<S> Counted<S> {
         if !self.latency.is_zero() {
             tokio::time::sleep(self.latency).await;
         }
-        if self.down.load(Ordering::Relaxed) {
+        let broken = {
+            let mut failing = self
+                .fail_next
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
+            let place = failing.iter().position(|failing| *failing == method);
+            place.map(|place| failing.swap_remove(place)).is_some()
+        };
+        if broken || self.down.load(Ordering::Relaxed) {
             let error = Error::new(ErrorKind::Store, "the store is down");
             return Err(error.with_persistence(Persistence::Temporary));
         }
@@ -167,7 +186,8 @@ counted!(Queue {
     fn register(&self, worker: &str, ttl: Duration) -> Result<LeaseId>;
     fn heartbeat(&self, lease: LeaseId, ttl: Duration) -> Result<bool>;
     fn retire(&self, lease: LeaseId) -> Result<u64>;
-    fn claim(&self, lease: LeaseId, limit: u32) -> Result<Vec<Item>>;
+    fn claim(&self, lease: LeaseId, claim: Claim<'_>) -> Result<Vec<Item>>;
+    fn has_suspects(&self, pipelines: &[&str]) -> Result<bool>;
     fn release(&self, holds: &[Hold], delay: Duration, charge: bool) -> Result<u64>;
     fn held(&self, lease: LeaseId) -> Result<Vec<Item>>;
     fn lost(&self, holds: &[Hold]) -> Result<Vec<ItemId>>;

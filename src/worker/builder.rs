@@ -6,9 +6,10 @@ use std::time::Duration;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use tokio::time::Instant;
 
 use super::registry::Registry;
-use super::{Ambiguous, Counters, Inner, Worker};
+use super::{Ambiguous, Counters, FOREVER, Inner, Worker};
 use crate::context::Context;
 use crate::journal::Journal;
 use crate::memo::Memo;
@@ -103,22 +104,25 @@ impl WorkerBuilder {
     }
 
     /// How long others leave its items alone when nothing is heard of it; 30 s unless set. It is heard
-    /// of three times as often.
+    /// of three times as often. At least 100 ms: with less, a busy machine would lose it again and again.
+    ///
+    /// A worker takes items that other workers have died with when it has lived for one lease, and gives them their last
+    /// attempt when it has lived for 16; one that is [driven](Worker::drive) for a shorter time, in the second half of that time.
     pub fn lease(mut self, lease: Duration) -> Self {
-        self.options.lease = lease;
+        self.options.lease = lease.clamp(Duration::from_millis(100), FOREVER);
         self
     }
 
-    /// How often it looks for work when there was none; 500 ms unless set.
+    /// How often it looks for work when there was none; 500 ms unless set, and at least 1 ms.
     pub fn poll_every(mut self, poll: Duration) -> Self {
-        self.options.poll = poll;
+        self.options.poll = poll.clamp(Duration::from_millis(1), FOREVER);
         self
     }
 
     /// How long calls in flight may take to finish when it stops, before they are dropped; 30 s unless set.
     /// Of a budget ([`Worker::drive`]) it takes a quarter at most.
     pub fn drain_for(mut self, drain: Duration) -> Self {
-        self.options.drain = drain;
+        self.options.drain = drain.min(FOREVER);
         self
     }
 
@@ -131,7 +135,7 @@ impl WorkerBuilder {
         self
     }
 
-    /// What to do with an item whose last worker died with a call in flight; [`Ambiguous::Retry`] unless set.
+    /// What to do with an item whose last worker died, or was stopped, with a call in flight; [`Ambiguous::Retry`] unless set.
     pub fn on_ambiguous(mut self, policy: Ambiguous) -> Self {
         self.options.ambiguous = policy;
         self
@@ -172,6 +176,8 @@ impl WorkerBuilder {
             registry: self.registry,
             options: self.options,
             memo: Arc::new(Memo::new(journal)),
+            born: Instant::now(),
+            unknown: Mutex::default(),
             runs: Mutex::default(),
             counters: Counters::default(),
         }))

@@ -11,8 +11,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::memo::Place;
 use crate::store::{Commit, Hold, Item, ItemId, Settlement};
 
-/// How long an item rests whose run nobody here can work on, and one that the store did not answer.
-pub(super) const UNKNOWN: Duration = Duration::from_secs(30);
+/// How long an item rests that the store did not answer.
 const NO_STORE: Duration = Duration::from_secs(5);
 
 /// What its intents are numbered by. Not the attempt: that is given back with an item, and an intent of before
@@ -21,9 +20,9 @@ fn number(item: &Item) -> u32 {
     u32::try_from(item.epoch).unwrap_or(u32::MAX)
 }
 
-/// Why an item is not done again whose last worker died with a call in flight.
+/// Why an item is not done again whose last worker died, or stopped, with a call in flight.
 pub(super) fn sent_before() -> Error {
-    let message = "its worker died with a call in flight, which may have been paid for; \
+    let message = "its worker died, or stopped, with a call in flight, which may have been paid for; \
                    the policy is not to send it again, and `retry_failed` does";
     Error::new(ErrorKind::LeaseLost, message).with_billed(None)
 }
@@ -122,17 +121,12 @@ impl Inner {
         if self.options.ambiguous == Ambiguous::Retry {
             return Ok(ambiguous);
         }
-        let again = items.iter().filter(|item| item.attempt > 1);
-        let again: HashMap<_, _> = again.map(|item| (item.id, item)).collect();
-        if again.is_empty() {
-            return Ok(ambiguous);
-        }
-        let ids: Vec<_> = again.keys().copied().collect();
+        // Of all of them: a worker that stopped with a call in flight has given its item back without charge.
+        let known: HashMap<_, _> = items.iter().map(|item| (item.id, item)).collect();
+        let ids: Vec<_> = known.keys().copied().collect();
         for intent in self.queue.intents(&ids).await? {
-            let Some(item) = again
-                .get(&intent.item)
-                .filter(|item| intent.attempt < number(item))
-            else {
+            let earlier = |item: &&&Item| intent.attempt < number(item);
+            let Some(item) = known.get(&intent.item).filter(earlier) else {
                 continue;
             };
             // Its reply may have been kept by a worker that was only thought dead.

@@ -4,8 +4,9 @@ mod builder;
 mod item;
 mod registry;
 mod session;
+mod suspects;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -18,13 +19,13 @@ use tokio_util::sync::CancellationToken;
 use self::builder::Options;
 pub use self::builder::WorkerBuilder;
 use self::registry::Registry;
-use self::session::{Ended, Hands, Session, Until};
+use self::session::{Ended, Hands, LOOK, Session, Until};
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::journal::JournalStats;
 use crate::memo::Memo;
 use crate::run::Spec;
-use crate::store::{Queue, RunId};
+use crate::store::{Queue, RunFilter, RunId, Status};
 
 /// Works on durable runs: claims items, runs their pipelines, commits what came of them. Any number of
 /// workers share a store, in one process or in many.
@@ -36,9 +37,12 @@ use crate::store::{Queue, RunId};
 /// - **A worker that dies leaves nothing behind**: its lease runs out and the others take its items.
 /// - **Results are written in batches**, behind the work.
 ///
+/// - **An item that ends its process harms no other.** Items that a dead worker held are tried again a few at a
+///   time and then one at a time, by workers that have lived for a while. Only a death with this item
+///   alone in hand counts as an attempt of it.
+///
 /// An item that fails or panics has failed: the guard has retried its calls already. It keeps its error, and
-/// [`Runner::retry_failed`](crate::Runner::retry_failed) gives it another chance. One that takes its worker
-/// with it stops after its attempts. When the account is refused (credentials, quota), the worker stops, gives its items back
+/// [`Runner::retry_failed`](crate::Runner::retry_failed) gives it another chance. When the account is refused (credentials, quota), the worker stops, gives its items back
 /// and says why.
 ///
 /// ```
@@ -80,21 +84,23 @@ pub struct Worker(Arc<Inner>);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[must_use = "there may be more to do"]
 pub enum Drive {
-    /// There was nothing left that this worker could claim. Others may still be at work.
+    /// There was nothing left that this worker could claim, now or when it has lived for longer. Others may still be
+    /// at work.
     Done,
     /// The budget is used up and there may be more: drive again.
     Continue,
 }
 
-/// What to do with an item whose last worker died with a call in flight: nobody knows whether the call was
-/// paid for.
+/// What to do with an item whose last worker died, or was stopped, with a call in flight: nobody knows whether
+/// the call was paid for.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Ambiguous {
     /// Sends it again. It may be paid for twice, and is listed.
     #[default]
     Retry,
-    /// Fails the item. [`Runner::retry_failed`](crate::Runner::retry_failed) sends it again.
+    /// Fails the item. [`Runner::retry_failed`](crate::Runner::retry_failed) sends it again, and takes its calls
+    /// off the list of ambiguous ones.
     /// Needs [intents](WorkerBuilder::intents) of the worker that died.
     Fail,
 }
@@ -111,8 +117,6 @@ pub struct WorkerStats {
     pub failed: u64,
     /// Items that it gave back, or lost, before they had an end.
     pub unfinished: u64,
-    /// Items of runs that it has no pipeline for, left for others.
-    pub unknown: u64,
     /// Leases that it lost: others had its items before it was heard of again.
     pub leases_lost: u64,
     /// Replies that were paid for.
@@ -129,6 +133,10 @@ struct Inner {
     registry: Registry,
     options: Options,
     memo: Arc<Memo>,
+    /// When it was built. A worker that has lived for a while is not in a crash loop.
+    born: Instant,
+    /// Names of pipelines that it does not have and has warned of.
+    unknown: Mutex<HashSet<String>>,
     /// What there is to know of runs whose items were claimed.
     runs: Mutex<HashMap<RunId, Arc<RunInfo>>>,
     counters: Counters,
@@ -155,10 +163,17 @@ struct Counters {
     completed: AtomicU64,
     failed: AtomicU64,
     unfinished: AtomicU64,
-    unknown: AtomicU64,
     leases_lost: AtomicU64,
     paid: AtomicU64,
     replayed: AtomicU64,
+}
+
+/// The longest time that anything here lasts: thirty years. Longer ones would overflow a clock.
+const FOREVER: Duration = Duration::from_secs(30 * 365 * 24 * 3600);
+
+/// `at` and `duration` together, or a time that nobody lives to see.
+fn later(at: Instant, duration: Duration) -> Instant {
+    at + duration.min(FOREVER)
 }
 
 fn count(counter: &AtomicU64, by: u64) {
@@ -213,22 +228,28 @@ impl Worker {
     /// # Cancel safety
     /// As [`run_until`](Self::run_until).
     pub async fn drive(&self, budget: Duration) -> Result<Drive> {
-        let until = Until {
-            end: Some(Instant::now() + budget),
-            idle: true,
-            drain: self.0.options.drain.min(budget / 4),
-        };
+        let until = self.within(budget, true);
         self.work(future::pending(), until).await
+    }
+
+    /// Until a budget is used up. One that is longer than a clock can show never is.
+    fn within(&self, budget: Duration, idle: bool) -> Until {
+        Until {
+            end: Instant::now().checked_add(budget),
+            idle,
+            drain: self.0.options.drain.min(budget / 4),
+        }
     }
 
     /// As [`drive`](Self::drive), but until one run is over: also where others hold the last of its items, who may
     /// die with them. The next phase of some work can start from its results then.
     ///
-    /// Meanwhile it works on whatever it can claim. With [`Drive::Continue`] the run is not over, because the
+    /// Meanwhile it works on whatever it can claim, and when the run is over it lets what is in flight
+    /// finish ([`drain_for`](WorkerBuilder::drain_for)) and gives the rest back. With [`Drive::Continue`] the run is not over, because the
     /// budget is used up or the context was drained or cancelled. A run that is not there is over.
     ///
     /// # Errors
-    /// As [`run_until`](Self::run_until).
+    /// As [`run_until`](Self::run_until). A store that is away for a while is waited for, until the budget is used up.
     ///
     /// # Cancel safety
     /// As [`run_until`](Self::run_until).
@@ -249,18 +270,43 @@ impl Worker {
     /// # Ok(()) }
     /// ```
     pub async fn drive_run(&self, run: RunId, budget: Duration) -> Result<Drive> {
-        let end = Instant::now() + budget;
+        let until = self.within(budget, false);
+        if self.is_over(run, until.end).await? {
+            return Ok(Drive::Done);
+        }
+        let over = async {
+            loop {
+                sleep(self.0.options.poll.min(LOOK)).await;
+                // A store that does not answer is asked again, and an error that stays is met elsewhere.
+                if let Ok(true) = self.is_over(run, until.end).await {
+                    return;
+                }
+            }
+        };
+        let _ = self.work(over, until).await?;
+        // The last item may have ended in the drain; and where the context was drained, the run is not over.
+        Ok(match self.is_over(run, until.end).await? {
+            true => Drive::Done,
+            false => Drive::Continue,
+        })
+    }
+
+    /// Whether a run is over, or not there. A store that is away is asked again until `end`.
+    async fn is_over(&self, run: RunId, end: Option<Instant>) -> Result<bool> {
+        let mut delay = Duration::from_millis(100);
         loop {
-            let found = self.0.queue.run(run).await?;
-            if found.is_none_or(|run| run.status.is_over()) {
-                return Ok(Drive::Done);
+            match self.0.queue.run(run).await {
+                Ok(found) => return Ok(found.is_none_or(|run| run.status.is_over())),
+                Err(error)
+                    if error.is_temporary() && end.is_none_or(|end| Instant::now() < end) =>
+                {
+                    tracing::warn!(%error, "the worker waits for the store");
+                }
+                Err(error) => return Err(error),
             }
-            let left = end.saturating_duration_since(Instant::now());
-            let ended = self.drive(left).await?;
-            if ended == Drive::Continue || self.0.cx.is_draining() || self.0.cx.is_cancelled() {
-                return Ok(Drive::Continue);
-            }
-            sleep_until(end.min(Instant::now() + self.0.options.poll)).await;
+            let at = later(Instant::now(), delay);
+            sleep_until(end.map_or(at, |end| at.min(end))).await;
+            delay = (delay * 2).min(Duration::from_secs(5));
         }
     }
 
@@ -273,7 +319,6 @@ impl Worker {
             completed: read(&counters.completed),
             failed: read(&counters.failed),
             unfinished: read(&counters.unfinished),
-            unknown: read(&counters.unknown),
             leases_lost: read(&counters.leases_lost),
             replies_paid: read(&counters.paid),
             replies_replayed: read(&counters.replayed),
@@ -354,6 +399,27 @@ impl Inner {
             delay = (delay * 2).min(Duration::from_secs(5));
         }
         Ok(None)
+    }
+
+    /// Says of the newest runs that wait for a pipeline which is not registered here, once for each name: it may be
+    /// misspelt.
+    async fn warn_of_unknown_pipelines(&self, names: &[&str]) {
+        const NEWEST: u32 = 50;
+        let filter = RunFilter::new().status(Status::Pending);
+        // It is asked again before long.
+        let Ok(runs) = self.queue.runs(filter, NEWEST).await else {
+            return;
+        };
+        let mut unknown = self.unknown.lock().unwrap_or_else(PoisonError::into_inner);
+        for run in runs {
+            if !names.contains(&&*run.name) && unknown.insert(run.name.clone()) {
+                tracing::warn!(
+                    pipeline = run.name,
+                    registered = ?names,
+                    "a run waits for a pipeline that is not registered here"
+                );
+            }
+        }
     }
 
     /// What there is to know of a run; `None` if it is gone.

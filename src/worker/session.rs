@@ -4,16 +4,17 @@ use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use futures::{StreamExt as _, stream};
+use futures::{FutureExt as _, StreamExt as _, stream};
 use tokio::task::{JoinError, JoinSet};
-use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until, timeout_at};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 
-use super::item::{End, Ready, UNKNOWN, sent_before, too_late};
-use super::{Inner, count};
+use super::item::{End, Ready, sent_before, too_late};
+use super::suspects::Suspects;
+use super::{Inner, count, later};
 use crate::context::Context;
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::{Hold, Item, ItemId, LeaseId, RunId};
+use crate::store::{Claim, Handling, Hold, Item, ItemId, LeaseId, RunId};
 
 /// As many are claimed at a time at most.
 const CLAIM: usize = 512;
@@ -21,11 +22,13 @@ const CLAIM: usize = 512;
 const READS: usize = 16;
 /// Between two claims that only fill a few places.
 const BREATH: Duration = Duration::from_millis(20);
-/// How often a worker asks whether somebody took its items away.
-const LOOK: Duration = Duration::from_secs(1);
+/// How often a worker asks whether somebody took its items away, and whether the run that it is driven for is over.
+pub(super) const LOOK: Duration = Duration::from_secs(1);
 /// How much later than its time a worker may stop for a store that is slow or away: what is not written is
 /// lost with the process.
 const LATE: Duration = Duration::from_secs(10);
+/// How often a worker without work looks for runs of pipelines that it does not have, to warn of them.
+const UNKNOWN: Duration = Duration::from_secs(30);
 
 /// When to stop.
 #[derive(Debug, Clone, Copy)]
@@ -36,6 +39,13 @@ pub(super) struct Until {
     pub(super) idle: bool,
     /// How long calls in flight may finish.
     pub(super) drain: Duration,
+}
+
+impl Until {
+    /// When nothing more is claimed.
+    fn last_claim(&self) -> Option<Instant> {
+        self.end.map(|end| end - self.drain)
+    }
 }
 
 /// Why a session ended.
@@ -58,6 +68,7 @@ pub(super) struct Session {
 
 struct Running {
     hold: Hold,
+    handling: Handling,
     cx: Context,
     lost: bool,
 }
@@ -67,8 +78,20 @@ struct Running {
 #[derive(Default)]
 pub(super) struct Hands {
     tasks: JoinSet<Done>,
-    release: HashMap<Duration, Vec<Hold>>,
+    /// Items to give back, each with the time that others leave it alone. They stay here until the store has them.
+    release: Vec<(Hold, Duration)>,
     hopeless: Option<Error>,
+}
+
+/// What a worker looks for in the store.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Wanted {
+    /// What it may have been given without knowing.
+    Forgotten,
+    /// Items that workers have died with.
+    Suspects,
+    /// All other items.
+    Normal,
 }
 
 struct Done {
@@ -129,76 +152,203 @@ impl Session {
         until: Until,
     ) -> Ended {
         let worker = &self.worker;
-        let last_claim = until.end.map(|end| end - until.drain);
+        let last_claim = until.last_claim();
         let most = worker.options.in_flight;
         let enough = (most / 4).clamp(1, CLAIM);
-        let mut claim_at = Instant::now();
+        let names = worker.registry.names();
+        let now = Instant::now();
+        let mut suspects = Suspects::new(most, worker.options.lease, worker.born, now, last_claim);
+        let (mut claim_at, mut release_at, mut unknown_at) = (now, now, now);
         // Whether an answer got lost that may have given us items.
         let mut in_doubt = false;
         self.reap().await;
-        loop {
-            self.collect(hands);
-            self.release(hands).await;
+        let ended = loop {
+            self.collect(hands, &mut suspects);
+            if release_at <= Instant::now() && !self.release(hands).await {
+                release_at = later(Instant::now(), worker.options.poll);
+            }
             if hands.hopeless.is_some() || stop.is_cancelled() || self.cx.is_draining() {
-                return Ended::Stopped;
+                break Ended::Stopped;
             }
             let now = Instant::now();
             if last_claim.is_some_and(|last| last <= now) {
-                return Ended::OutOfTime;
+                break Ended::OutOfTime;
+            }
+            if hands.tasks.is_empty()
+                && let Some(item) = suspects.begin_isolated()
+            {
+                self.run_alone(hands, &mut suspects, item).await;
+                continue;
             }
             let free = most - hands.tasks.len().min(most);
-            if free >= enough || (free > 0 && claim_at <= now) {
-                worker.memo.journal().room().await;
-                let items = if in_doubt {
-                    self.forgotten().await
-                } else {
-                    worker.queue.claim(self.lease, free.min(CLAIM) as u32).await
-                };
-                match items {
-                    Ok(items) if !items.is_empty() => {
-                        in_doubt = false;
-                        claim_at = now + BREATH;
-                        self.start(hands, items).await;
-                        continue;
+            let has_room = worker.memo.journal().room().now_or_never().is_some();
+            let may_claim = has_room && free > 0 && !suspects.is_isolating();
+            let wanted = match may_claim {
+                true if in_doubt => (claim_at <= now).then_some(Wanted::Forgotten),
+                true if suspects.look_at() <= now => Some(Wanted::Suspects),
+                true => (free >= enough || claim_at <= now).then_some(Wanted::Normal),
+                false => None,
+            };
+            let look = async {
+                match wanted {
+                    None => Ok(Vec::new()),
+                    Some(Wanted::Forgotten) => self.forgotten(hands, &suspects).await,
+                    Some(Wanted::Suspects) => {
+                        self.claim_suspects(&mut suspects, &names, free).await
                     }
-                    Ok(_) if in_doubt => {
-                        in_doubt = false;
-                        continue;
-                    }
-                    Ok(_) if until.idle && hands.tasks.is_empty() => return Ended::Idle,
-                    Ok(_) => {}
-                    Err(error) if error.kind() == ErrorKind::LeaseLost => return Ended::LeaseLost,
-                    Err(error) => {
-                        tracing::warn!(%error, "the worker cannot claim, and tries again");
-                        in_doubt = true;
+                    Some(Wanted::Normal) => {
+                        let claim = Claim::new(&names, free.min(CLAIM) as u32);
+                        worker.queue.claim(self.lease, claim).await
                     }
                 }
-                claim_at = Instant::now() + worker.options.poll;
+            };
+            let found = tokio::select! {
+                biased;
+                found = look => found,
+                // What a dropped claim has taken goes back with the lease.
+                () = stop.cancelled() => continue,
+                () = self.cx.bounds().drained() => continue,
+                () = sleep_until(last_claim.unwrap_or(now)), if last_claim.is_some() => continue,
+            };
+            let found = match found {
+                Ok(found) => found,
+                Err(error) if error.kind() == ErrorKind::LeaseLost => break Ended::LeaseLost,
+                Err(error) => {
+                    tracing::warn!(%error, "the worker cannot claim, and tries again");
+                    in_doubt = true;
+                    claim_at = later(Instant::now(), worker.options.poll);
+                    Vec::new()
+                }
+            };
+            if !found.is_empty() {
+                in_doubt = false;
+                if wanted == Some(Wanted::Normal) {
+                    claim_at = now + BREATH;
+                    suspects.nothing_else = false;
+                }
+                self.take(hands, &mut suspects, found).await;
+                continue;
             }
+            match wanted {
+                Some(Wanted::Forgotten) if claim_at <= now => {
+                    in_doubt = false;
+                    continue;
+                }
+                Some(Wanted::Suspects) if !in_doubt => continue,
+                Some(Wanted::Normal) if !in_doubt => {
+                    suspects.nothing_else = true;
+                    if unknown_at <= now {
+                        unknown_at = now + UNKNOWN;
+                        worker.warn_of_unknown_pipelines(&names).await;
+                    }
+                    if until.idle && hands.tasks.is_empty() && hands.release.is_empty() {
+                        match worker.queue.has_suspects(&names).await {
+                            Ok(false) => break Ended::Idle,
+                            Ok(true) => {}
+                            Err(error) => tracing::warn!(%error, "the worker looks again"),
+                        }
+                    }
+                    claim_at = later(Instant::now(), worker.options.poll);
+                }
+                _ => {}
+            }
+            let next = match in_doubt {
+                true => claim_at,
+                false => claim_at.min(suspects.look_at()),
+            };
             tokio::select! {
                 () = stop.cancelled() => {}
                 () = self.cx.bounds().drained() => {}
-                Some(done) = hands.tasks.join_next() => self.ended(hands, done),
-                () = sleep_until(claim_at), if hands.tasks.len() < most => {}
+                Some(done) = hands.tasks.join_next() => self.ended(hands, &mut suspects, done),
+                () = worker.memo.journal().room(), if !has_room => {}
+                () = sleep_until(next), if may_claim => {}
+                () = sleep_until(release_at), if !hands.release.is_empty() => {}
                 () = sleep_until(last_claim.unwrap_or(now)), if last_claim.is_some() => {}
             }
             // Room for many is worth a look, unless the last one found nothing.
-            if hands.tasks.is_empty() && until.idle {
+            if hands.tasks.is_empty() && until.idle && !in_doubt {
                 claim_at = Instant::now();
             }
+        };
+        let waiting = suspects.waiting().map(Item::hold);
+        hands
+            .release
+            .extend(waiting.map(|hold| (hold, Duration::ZERO)));
+        ended
+    }
+
+    /// Claims items that workers have died with, as many as may be run now.
+    async fn claim_suspects(
+        &self,
+        suspects: &mut Suspects,
+        names: &[&str],
+        free: usize,
+    ) -> Result<Vec<Item>> {
+        let queue = &self.worker.queue;
+        let wanted = suspects.wanted(Instant::now(), free);
+        let mut items = Vec::new();
+        if wanted.is_empty() || !queue.has_suspects(names).await? {
+            return Ok(items);
+        }
+        for (handling, limit) in wanted {
+            // An item to be run alone is enough.
+            let alone = |item: &Item| item.handling >= Handling::Alone;
+            if handling >= Handling::Alone && items.iter().any(alone) {
+                break;
+            }
+            let claim = Claim::new(names, limit as u32).handling(handling);
+            items.extend(queue.claim(self.lease, claim).await?);
+        }
+        Ok(items)
+    }
+
+    /// Starts what was claimed, or puts it aside where it is to be run alone.
+    async fn take(&self, hands: &mut Hands, suspects: &mut Suspects, items: Vec<Item>) {
+        count(&self.worker.counters.claimed, items.len() as u64);
+        let mut others = Vec::with_capacity(items.len());
+        for item in items {
+            let back = match item.handling {
+                Handling::Normal | Handling::Few => {
+                    others.push(item);
+                    None
+                }
+                Handling::Alone | Handling::LastAttempt => suspects.isolate(item, Instant::now()),
+            };
+            let back = back.map(|item| (item.hold(), Duration::ZERO));
+            hands.release.extend(back);
+        }
+        if !others.is_empty() {
+            self.start(hands, suspects, others).await;
         }
     }
 
-    /// Starts what was claimed. What must not be begun ends here, and what nobody here can do goes back.
-    async fn start(&self, hands: &mut Hands, items: Vec<Item>) {
-        count(&self.worker.counters.claimed, items.len() as u64);
+    /// Starts an item that is to be run with nothing beside it.
+    async fn run_alone(&self, hands: &mut Hands, suspects: &mut Suspects, item: Item) {
+        // What has ended and is not written yet is still held by this lease, and then a death does not count.
+        // So it is written first; a store that is away is not waited for.
+        let written = self.worker.memo.journal().flush();
+        let _ = timeout(self.worker.options.lease / 3, written).await;
+        tracing::warn!(
+            item = %item.id, key = item.key, attempt = item.attempt,
+            "workers have died with this item: it is run alone"
+        );
+        let id = item.id;
+        self.start(hands, suspects, vec![item]).await;
+        if !self.running().contains_key(&id) {
+            // It has ended, or went back, before it began.
+            suspects.end_isolation(Instant::now());
+        }
+    }
+
+    /// Starts items. What must not be begun ends here, and what nobody here can do goes back.
+    async fn start(&self, hands: &mut Hands, suspects: &mut Suspects, items: Vec<Item>) {
+        let poll = self.worker.options.poll;
         let ambiguous = match self.worker.ambiguous(&items).await {
             Ok(ambiguous) => ambiguous,
             Err(error) => {
                 tracing::warn!(%error, "intents cannot be read: the items go back");
-                let holds = items.iter().map(Item::hold);
-                let poll = self.worker.options.poll;
-                hands.release.entry(poll).or_default().extend(holds);
+                let back = items.iter().map(|item| (item.hold(), poll));
+                hands.release.extend(back);
                 return;
             }
         };
@@ -219,25 +369,23 @@ impl Session {
                     if let Some(Err(error)) = gone {
                         tracing::warn!(%error, run = %item.run, "a run cannot be read: its item goes back");
                     }
-                    hands
-                        .release
-                        .entry(self.worker.options.poll)
-                        .or_default()
-                        .push(hold);
+                    hands.release.push((hold, poll));
                     continue;
                 }
             };
+            let handling = item.handling;
             match self.worker.ready(&self.cx, info, item) {
                 Some(_) if info.is_late() => self.worker.settle(hold, Err(too_late())),
-                Some(ready) => self.spawn(hands, ready),
+                Some(ready) => {
+                    suspects.started(handling);
+                    self.spawn(hands, ready);
+                }
                 None => {
-                    count(&self.worker.counters.unknown, 1);
                     tracing::error!(
                         pipeline = info.name,
-                        known = ?self.worker.registry.names(),
-                        "no pipeline of that name is registered here: its items are left for another worker"
+                        "the store gave an item of a pipeline that was not asked for: it goes back"
                     );
-                    hands.release.entry(UNKNOWN).or_default().push(hold);
+                    hands.release.push((hold, UNKNOWN));
                 }
             }
         }
@@ -247,6 +395,7 @@ impl Session {
         let id = ready.item.id;
         let running = Running {
             hold: ready.item.hold(),
+            handling: ready.item.handling,
             cx: ready.cx.clone(),
             lost: false,
         };
@@ -262,23 +411,31 @@ impl Session {
         });
     }
 
-    fn collect(&self, hands: &mut Hands) {
+    fn collect(&self, hands: &mut Hands, suspects: &mut Suspects) {
         while let Some(done) = hands.tasks.try_join_next() {
-            self.ended(hands, done);
+            self.ended(hands, suspects, done);
         }
     }
 
-    fn ended(&self, hands: &mut Hands, done: Result<Done, JoinError>) {
+    fn ended(&self, hands: &mut Hands, suspects: &mut Suspects, done: Result<Done, JoinError>) {
+        if let Some(handling) = self.end(hands, done) {
+            suspects.ended(handling, Instant::now());
+        }
+    }
+
+    /// Gives the handling of the item that has ended, if it is one of this lease.
+    fn end(&self, hands: &mut Hands, done: Result<Done, JoinError>) -> Option<Handling> {
         // Panics of pipelines are caught where they are run.
-        let Ok(done) = done else { return };
+        let done = done.ok()?;
         if done.lease != self.lease {
             // Of a lease that was lost: others have it.
             if !matches!(done.end, End::Settled) {
                 count(&self.worker.counters.unfinished, 1);
             }
-            return;
+            return None;
         }
         let running = self.running().remove(&done.item);
+        let handling = running.as_ref().map(|running| running.handling);
         match done.end {
             End::Settled => {}
             End::Cut(hold, result) => {
@@ -293,34 +450,48 @@ impl Session {
             }
             End::Release(hold, delay) => {
                 count(&self.worker.counters.unfinished, 1);
-                hands.release.entry(delay).or_default().push(hold);
+                hands.release.push((hold, delay));
             }
             End::Hopeless(hold, error) => {
                 count(&self.worker.counters.unfinished, 1);
-                hands.release.entry(Duration::ZERO).or_default().push(hold);
+                hands.release.push((hold, Duration::ZERO));
                 hands.hopeless.get_or_insert(error);
             }
         }
+        handling
     }
 
-    /// Gives back what is not to be kept. What cannot be given back now goes back with the lease.
-    async fn release(&self, hands: &mut Hands) {
-        for (delay, holds) in hands.release.drain() {
-            if let Err(error) = self.worker.queue.release(&holds, delay, false).await {
-                tracing::warn!(%error, items = holds.len(), "items could not be given back");
+    /// Gives back what is not to be kept; false if the store did not take all of it. What it did not take stays in
+    /// hand, for the next time.
+    async fn release(&self, hands: &mut Hands) -> bool {
+        let mut delays = HashMap::<Duration, Vec<Hold>>::new();
+        for (hold, delay) in &hands.release {
+            delays.entry(*delay).or_default().push(*hold);
+        }
+        for (delay, holds) in delays {
+            match self.worker.queue.release(&holds, delay, false).await {
+                // Of those that it did not find somebody else has decided.
+                Ok(_) => hands.release.retain(|(_, other)| *other != delay),
+                Err(error) => {
+                    tracing::warn!(%error, items = holds.len(), "items could not be given back");
+                    return false;
+                }
             }
         }
+        true
     }
 
     /// What this lease holds and nobody works on.
-    async fn forgotten(&self) -> Result<Vec<Item>> {
+    async fn forgotten(&self, hands: &Hands, suspects: &Suspects) -> Result<Vec<Item>> {
         // What has ended and is not written yet is held too.
         self.worker.memo.journal().flush().await?;
         let held = self.worker.queue.held(self.lease).await?;
-        let running: HashSet<_> = self.running().keys().copied().collect();
+        let mut known: HashSet<_> = self.running().keys().copied().collect();
+        known.extend(hands.release.iter().map(|(hold, _)| hold.item));
+        known.extend(suspects.waiting().map(|item| item.id));
         Ok(held
             .into_iter()
-            .filter(|item| !running.contains(&item.id))
+            .filter(|item| !known.contains(&item.id))
             .collect())
     }
 
@@ -331,10 +502,10 @@ impl Session {
         // The last fifth of the drain is for the store.
         let finish = match until.end {
             Some(end) => end - until.drain / 5,
-            None => now + until.drain,
+            None => later(now, until.drain),
         };
         self.finish(hands, finish).await;
-        let written = until.end.unwrap_or(finish).max(now) + LATE;
+        let written = later(until.end.unwrap_or(finish).max(now), LATE);
         let flushed = timeout_at(written, self.flush()).await;
         let flushed = flushed.unwrap_or_else(|_| Err(self.unwritten()));
         self.release(hands).await;
@@ -352,7 +523,7 @@ impl Session {
         }
     }
 
-    /// Until it succeeds: who calls it bounds it.
+    /// Until it succeeds: the caller bounds it.
     async fn flush(&self) -> Result<()> {
         loop {
             match self.worker.memo.journal().flush().await {
@@ -368,13 +539,13 @@ impl Session {
     async fn finish(&self, hands: &mut Hands, at: Instant) {
         let all = async |hands: &mut Hands| {
             while let Some(done) = hands.tasks.join_next().await {
-                self.ended(hands, done);
+                self.end(hands, done);
             }
         };
         if timeout_at(at, all(hands)).await.is_err() {
             self.cx.cancel();
             // Who does not listen is not waited for.
-            let _ = timeout_at(at + Duration::from_secs(1), all(hands)).await;
+            let _ = timeout_at(later(at, Duration::from_secs(1)), all(hands)).await;
             hands.tasks.abort_all();
             all(hands).await;
         }

@@ -2,9 +2,9 @@
 
 mod state;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::fmt;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
@@ -15,10 +15,10 @@ use self::state::{Row, State, ready};
 use super::change::{
     Changes, at_millis, duration_millis, ended_entry, lease_lost, millis, worker_died,
 };
-use super::given::{Commit, NewRun, RunFilter, Settlement};
+use super::given::{Claim, Commit, NewRun, RunFilter, Settlement};
 use super::records::{
-    Committed, Created, Generation, Hold, Intent, IntentName, Item, ItemId, LeaseId, LogEntry,
-    MemoKey, Purged, Reaped, Run, RunId, Status,
+    Committed, Created, Generation, Handling, Hold, Intent, IntentName, Item, ItemId, LeaseId,
+    LogEntry, MemoKey, Purged, Reaped, Run, RunId, Status,
 };
 use super::{Queue, Store};
 use crate::error::Result;
@@ -87,6 +87,7 @@ impl Store for Memory {
         if let Some(named) = named {
             state.idempotent.insert(named, id);
         }
+        let pipeline: Arc<str> = new.name.as_str().into();
         let total = new.items.len() as u64;
         let over = (total == 0).then_some(Status::Completed);
         state.runs.insert(
@@ -120,10 +121,12 @@ impl Store for Memory {
                     epoch: 0,
                     attempt: 0,
                     max_attempts: new.max_attempts,
+                    handling: Handling::Normal,
                     input: item.input,
                     output: None,
                     error: None,
                 },
+                pipeline: Arc::clone(&pipeline),
                 priority: new.priority,
                 lease: None,
                 not_before: None,
@@ -282,11 +285,12 @@ impl Store for Memory {
         let mut again = 0;
         for id in state.of_run.get(&run).cloned().unwrap_or_default() {
             if state.items[&id].item.status == Status::Failed {
-                state.requeue(id, None);
-                if let Some(row) = state.items.get_mut(&id) {
-                    row.item.attempt = 0;
-                    row.item.error = None;
-                }
+                state.requeue_as(id, None, |item| {
+                    item.attempt = 0;
+                    item.error = None;
+                    item.handling = item.handling.min(Handling::Alone);
+                });
+                state.intents.retain(|name, _| name.item != id);
                 again += 1;
             }
         }
@@ -375,26 +379,30 @@ impl Queue for Memory {
         Ok(held.len() as u64)
     }
 
-    async fn claim(&self, lease: LeaseId, limit: u32) -> Result<Vec<Item>> {
+    async fn claim(&self, lease: LeaseId, claim: Claim<'_>) -> Result<Vec<Item>> {
         let (now, mut state) = self.lock();
         let state = &mut *state;
         if state.leases.get(&lease).is_none_or(|at| *at <= now) {
             return Err(lease_lost(lease));
         }
-        let limit = limit as usize;
-        let after = state.ready.range::<String, _>((
-            std::ops::Bound::Excluded(&state.cursor),
-            std::ops::Bound::Unbounded,
-        ));
-        let wrapped = state.ready.range(..=state.cursor.clone());
-        let tenants: Vec<_> = after.chain(wrapped).take(limit).collect();
-        if tenants.is_empty() {
+        let limit = claim.limit as usize;
+        let names = claim.names().into_iter();
+        let lists = names.filter_map(|name| state.ready.get(&(name.into(), claim.handling)));
+        let lists: Vec<_> = lists.collect();
+        let tenants: BTreeSet<_> = lists.iter().flat_map(|list| list.keys()).collect();
+        let after = tenants.iter().filter(|tenant| ***tenant > state.cursor);
+        let wrapped = tenants.iter().filter(|tenant| ***tenant <= state.cursor);
+        let turns: Vec<_> = after.chain(wrapped).take(limit).collect();
+        if turns.is_empty() {
             return Ok(Vec::new());
         }
-        let part = limit.div_ceil(tenants.len());
+        let part = limit.div_ceil(turns.len());
         let mut dealt = Vec::new();
-        for (turn, (_, theirs)) in tenants.iter().enumerate() {
-            let theirs = theirs.iter().take(part).enumerate();
+        for (turn, tenant) in turns.into_iter().enumerate() {
+            let theirs = lists.iter().filter_map(|list| list.get(*tenant));
+            let mut theirs: Vec<_> = theirs.flat_map(|items| items.iter().take(part)).collect();
+            theirs.sort_unstable();
+            let theirs = theirs.into_iter().take(part).enumerate();
             dealt.extend(theirs.map(|(rank, (_, id))| (rank, turn, *id)));
         }
         dealt.sort_unstable();
@@ -422,6 +430,13 @@ impl Queue for Memory {
             }
         }
         Ok(items)
+    }
+
+    async fn has_suspects(&self, pipelines: &[&str]) -> Result<bool> {
+        let (_, state) = self.lock();
+        let mut ready = state.ready.keys();
+        Ok(ready
+            .any(|(name, handling)| *handling != Handling::Normal && pipelines.contains(&&**name)))
     }
 
     async fn release(&self, holds: &[Hold], delay: Duration, charge: bool) -> Result<u64> {
@@ -465,19 +480,28 @@ impl Queue for Memory {
         state.leases.retain(|lease, _| !expired.contains(lease));
         reaped.leases = expired.len() as u64;
 
-        let dead = |row: &&Row| row.lease.is_some_and(|lease| expired.contains(&lease));
-        let items = state.items.values().filter(dead).map(|row| &row.item);
-        let items: Vec<_> = items
-            .map(|item| (item.id, item.attempt < item.max_attempts))
-            .collect();
+        let mut dead = HashMap::<LeaseId, Vec<ItemId>>::new();
+        for row in state.items.values() {
+            if let Some(lease) = row.lease.filter(|lease| expired.contains(lease)) {
+                dead.entry(lease).or_default().push(row.item.id);
+            }
+        }
         let mut changes = Changes::new();
-        for (id, again) in items {
-            if again {
-                state.requeue(id, None);
+        for held in dead.into_values() {
+            let alone = held.len() == 1;
+            for id in held {
+                let item = &state.items[&id].item;
+                if alone && item.attempt >= item.max_attempts {
+                    state.settle(id, Err(worker_died()), &mut changes);
+                    reaped.failed += 1;
+                    continue;
+                }
+                state.requeue_as(id, None, |item| {
+                    item.attempt = item.attempt.saturating_sub(u32::from(!alone));
+                    let left = item.max_attempts.saturating_sub(item.attempt);
+                    item.handling = item.handling.after_death(alone, left);
+                });
                 reaped.requeued += 1;
-            } else {
-                state.settle(id, Err(worker_died()), &mut changes);
-                reaped.failed += 1;
             }
         }
         state.apply(changes, now);

@@ -1,13 +1,18 @@
 //! The state of [`Memory`](super::Memory), and how an item changes hands in it.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
 
 use crate::error::Result;
 use crate::store::change::{Changes, at_millis};
 use crate::store::records::{
-    Generation, Hold, Intent, IntentName, Item, ItemId, LeaseId, LogEntry, MemoKey, Run, RunId,
-    Status,
+    Generation, Handling, Hold, Intent, IntentName, Item, ItemId, LeaseId, LogEntry, MemoKey, Run,
+    RunId, Status,
 };
+
+/// Pending items that can be claimed: of each pipeline and handling that has any, of each tenant, by priority
+/// and number.
+pub(super) type Ready = BTreeMap<(Arc<str>, Handling), BTreeMap<String, BTreeSet<(i32, ItemId)>>>;
 
 #[derive(Default)]
 pub(super) struct State {
@@ -17,8 +22,8 @@ pub(super) struct State {
     pub(super) items: BTreeMap<ItemId, Row>,
     /// The items of each run, by `seq`.
     pub(super) of_run: HashMap<RunId, Vec<ItemId>>,
-    /// Pending items that can be claimed, of each tenant that has any: by priority and number.
-    pub(super) ready: BTreeMap<String, BTreeSet<(i32, ItemId)>>,
+    /// Pending items that can be claimed.
+    pub(super) ready: Ready,
     /// Pending items by when they can be claimed.
     pub(super) delayed: BTreeSet<(i64, ItemId)>,
     pub(super) logs: HashMap<RunId, Vec<LogEntry>>,
@@ -34,6 +39,7 @@ pub(super) struct State {
 
 pub(super) struct Row {
     pub(super) item: Item,
+    pub(super) pipeline: Arc<str>,
     pub(super) priority: i32,
     pub(super) lease: Option<LeaseId>,
     pub(super) not_before: Option<i64>,
@@ -85,10 +91,21 @@ impl State {
 
     /// Makes an item pending, from `due` on.
     pub(super) fn requeue(&mut self, id: ItemId, due: Option<i64>) {
+        self.requeue_as(id, due, |_| {});
+    }
+
+    /// As [`requeue`](Self::requeue), with a change to the item before it is on a list again.
+    pub(super) fn requeue_as(
+        &mut self,
+        id: ItemId,
+        due: Option<i64>,
+        change: impl FnOnce(&mut Item),
+    ) {
         self.turn(id, Status::Pending);
         let Some(row) = self.items.get_mut(&id) else {
             return;
         };
+        change(&mut row.item);
         row.not_before = due;
         match due {
             Some(due) => {
@@ -153,16 +170,25 @@ impl State {
     }
 }
 
-pub(super) fn ready(ready: &mut BTreeMap<String, BTreeSet<(i32, ItemId)>>, row: &Row) {
-    let theirs = ready.entry(row.item.tenant.clone()).or_default();
+pub(super) fn ready(ready: &mut Ready, row: &Row) {
+    let kind = (Arc::clone(&row.pipeline), row.item.handling);
+    let tenants = ready.entry(kind).or_default();
+    let theirs = tenants.entry(row.item.tenant.clone()).or_default();
     theirs.insert((row.priority, row.item.id));
 }
 
-fn unready(ready: &mut BTreeMap<String, BTreeSet<(i32, ItemId)>>, row: &Row) {
-    if let Some(theirs) = ready.get_mut(&row.item.tenant) {
+fn unready(ready: &mut Ready, row: &Row) {
+    let kind = (Arc::clone(&row.pipeline), row.item.handling);
+    let Some(tenants) = ready.get_mut(&kind) else {
+        return;
+    };
+    if let Some(theirs) = tenants.get_mut(&row.item.tenant) {
         theirs.remove(&(row.priority, row.item.id));
         if theirs.is_empty() {
-            ready.remove(&row.item.tenant);
+            tenants.remove(&row.item.tenant);
         }
+    }
+    if tenants.is_empty() {
+        ready.remove(&kind);
     }
 }

@@ -212,7 +212,8 @@ impl Postgres {
                 .bind(small(run.max_attempts))
                 .bind((i * ROWS) as i64)
                 .bind(keys(chunk))
-                .bind(inputs(chunk));
+                .bind(inputs(chunk))
+                .bind(&run.name);
             add.execute(&mut *transaction).await?;
         }
         transaction.commit().await?;

@@ -8,10 +8,10 @@ use sqlx::Row as _;
 
 use super::{Postgres, is_conflict, rows};
 use crate::error::Result;
-use crate::store::Queue;
 use crate::store::change::{duration_millis, lease_lost, worker_died};
 use crate::store::records::{Hold, Item, ItemId, LeaseId, Reaped};
 use crate::store::sql::{each, failed, from_sql, retrying, write_error};
+use crate::store::{Claim, Queue};
 
 fn columns(holds: &[Hold]) -> (Vec<i64>, Vec<i64>) {
     holds.iter().map(|hold| (hold.item.0, hold.epoch)).unzip()
@@ -39,13 +39,15 @@ impl Queue for Postgres {
         retrying!(is_conflict, self.give_back(lease))
     }
 
-    async fn claim(&self, lease: LeaseId, limit: u32) -> Result<Vec<Item>> {
+    async fn claim(&self, lease: LeaseId, claim: Claim<'_>) -> Result<Vec<Item>> {
         let cursor = self.cursor.get();
+        let names = claim.names();
         let claimed = retrying!(is_conflict, {
-            let claim = sqlx::query(rows::CLAIM).bind(lease.0);
-            claim
-                .bind(i64::from(limit))
+            let take = sqlx::query(rows::CLAIM).bind(lease.0);
+            take.bind(i64::from(claim.limit))
                 .bind(&cursor)
+                .bind(&names)
+                .bind(claim.handling.as_i32())
                 .fetch_all(self.pool())
         })?;
         if claimed.is_empty() {
@@ -59,6 +61,11 @@ impl Queue for Postgres {
         }
         let items = each(&claimed, rows::item)?;
         Ok(self.cursor.deal(items, &cursor))
+    }
+
+    async fn has_suspects(&self, pipelines: &[&str]) -> Result<bool> {
+        let look = sqlx::query_scalar(rows::SUSPECTS).bind(pipelines);
+        look.fetch_one(self.pool()).await.map_err(failed)
     }
 
     async fn release(&self, holds: &[Hold], delay: Duration, charge: bool) -> Result<u64> {

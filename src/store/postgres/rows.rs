@@ -24,7 +24,7 @@ macro_rules! run {
 macro_rules! item {
     () => {
         "id, run_id, seq, key, tenant, status, epoch, attempt, max_attempts, input, output, error, \
-         priority"
+         priority, handling"
     };
 }
 
@@ -91,16 +91,16 @@ pub(super) const CREATE_RUN: &str = concat!(
         UNION ALL
         SELECT id, 2, 1, 'ended', '{\"status\":\"completed\"}', ", now!(), " FROM new WHERE $3 = 0),
     added AS (
-        INSERT INTO items (v, run_id, tenant, priority, max_attempts, seq, key, input)
-        SELECT 1, new.id, $1, $6, $7, i.place - 1, i.key, i.input
+        INSERT INTO items (v, run_id, pipeline, tenant, priority, max_attempts, seq, key, input)
+        SELECT 1, new.id, $2, $1, $6, $7, i.place - 1, i.key, i.input
         FROM new, unnest($8::text[], $9::text[]) WITH ORDINALITY AS i (key, input, place)
         ORDER BY i.place)
     SELECT id FROM new"
 );
 
 pub(super) const ADD_ITEMS: &str = "
-    INSERT INTO items (v, run_id, tenant, priority, max_attempts, seq, key, input)
-    SELECT 1, $1, $2, $3, $4, $5 + i.place - 1, i.key, i.input
+    INSERT INTO items (v, run_id, pipeline, tenant, priority, max_attempts, seq, key, input)
+    SELECT 1, $1, $8, $2, $3, $4, $5 + i.place - 1, i.key, i.input
     FROM unnest($6::text[], $7::text[]) WITH ORDINALITY AS i (key, input, place)
     ORDER BY i.place";
 
@@ -223,9 +223,11 @@ pub(super) const CANCEL: &str = concat!(
 
 pub(super) const RETRY: &str = concat!(
     "WITH again AS (
-        UPDATE items SET status = 'pending', epoch = epoch + 1, attempt = 0, error = NULL
+        UPDATE items SET status = 'pending', epoch = epoch + 1, attempt = 0, error = NULL,
+            handling = least(handling, 2)
         WHERE run_id = $1 AND status = 'failed'
-            AND EXISTS (SELECT 1 FROM runs WHERE id = $1 AND status <> 'cancelled') RETURNING 1),
+            AND EXISTS (SELECT 1 FROM runs WHERE id = $1 AND status <> 'cancelled') RETURNING id),
+    dismissed AS (DELETE FROM intents USING again WHERE intents.item_id = again.id),
     n AS (SELECT count(*) AS items FROM again),
     retried AS (
         UPDATE runs SET status = 'pending', failed = failed - n.items, error = NULL, ended_at = NULL,
@@ -275,8 +277,20 @@ pub(super) const RETIRE: &str = "DELETE FROM leases WHERE id = $1";
 pub(super) const RETIRE_ITEMS: &str = "UPDATE items SET status = 'pending', lease_id = NULL, \
     epoch = epoch + 1, attempt = greatest(attempt - 1, 0) WHERE lease_id = $1";
 
-/// Tenants with something to claim are found one after the other, each by one step into the index;
-/// then each one's part, and of all parts the first `$2` in the order of dealing.
+/// The first tenant of any of the pipelines `$4` with something to claim, of those that `$which` names.
+macro_rules! next_tenant {
+    ($which:literal) => {
+        concat!(
+            "(SELECT min(t.tenant) FROM unnest($4::text[]) AS n (name) CROSS JOIN LATERAL (
+                SELECT i.tenant FROM items AS i WHERE i.status = 'pending' AND i.not_before IS NULL
+                    AND i.pipeline = n.name AND i.handling = $5 AND ", $which, "
+                ORDER BY i.tenant LIMIT 1) AS t)"
+        )
+    };
+}
+
+/// Tenants with something to claim are found one after the other, each by one step into the index for each
+/// pipeline; then each one's part, and of all parts the first `$2` in the order of dealing.
 ///
 /// The lease is locked against its removal until this is committed, and read before any item is changed.
 pub(super) const CLAIM: &str = concat!(
@@ -285,18 +299,22 @@ pub(super) const CLAIM: &str = concat!(
     now!(),
     " FOR KEY SHARE),
     up (tenant, n) AS (
-        SELECT (SELECT tenant FROM items WHERE status = 'pending' AND not_before IS NULL
-            AND tenant > $3 ORDER BY tenant LIMIT 1), 1
+        SELECT ",
+    next_tenant!("i.tenant > $3"),
+    ", 1
         UNION ALL
-        SELECT (SELECT i.tenant FROM items AS i WHERE i.status = 'pending' AND i.not_before IS NULL
-            AND i.tenant > up.tenant ORDER BY i.tenant LIMIT 1), n + 1
+        SELECT ",
+    next_tenant!("i.tenant > up.tenant"),
+    ", n + 1
         FROM up WHERE up.tenant IS NOT NULL AND n < $2),
     around (tenant, n) AS (
-        SELECT (SELECT tenant FROM items WHERE status = 'pending' AND not_before IS NULL
-            ORDER BY tenant LIMIT 1), 1
+        SELECT ",
+    next_tenant!("true"),
+    ", 1
         UNION ALL
-        SELECT (SELECT i.tenant FROM items AS i WHERE i.status = 'pending' AND i.not_before IS NULL
-            AND i.tenant > around.tenant ORDER BY i.tenant LIMIT 1), n + 1
+        SELECT ",
+    next_tenant!("i.tenant > around.tenant"),
+    ", n + 1
         FROM around WHERE around.tenant <= $3 AND n < $2),
     turns AS MATERIALIZED (
         SELECT n AS turn, tenant FROM up WHERE tenant IS NOT NULL
@@ -305,11 +323,14 @@ pub(super) const CLAIM: &str = concat!(
     part AS MATERIALIZED (SELECT ($2 + count(*) - 1) / greatest(count(*), 1) AS size FROM turns),
     picked AS (
         SELECT p.id FROM lease CROSS JOIN turns AS t CROSS JOIN LATERAL (
-            SELECT row_number() OVER (ORDER BY x.priority, x.id) AS rank, x.id FROM (
+            SELECT row_number() OVER (ORDER BY x.priority, x.id) AS rank, x.id
+            FROM unnest($4::text[]) AS n (name) CROSS JOIN LATERAL (
                 SELECT i.id, i.priority FROM items AS i
-                WHERE i.status = 'pending' AND i.not_before IS NULL AND i.tenant = t.tenant
+                WHERE i.status = 'pending' AND i.not_before IS NULL
+                    AND i.pipeline = n.name AND i.handling = $5 AND i.tenant = t.tenant
                 ORDER BY i.priority, i.id LIMIT (SELECT size FROM part)
                 FOR UPDATE SKIP LOCKED) AS x) AS p
+        WHERE p.rank <= (SELECT size FROM part)
         ORDER BY p.rank, t.turn LIMIT $2),
     taken AS (
         UPDATE items AS i SET status = 'processing', lease_id = $1, epoch = i.epoch + 1,
@@ -328,6 +349,11 @@ pub(super) const CLAIM: &str = concat!(
     item!(),
     " FROM taken"
 );
+
+pub(super) const SUSPECTS: &str = "
+    SELECT EXISTS (SELECT 1 FROM unnest($1::text[]) AS n (name) CROSS JOIN unnest(ARRAY[1, 2, 3]) AS h (handling)
+        CROSS JOIN LATERAL (SELECT 1 FROM items AS i WHERE i.status = 'pending' AND i.not_before IS NULL
+            AND i.pipeline = n.name AND i.handling = h.handling LIMIT 1) AS x)";
 
 pub(super) const LIVE: &str = concat!(
     "SELECT EXISTS (SELECT 1 FROM leases WHERE id = $1 AND expires_at > ",
@@ -370,13 +396,25 @@ pub(super) const REAP_LEASES: &str = concat!(
     " RETURNING id"
 );
 
+/// See `Handling::after_death`.
 pub(super) const REAP_ITEMS: &str = concat!(
-    "WITH requeued AS (
-        UPDATE items SET status = 'pending', lease_id = NULL, epoch = epoch + 1
-        WHERE lease_id = ANY ($1::bigint[]) AND attempt < max_attempts RETURNING 1),
+    "WITH dead AS (
+        SELECT lease_id AS lease, (count(*) > 1)::int AS back FROM items
+        WHERE lease_id = ANY ($1::bigint[]) GROUP BY lease_id),
+    requeued AS (
+        UPDATE items AS i SET status = 'pending', lease_id = NULL, epoch = i.epoch + 1,
+            attempt = greatest(i.attempt - d.back, 0),
+            handling = CASE WHEN i.handling = 0 AND d.back = 1 THEN 1
+                WHEN i.max_attempts - greatest(i.attempt - d.back, 0) <= 1 THEN 3 ELSE 2 END
+        FROM dead AS d
+        WHERE i.lease_id = ANY ($1::bigint[]) AND i.lease_id = d.lease
+            AND (d.back = 1 OR i.attempt < i.max_attempts) RETURNING 1),
     done AS (
-        UPDATE items SET status = 'failed', lease_id = NULL, epoch = epoch + 1, error = $2
-        WHERE lease_id = ANY ($1::bigint[]) AND attempt >= max_attempts RETURNING run_id, seq, error),
+        UPDATE items AS i SET status = 'failed', lease_id = NULL, epoch = i.epoch + 1, error = $2
+        FROM dead AS d
+        WHERE i.lease_id = ANY ($1::bigint[]) AND i.lease_id = d.lease
+            AND d.back = 0 AND i.attempt >= i.max_attempts
+        RETURNING i.run_id, i.seq, i.error),
     notes AS (
         SELECT NULL::bigint AS run_id, NULL::text AS kind, NULL::text AS data, 0 AS place WHERE false),
     ", count_and_log!(), "

@@ -6,7 +6,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::store::sql::failed;
 
 /// Step n brings the tables from version n to n + 1. A step that has been released is never changed.
-const STEPS: &[&str] = &[include_str!("0001.sql")];
+const STEPS: &[&str] = &[include_str!("0001.sql"), include_str!("0002.sql")];
 
 /// Brings the tables in `schema`, which is the connection's search path, to this release's version.
 pub(super) async fn migrate(connection: &mut PgConnection, schema: &str) -> Result<()> {

@@ -82,11 +82,14 @@ async fn no_statement_reads_a_whole_table() {
         LOST,
         ANYTHING_TO_REAP,
         REAP_LEASES,
+        SUSPECTS,
+        HELD_ALONE,
         REQUEUE,
         GIVE_UP,
         LET_IN,
         CANCEL_ITEMS,
         CANCEL_RUN,
+        RETRY_INTENTS,
         RETRY_ITEMS,
         RETRY_RUN,
         PURGE_RUNS,
@@ -96,8 +99,8 @@ async fn no_statement_reads_a_whole_table() {
 
     // None; those of an empty file and of a small one, gone stale; those of a million rows
     // that are all in process, or all of one run, or all pending of one tenant.
-    let small = "INSERT INTO items (v, run_id, seq, tenant, priority, max_attempts, key, input) \
-                 SELECT 1, id, 0, 'a', 0, 3, 'k', '1' FROM runs; ANALYZE;";
+    let small = "INSERT INTO items (v, run_id, seq, pipeline, tenant, priority, max_attempts, key, input) \
+                 SELECT 1, id, 0, 'p', 'a', 0, 3, 'k', '1' FROM runs; ANALYZE;";
     let stat = |index: &str, numbers: &str| {
         let sql = "INSERT OR REPLACE INTO sqlite_stat1 (tbl, idx, stat) VALUES";
         format!("{sql} ('items', '{index}', '{numbers}'); ")
@@ -105,13 +108,13 @@ async fn no_statement_reads_a_whole_table() {
     let all_leased = [
         "DELETE FROM sqlite_stat1; ".to_owned(),
         stat("items_leased", "1000000 1000000"),
-        stat("items_ready", "1 1 1 1"),
+        stat("items_ready", "1 1 1 1 1 1"),
         "ANALYZE sqlite_schema;".to_owned(),
     ];
     let all_ready = [
         "DELETE FROM sqlite_stat1; ".to_owned(),
         stat("items_leased", "1 1"),
-        stat("items_ready", "1000000 1000000 1000000 1"),
+        stat("items_ready", "1000000 1000000 1000000 1000000 1000000 1"),
         stat("sqlite_autoindex_items_1", "1000000 1000000 1"),
         "ANALYZE sqlite_schema;".to_owned(),
     ];

@@ -9,10 +9,10 @@ use serde_json::json;
 use super::write::{add_log, apply};
 use super::{Sqlite, first, is_busy, now, rows};
 use crate::error::Result;
-use crate::store::Queue;
 use crate::store::change::{Changes, duration_millis, lease_lost, worker_died};
 use crate::store::records::{Hold, Item, ItemId, LeaseId, Reaped, RunId};
 use crate::store::sql::{each, retrying, write_error};
+use crate::store::{Claim, Queue};
 
 fn holds_json(holds: &[Hold]) -> String {
     let holds: Vec<_> = holds.iter().map(|hold| (hold.item.0, hold.epoch)).collect();
@@ -65,13 +65,23 @@ impl Queue for Sqlite {
         retrying!(is_busy, write())
     }
 
-    async fn claim(&self, lease: LeaseId, limit: u32) -> Result<Vec<Item>> {
+    async fn claim(&self, lease: LeaseId, claim: Claim<'_>) -> Result<Vec<Item>> {
         let cursor = self.cursor.get();
-        let claimed = retrying!(is_busy, self.take(lease, limit, &cursor))?;
+        let claimed = retrying!(is_busy, self.take(lease, claim, &cursor))?;
         let Some(items) = claimed else {
             return Err(lease_lost(lease));
         };
         Ok(self.cursor.deal(items, &cursor))
+    }
+
+    async fn has_suspects(&self, pipelines: &[&str]) -> Result<bool> {
+        let names = json!(pipelines).to_string();
+        retrying!(
+            is_busy,
+            sqlx::query_scalar(rows::SUSPECTS)
+                .bind(&names)
+                .fetch_one(self.reader())
+        )
     }
 
     async fn release(&self, holds: &[Hold], delay: Duration, charge: bool) -> Result<u64> {
@@ -134,7 +144,7 @@ impl Sqlite {
     async fn take(
         &self,
         lease: LeaseId,
-        limit: u32,
+        claim: Claim<'_>,
         cursor: &str,
     ) -> sqlx::Result<Option<Vec<(Item, i32)>>> {
         let mut transaction = self.begin().await?;
@@ -143,11 +153,13 @@ impl Sqlite {
         if live.fetch_optional(&mut *transaction).await?.is_none() {
             return Ok(None);
         }
-        let claim = sqlx::query(rows::CLAIM)
+        let take = sqlx::query(rows::CLAIM)
             .bind(lease.0)
-            .bind(limit)
-            .bind(cursor);
-        let claimed = claim.fetch_all(&mut *transaction).await?;
+            .bind(claim.limit)
+            .bind(cursor)
+            .bind(json!(claim.names()).to_string())
+            .bind(claim.handling.as_i32());
+        let claimed = take.fetch_all(&mut *transaction).await?;
         let items: Vec<_> = claimed
             .iter()
             .map(rows::item)
@@ -178,11 +190,13 @@ impl Sqlite {
         if !dead.is_empty() {
             reaped.leases = dead.len() as u64;
             let dead = json!(dead).to_string();
-            let requeue = sqlx::query(rows::REQUEUE).bind(&dead);
+            let alone = sqlx::query_scalar::<_, i64>(rows::HELD_ALONE).bind(&dead);
+            let alone = json!(alone.fetch_all(&mut *transaction).await?).to_string();
+            let requeue = sqlx::query(rows::REQUEUE).bind(&dead).bind(&alone);
             reaped.requeued = requeue.execute(&mut *transaction).await?.rows_affected();
             let error = worker_died();
             let give_up = sqlx::query(rows::GIVE_UP)
-                .bind(&dead)
+                .bind(&alone)
                 .bind(write_error(&error));
             let mut changes = Changes::new();
             for row in give_up.fetch_all(&mut *transaction).await? {

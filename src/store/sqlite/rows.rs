@@ -23,7 +23,7 @@ pub(super) const RUNS_OF_STATUS: &str = "SELECT id, tenant, name, status, spec, 
     WHERE id < ?1 AND status = ?4 ORDER BY id DESC LIMIT ?2";
 
 pub(super) const ITEMS: &str = "SELECT id, run_id, seq, key, tenant, status, epoch, attempt, \
-    max_attempts, input, output, error, priority FROM items \
+    max_attempts, input, output, error, priority, handling FROM items \
     WHERE run_id = ?1 AND seq >= ?2 ORDER BY seq LIMIT ?3";
 
 pub(super) const LOG: &str = "SELECT seq, kind, data, at FROM run_log \
@@ -54,25 +54,30 @@ pub(super) const INTENTS: &str = "SELECT item_id, attempt, memo_key, provider_re
 /// A lease that is live.
 pub(super) const LIVE: &str = "SELECT 1 FROM leases WHERE id = ?1 AND expires_at > ?2";
 
-/// Tenants with something to claim are found one after the other, each by one step into the index;
-/// then each one's part, and of all parts the first `?2` in the order of dealing.
+/// Tenants with something to claim are found one after the other, each by one step into the index for each
+/// pipeline (`?4`); then each one's part, and of all parts the first `?2` in the order of dealing.
 pub(super) const CLAIM: &str = "\
 UPDATE items NOT INDEXED SET status = 'processing', lease_id = ?1, epoch = epoch + 1, attempt = attempt + 1 \
 WHERE id IN ( \
     WITH RECURSIVE \
+    names (name) AS MATERIALIZED (SELECT value FROM json_each(?4)), \
     up (tenant, n) AS ( \
-        SELECT (SELECT tenant FROM items INDEXED BY items_ready WHERE status = 'pending' AND not_before IS NULL \
-            AND tenant > ?3 ORDER BY tenant LIMIT 1), 1 \
+        SELECT (SELECT min((SELECT tenant FROM items INDEXED BY items_ready WHERE status = 'pending' \
+            AND not_before IS NULL AND pipeline = name AND handling = ?5 \
+            AND tenant > ?3 ORDER BY tenant LIMIT 1)) FROM names), 1 \
         UNION ALL \
-        SELECT (SELECT tenant FROM items INDEXED BY items_ready WHERE status = 'pending' AND not_before IS NULL \
-            AND tenant > up.tenant ORDER BY tenant LIMIT 1), n + 1 \
+        SELECT (SELECT min((SELECT tenant FROM items INDEXED BY items_ready WHERE status = 'pending' \
+            AND not_before IS NULL AND pipeline = name AND handling = ?5 \
+            AND tenant > up.tenant ORDER BY tenant LIMIT 1)) FROM names), n + 1 \
         FROM up WHERE up.tenant IS NOT NULL AND n < ?2), \
     around (tenant, n) AS ( \
-        SELECT (SELECT tenant FROM items INDEXED BY items_ready WHERE status = 'pending' AND not_before IS NULL \
-            AND tenant >= '' ORDER BY tenant LIMIT 1), 1 \
+        SELECT (SELECT min((SELECT tenant FROM items INDEXED BY items_ready WHERE status = 'pending' \
+            AND not_before IS NULL AND pipeline = name AND handling = ?5 \
+            AND tenant >= '' ORDER BY tenant LIMIT 1)) FROM names), 1 \
         UNION ALL \
-        SELECT (SELECT tenant FROM items INDEXED BY items_ready WHERE status = 'pending' AND not_before IS NULL \
-            AND tenant > around.tenant ORDER BY tenant LIMIT 1), n + 1 \
+        SELECT (SELECT min((SELECT tenant FROM items INDEXED BY items_ready WHERE status = 'pending' \
+            AND not_before IS NULL AND pipeline = name AND handling = ?5 \
+            AND tenant > around.tenant ORDER BY tenant LIMIT 1)) FROM names), n + 1 \
         FROM around WHERE around.tenant <= ?3 AND n < ?2), \
     turns (turn, tenant) AS MATERIALIZED ( \
         SELECT n, tenant FROM up WHERE tenant IS NOT NULL \
@@ -81,12 +86,17 @@ WHERE id IN ( \
     part (size) AS MATERIALIZED (SELECT (?2 + count(*) - 1) / max(count(*), 1) FROM turns), \
     parts (turn, rank, id) AS ( \
         SELECT t.turn, row_number() OVER (PARTITION BY t.turn ORDER BY i.priority, i.id), i.id \
-        FROM turns t CROSS JOIN items i NOT INDEXED ON i.id IN ( \
+        FROM turns t CROSS JOIN names CROSS JOIN items i NOT INDEXED ON i.id IN ( \
             SELECT id FROM items INDEXED BY items_ready WHERE status = 'pending' AND not_before IS NULL \
+            AND pipeline = name AND handling = ?5 \
             AND tenant = t.tenant ORDER BY priority, id LIMIT (SELECT size FROM part))) \
-    SELECT id FROM parts ORDER BY rank, turn LIMIT ?2) \
+    SELECT id FROM parts WHERE rank <= (SELECT size FROM part) ORDER BY rank, turn LIMIT ?2) \
 RETURNING id, run_id, seq, key, tenant, status, epoch, attempt, max_attempts, input, output, error, \
-    priority";
+    priority, handling";
+
+pub(super) const SUSPECTS: &str = "SELECT EXISTS (SELECT 1 FROM json_each(?1) AS n CROSS JOIN items AS i \
+    INDEXED BY items_ready ON i.pipeline = n.value AND i.handling IN (1, 2, 3) \
+    WHERE i.status = 'pending' AND i.not_before IS NULL)";
 
 pub(super) const START_RUNS: &str = "UPDATE runs NOT INDEXED SET status = 'processing', log_seq = log_seq + 1 \
     WHERE id IN (SELECT value FROM json_each(?1)) AND status = 'pending' RETURNING id, log_seq";
@@ -129,7 +139,7 @@ pub(super) const RELEASE: &str = "UPDATE items NOT INDEXED SET status = 'pending
     AND items.status NOT IN ('completed', 'failed', 'cancelled')";
 
 pub(super) const HELD: &str = "SELECT id, run_id, seq, key, tenant, status, epoch, attempt, \
-    max_attempts, input, output, error, priority FROM items WHERE lease_id = ?1 ORDER BY id";
+    max_attempts, input, output, error, priority, handling FROM items WHERE lease_id = ?1 ORDER BY id";
 
 pub(super) const LOST: &str = "SELECT h.id FROM \
     (SELECT key AS place, value ->> 0 AS id, value ->> 1 AS epoch FROM json_each(?1)) AS h \
@@ -141,9 +151,20 @@ pub(super) const ANYTHING_TO_REAP: &str = "SELECT EXISTS (SELECT 1 FROM leases W
 
 pub(super) const REAP_LEASES: &str = "DELETE FROM leases WHERE expires_at <= ?1 RETURNING id";
 
-pub(super) const REQUEUE: &str = "UPDATE items SET status = 'pending', lease_id = NULL, \
-    epoch = epoch + 1 WHERE lease_id IN (SELECT value FROM json_each(?1)) AND attempt < max_attempts";
+/// Dead leases that held one item.
+pub(super) const HELD_ALONE: &str = "SELECT lease_id FROM items \
+    WHERE lease_id IN (SELECT value FROM json_each(?1)) GROUP BY lease_id HAVING count(*) = 1";
 
+/// `?1`: dead leases, `?2`: those of them that held one item. See `Handling::after_death`.
+pub(super) const REQUEUE: &str = "UPDATE items SET status = 'pending', lease_id = NULL, \
+    epoch = epoch + 1, attempt = max(attempt - d.back, 0), \
+    handling = CASE WHEN handling = 0 AND d.back = 1 THEN 1 \
+        WHEN max_attempts - max(attempt - d.back, 0) <= 1 THEN 3 ELSE 2 END \
+    FROM (SELECT value AS lease, value NOT IN (SELECT value FROM json_each(?2)) AS back \
+        FROM json_each(?1)) AS d \
+    WHERE items.lease_id = d.lease AND (d.back = 1 OR attempt < max_attempts)";
+
+/// `?1`: dead leases that held one item.
 pub(super) const GIVE_UP: &str = "UPDATE items SET status = 'failed', lease_id = NULL, \
     epoch = epoch + 1, error = ?2 WHERE lease_id IN (SELECT value FROM json_each(?1)) \
     RETURNING id, run_id, seq";
@@ -157,7 +178,11 @@ pub(super) const CANCEL_RUN: &str = "UPDATE runs SET status = 'cancelled', \
     cancelled = cancelled + ?2, log_seq = log_seq + 2, ended_at = ?3 WHERE id = ?1 RETURNING log_seq";
 
 pub(super) const RETRY_ITEMS: &str = "UPDATE items SET status = 'pending', epoch = epoch + 1, \
-    attempt = 0, error = NULL WHERE run_id = ?1 AND status = 'failed'";
+    attempt = 0, error = NULL, handling = min(handling, 2) WHERE run_id = ?1 AND status = 'failed'";
+
+/// Before the items are pending again.
+pub(super) const RETRY_INTENTS: &str = "DELETE FROM intents WHERE item_id IN \
+    (SELECT id FROM items WHERE run_id = ?1 AND status = 'failed')";
 
 pub(super) const RETRY_RUN: &str = "UPDATE runs SET status = 'pending', failed = failed - ?2, \
     error = NULL, ended_at = NULL, log_seq = log_seq + 1 WHERE id = ?1 RETURNING log_seq";

@@ -11,7 +11,7 @@ use crate::error::{Error, ErrorKind, Result};
 const APPLICATION_ID: i32 = i32::from_be_bytes(*b"thln");
 
 /// Step n brings a file from version n to n + 1. A step that has been released is never changed.
-const STEPS: &[&str] = &[include_str!("0001.sql")];
+const STEPS: &[&str] = &[include_str!("0001.sql"), include_str!("0002.sql")];
 
 /// What the planner is told of the tables: fixed, and those of a large file. Statistics that were
 /// gathered while a file was small make it read whole tables when the file has grown, and
@@ -27,7 +27,11 @@ const STATISTICS: &[(&str, Option<&str>, &str)] = &[
     ("items", Some("items_delayed"), "10000 10"),
     ("items", Some("items_failed"), "10000 100"),
     ("items", Some("items_leased"), "10000 100"),
-    ("items", Some("items_ready"), "1000000 10000 1000 1"),
+    (
+        "items",
+        Some("items_ready"),
+        "1000000 100000 100000 10000 1000 1",
+    ),
     ("items", Some("sqlite_autoindex_items_1"), "1000000 1000 1"),
     ("leases", None, "100"),
     ("run_log", Some("run_log"), "1000000 100 1"),

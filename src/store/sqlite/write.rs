@@ -135,6 +135,8 @@ impl Sqlite {
         if cancelled.fetch_optional(&mut *transaction).await?.is_some() {
             return Ok(0);
         }
+        let dismiss = sqlx::query(rows::RETRY_INTENTS).bind(run.0);
+        dismiss.execute(&mut *transaction).await?;
         let retry = sqlx::query(rows::RETRY_ITEMS).bind(run.0);
         let again = retry.execute(&mut *transaction).await?.rows_affected();
         if again == 0 {
@@ -160,16 +162,17 @@ async fn add_items(
 ) -> sqlx::Result<()> {
     // What they share is bound once and named by its number.
     let mut insert =
-        QueryBuilder::<Db>::new("WITH shared (run, tenant, priority, most) AS (VALUES (");
+        QueryBuilder::<Db>::new("WITH shared (run, pipeline, tenant, priority, most) AS (VALUES (");
     let mut shared = insert.separated(", ");
     shared
         .push_bind(id)
+        .push_bind(&run.name)
         .push_bind(&run.tenant)
         .push_bind(run.priority)
         .push_bind(run.max_attempts);
     insert.push(
-        ")) INSERT INTO items (v, run_id, tenant, priority, max_attempts, seq, key, input) \
-         SELECT 1, run, tenant, priority, most, column1, column2, column3 FROM shared CROSS JOIN (",
+        ")) INSERT INTO items (v, run_id, pipeline, tenant, priority, max_attempts, seq, key, input) \
+         SELECT 1, run, pipeline, tenant, priority, most, column1, column2, column3 FROM shared CROSS JOIN (",
     );
     insert.push_values(items.iter().enumerate(), |mut row, (i, item)| {
         row.push_bind((start + i) as i64)

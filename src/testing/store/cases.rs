@@ -10,8 +10,8 @@ use crate::digest::RequestDigest;
 use crate::error::{Error, ErrorKind, Result};
 use crate::request::Request;
 use crate::store::{
-    Commit, Generation, Hold, Intent, Item, MemoKey, NewItem, NewRun, Note, Queue, RunFilter,
-    RunId, Settlement, Status,
+    Claim, Commit, Generation, Hold, Intent, Item, MemoKey, NewItem, NewRun, Note, Queue,
+    RunFilter, RunId, Settlement, Status,
 };
 use crate::usage::Usage;
 
@@ -56,7 +56,7 @@ pub(super) async fn commit(store: &Store, settlements: Vec<Settlement>) -> usize
 }
 
 pub(super) async fn claim(store: &Store, lease: crate::store::LeaseId, n: u32) -> Vec<Item> {
-    store.claim(lease, n).await.unwrap()
+    store.claim(lease, Claim::new(&["p"], n)).await.unwrap()
 }
 
 pub(super) async fn log(store: &Store, run: RunId) -> Vec<(String, Value)> {
@@ -81,7 +81,7 @@ pub(super) async fn a_run_is_kept_as_it_was_given(store: Store) {
         NewItem::new("k", json!(large).to_string()),
         NewItem::new("k", "{\"b\": 1.0, \"a\":1e400}"),
     ];
-    let new = NewRun::new(odd, "a name")
+    let new = NewRun::new(odd, odd)
         .spec(json!([odd]).to_string())
         .items(items.clone());
     let created = store
@@ -91,7 +91,7 @@ pub(super) async fn a_run_is_kept_as_it_was_given(store: Store) {
     assert!(created.new && created.run.0 > 0);
 
     let run = read(&*store, created.run).await;
-    assert_eq!((&*run.tenant, &*run.name), (odd, "a name"));
+    assert_eq!((&*run.tenant, &*run.name), (odd, odd));
     assert_eq!(run.spec, json!([odd]).to_string());
     assert_eq!(
         (run.status, run.total, run.ended()),
@@ -121,7 +121,9 @@ pub(super) async fn a_run_is_kept_as_it_was_given(store: Store) {
     assert!(store.log(nobody, 0, 10).await.unwrap().is_empty());
 
     let out = json!([odd]).to_string();
-    let claimed = claim(&store, lease(&*store).await, 1).await;
+    let pipelines = [odd];
+    let claimed = Claim::new(&pipelines, 1);
+    let claimed = store.claim(lease(&*store).await, claimed).await.unwrap();
     assert_eq!(
         commit(&store, vec![settle(claimed[0].hold(), Ok(out.clone()))]).await,
         1
@@ -255,6 +257,28 @@ pub(super) async fn items_are_dealt_fairly_and_by_priority(store: Store) {
     assert_eq!(dealt(2).await, "b0.5 b0.6");
     assert_eq!(dealt(200).await.split(' ').count(), 93);
     assert_eq!(dealt(5).await, "");
+}
+
+pub(super) async fn a_claim_takes_only_items_of_the_pipelines_it_names(store: Store) {
+    for (name, tenant) in [("p", "b"), ("q", "a"), ("q", "c"), ("r", "b")] {
+        let items = (0..3).map(|i| NewItem::new(format!("{name}{tenant}{i}"), "1"));
+        let new = NewRun::new(tenant, name).items(items);
+        store.create_run(new).await.unwrap();
+    }
+    let lease = lease(&*store).await;
+    let dealt = async |pipelines: &[&str], limit| {
+        let claim = Claim::new(pipelines, limit);
+        let items = store.claim(lease, claim).await.unwrap();
+        let keys: Vec<_> = items.into_iter().map(|item| item.key).collect();
+        keys.join(" ")
+    };
+    assert_eq!(dealt(&[], 9).await, "");
+    assert_eq!(dealt(&["unheard of"], 9).await, "");
+    // Tenants take turns whatever the pipeline, and a name counts once.
+    assert_eq!(dealt(&["q", "p", "q"], 4).await, "qa0 pb0 qc0 qa1");
+    assert_eq!(dealt(&["p"], 9).await, "pb1 pb2");
+    // Within a tenant the lowest number goes first, whatever the pipeline.
+    assert_eq!(dealt(&["r", "p", "q"], 9).await, "qc1 qa2 rb0 qc2 rb1 rb2");
 }
 
 pub(super) async fn more_tenants_than_places_take_turns(store: Store) {

@@ -7,12 +7,18 @@ use serde_json::json;
 use super::cases::{Store, broken, claim, commit, done, entry, generation, key, log, settle};
 use super::{LONG, create, lease, read};
 use crate::error::ErrorKind;
-use crate::store::{Commit, Intent, Item, NewItem, NewRun, Reaped, RunId, Status};
+use crate::store::{Claim, Commit, Handling, Intent, Item, NewItem, NewRun, Reaped, RunId, Status};
+
+const ONE: Claim<'static> = Claim {
+    pipelines: &["p"],
+    handling: Handling::Normal,
+    limit: 1,
+};
 
 pub(super) async fn a_lease_that_is_over_claims_nothing(store: Store) {
     create(&*store, "a", 2).await;
     let expired = store.register("w", Duration::ZERO).await.unwrap();
-    let lost = store.claim(expired, 1).await.unwrap_err();
+    let lost = store.claim(expired, ONE).await.unwrap_err();
     assert_eq!(lost.kind(), ErrorKind::LeaseLost);
     assert!(
         store.heartbeat(expired, LONG).await.unwrap(),
@@ -25,15 +31,15 @@ pub(super) async fn a_lease_that_is_over_claims_nothing(store: Store) {
     assert_eq!((reaped.leases, reaped.requeued), (1, 1));
     assert!(!store.heartbeat(expired, LONG).await.unwrap());
     assert_eq!(
-        store.claim(expired, 1).await.unwrap_err().kind(),
+        store.claim(expired, ONE).await.unwrap_err().kind(),
         ErrorKind::LeaseLost
     );
     let fresh = lease(&*store).await;
     assert_ne!(fresh, expired, "a number is not used again");
-    assert_eq!(claim(&store, fresh, 5).await.len(), 2);
+    assert_eq!(super::claim_any(&*store, fresh, 5).await.len(), 2);
     let never = crate::store::LeaseId(fresh.0 + 1000);
     assert_eq!(
-        store.claim(never, 1).await.unwrap_err().kind(),
+        store.claim(never, ONE).await.unwrap_err().kind(),
         ErrorKind::LeaseLost
     );
 }
@@ -48,7 +54,7 @@ pub(super) async fn a_lease_of_the_same_name_is_another_lease(store: Store) {
     assert!(store.heartbeat(dead, Duration::ZERO).await.unwrap());
     assert!(store.heartbeat(again, LONG).await.unwrap());
     assert_eq!(store.reap().await.unwrap().requeued, 2);
-    assert_eq!(claim(&store, again, 5).await.len(), 3);
+    assert_eq!(super::claim_any(&*store, again, 5).await.len(), 3);
 }
 
 pub(super) async fn a_retired_lease_gives_its_items_back_without_charge(store: Store) {
@@ -71,16 +77,20 @@ pub(super) async fn a_retired_lease_gives_its_items_back_without_charge(store: S
     assert_eq!(read(&*store, run).await.completed, 1);
 }
 
-pub(super) async fn a_dead_workers_items_go_to_others_until_their_attempts_are_used_up(
+pub(super) async fn an_item_that_was_alone_when_its_workers_died_fails_after_its_attempts(
     store: Store,
 ) {
     let items = ["a", "b"].map(|key| NewItem::new(key, "1"));
     let new = NewRun::new("t", "p").max_attempts(2).items(items);
     let run = store.create_run(new).await.unwrap().run;
-    for attempt in 1..=2 {
+    for (attempt, handling) in [(1, Handling::Normal), (2, Handling::LastAttempt)] {
         let dying = lease(&*store).await;
-        let held = claim(&store, dying, 1).await.remove(0);
-        assert_eq!((held.seq, held.attempt), (0, attempt));
+        let claim = Claim::new(&["p"], 1).handling(handling);
+        let held = store.claim(dying, claim).await.unwrap().remove(0);
+        assert_eq!(
+            (held.seq, held.attempt, held.handling),
+            (0, attempt, handling)
+        );
         assert_eq!(
             store.reap().await.unwrap(),
             Reaped::default(),
@@ -96,10 +106,45 @@ pub(super) async fn a_dead_workers_items_go_to_others_until_their_attempts_are_u
     assert_eq!((kept.status, kept.failed), (Status::Processing, 1));
     let failed = store.items(run, 0, 1).await.unwrap().remove(0);
     assert_eq!(failed.error.unwrap().kind(), ErrorKind::LeaseLost);
+    assert!(!store.has_suspects(&["p"]).await.unwrap());
 
     let last = claim(&store, lease(&*store).await, 5).await;
     assert_eq!(commit(&store, vec![done(last[0].hold())]).await, 1);
     assert_eq!(read(&*store, run).await.status, Status::Failed);
+    // Whoever gives it another chance gives it alone.
+    assert_eq!(store.retry_failed(run).await.unwrap(), 1);
+    let again = super::claim_any(&*store, lease(&*store).await, 5).await;
+    assert_eq!(
+        (again.len(), again[0].attempt, again[0].handling),
+        (1, 1, Handling::Alone)
+    );
+}
+
+/// However often: it may be that one of the others ended the process.
+pub(super) async fn an_item_never_fails_for_a_worker_that_held_others_too(store: Store) {
+    let items = (0..3).map(|n| NewItem::new(n.to_string(), "1"));
+    let new = NewRun::new("t", "p").max_attempts(1).items(items);
+    let run = store.create_run(new).await.unwrap().run;
+    let mut seen = Vec::new();
+    for _ in 0..4 {
+        let dying = lease(&*store).await;
+        let held = super::claim_any(&*store, dying, 3).await;
+        assert_eq!(held.len(), 3);
+        assert!(held.iter().all(|item| item.attempt == 1), "{held:?}");
+        assert!(held.iter().all(|item| item.handling == held[0].handling));
+        seen.push(held[0].handling);
+        assert!(!store.has_suspects(&["p"]).await.unwrap(), "all are held");
+        store.heartbeat(dying, Duration::ZERO).await.unwrap();
+        let reaped = store.reap().await.unwrap();
+        assert_eq!((reaped.requeued, reaped.failed), (3, 0));
+        assert!(store.has_suspects(&["q", "p"]).await.unwrap());
+        assert!(!store.has_suspects(&["q"]).await.unwrap());
+        assert!(!store.has_suspects(&[]).await.unwrap());
+    }
+    let last = Handling::LastAttempt;
+    assert_eq!(seen, [Handling::Normal, Handling::Few, last, last]);
+    let left = store.items(run, 0, 3).await.unwrap();
+    assert!(left.iter().all(|item| item.attempt == 0));
 }
 
 pub(super) async fn released_items_come_back_when_their_delay_is_over(store: Store) {
@@ -273,9 +318,29 @@ pub(super) async fn intents_of_items_that_nobody_holds_are_ambiguous(store: Stor
         open[2..]
     );
 
-    let commit = Commit::new()
+    let ended = Commit::new()
         .generations(vec![generation("a", 1, "1")])
         .over(vec![intents[0].name(), open[0].name(), open[2].name()]);
-    store.commit(commit).await.unwrap();
+    store.commit(ended).await.unwrap();
     assert_eq!(store.ambiguous(None, 10).await.unwrap(), open[1..2]);
+
+    // Whoever tries the item again has decided about its call; a call of another item stays.
+    let items = super::claim_any(&*store, alive, 2).await;
+    let other = items.iter().find(|item| item.id != open[1].item).unwrap();
+    let stays = Intent {
+        item: other.id,
+        ..intents[0].clone()
+    };
+    store
+        .put_intents(std::slice::from_ref(&stays))
+        .await
+        .unwrap();
+    let failed = items.iter().find(|item| item.id == open[1].item).unwrap();
+    let results = vec![
+        settle(failed.hold(), Err(broken("sent before"))),
+        done(other.hold()),
+    ];
+    assert_eq!(commit(&store, results).await, 2);
+    assert_eq!(store.retry_failed(failed.run).await.unwrap(), 1);
+    assert_eq!(store.ambiguous(None, 10).await.unwrap(), [stays]);
 }

@@ -24,7 +24,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::run::Audit;
-use crate::store::{Item, LeaseId, NewItem, NewRun, Queue, Run, RunId, Store};
+use crate::store::{Claim, Handling, Item, LeaseId, NewItem, NewRun, Queue, Run, RunId, Store};
 
 pub use self::model::against_model;
 
@@ -54,6 +54,7 @@ pub async fn conformance(open: impl AsyncFn() -> Arc<dyn Queue>) {
             what_cannot_be_kept_is_refused,
             runs_are_listed_newest_first_and_by_page,
             items_are_dealt_fairly_and_by_priority,
+            a_claim_takes_only_items_of_the_pipelines_it_names,
             more_tenants_than_places_take_turns,
             a_commit_counts_logs_and_ends_the_run,
             a_commit_sent_again_changes_nothing,
@@ -66,7 +67,8 @@ pub async fn conformance(open: impl AsyncFn() -> Arc<dyn Queue>) {
             a_lease_that_is_over_claims_nothing,
             a_lease_of_the_same_name_is_another_lease,
             a_retired_lease_gives_its_items_back_without_charge,
-            a_dead_workers_items_go_to_others_until_their_attempts_are_used_up,
+            an_item_that_was_alone_when_its_workers_died_fails_after_its_attempts,
+            an_item_never_fails_for_a_worker_that_held_others_too,
             released_items_come_back_when_their_delay_is_over,
             a_cancelled_run_stops_at_once,
             failed_items_can_be_tried_again,
@@ -113,6 +115,22 @@ async fn all_items(store: &dyn Store, run: RunId) -> Vec<Item> {
         }
         items.extend(page);
     }
+}
+
+/// Items of the pipeline `p`, whatever their handling.
+async fn claim_any(store: &dyn Queue, lease: LeaseId, limit: u32) -> Vec<Item> {
+    let mut items = Vec::new();
+    for handling in [
+        Handling::Normal,
+        Handling::Few,
+        Handling::Alone,
+        Handling::LastAttempt,
+    ] {
+        let left = limit - items.len() as u32;
+        let claim = Claim::new(&["p"], left).handling(handling);
+        items.extend(store.claim(lease, claim).await.expect("claim"));
+    }
+    items
 }
 
 /// A run of `n` items for `tenant`.

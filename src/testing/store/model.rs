@@ -11,8 +11,8 @@ use super::{LONG, all_items};
 use crate::error::{Error, ErrorKind, Result};
 use crate::request::Request;
 use crate::store::{
-    Commit, Generation, Hold, Intent, Item, ItemId, LeaseId, MemoKey, Memory, NewItem, NewRun,
-    Note, Queue, RunFilter, RunId, Settlement, Status, Store as _,
+    Claim, Commit, Generation, Handling, Hold, Intent, Item, ItemId, LeaseId, MemoKey, Memory,
+    NewItem, NewRun, Note, Queue, RunFilter, RunId, Settlement, Status, Store as _,
 };
 use crate::usage::Usage;
 
@@ -139,10 +139,13 @@ impl Walk {
             status,
             epoch,
             attempt,
+            handling,
             ..
         } = item;
         let (output, error) = (&item.output, item.error.as_ref().map(ToString::to_string));
-        format!("{id} {seq} {key} {tenant} {status} {epoch} {attempt} {output:?} {error:?}")
+        format!(
+            "{id} {seq} {key} {tenant} {status} {epoch} {attempt} {handling:?} {output:?} {error:?}"
+        )
     }
 
     async fn step(&mut self) {
@@ -217,7 +220,7 @@ impl Walk {
     async fn create(&mut self) {
         let tenant = ["", "a", "B", "\u{e9}"][self.rng.usize(..4)];
         let n = self.rng.usize(..6);
-        let mut new = NewRun::new(tenant, "p")
+        let mut new = NewRun::new(tenant, ["p", "p", "q"][self.rng.usize(..3)])
             .priority(self.rng.i32(-1..2))
             .max_attempts(self.rng.u32(1..4))
             .items((0..n).map(|i| NewItem::new(format!("k{i}"), "1")));
@@ -240,8 +243,15 @@ impl Walk {
 
     async fn claim(&mut self) {
         let (lease, limit) = (self.lease(), self.rng.u32(..9));
-        self.trail.push(format!("claim {lease:?} {limit}"));
-        let claimed = both!(self, |side, pick| side.claim(pick.of(lease), limit));
+        let names = [&["p", "q"][..], &["q", "p", "p"], &["p"], &["q"], &[]];
+        let names = names[self.rng.usize(..names.len())];
+        // Mostly the normal one: it is what most items have.
+        let handling = Handling::from_i32(self.rng.i32(-4..4).max(0));
+        let claim = Claim::new(names, limit).handling(handling);
+        self.trail.push(format!("{lease:?} {claim:?}"));
+        let suspects = both!(self, |side, _pick| side.has_suspects(names));
+        self.same((suspects.0.unwrap(), suspects.1.unwrap()));
+        let claimed = both!(self, |side, pick| side.claim(pick.of(lease), claim));
         match claimed {
             (Ok(model), Ok(store)) => {
                 let seen = |items: &[Item], of_store| -> Vec<_> {

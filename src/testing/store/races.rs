@@ -9,7 +9,7 @@ use futures::future::join_all;
 
 use super::{LONG, create, lease, read};
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::{Commit, Item, NewItem, NewRun, Note, Queue, Settlement, Status};
+use crate::store::{Claim, Commit, Item, NewItem, NewRun, Note, Queue, Settlement, Status};
 
 type Store = Arc<dyn Queue>;
 
@@ -50,7 +50,10 @@ pub(super) async fn claimers_never_share_an_item(store: Store) {
         async move {
             let lease = lease(&*store).await;
             loop {
-                let items = store.claim(lease, 7).await.expect("claim");
+                let items = store
+                    .claim(lease, Claim::new(&["p"], 7))
+                    .await
+                    .expect("claim");
                 if items.is_empty() {
                     return;
                 }
@@ -67,7 +70,11 @@ pub(super) async fn claimers_never_share_an_item(store: Store) {
         assert!(seen.insert(id), "item {id} was claimed twice");
     }
     // Who finds all that is left locked by others may stop early: nothing is lost by that.
-    let rest = store.claim(lease(&*store).await, 600).await.expect("claim");
+    let rest = Claim::new(&["p"], 600);
+    let rest = store
+        .claim(lease(&*store).await, rest)
+        .await
+        .expect("claim");
     assert_eq!(seen.len() + rest.len(), 600);
 }
 
@@ -166,7 +173,7 @@ pub(super) async fn each_item_is_settled_once_whoever_dies(store: Store) {
                     return;
                 }
                 let mine = lease(&*store).await;
-                let items = store.claim(mine, 9).await.expect("claim");
+                let items = super::claim_any(&*store, mine, 9).await;
                 match (worker + turn) % 4 {
                     // Dies; its commit comes after the reaper, or just before it.
                     0 => {
