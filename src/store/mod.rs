@@ -150,8 +150,10 @@ pub trait Store: Send + Sync + 'static {
     /// is over or not there.
     async fn cancel(&self, run: RunId) -> Result<u64>;
 
-    /// Makes the failed items of a run pending again, with their attempts back at 0, and removes their intents:
-    /// whoever tries an item again has decided about its calls. Gives their number; 0 if the run was cancelled or is not there.
+    /// Makes the failed items of a run pending again, with their attempts back at 0. Gives their number; 0 if the run was cancelled or is not there.
+    ///
+    /// The intents of those that failed with [`ErrorKind::LeaseLost`](crate::ErrorKind::LeaseLost) are removed: whoever tries such an item again has
+    /// decided about its calls.
     ///
     /// Their [`Handling`] stays, except that the last attempt is none any more: an item that ended its workers is still run alone.
     async fn retry_failed(&self, run: RunId) -> Result<u64>;

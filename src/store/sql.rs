@@ -94,6 +94,14 @@ pub(super) fn read_error(text: Option<String>) -> Option<Error> {
     Some(read.unwrap_or_else(|_| Error::new(ErrorKind::Other, text)))
 }
 
+/// The part of a stored error that says that a lease was lost. No other error has it: within a text its quotes would be escaped.
+macro_rules! kind_of_lost_lease {
+    () => {
+        r#""kind":"lease_lost""#
+    };
+}
+pub(super) use kind_of_lost_lease;
+
 pub(super) fn write_error(error: &Error) -> String {
     // Errors are plain records: they always serialise.
     serde_json::to_string(error).unwrap_or_default()
@@ -263,4 +271,17 @@ fn dealt(mut items: Vec<(super::records::Item, i32)>, cursor: &str) -> Vec<super
     }
     ranked.sort_by_key(|(rank, place, _)| (*rank, *place));
     ranked.into_iter().map(|(_, _, item)| item).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_stored_error_of_a_lost_lease_is_told_by_its_kind() {
+        let lost = Error::new(ErrorKind::LeaseLost, "no").with_code("x");
+        assert!(write_error(&lost).contains(kind_of_lost_lease!()));
+        let other = Error::new(ErrorKind::Other, kind_of_lost_lease!());
+        assert!(!write_error(&other).contains(kind_of_lost_lease!()));
+    }
 }

@@ -21,7 +21,7 @@ use super::records::{
     LogEntry, MemoKey, Purged, Reaped, Run, RunId, Status,
 };
 use super::{Queue, Store};
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 
 /// Everything in memory: for tests, and for work that need not outlive the process.
 ///
@@ -284,13 +284,17 @@ impl Store for Memory {
         }
         let mut again = 0;
         for id in state.of_run.get(&run).cloned().unwrap_or_default() {
-            if state.items[&id].item.status == Status::Failed {
+            let item = &state.items[&id].item;
+            if item.status == Status::Failed {
+                let lost = |error: &Error| error.kind() == ErrorKind::LeaseLost;
+                if item.error.as_ref().is_some_and(lost) {
+                    state.intents.retain(|name, _| name.item != id);
+                }
                 state.requeue_as(id, None, |item| {
                     item.attempt = 0;
                     item.error = None;
                     item.handling = item.handling.min(Handling::Alone);
                 });
-                state.intents.retain(|name, _| name.item != id);
                 again += 1;
             }
         }

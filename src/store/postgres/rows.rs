@@ -3,7 +3,7 @@
 
 use sqlx::postgres::PgRow;
 
-use crate::store::sql::decode;
+use crate::store::sql::{decode, kind_of_lost_lease};
 
 decode!(PgRow);
 
@@ -222,12 +222,17 @@ pub(super) const CANCEL: &str = concat!(
 );
 
 pub(super) const RETRY: &str = concat!(
-    "WITH again AS (
+    "WITH lost AS (
+        SELECT id FROM items WHERE run_id = $1 AND status = 'failed' AND strpos(error, '",
+    kind_of_lost_lease!(),
+    "') > 0),
+    again AS (
         UPDATE items SET status = 'pending', epoch = epoch + 1, attempt = 0, error = NULL,
             handling = least(handling, 2)
         WHERE run_id = $1 AND status = 'failed'
             AND EXISTS (SELECT 1 FROM runs WHERE id = $1 AND status <> 'cancelled') RETURNING id),
-    dismissed AS (DELETE FROM intents USING again WHERE intents.item_id = again.id),
+    dismissed AS (
+        DELETE FROM intents USING lost, again WHERE lost.id = again.id AND intents.item_id = again.id),
     n AS (SELECT count(*) AS items FROM again),
     retried AS (
         UPDATE runs SET status = 'pending', failed = failed - n.items, error = NULL, ended_at = NULL,

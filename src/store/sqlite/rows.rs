@@ -4,7 +4,7 @@
 
 use sqlx::sqlite::SqliteRow;
 
-use crate::store::sql::decode;
+use crate::store::sql::{decode, kind_of_lost_lease};
 
 decode!(SqliteRow);
 
@@ -181,8 +181,12 @@ pub(super) const RETRY_ITEMS: &str = "UPDATE items SET status = 'pending', epoch
     attempt = 0, error = NULL, handling = min(handling, 2) WHERE run_id = ?1 AND status = 'failed'";
 
 /// Before the items are pending again.
-pub(super) const RETRY_INTENTS: &str = "DELETE FROM intents WHERE item_id IN \
-    (SELECT id FROM items WHERE run_id = ?1 AND status = 'failed')";
+pub(super) const RETRY_INTENTS: &str = concat!(
+    "DELETE FROM intents WHERE item_id IN (SELECT id FROM items \
+    WHERE run_id = ?1 AND status = 'failed' AND instr(error, '",
+    kind_of_lost_lease!(),
+    "') > 0)"
+);
 
 pub(super) const RETRY_RUN: &str = "UPDATE runs SET status = 'pending', failed = failed - ?2, \
     error = NULL, ended_at = NULL, log_seq = log_seq + 1 WHERE id = ?1 RETURNING log_seq";

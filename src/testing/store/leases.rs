@@ -6,7 +6,7 @@ use serde_json::json;
 
 use super::cases::{Store, broken, claim, commit, done, entry, generation, key, log, settle};
 use super::{LONG, create, lease, read};
-use crate::error::ErrorKind;
+use crate::error::{Error, ErrorKind};
 use crate::store::{Claim, Commit, Handling, Intent, Item, NewItem, NewRun, Reaped, RunId, Status};
 
 const ONE: Claim<'static> = Claim {
@@ -324,7 +324,7 @@ pub(super) async fn intents_of_items_that_nobody_holds_are_ambiguous(store: Stor
     store.commit(ended).await.unwrap();
     assert_eq!(store.ambiguous(None, 10).await.unwrap(), open[1..2]);
 
-    // Whoever tries the item again has decided about its call; a call of another item stays.
+    // Whoever tries again what failed for its call has decided about it; that of an item that failed otherwise stays.
     let items = super::claim_any(&*store, alive, 2).await;
     let other = items.iter().find(|item| item.id != open[1].item).unwrap();
     let stays = Intent {
@@ -337,10 +337,13 @@ pub(super) async fn intents_of_items_that_nobody_holds_are_ambiguous(store: Stor
         .unwrap();
     let failed = items.iter().find(|item| item.id == open[1].item).unwrap();
     let results = vec![
-        settle(failed.hold(), Err(broken("sent before"))),
-        done(other.hold()),
+        settle(
+            failed.hold(),
+            Err(Error::new(ErrorKind::LeaseLost, "sent before")),
+        ),
+        settle(other.hold(), Err(broken("its parser"))),
     ];
     assert_eq!(commit(&store, results).await, 2);
-    assert_eq!(store.retry_failed(failed.run).await.unwrap(), 1);
+    assert_eq!(store.retry_failed(failed.run).await.unwrap(), 2);
     assert_eq!(store.ambiguous(None, 10).await.unwrap(), [stays]);
 }
