@@ -239,3 +239,18 @@ async fn a_runner_for_one_tenant_cannot_be_made_one_for_another() {
     let again = beyond.for_tenant("bob");
     assert!(again.snapshot(theirs).await.unwrap().is_none());
 }
+
+#[tokio::test]
+async fn a_run_and_a_log_of_one_key_are_two() {
+    let runner = Runner::new(Memory::new());
+    let notes = runner.notes::<String>("classes").await.unwrap();
+    let submit = || {
+        let run = runner.submit("page", &page(), [1]);
+        run.idempotency_key("notes: classes")
+    };
+    let run = submit().await.unwrap();
+    assert_ne!(run, notes.run());
+    assert_eq!(submit().await.unwrap(), run);
+    let again = runner.notes::<String>("classes").await.unwrap();
+    assert_eq!(again.run(), notes.run());
+}

@@ -8,6 +8,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::Runner;
+use super::submit::log_key;
 use crate::error::Result;
 use crate::store::{Commit, NewRun, Note, RunId};
 
@@ -51,7 +52,7 @@ impl Runner {
     pub async fn notes<T>(&self, name: &str) -> Result<Notes<T>> {
         self.has_tenant()?;
         let tenant = self.tenant.as_deref().unwrap_or_default();
-        let run = NewRun::new(tenant, name).idempotency_key(format!("notes: {name}"));
+        let run = NewRun::new(tenant, name).idempotency_key(log_key(name));
         Ok(Notes {
             run: self.store.create_run(run).await?.run,
             runner: self.clone(),

@@ -120,7 +120,7 @@ impl<I: Serialize + Send> Submit<I> {
 
     /// A second run of the tenant with the same key is the first one again, whatever else differs.
     pub fn idempotency_key(mut self, key: impl Into<String>) -> Self {
-        self.run.idempotency_key = Some(key.into());
+        self.run.idempotency_key = Some(run_key(key.into()));
         self
     }
 
@@ -212,6 +212,24 @@ impl<I: Serialize + Send> Submit<I> {
     }
 }
 
+/// What the key of a log begins with. Runs and logs share the store's idempotency keys.
+const LOG: &str = "notes: ";
+/// What is put in front of the key of a run that begins like the key of a log.
+const RUN: &str = "run\u{1f}";
+
+/// The store's idempotency key for a run. No two keys become one, and most stay as they are: stores have them.
+fn run_key(key: String) -> String {
+    match key.starts_with(LOG) || key.starts_with(RUN) {
+        true => format!("{RUN}{key}"),
+        false => key,
+    }
+}
+
+/// The store's idempotency key for the log of that name.
+pub(super) fn log_key(name: &str) -> String {
+    format!("{LOG}{name}")
+}
+
 fn unusable(index: usize, why: &str) -> Error {
     let message = format!("input {index} cannot be written as JSON: {why}");
     Error::new(ErrorKind::Config, message)
@@ -287,6 +305,20 @@ mod tests {
         assert_eq!(names(&["a~1", "a", "a", "a"]), ["a~1", "a", "a~2", "a~3"]);
         let doubled = names(&["a", "a", "a~1", "a~1", "a~1~1", "a"]);
         assert_eq!(doubled, ["a", "a~2", "a~1", "a~1~2", "a~1~1", "a~3"]);
+    }
+
+    #[test]
+    fn the_keys_of_runs_and_logs_are_apart() {
+        let keys = ["x", "notes: x", "run\u{1f}x", "run\u{1f}notes: x", ""];
+        let mut stored: Vec<_> = keys.map(|key| run_key(key.to_owned())).into();
+        stored.extend(["x", "notes: x", "run\u{1f}x", ""].map(log_key));
+        let all = stored.len();
+        stored.sort_unstable();
+        stored.dedup();
+        assert_eq!(stored.len(), all, "{stored:?}");
+        // Stores keep these.
+        assert_eq!(run_key("2026-07-01".to_owned()), "2026-07-01");
+        assert_eq!(log_key("classes"), "notes: classes");
     }
 
     #[test]
