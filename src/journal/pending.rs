@@ -16,6 +16,51 @@ pub(super) enum Entry {
     Note(Note),
 }
 
+impl Entry {
+    /// About how many bytes it makes a commit longer.
+    fn bytes(&self) -> usize {
+        /// Numbers, keys and what stands between the texts.
+        const FIXED: usize = 128;
+        let texts = match self {
+            Self::Generation(generation) => generation.tenant.len() + generation.body.len(),
+            Self::Settlement(settlement) => match &settlement.result {
+                Ok(output) => output.len(),
+                Err(error) => error.message().len(),
+            },
+            Self::Over(_) => 0,
+            Self::Note(note) => note.kind.len() + note.data.len(),
+        };
+        FIXED + texts
+    }
+
+    /// Which of the [`KINDS`](Self::KINDS) it is: a store that takes one of a kind can take the others.
+    pub(super) fn kind(&self) -> usize {
+        match self {
+            Self::Generation(_) => 0,
+            Self::Settlement(_) => 1,
+            Self::Over(_) => 2,
+            Self::Note(_) => 3,
+        }
+    }
+
+    pub(super) const KINDS: usize = 4;
+}
+
+/// How much goes into a commit, how much may wait, and how long.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Limits {
+    /// Entries in one commit.
+    pub(super) batch: usize,
+    /// Bytes in one commit, unless a single entry has more.
+    pub(super) batch_bytes: usize,
+    /// Entries and intents that wait, beyond which there is no room for more.
+    pub(super) room: usize,
+    /// Bytes that wait, beyond which there is no room for more.
+    pub(super) room_bytes: usize,
+    /// How long an entry may wait for others.
+    pub(super) linger: Duration,
+}
+
 /// What is written next, in one call each.
 #[derive(Debug, Default)]
 pub(super) struct Batch {
@@ -36,9 +81,11 @@ pub(super) enum Next {
 /// until [`done`](Self::done) says that the batch is written.
 #[derive(Debug)]
 pub(super) struct Pending {
-    batch: usize,
-    linger: Duration,
+    limits: Limits,
     entries: VecDeque<Entry>,
+    /// The bytes of `entries`, and those of all entries that are not done.
+    queued_bytes: usize,
+    waiting_bytes: usize,
     intents: VecDeque<Intent>,
     /// How many entries there had been after each commit that is not done.
     ends: VecDeque<u64>,
@@ -62,11 +109,12 @@ pub(super) struct Marks {
 }
 
 impl Pending {
-    pub(super) fn new(batch: usize, linger: Duration) -> Self {
+    pub(super) fn new(limits: Limits) -> Self {
         Self {
-            batch,
-            linger,
+            limits,
             entries: VecDeque::new(),
+            queued_bytes: 0,
+            waiting_bytes: 0,
             intents: VecDeque::new(),
             ends: VecDeque::new(),
             replies: HashMap::new(),
@@ -93,6 +141,13 @@ impl Pending {
         let settlements = commit.settlements.into_iter();
         self.entries.extend(settlements.map(Entry::Settlement));
         let new = self.entries.len() - before;
+        let bytes = self
+            .entries
+            .range(before..)
+            .map(Entry::bytes)
+            .sum::<usize>();
+        self.queued_bytes += bytes;
+        self.waiting_bytes += bytes;
         self.entered.entries += new as u64;
         if new > 0 {
             self.ends.push_back(self.entered.entries);
@@ -110,7 +165,17 @@ impl Pending {
 
     /// Whether the writer would have to do something at once that it had not to do before.
     pub(super) fn is_due(&self) -> bool {
-        !self.intents.is_empty() || self.entries.len() >= self.batch || self.closed
+        !self.intents.is_empty() || self.is_batch() || self.closed
+    }
+
+    /// Whether there is enough for a commit.
+    fn is_batch(&self) -> bool {
+        self.entries.len() >= self.limits.batch || self.queued_bytes >= self.limits.batch_bytes
+    }
+
+    /// Whether more results may be made.
+    pub(super) fn has_room(&self) -> bool {
+        self.waiting() < self.limits.room && self.waiting_bytes < self.limits.room_bytes
     }
 
     /// Lets nothing wait that is there now, and gives the mark it reaches up to.
@@ -128,10 +193,10 @@ impl Pending {
     }
 
     pub(super) fn next(&mut self, now: Instant) -> Next {
-        let due = self.since.map(|since| since + self.linger);
+        let due = self.since.map(|since| since + self.limits.linger);
         let hurried = self.hurry > self.done.entries || self.closed;
         let write = !self.entries.is_empty()
-            && (hurried || self.entries.len() >= self.batch || due.is_some_and(|due| due <= now));
+            && (hurried || self.is_batch() || due.is_some_and(|due| due <= now));
         if !write && self.intents.is_empty() {
             return match (self.closed, self.entries.is_empty()) {
                 (true, true) => Next::End,
@@ -139,7 +204,7 @@ impl Pending {
                 (_, false) => Next::Wait(due),
             };
         }
-        let intents = self.intents.len().min(self.batch);
+        let intents = self.intents.len().min(self.limits.batch);
         let entries = if write {
             self.take_entries()
         } else {
@@ -152,17 +217,22 @@ impl Pending {
         })
     }
 
-    /// The oldest entries. An item that is settled twice, by this process before and after it lost its
+    /// The oldest entries, as many as a commit may hold and one at least. An item that is settled twice, by this process before and after it lost its
     /// lease, is so in two batches: no commit may hold both. What came together stays together, if a batch can
     /// hold it.
     fn take_entries(&mut self) -> Vec<Entry> {
         let mut items = HashSet::new();
-        let fits = |entry: &Entry| match entry {
-            Entry::Settlement(settlement) => items.insert(settlement.hold.item),
-            _ => true,
+        let mut bytes = 0;
+        let fits = |(place, entry): (usize, &Entry)| {
+            bytes += entry.bytes();
+            let once = match entry {
+                Entry::Settlement(settlement) => items.insert(settlement.hold.item),
+                _ => true,
+            };
+            once && (place == 0 || bytes <= self.limits.batch_bytes)
         };
-        let until = self.entries.iter().take(self.batch).map(fits);
-        let until = until.take_while(|fits| *fits).count();
+        let until = self.entries.iter().take(self.limits.batch).enumerate();
+        let until = until.map(fits).take_while(|fits| *fits).count();
         let taken = self.entered.entries - self.entries.len() as u64;
         let whole = self
             .ends
@@ -172,22 +242,31 @@ impl Pending {
             Some(end) if *end > taken => (end - taken) as usize,
             _ => until,
         };
-        self.entries.drain(..until).collect()
+        let taken: Vec<_> = self.entries.drain(..until).collect();
+        self.queued_bytes -= taken.iter().map(Entry::bytes).sum::<usize>();
+        taken
     }
 
     /// These are not written after all, and are the oldest again.
     pub(super) fn give_back(&mut self, entries: Vec<Entry>, now: Instant) {
         for entry in entries.into_iter().rev() {
+            self.queued_bytes += entry.bytes();
             self.entries.push_front(entry);
         }
         self.since = Some(now);
-        // Who waited for intents is gone with the runtime.
-        self.done.intents = self.entered.intents - self.intents.len() as u64;
+    }
+
+    /// These intents are not written after all, and are the oldest again.
+    pub(super) fn give_back_intents(&mut self, intents: Vec<Intent>) {
+        for intent in intents.into_iter().rev() {
+            self.intents.push_front(intent);
+        }
     }
 
     /// These are written, or given up.
     pub(super) fn done(&mut self, entries: &[Entry], intents: usize) {
         for entry in entries {
+            self.waiting_bytes -= entry.bytes();
             if let Entry::Generation(generation) = entry {
                 self.replies.remove(&generation.key);
             }
@@ -252,6 +331,16 @@ mod tests {
         Commit::new().notes(vec![note; n])
     }
 
+    fn pending(batch: usize, linger: Duration) -> Pending {
+        Pending::new(Limits {
+            batch,
+            batch_bytes: 10_000,
+            room: 100,
+            room_bytes: 100_000,
+            linger,
+        })
+    }
+
     fn written(next: Next) -> usize {
         match next {
             Next::Write(batch) => batch.entries.len(),
@@ -263,7 +352,7 @@ mod tests {
     fn by_size_at_once_and_by_time_in_the_end() {
         let now = Instant::now();
         let linger = Duration::from_millis(5);
-        let mut pending = Pending::new(4, linger);
+        let mut pending = pending(4, linger);
         assert!(matches!(pending.next(now), Next::Wait(None)));
         pending.push(notes(6), now);
         assert_eq!(written(pending.next(now)), 4);
@@ -280,7 +369,7 @@ mod tests {
     #[test]
     fn what_comes_together_is_written_together_unless_it_is_too_much() {
         let now = Instant::now();
-        let mut pending = Pending::new(4, Duration::ZERO);
+        let mut pending = pending(4, Duration::ZERO);
         for n in [3, 3, 1, 9, 1] {
             pending.push(notes(n), now);
         }
@@ -301,7 +390,7 @@ mod tests {
     #[test]
     fn who_flushes_does_not_wait_and_what_came_later_does() {
         let now = Instant::now();
-        let mut pending = Pending::new(4, Duration::from_secs(1));
+        let mut pending = pending(4, Duration::from_secs(1));
         pending.push(notes(1), now);
         assert_eq!(pending.hurry(), 1);
         let Next::Write(batch) = pending.next(now) else {
@@ -318,11 +407,45 @@ mod tests {
     #[test]
     fn an_item_settled_twice_is_so_in_two_batches() {
         let now = Instant::now();
-        let mut pending = Pending::new(8, Duration::ZERO);
+        let mut pending = pending(8, Duration::ZERO);
         for item in [1, 2, 1] {
             pending.push(settled(item), now);
         }
         assert_eq!(written(pending.next(now)), 2);
         assert_eq!(written(pending.next(now)), 1);
+    }
+
+    #[test]
+    fn a_commit_is_bounded_in_bytes_and_an_entry_that_is_larger_goes_alone() {
+        let now = Instant::now();
+        let mut pending = pending(512, Duration::from_secs(1));
+        let note = |bytes: usize| {
+            Commit::new().notes([Note {
+                run: RunId(1),
+                kind: "k".to_owned(),
+                data: "x".repeat(bytes),
+            }])
+        };
+        for bytes in [4_000, 4_000, 4_000, 50_000, 4_000] {
+            pending.push(note(bytes), now);
+        }
+        // There is more than one commit may hold, so nothing lingers but the rest.
+        assert!(pending.has_room());
+        let mut sizes = Vec::new();
+        while let Next::Write(batch) = pending.next(now) {
+            sizes.push(batch.entries.len());
+            pending.done(&batch.entries, 0);
+        }
+        assert_eq!(sizes, [2, 1, 1]);
+        assert_eq!(pending.waiting(), 1);
+        for _ in 0..3 {
+            pending.push(note(40_000), now);
+        }
+        assert!(!pending.has_room());
+        while let Next::Write(batch) = pending.next(now) {
+            pending.done(&batch.entries, 0);
+        }
+        assert!(pending.has_room());
+        assert_eq!((pending.queued_bytes, pending.waiting_bytes), (0, 0));
     }
 }

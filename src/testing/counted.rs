@@ -39,7 +39,10 @@ pub struct Counted<S = Memory> {
     stuck: AtomicBool,
     fail_next: Mutex<Vec<&'static str>>,
     largest_commit: AtomicU64,
+    refuse: Refuse,
 }
+
+type Refuse = Box<dyn Fn(&Commit) -> Option<Error> + Send + Sync>;
 
 impl<S> Counted<S> {
     /// Counts the calls to `inner`.
@@ -52,12 +55,22 @@ impl<S> Counted<S> {
             stuck: AtomicBool::new(false),
             fail_next: Mutex::default(),
             largest_commit: AtomicU64::new(0),
+            refuse: Box::new(|_| None),
         }
     }
 
     /// Lets each round trip take this long, on Tokio's clock.
     pub fn latency(mut self, latency: Duration) -> Self {
         self.latency = latency;
+        self
+    }
+
+    /// Fails the commits for which `why` has an error, with that error.
+    pub fn refuse(
+        mut self,
+        why: impl Fn(&Commit) -> Option<Error> + Send + Sync + 'static,
+    ) -> Self {
+        self.refuse = Box::new(why);
         self
     }
 
@@ -177,6 +190,9 @@ counted!(Store {
         self.largest_commit.fetch_max(rows as u64, Ordering::Relaxed);
         if self.stuck.load(Ordering::Relaxed) {
             std::future::pending::<()>().await;
+        }
+        if let Some(error) = (self.refuse)(&commit) {
+            return Err(error);
         }
         self.inner.commit(commit).await
     }
