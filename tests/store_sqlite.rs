@@ -162,6 +162,107 @@ async fn dropped_calls_leave_no_half_behind() {
     store::audit(&*store).await;
 }
 
+#[tokio::test]
+async fn a_database_in_memory_and_urls_are_refused() {
+    for path in [
+        "",
+        ":memory:",
+        "file:runs.db?mode=memory",
+        "sqlite://runs.db",
+    ] {
+        let error = Sqlite::open(path).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Config, "{path:?}: {error}");
+        assert!(!error.is_temporary());
+    }
+}
+
+#[tokio::test]
+async fn the_busy_timeout_is_how_long_a_call_waits() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("busy.db");
+    let store = Sqlite::builder(&path).busy_timeout(Duration::from_secs(1));
+    let store = store.open().await.unwrap();
+    let url = format!("sqlite://{}", path.display());
+    let mut writer = sqlx::SqliteConnection::connect(&url).await.unwrap();
+    let begin = sqlx::raw_sql("BEGIN IMMEDIATE");
+    begin.execute(&mut writer).await.unwrap();
+    let began = std::time::Instant::now();
+    let error = store.create_run(run_of(1)).await.unwrap_err();
+    let waited = began.elapsed();
+    assert!(
+        error.is_temporary() && error.code() == Some("5"),
+        "{error:?}"
+    );
+    let expected = Duration::from_millis(900)..Duration::from_millis(2500);
+    assert!(expected.contains(&waited), "{waited:?}");
+    // Who reads does not wait, and who writes afterwards is not disturbed.
+    store.runs(Default::default(), 1).await.unwrap();
+    let end = sqlx::raw_sql("COMMIT");
+    end.execute(&mut writer).await.unwrap();
+    store.create_run(run_of(1)).await.unwrap();
+    let endless = Sqlite::builder(&path).busy_timeout(Duration::MAX);
+    endless
+        .open()
+        .await
+        .unwrap()
+        .create_run(run_of(1))
+        .await
+        .unwrap();
+}
+
+/// What is written into a file without a name is lost with the process.
+#[cfg(unix)]
+#[tokio::test]
+async fn a_file_that_is_removed_or_replaced_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("runs.db");
+    let store = Sqlite::open(&path).await.unwrap();
+    store.create_run(run_of(1)).await.unwrap();
+    let aside = dir.path().join("aside.db");
+    std::fs::rename(&path, &aside).unwrap();
+    let refused = async |why: &str| {
+        let errors = [
+            store.create_run(run_of(1)).await.map(drop),
+            store.register("w", LONG).await.map(drop),
+            store.runs(Default::default(), 1).await.map(drop),
+            store.reap().await.map(drop),
+        ];
+        for error in errors {
+            let error = error.unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Store);
+            assert!(
+                !error.is_temporary() && error.message().contains(why),
+                "{error}"
+            );
+        }
+    };
+    refused("the file was removed").await;
+    // Where it is back it is the same store.
+    std::fs::rename(&aside, &path).unwrap();
+    assert_eq!(store.create_run(run_of(1)).await.unwrap().run, RunId(2));
+    std::fs::rename(&path, &aside).unwrap();
+    drop(Sqlite::open(&path).await.unwrap());
+    refused("another file was put in its place").await;
+}
+
+/// A file that an earlier release wrote with a number that none can read now.
+#[tokio::test]
+async fn a_run_without_a_limit_of_attempts_in_an_old_file_stops_nobody() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("old.db");
+    let store = Sqlite::open(&path).await.unwrap();
+    let run = store.create_run(run_of(2)).await.unwrap().run;
+    store.close().await;
+    raw(&path, "UPDATE items SET max_attempts = 4294967295").await;
+    let store = Sqlite::open(&path).await.unwrap();
+    let lease = store.register("w", LONG).await.unwrap();
+    let items = store.claim(lease, 10).await.unwrap();
+    assert_eq!((items.len(), items[0].max_attempts), (2, u32::MAX));
+    store.commit(done(&items)).await.unwrap();
+    let kept = store.run(run).await.unwrap().unwrap();
+    assert_eq!(kept.status, Status::Completed);
+}
+
 // Several processes on one file
 
 const PROCESSES: usize = 4;

@@ -5,6 +5,10 @@ use std::collections::HashSet;
 use super::records::{Generation, Handling, Hold, IntentName, RunId, Status};
 use crate::error::{Error, ErrorKind, Result};
 
+/// The longest text that is in an index: Postgres takes 2,704 bytes for a row of one, and two of
+/// these are in one.
+const INDEXED: usize = 1024;
+
 /// A run to be created, with all of its items.
 #[derive(Debug, Clone, Default)]
 #[non_exhaustive]
@@ -17,7 +21,8 @@ pub struct NewRun {
     pub spec: String,
     /// Lower goes first among the items of a tenant; 0 unless set.
     pub priority: i32,
-    /// How often a worker may claim an item and die with it alone before the item fails; 3 unless set.
+    /// How often a worker may claim an item and die with it alone before the item fails; 3 unless set. More than
+    /// [`i32::MAX`] counts as that.
     pub max_attempts: u32,
     /// A second run of the same tenant with the same key is the first one again.
     pub idempotency_key: Option<String>,
@@ -75,9 +80,19 @@ impl NewRun {
     /// Refuses what not every backend can keep. Backends call it first.
     ///
     /// # Errors
-    /// [`ErrorKind::Config`] for a text with a NUL character (Postgres has no place for it)
-    /// and for `max_attempts` 0.
+    /// [`ErrorKind::Config`] for a text with a NUL character (Postgres has no place for it), a tenant, a name or
+    /// an idempotency key of more than 1,024 bytes (they are in indexes) and for `max_attempts` 0.
     pub fn check(&self) -> Result<()> {
+        let tenant = ("the name of a tenant", Some(&self.tenant));
+        let name = ("the name of a pipeline", Some(&self.name));
+        let key = ("an idempotency key", self.idempotency_key.as_ref());
+        for (what, text) in [tenant, name, key] {
+            let length = text.map_or(0, String::len);
+            if length > INDEXED {
+                let message = format!("{what} has {INDEXED} bytes at most, not {length}");
+                return Err(Error::new(ErrorKind::Config, message));
+            }
+        }
         let bodies = self.items.iter().flat_map(|item| [&item.key, &item.input]);
         let texts = [&self.tenant, &self.name, &self.spec];
         no_nul(texts.into_iter().chain(&self.idempotency_key).chain(bodies))?;

@@ -160,6 +160,10 @@ pub trait Store: Send + Sync + 'static {
 
     /// Removes at most `limit` runs that ended at least so long ago, with all that is theirs,
     /// and at most `limit` generations that were written at least so long ago: the oldest first.
+    ///
+    /// A generation stays as long as a run of its tenant may need it again: one that was created before
+    /// the generation was written, and is not over or has failed and is still there. So a run that never ends keeps all
+    /// that its tenant has paid for since: cancel it.
     async fn purge(&self, older_than: Duration, limit: u32) -> Result<Purged>;
 }
 

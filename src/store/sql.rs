@@ -1,21 +1,23 @@
 //! What the SQL backends have in common: errors, trying again, numbers and rows.
 
+use std::ops::{Deref, DerefMut};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use sqlx::pool::PoolConnection;
+use sqlx::{Database, Executor, Pool};
+
 use crate::error::{Error, ErrorKind, Persistence, Result};
 
-/// How often a transaction is tried again that only its neighbours made fail.
-pub(super) const TRIES: u32 = 10;
-
-/// Runs a transaction again while `$again` says that only its neighbours made it fail.
-/// A macro, because what `$operation` borrows must stay visible to the compiler.
+/// Runs an operation again while `$again` says, for its error and the number of the try, that
+/// another try may succeed. A macro, because what `$operation` borrows must stay visible to the compiler.
 macro_rules! retrying {
     ($again:expr, $operation:expr) => {{
+        let again = $again;
         let mut tries = 0;
         loop {
             match $operation.await {
-                Err(error) if tries < $crate::store::sql::TRIES && $again(&error) => {
+                Err(error) if again(&error, tries) => {
                     $crate::store::sql::pause(tries).await;
                     tries += 1;
                 }
@@ -26,30 +28,105 @@ macro_rules! retrying {
 }
 pub(super) use retrying;
 
+/// A transaction on a connection of a pool. The connection goes back to the pool only after
+/// [`commit`](Self::commit) has succeeded. After an error, and when the future that owns the
+/// transaction is dropped at any point, it is closed, which rolls the transaction back.
+///
+/// Not sqlx's `Transaction`, which relies on its own count of open transactions to decide whether to
+/// roll back. That count is wrong when `BEGIN` is dropped half-way on Postgres (sqlx #4385, #4393,
+/// fixed by #4394 in no release yet), and when SQLite has rolled back by itself, as it does
+/// on a full disk.
+#[must_use = "a transaction that is dropped closes its connection"]
+pub(super) struct Transaction<D: Database> {
+    connection: PoolConnection<D>,
+    ended: bool,
+}
+
+impl<D: Database> Transaction<D>
+where
+    for<'c> &'c mut D::Connection: Executor<'c, Database = D>,
+{
+    pub(super) async fn begin(pool: &Pool<D>, begin: &'static str) -> sqlx::Result<Self> {
+        // From here on the guard decides, also if `BEGIN` is dropped while it is under way.
+        let mut transaction = Self {
+            connection: pool.acquire().await?,
+            ended: false,
+        };
+        transaction.connection.execute(begin).await?;
+        Ok(transaction)
+    }
+
+    pub(super) async fn commit(mut self) -> sqlx::Result<()> {
+        self.connection.execute("COMMIT").await?;
+        self.ended = true;
+        Ok(())
+    }
+}
+
+impl<D: Database> Deref for Transaction<D> {
+    type Target = D::Connection;
+
+    fn deref(&self) -> &D::Connection {
+        &self.connection
+    }
+}
+
+impl<D: Database> DerefMut for Transaction<D> {
+    fn deref_mut(&mut self) -> &mut D::Connection {
+        &mut self.connection
+    }
+}
+
+impl<D: Database> Drop for Transaction<D> {
+    fn drop(&mut self) {
+        if !self.ended {
+            self.connection.close_on_drop();
+        }
+    }
+}
+
 /// Up to 1 ms, 2 ms, 4 ms, … drawn by chance.
 pub(super) async fn pause(tries: u32) {
     let ceiling = 1000 << tries.min(7);
     tokio::time::sleep(Duration::from_micros(fastrand::u64(..ceiling))).await;
 }
 
+/// An error of ours on its way through a function whose other errors are sqlx's; [`failed`] gives it back.
+pub(super) fn own_error(error: Error) -> sqlx::Error {
+    sqlx::Error::AnyDriverError(Box::new(error))
+}
+
 /// The crate's error for one of sqlx's. Its text names no host, user or password.
 pub(super) fn failed(error: sqlx::Error) -> Error {
     use sqlx::Error::{
-        Configuration, Database, Io, PoolClosed, PoolTimedOut, Protocol, Tls, WorkerCrashed,
+        AnyDriverError, Configuration, Database, Io, PoolClosed, PoolTimedOut, Protocol, Tls,
+        WorkerCrashed,
+    };
+    let code = match &error {
+        Database(error) => error.code(),
+        _ => None,
     };
     let temporary = match &error {
         Io(_) | Tls(_) | PoolTimedOut | PoolClosed | WorkerCrashed | Protocol(_) => true,
-        Database(error) => error.code().is_some_and(|code| passes(&code)),
+        Database(_) => code.as_deref().is_some_and(passes),
         _ => false,
     };
+    let kind = match code.as_deref().is_some_and(refuses) {
+        true => ErrorKind::Config,
+        false => ErrorKind::Store,
+    };
     let store = |message: String| {
-        let error = Error::new(ErrorKind::Store, message);
+        let error = Error::new(kind, message);
         match temporary {
             true => error.with_persistence(Persistence::Temporary),
             false => error,
         }
     };
     match error {
+        AnyDriverError(error) => match error.downcast::<Error>() {
+            Ok(error) => *error,
+            Err(error) => store(error.to_string()),
+        },
         // It may quote the URL, and the URL has the password.
         Configuration(_) => Error::new(ErrorKind::Config, "the URL of the database cannot be used"),
         Database(error) => {
@@ -68,10 +145,29 @@ pub(super) fn failed(error: sqlx::Error) -> Error {
 /// Postgres' have five characters.
 fn passes(code: &str) -> bool {
     match code.parse::<u32>() {
-        // SQLITE_BUSY and SQLITE_LOCKED with their extended codes, SQLITE_FULL.
-        Ok(number) if code.len() < 5 => matches!(number & 0xff, 5 | 6 | 13),
-        // Connection, rollback of a transaction, resources, operator's intervention.
-        _ => ["08", "40", "53", "57"]
+        // SQLITE_BUSY, LOCKED, NOMEM, IOERR, FULL, CANTOPEN and PROTOCOL with their extended codes. A full
+        // disk is an input or output error where it meets the shared memory, and where a quota ends;
+        // and a file that was open before cannot be opened again where descriptors have run out.
+        Ok(number) if code.len() < 5 => matches!(number & 0xff, 5 | 6 | 7 | 10 | 13 | 14 | 15),
+        // Connection, rollback of a transaction, resources, locks, operator's intervention, the system;
+        // a server that takes no writes, as after it has become a replica.
+        _ => {
+            code == "25006"
+                || ["08", "40", "53", "55", "57", "58"]
+                    .iter()
+                    .any(|class| code.starts_with(class))
+        }
+    }
+}
+
+/// Whether an error of this code is about the data: the same data will be refused again, and other data
+/// may not be.
+fn refuses(code: &str) -> bool {
+    match code.parse::<u32>() {
+        // SQLITE_TOOBIG, CONSTRAINT, MISMATCH.
+        Ok(number) if code.len() < 5 => matches!(number & 0xff, 18..=20),
+        // Data exceptions, constraints, the program's limits (an index row or a statement that is too large).
+        _ => ["22", "23", "54"]
             .iter()
             .any(|class| code.starts_with(class)),
     }
@@ -85,6 +181,16 @@ pub(super) fn to_sql(number: u64) -> i64 {
 /// A counter from SQL.
 pub(super) fn from_sql(number: i64) -> u64 {
     u64::try_from(number).unwrap_or(0)
+}
+
+/// A small number as SQL keeps it: a column of 32 bits with a sign holds it.
+pub(super) fn small(number: u32) -> i32 {
+    i32::try_from(number).unwrap_or(i32::MAX)
+}
+
+/// A small number from SQL. SQLite keeps whatever was bound, which [`small`] has not always bounded.
+pub(super) fn from_small(number: impl Into<i64>) -> u32 {
+    u32::try_from(number.into().max(0)).unwrap_or(u32::MAX)
 }
 
 /// A stored error: one that cannot be read any more still says that there was one.
@@ -107,8 +213,9 @@ pub(super) fn write_error(error: &Error) -> String {
     serde_json::to_string(error).unwrap_or_default()
 }
 
+/// `$small` is the type of columns that hold small numbers.
 macro_rules! decode {
-    ($row:ty) => {
+    ($row:ty, $small:ty) => {
         fn wrong_word(error: $crate::error::Error) -> sqlx::Error {
             sqlx::Error::Decode(Box::new(error))
         }
@@ -137,8 +244,7 @@ macro_rules! decode {
         /// An item and its priority.
         pub(super) fn item(row: &$row) -> sqlx::Result<($crate::store::records::Item, i32)> {
             use sqlx::Row as _;
-            use $crate::store::sql::{from_sql, read_error};
-            let small = |number: i32| u32::try_from(number).unwrap_or(0);
+            use $crate::store::sql::{from_small, from_sql, read_error};
             let item = $crate::store::records::Item {
                 id: $crate::store::records::ItemId(row.try_get(0)?),
                 run: $crate::store::records::RunId(row.try_get(1)?),
@@ -147,8 +253,8 @@ macro_rules! decode {
                 tenant: row.try_get(4)?,
                 status: row.try_get::<&str, _>(5)?.parse().map_err(wrong_word)?,
                 epoch: row.try_get(6)?,
-                attempt: small(row.try_get(7)?),
-                max_attempts: small(row.try_get(8)?),
+                attempt: from_small(row.try_get::<$small, _>(7)?),
+                max_attempts: from_small(row.try_get::<$small, _>(8)?),
                 input: row.try_get(9)?,
                 output: row.try_get(10)?,
                 error: read_error(row.try_get(11)?),
@@ -192,7 +298,7 @@ macro_rules! decode {
             use sqlx::Row as _;
             Ok($crate::store::records::Intent {
                 item: $crate::store::records::ItemId(row.try_get(0)?),
-                attempt: u32::try_from(row.try_get::<i32, _>(1)?).unwrap_or(0),
+                attempt: $crate::store::sql::from_small(row.try_get::<$small, _>(1)?),
                 key: $crate::store::records::MemoKey::new($crate::store::sql::bytes(
                     row.try_get(2)?,
                 )?),

@@ -120,7 +120,7 @@ impl Store for Memory {
                     status: Status::Pending,
                     epoch: 0,
                     attempt: 0,
-                    max_attempts: new.max_attempts,
+                    max_attempts: new.max_attempts.min(i32::MAX as u32),
                     handling: Handling::Normal,
                     input: item.input,
                     output: None,
@@ -336,10 +336,23 @@ impl Store for Memory {
         state
             .intents
             .retain(|name, _| state.items.contains_key(&name.item));
+        // Since when the generations of a tenant are needed.
+        let mut floors: HashMap<&str, i64> = HashMap::new();
+        for run in state.runs.values() {
+            let needs = matches!(
+                run.status,
+                Status::Pending | Status::Processing | Status::Failed
+            );
+            if needs && ended(run).is_none() {
+                let floor = floors.entry(&run.tenant).or_insert(i64::MAX);
+                *floor = millis(run.created_at).min(*floor);
+            }
+        }
+        let needed = |tenant: &str, at: i64| floors.get(tenant).is_some_and(|since| *since <= at);
         let old = state
             .generations
             .iter()
-            .filter(|(_, (at, _))| *at <= before);
+            .filter(|((tenant, _), (at, _))| *at <= before && !needed(tenant, *at));
         let mut old: Vec<_> = old.map(|(key, (at, _))| (*at, key.clone())).collect();
         old.sort_unstable();
         old.truncate(limit as usize);

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions};
-use sqlx::{ConnectOptions as _, Connection as _, Row as _};
+use sqlx::{ConnectOptions as _, Connection as _, Postgres as Db, Row as _};
 
 use super::Store;
 use super::change::duration_millis;
@@ -20,7 +20,9 @@ use super::records::{
     Committed, Created, Generation, Intent, IntentName, Item, ItemId, LogEntry, MemoKey, Purged,
     Run, RunId,
 };
-use super::sql::{Cursor, each, failed, from_sql, retrying, to_sql, write_error};
+use super::sql::{
+    Cursor, Transaction, each, failed, from_sql, retrying, small, to_sql, write_error,
+};
 use crate::error::{Error, ErrorKind, Result};
 
 /// Items in one statement: what more would gain is lost in the size of the message.
@@ -167,6 +169,10 @@ impl Postgres {
         &self.pool
     }
 
+    async fn begin(&self) -> sqlx::Result<Transaction<Db>> {
+        Transaction::begin(self.pool(), "BEGIN").await
+    }
+
     async fn write_run(&self, run: &NewRun) -> sqlx::Result<Option<Created>> {
         let keys = |items: &[NewItem]| {
             items
@@ -199,8 +205,9 @@ impl Postgres {
                 new: true,
             }));
         }
-        let mut transaction = self.pool().begin().await?;
+        let mut transaction = self.begin().await?;
         let Some(id) = create.fetch_optional(&mut *transaction).await? else {
+            transaction.commit().await?;
             return Ok(None);
         };
         for (i, chunk) in chunks.iter().enumerate().skip(1) {
@@ -299,7 +306,7 @@ impl Postgres {
 
     /// Executes a statement that cancels or tries again what is in a run.
     async fn turn_run(&self, sql: &'static str, run: RunId) -> sqlx::Result<u64> {
-        let mut transaction = self.pool().begin().await?;
+        let mut transaction = self.begin().await?;
         let turn = sqlx::query(rows::ONE_AT_A_TIME).bind(run.0);
         turn.execute(&mut *transaction).await?;
         self.round_trips.fetch_add(1, Ordering::Relaxed);
@@ -320,14 +327,13 @@ impl fmt::Debug for Postgres {
     }
 }
 
-/// Whether only another transaction made it fail: a deadlock, or a conflict of two.
-fn is_conflict(error: &sqlx::Error) -> bool {
-    let code = error.as_database_error().and_then(|error| error.code());
-    code.is_some_and(|code| matches!(&*code, "40P01" | "40001"))
-}
+/// How often a transaction is tried again that only its neighbours made fail.
+const TRIES: u32 = 10;
 
-fn small(number: u32) -> i32 {
-    i32::try_from(number).unwrap_or(i32::MAX)
+/// Whether to try again: only another transaction made it fail, by a deadlock or a conflict of two.
+fn is_conflict(error: &sqlx::Error, tries: u32) -> bool {
+    let code = error.as_database_error().and_then(|error| error.code());
+    tries < TRIES && code.is_some_and(|code| matches!(&*code, "40P01" | "40001"))
 }
 
 #[async_trait]

@@ -108,7 +108,7 @@ impl Queue for Postgres {
 
 impl Postgres {
     async fn give_back(&self, lease: LeaseId) -> sqlx::Result<u64> {
-        let mut transaction = self.pool().begin().await?;
+        let mut transaction = self.begin().await?;
         sqlx::query(rows::RETIRE)
             .bind(lease.0)
             .execute(&mut *transaction)
@@ -122,7 +122,7 @@ impl Postgres {
 
     async fn bury(&self) -> sqlx::Result<Reaped> {
         let mut reaped = Reaped::default();
-        let mut transaction = self.pool().begin().await?;
+        let mut transaction = self.begin().await?;
         let dead = sqlx::query_scalar::<_, i64>(rows::REAP_LEASES);
         let dead = dead.fetch_all(&mut *transaction).await?;
         if !dead.is_empty() {

@@ -5,7 +5,7 @@ use sqlx::postgres::PgRow;
 
 use crate::store::sql::{decode, kind_of_lost_lease};
 
-decode!(PgRow);
+decode!(PgRow, i32);
 
 /// The present, as the database has it: workers need not agree on theirs.
 macro_rules! now {
@@ -244,6 +244,7 @@ pub(super) const RETRY: &str = concat!(
     SELECT items FROM n"
 );
 
+/// `floors`: since when the generations of a tenant are needed.
 pub(super) const PURGE: &str = concat!(
     "WITH old AS (
         SELECT id FROM runs WHERE ended_at <= ",
@@ -254,12 +255,20 @@ pub(super) const PURGE: &str = concat!(
     old_intents AS (DELETE FROM intents USING old_items WHERE intents.item_id = old_items.id),
     old_logs AS (DELETE FROM run_log USING old WHERE run_log.run_id = old.id),
     old_runs AS (DELETE FROM runs USING old WHERE runs.id = old.id RETURNING 1),
+    floors AS MATERIALIZED (
+        SELECT tenant, min(created_at) AS since FROM runs
+        WHERE status IN ('pending', 'processing', 'failed')
+            AND (ended_at IS NULL OR ended_at > ",
+    now!(),
+    " - $1)
+        GROUP BY tenant),
     old_generations AS (
         DELETE FROM generations WHERE (tenant, memo_key) IN (
-            SELECT tenant, memo_key FROM generations WHERE created_at <= ",
+            SELECT g.tenant, g.memo_key FROM generations AS g WHERE g.created_at <= ",
     now!(),
-    " - $1
-            ORDER BY created_at, tenant, memo_key LIMIT $2)
+    " - $1 AND NOT EXISTS (
+                SELECT 1 FROM floors AS f WHERE f.tenant = g.tenant AND f.since <= g.created_at)
+            ORDER BY g.created_at, g.tenant, g.memo_key LIMIT $2)
         RETURNING 1)
     SELECT (SELECT count(*) FROM old_runs), (SELECT count(*) FROM old_generations)"
 );

@@ -1,6 +1,8 @@
 //! [`Sqlite`]: the store in one file.
 
 #[cfg(test)]
+mod full;
+#[cfg(test)]
 mod plans;
 mod queue;
 mod rows;
@@ -8,13 +10,14 @@ mod schema;
 mod write;
 
 use std::fmt;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use async_trait::async_trait;
 use sqlx::sqlite::{SqliteConnectOptions, SqlitePool, SqlitePoolOptions, SqliteSynchronous};
-use sqlx::{ConnectOptions as _, Connection as _, Row as _, Sqlite as Db, Transaction};
+use sqlx::{ConnectOptions as _, Connection as _, Row as _, Sqlite as Db};
 
 use super::Store;
 use super::change::millis;
@@ -23,8 +26,8 @@ use super::records::{
     Committed, Created, Generation, Intent, IntentName, Item, ItemId, LogEntry, MemoKey, Purged,
     Run, RunId,
 };
-use super::sql::{Cursor, each, failed, retrying, to_sql};
-use crate::error::{Error, ErrorKind, Result};
+use super::sql::{Cursor, Transaction, each, failed, own_error, retrying, small, to_sql};
+use crate::error::{Error, ErrorKind, Persistence, Result};
 
 /// What a commit survives.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -45,13 +48,23 @@ pub enum Durability {
 /// Writers take turns, also between processes; readers never wait and never keep anybody waiting
 /// (WAL). So the file must be on a local disk: WAL does not work over a network.
 ///
+/// The file must stay where it is while the store is open. If it is removed, or another file is put in its
+/// place, every later call fails with a permanent [`ErrorKind::Store`]: what SQLite would go on writing
+/// into the removed file would be lost with the process.
+///
+/// On a full disk calls fail with a temporary error, and succeed again when there is room.
+///
 /// ```no_run
 /// # async fn example() -> throughline::Result<()> {
 /// let store = throughline::store::Sqlite::open("runs.db").await?;
 /// # Ok(()) }
 /// ```
 pub struct Sqlite {
+    /// Absolute, so that it still names the file after the process has changed its directory.
     path: PathBuf,
+    /// Which file was opened.
+    file: FileId,
+    busy_timeout: Duration,
     /// One connection: SQLite has one writer at a time, and here they wait in order of arrival.
     writer: SqlitePool,
     readers: SqlitePool,
@@ -76,24 +89,28 @@ impl SqliteBuilder {
         self
     }
 
-    /// How long to wait while another process writes; 30 s unless set.
+    /// How long a call waits while another process writes, before it fails with a temporary error;
+    /// 30 s unless set. A call that is queued behind others of this process waits for up to four times as long.
     pub fn busy_timeout(mut self, timeout: Duration) -> Self {
-        self.busy_timeout = timeout;
+        // SQLite counts it in milliseconds in 32 bits.
+        self.busy_timeout = timeout.min(Duration::from_millis(i32::MAX as u64));
         self
     }
 
     /// Opens the file, or makes it.
     ///
     /// # Errors
-    /// [`ErrorKind::Store`] if it cannot be opened, is a database of something else, or was written by a
-    /// newer release of this library.
+    /// [`ErrorKind::Config`] if the path is empty, `:memory:` or a URL. [`ErrorKind::Store`] if the file cannot be
+    /// opened, is a database of something else, or was written by a newer release of this library.
     pub async fn open(self) -> Result<Sqlite> {
+        let path = absolute(&self.path)?;
         let named = |error: Error| {
-            let message = format!("{}: {}", self.path.display(), error.message());
+            let message = format!("{}: {}", path.display(), error.message());
             Error::new(ErrorKind::Store, message).with_persistence(error.persistence())
         };
+        let is_busy = while_busy(self.busy_timeout);
         let options = SqliteConnectOptions::new()
-            .filename(&self.path)
+            .filename(&path)
             .busy_timeout(self.busy_timeout)
             .foreign_keys(true)
             // A claim's rows at once: with the usual 50 the threads wait for each other.
@@ -104,9 +121,17 @@ impl SqliteBuilder {
                 Durability::Process => SqliteSynchronous::Normal,
             });
         let making = options.clone().create_if_missing(true);
-        let mut first = retrying!(is_busy, making.connect()).map_err(named)?;
-        retrying!(is_busy, write_ahead(&mut first)).map_err(named)?;
-        schema::migrate(&mut first, &self.path).await?;
+        // A file that cannot be opened is mostly a passing lack of something, but not without a folder.
+        let first = retrying!(&is_busy, making.connect()).map_err(named);
+        let folder = path.parent().is_some_and(Path::is_dir);
+        let mut first = first.map_err(|error| match error.is_temporary() && !folder {
+            true => error.with_persistence(Persistence::Permanent),
+            false => error,
+        })?;
+        retrying!(&is_busy, write_ahead(&mut first)).map_err(named)?;
+        schema::migrate(&mut first, &path).await?;
+        let file = FileId::of(&path).map_err(sqlx::Error::Io);
+        let file = file.map_err(failed).map_err(named)?;
         first.close().await.map_err(failed).map_err(named)?;
 
         // Connections are kept: the last one to close would take the write-ahead log with it.
@@ -126,9 +151,11 @@ impl SqliteBuilder {
             .pragma("cache_size", "-32768")
             .pragma("wal_autocheckpoint", "4096");
         Ok(Sqlite {
-            writer: retrying!(is_busy, pool(1).connect_with(writer.clone())).map_err(named)?,
-            readers: retrying!(is_busy, pool(4).connect_with(readers.clone())).map_err(named)?,
-            path: self.path,
+            writer: retrying!(&is_busy, pool(1).connect_with(writer.clone())).map_err(named)?,
+            readers: retrying!(&is_busy, pool(4).connect_with(readers.clone())).map_err(named)?,
+            path,
+            file,
+            busy_timeout: self.busy_timeout,
             cursor: Cursor::default(),
             round_trips: AtomicU64::new(0),
         })
@@ -167,15 +194,87 @@ impl Sqlite {
     }
 
     /// The connections for single reads.
-    fn reader(&self) -> &SqlitePool {
+    fn reader(&self) -> Result<&SqlitePool> {
+        self.check_file().map_err(failed)?;
         self.round_trips.fetch_add(1, Ordering::Relaxed);
-        &self.readers
+        Ok(&self.readers)
     }
 
     /// A transaction that has the right to write from the start: taking it later could fail.
-    async fn begin(&self) -> sqlx::Result<Transaction<'static, Db>> {
+    async fn begin(&self) -> sqlx::Result<Transaction<Db>> {
+        self.check_file()?;
         self.round_trips.fetch_add(1, Ordering::Relaxed);
-        self.writer.begin_with("BEGIN IMMEDIATE").await
+        Transaction::begin(&self.writer, "BEGIN IMMEDIATE").await
+    }
+
+    /// Refuses to go on when the path names another file than the one that is open, or none: what is
+    /// written into a file without a name is lost with the process. One `stat`, about a microsecond.
+    fn check_file(&self) -> sqlx::Result<()> {
+        let what = match FileId::of(&self.path) {
+            Ok(file) if file == self.file => return Ok(()),
+            Ok(_) => "another file was put in its place",
+            Err(error) if error.kind() == io::ErrorKind::NotFound => "the file was removed",
+            Err(error) => return Err(sqlx::Error::Io(error)),
+        };
+        let message = format!(
+            "{}: {what} while the store was open: nothing that is written now would last. \
+             Open the store again",
+            self.path.display()
+        );
+        Err(own_error(Error::new(ErrorKind::Store, message)))
+    }
+
+    /// Whether to try again: while another process's lock is in the way, for the busy timeout.
+    fn is_busy(&self) -> impl Fn(&sqlx::Error, u32) -> bool + use<> {
+        while_busy(self.busy_timeout)
+    }
+}
+
+/// What tells a file from another one at the same path.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct FileId {
+    device: u64,
+    inode: u64,
+}
+
+impl FileId {
+    #[cfg(unix)]
+    fn of(path: &Path) -> io::Result<Self> {
+        use std::os::unix::fs::MetadataExt as _;
+        let file = std::fs::metadata(path)?;
+        Ok(Self {
+            device: file.dev(),
+            inode: file.ino(),
+        })
+    }
+
+    /// Elsewhere a file that is open cannot be removed, and only its absence is noticed.
+    #[cfg(not(unix))]
+    fn of(path: &Path) -> io::Result<Self> {
+        std::fs::metadata(path)?;
+        Ok(Self {
+            device: 0,
+            inode: 0,
+        })
+    }
+}
+
+/// The path of a file. SQLite itself would take some names for something else.
+fn absolute(path: &Path) -> Result<PathBuf> {
+    let refuse = |why: &str| {
+        let message = format!("{:?} is no path of a database file: {why}", path.display());
+        Err(Error::new(ErrorKind::Config, message))
+    };
+    let text = path.to_string_lossy();
+    if text.is_empty() || text == ":memory:" {
+        return refuse("each connection would have an empty database of its own; use `Memory`");
+    }
+    if ["file:", "sqlite:"].iter().any(|url| text.starts_with(url)) {
+        return refuse("give the path itself, without a scheme");
+    }
+    match std::path::absolute(path) {
+        Ok(path) => Ok(path),
+        Err(error) => refuse(&error.to_string()),
     }
 }
 
@@ -192,11 +291,16 @@ fn now() -> i64 {
     millis(SystemTime::now())
 }
 
-/// Whether only another process's lock made it fail.
-fn is_busy(error: &sqlx::Error) -> bool {
-    let code = error.as_database_error().and_then(|error| error.code());
-    let number = code.and_then(|code| code.parse::<u32>().ok());
-    number.is_some_and(|number| matches!(number & 0xff, 5 | 6))
+/// Whether only another process's lock made an operation fail, and the time to wait for it is not over.
+fn while_busy(timeout: Duration) -> impl Fn(&sqlx::Error, u32) -> bool + use<> {
+    let until = Instant::now() + timeout;
+    move |error, _| {
+        let code = error.as_database_error().and_then(|error| error.code());
+        let number = code.and_then(|code| code.parse::<u32>().ok());
+        // SQLITE_BUSY and SQLITE_LOCKED with their extended codes. SQLite waits by itself for most locks,
+        // so what is seen here is mostly the end of that wait.
+        number.is_some_and(|number| matches!(number & 0xff, 5 | 6)) && Instant::now() < until
+    }
 }
 
 /// Readers and the writer side by side. The mode stays in the file, so mostly it is there.
@@ -217,70 +321,75 @@ impl Store for Sqlite {
 
     async fn create_run(&self, run: NewRun) -> Result<Created> {
         run.check()?;
-        retrying!(is_busy, self.write_run(&run))
+        retrying!(self.is_busy(), self.write_run(&run))
     }
 
     async fn run(&self, run: RunId) -> Result<Option<Run>> {
+        let reader = self.reader()?;
         let row = retrying!(
-            is_busy,
+            self.is_busy(),
             sqlx::query(rows::RUN_BY_ID)
                 .bind(run.0)
-                .fetch_optional(self.reader())
+                .fetch_optional(reader)
         )?;
         row.as_ref().map(rows::run).transpose().map_err(failed)
     }
 
     async fn runs(&self, filter: RunFilter, limit: u32) -> Result<Vec<Run>> {
+        let reader = self.reader()?;
         let sql = match (&filter.tenant, filter.status) {
             (Some(_), _) => rows::RUNS_OF_TENANT,
             (None, Some(_)) => rows::RUNS_OF_STATUS,
             (None, None) => rows::RUNS,
         };
         let found = retrying!(
-            is_busy,
+            self.is_busy(),
             sqlx::query(sql)
                 .bind(filter.before.map_or(i64::MAX, |run| run.0))
                 .bind(limit)
                 .bind(&filter.tenant)
                 .bind(filter.status.map(|status| status.as_str()))
-                .fetch_all(self.reader())
+                .fetch_all(reader)
         )?;
         each(&found, rows::run)
     }
 
     async fn items(&self, run: RunId, from: u64, limit: u32) -> Result<Vec<Item>> {
+        let reader = self.reader()?;
         let found = retrying!(
-            is_busy,
+            self.is_busy(),
             sqlx::query(rows::ITEMS)
                 .bind(run.0)
                 .bind(to_sql(from))
                 .bind(limit)
-                .fetch_all(self.reader())
+                .fetch_all(reader)
         )?;
         each(&found, |row| Ok(rows::item(row)?.0))
     }
 
     async fn log(&self, run: RunId, after: u64, limit: u32) -> Result<Vec<LogEntry>> {
+        let reader = self.reader()?;
         let found = retrying!(
-            is_busy,
+            self.is_busy(),
             sqlx::query(rows::LOG)
                 .bind(run.0)
                 .bind(to_sql(after))
                 .bind(limit)
-                .fetch_all(self.reader())
+                .fetch_all(reader)
         )?;
         each(&found, rows::log_entry)
     }
 
     async fn generations(&self, tenant: &str, keys: &[MemoKey]) -> Result<Vec<Generation>> {
+        let reader = self.reader()?;
         let keys: Vec<_> = keys.iter().map(MemoKey::to_string).collect();
         let keys = serde_json::to_string(&keys)?;
         let found = retrying!(
-            is_busy,
+            self.is_busy(),
             sqlx::query(rows::GENERATIONS)
                 .bind(tenant)
                 .bind(&keys)
-                .fetch_all(self.reader())
+                .fetch_all(reader)
         )?;
         each(&found, |row| rows::generation(row, tenant))
     }
@@ -290,7 +399,7 @@ impl Store for Sqlite {
         if commit.is_empty() {
             return Ok(Committed::default());
         }
-        retrying!(is_busy, self.write_commit(&commit))
+        retrying!(self.is_busy(), self.write_commit(&commit))
     }
 
     async fn put_intents(&self, intents: &[Intent]) -> Result<()> {
@@ -304,7 +413,8 @@ impl Store for Sqlite {
                 key,
                 provider_ref,
             } = intent;
-            (item.0, *attempt, key.to_string(), provider_ref.clone())
+            let attempt = small(*attempt);
+            (item.0, attempt, key.to_string(), provider_ref.clone())
         };
         let json = serde_json::to_string(&intents.iter().map(row).collect::<Vec<_>>())?;
         let write = async || {
@@ -313,40 +423,40 @@ impl Store for Sqlite {
             put.execute(&mut *transaction).await?;
             transaction.commit().await
         };
-        retrying!(is_busy, write())
+        retrying!(self.is_busy(), write())
     }
 
     async fn ambiguous(&self, after: Option<IntentName>, limit: u32) -> Result<Vec<Intent>> {
-        let found = retrying!(is_busy, {
+        let reader = self.reader()?;
+        let found = retrying!(self.is_busy(), {
             let key = after.map(|name| name.key);
             sqlx::query(rows::AMBIGUOUS)
                 .bind(after.map_or(0, |name| name.item.0))
-                .bind(after.map_or(0, |name| name.attempt))
+                .bind(after.map_or(0, |name| small(name.attempt)))
                 .bind(key.map_or_else(Vec::new, |key| key.as_bytes().to_vec()))
                 .bind(limit)
                 .bind(now())
-                .fetch_all(self.reader())
+                .fetch_all(reader)
         })?;
         each(&found, rows::intent)
     }
 
     async fn intents(&self, items: &[ItemId]) -> Result<Vec<Intent>> {
+        let reader = self.reader()?;
         let items = serde_json::to_string(items)?;
         let found = retrying!(
-            is_busy,
-            sqlx::query(rows::INTENTS)
-                .bind(&items)
-                .fetch_all(self.reader())
+            self.is_busy(),
+            sqlx::query(rows::INTENTS).bind(&items).fetch_all(reader)
         )?;
         each(&found, rows::intent)
     }
 
     async fn cancel(&self, run: RunId) -> Result<u64> {
-        retrying!(is_busy, self.write_cancel(run))
+        retrying!(self.is_busy(), self.write_cancel(run))
     }
 
     async fn retry_failed(&self, run: RunId) -> Result<u64> {
-        retrying!(is_busy, self.write_retry(run))
+        retrying!(self.is_busy(), self.write_retry(run))
     }
 
     async fn purge(&self, older_than: Duration, limit: u32) -> Result<Purged> {
@@ -354,10 +464,8 @@ impl Store for Sqlite {
         let write = async || {
             let mut transaction = self.begin().await?;
             let mut removed = [0; 2];
-            for (removed, sql) in removed
-                .iter_mut()
-                .zip([rows::PURGE_RUNS, rows::PURGE_GENERATIONS])
-            {
+            let purges = [rows::PURGE_RUNS, rows::PURGE_GENERATIONS];
+            for (removed, sql) in removed.iter_mut().zip(purges) {
                 let purge = sqlx::query(sql).bind(before).bind(limit);
                 *removed = purge.execute(&mut *transaction).await?.rows_affected();
             }
@@ -367,7 +475,7 @@ impl Store for Sqlite {
                 generations: removed[1],
             })
         };
-        retrying!(is_busy, write())
+        retrying!(self.is_busy(), write())
     }
 }
 

@@ -7,7 +7,7 @@ use async_trait::async_trait;
 use serde_json::json;
 
 use super::write::{add_log, apply};
-use super::{Sqlite, first, is_busy, now, rows};
+use super::{Sqlite, first, now, rows};
 use crate::error::Result;
 use crate::store::change::{Changes, duration_millis, lease_lost, worker_died};
 use crate::store::records::{Hold, Item, ItemId, LeaseId, Reaped, RunId};
@@ -34,7 +34,7 @@ impl Queue for Sqlite {
             transaction.commit().await?;
             Ok(LeaseId(id))
         };
-        retrying!(is_busy, write())
+        retrying!(self.is_busy(), write())
     }
 
     async fn heartbeat(&self, lease: LeaseId, ttl: Duration) -> Result<bool> {
@@ -47,7 +47,7 @@ impl Queue for Sqlite {
             transaction.commit().await?;
             Ok(beaten.rows_affected() > 0)
         };
-        retrying!(is_busy, write())
+        retrying!(self.is_busy(), write())
     }
 
     async fn retire(&self, lease: LeaseId) -> Result<u64> {
@@ -62,12 +62,12 @@ impl Queue for Sqlite {
             transaction.commit().await?;
             Ok(released.rows_affected())
         };
-        retrying!(is_busy, write())
+        retrying!(self.is_busy(), write())
     }
 
     async fn claim(&self, lease: LeaseId, claim: Claim<'_>) -> Result<Vec<Item>> {
         let cursor = self.cursor.get();
-        let claimed = retrying!(is_busy, self.take(lease, claim, &cursor))?;
+        let claimed = retrying!(self.is_busy(), self.take(lease, claim, &cursor))?;
         let Some(items) = claimed else {
             return Err(lease_lost(lease));
         };
@@ -100,42 +100,41 @@ impl Queue for Sqlite {
             transaction.commit().await?;
             Ok(released.rows_affected())
         };
-        retrying!(is_busy, write())
+        retrying!(self.is_busy(), write())
     }
 
     async fn held(&self, lease: LeaseId) -> Result<Vec<Item>> {
+        let reader = self.reader()?;
         let held = retrying!(
-            is_busy,
-            sqlx::query(rows::HELD)
-                .bind(lease.0)
-                .fetch_all(self.reader())
+            self.is_busy(),
+            sqlx::query(rows::HELD).bind(lease.0).fetch_all(reader)
         )?;
         each(&held, |row| Ok(rows::item(row)?.0))
     }
 
     async fn lost(&self, holds: &[Hold]) -> Result<Vec<ItemId>> {
+        let reader = self.reader()?;
         let json = holds_json(holds);
         let lost = retrying!(
-            is_busy,
-            sqlx::query_scalar(rows::LOST)
-                .bind(&json)
-                .fetch_all(self.reader())
+            self.is_busy(),
+            sqlx::query_scalar(rows::LOST).bind(&json).fetch_all(reader)
         )?;
         Ok(lost.into_iter().map(ItemId).collect())
     }
 
     async fn reap(&self) -> Result<Reaped> {
+        let reader = self.reader()?;
         // Mostly there is nothing, and then nobody is kept waiting for the right to write.
         let anything = retrying!(
-            is_busy,
+            self.is_busy(),
             sqlx::query_scalar::<_, bool>(rows::ANYTHING_TO_REAP)
                 .bind(now())
-                .fetch_one(self.reader())
+                .fetch_one(reader)
         )?;
         if !anything {
             return Ok(Reaped::default());
         }
-        retrying!(is_busy, self.bury())
+        retrying!(self.is_busy(), self.bury())
     }
 }
 
@@ -151,6 +150,7 @@ impl Sqlite {
         let now = now();
         let live = sqlx::query(rows::LIVE).bind(lease.0).bind(now);
         if live.fetch_optional(&mut *transaction).await?.is_none() {
+            transaction.commit().await?;
             return Ok(None);
         }
         let take = sqlx::query(rows::CLAIM)
@@ -165,6 +165,7 @@ impl Sqlite {
             .map(rows::item)
             .collect::<sqlx::Result<_>>()?;
         if items.is_empty() {
+            transaction.commit().await?;
             return Ok(Some(items));
         }
         let runs: BTreeSet<_> = items.iter().map(|(item, _)| item.run.0).collect();

@@ -6,7 +6,7 @@ use sqlx::sqlite::SqliteRow;
 
 use crate::store::sql::{decode, kind_of_lost_lease};
 
-decode!(SqliteRow);
+decode!(SqliteRow, i64);
 
 pub(super) const RUN_BY_ID: &str = "SELECT id, tenant, name, status, spec, total, completed, failed, \
     cancelled, log_seq, error, created_at, ended_at FROM runs WHERE id = ?1";
@@ -194,5 +194,12 @@ pub(super) const RETRY_RUN: &str = "UPDATE runs SET status = 'pending', failed =
 pub(super) const PURGE_RUNS: &str = "DELETE FROM runs WHERE id IN \
     (SELECT id FROM runs WHERE ended_at <= ?1 ORDER BY ended_at, id LIMIT ?2)";
 
-pub(super) const PURGE_GENERATIONS: &str = "DELETE FROM generations WHERE rowid IN \
-    (SELECT rowid FROM generations WHERE created_at <= ?1 ORDER BY created_at, rowid LIMIT ?2)";
+/// `floors`: since when the generations of a tenant are needed. Few runs are of the statuses that ask for it.
+pub(super) const PURGE_GENERATIONS: &str = "DELETE FROM generations WHERE rowid IN ( \
+    WITH floors (tenant, since) AS MATERIALIZED ( \
+        SELECT tenant, min(created_at) FROM runs INDEXED BY runs_status \
+        WHERE status IN ('pending', 'processing', 'failed') AND (ended_at IS NULL OR ended_at > ?1) \
+        GROUP BY tenant) \
+    SELECT g.rowid FROM generations AS g INDEXED BY generations_age WHERE g.created_at <= ?1 \
+        AND NOT EXISTS (SELECT 1 FROM floors AS f WHERE f.tenant = g.tenant AND f.since <= g.created_at) \
+    ORDER BY g.created_at, g.rowid LIMIT ?2)";

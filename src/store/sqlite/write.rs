@@ -9,7 +9,7 @@ use super::{Sqlite, first, now, rows};
 use crate::store::change::{Changes, ended_entry};
 use crate::store::given::{Commit, NewItem, NewRun, Settlement};
 use crate::store::records::{Committed, Created, Generation, ItemId, RunId, Status};
-use crate::store::sql::{to_sql, write_error};
+use crate::store::sql::{small, to_sql, write_error};
 
 /// Rows in one statement: more gain nothing, and SQLite takes 32,766 parameters at most.
 const ROWS: usize = 500;
@@ -45,6 +45,7 @@ impl Sqlite {
                     .bind(&run.tenant)
                     .bind(&run.idempotency_key);
             let run = RunId(known.fetch_one(&mut *transaction).await?);
+            transaction.commit().await?;
             return Ok(Created { run, new: false });
         };
         for (chunk, items) in run.items.chunks(ROWS).enumerate() {
@@ -85,7 +86,7 @@ impl Sqlite {
         if !commit.over.is_empty() {
             let names = commit.over.iter();
             let names: Vec<_> = names
-                .map(|n| (n.item.0, n.attempt, n.key.to_string()))
+                .map(|n| (n.item.0, small(n.attempt), n.key.to_string()))
                 .collect();
             let end = sqlx::query(rows::END_INTENTS).bind(json!(names).to_string());
             end.execute(&mut *transaction).await?;
@@ -113,6 +114,7 @@ impl Sqlite {
         let cancel = sqlx::query(rows::CANCEL_ITEMS).bind(run.0);
         let stopped = cancel.execute(&mut *transaction).await?.rows_affected();
         if stopped == 0 {
+            transaction.commit().await?;
             return Ok(0);
         }
         let cancel = sqlx::query_scalar(rows::CANCEL_RUN);
@@ -133,6 +135,7 @@ impl Sqlite {
         let cancelled =
             sqlx::query("SELECT 1 FROM runs WHERE id = ? AND status = 'cancelled'").bind(run.0);
         if cancelled.fetch_optional(&mut *transaction).await?.is_some() {
+            transaction.commit().await?;
             return Ok(0);
         }
         let dismiss = sqlx::query(rows::RETRY_INTENTS).bind(run.0);
@@ -140,6 +143,7 @@ impl Sqlite {
         let retry = sqlx::query(rows::RETRY_ITEMS).bind(run.0);
         let again = retry.execute(&mut *transaction).await?.rows_affected();
         if again == 0 {
+            transaction.commit().await?;
             return Ok(0);
         }
         let retry = sqlx::query_scalar(rows::RETRY_RUN)
@@ -169,7 +173,7 @@ async fn add_items(
         .push_bind(&run.name)
         .push_bind(&run.tenant)
         .push_bind(run.priority)
-        .push_bind(run.max_attempts);
+        .push_bind(small(run.max_attempts));
     insert.push(
         ")) INSERT INTO items (v, run_id, pipeline, tenant, priority, max_attempts, seq, key, input) \
          SELECT 1, run, pipeline, tenant, priority, most, column1, column2, column3 FROM shared CROSS JOIN (",

@@ -170,6 +170,8 @@ pub(super) async fn what_cannot_be_kept_is_refused(store: Store) {
     refused(create(NewRun::new("a\0", "p")).await);
     refused(create(NewRun::new("a", "p").items([NewItem::new("k", "\0")])).await);
     refused(create(NewRun::new("a", "p").max_attempts(0)).await);
+    refused(create(NewRun::new("a".repeat(1025), "p")).await);
+    refused(create(NewRun::new("a", "p").idempotency_key("k".repeat(1025))).await);
     assert!(
         store
             .runs(RunFilter::default(), 10)
@@ -503,7 +505,7 @@ pub(super) async fn notes_are_logged_in_order(store: Store) {
 
 pub(super) async fn old_runs_and_generations_are_purged(store: Store) {
     let (old, _older) = (create(&*store, "a", 2).await, create(&*store, "a", 0).await);
-    let live = create(&*store, "a", 1).await;
+    let live = create(&*store, "b", 1).await;
     let items = all_items(&*store, old).await;
     let intent = Intent {
         item: items[0].id,
@@ -535,4 +537,97 @@ pub(super) async fn old_runs_and_generations_are_purged(store: Store) {
             .unwrap()
             .is_empty()
     );
+}
+
+pub(super) async fn a_purge_leaves_what_a_run_may_need_again(store: Store) {
+    let age = Duration::from_secs(1);
+    let (slow, failed) = (create(&*store, "a", 2).await, create(&*store, "b", 1).await);
+    let (slow, failed) = (
+        all_items(&*store, slow).await,
+        all_items(&*store, failed).await,
+    );
+    let bodies = ["a", "b", "c"].map(|tenant| generation(tenant, 1, "1"));
+    let first = Commit::new().generations(bodies);
+    let first = first.settlements([done(slow[0].hold())]);
+    assert_eq!(store.commit(first).await.unwrap().generations, 3);
+    let kept = async |tenant: &str| {
+        let kept = store.generations(tenant, &[key(1)]).await;
+        kept.unwrap().len()
+    };
+    tokio::time::sleep(age + Duration::from_millis(100)).await;
+
+    // The run of `a` goes on, that of `b` failed just now and can be tried again, and `c` has none.
+    let ended = std::time::Instant::now();
+    let error = Err(broken("b"));
+    assert_eq!(
+        commit(&store, vec![settle(failed[0].hold(), error)]).await,
+        1
+    );
+    let purged = store.purge(age, 100).await.unwrap();
+    assert_eq!(purged.runs, 0);
+    assert_eq!((kept("a").await, kept("c").await), (1, 0));
+    // A machine that stalls for so long has made the failed run old enough.
+    if ended.elapsed() < age {
+        assert_eq!(kept("b").await, 1);
+    }
+
+    // Nothing needs it any more: its age decides.
+    assert_eq!(commit(&store, vec![done(slow[1].hold())]).await, 1);
+    store.purge(Duration::ZERO, 100).await.unwrap();
+    assert_eq!((kept("a").await, kept("b").await), (0, 0));
+}
+
+pub(super) async fn numbers_without_end_stop_nobody(store: Store) {
+    let items = || [NewItem::new("k", "1")];
+    let endless = NewRun::new("a", "p").max_attempts(u32::MAX).items(items());
+    let run = store.create_run(endless).await.unwrap().run;
+    let other = store.create_run(NewRun::new("b", "p").items(items()));
+    let other = other.await.unwrap().run;
+    let lease = store.register("worker", Duration::MAX).await.unwrap();
+    assert!(store.heartbeat(lease, Duration::MAX).await.unwrap());
+    let claimed = claim(&store, lease, u32::MAX).await;
+    let most: Vec<_> = claimed
+        .iter()
+        .map(|item| (item.run, item.max_attempts))
+        .collect();
+    assert_eq!(most, [(run, i32::MAX as u32), (other, 3)]);
+
+    let intent = Intent {
+        item: claimed[0].id,
+        attempt: u32::MAX,
+        key: key(1),
+        provider_ref: None,
+    };
+    let put = store.put_intents(std::slice::from_ref(&intent));
+    put.await.unwrap();
+    let listed = store.intents(&[claimed[0].id]).await.unwrap();
+    assert_eq!(listed.len(), 1);
+    assert!(listed[0].attempt >= i32::MAX as u32);
+    let mut usage = Usage::new(u64::MAX, u64::MAX);
+    usage.reasoning_tokens = u64::MAX;
+    let huge = Generation {
+        usage,
+        cost_micros: Some(u64::MAX),
+        ..generation("a", 1, "1")
+    };
+    let over = Commit::new().over([intent.name()]).generations([huge]);
+    assert_eq!(store.commit(over).await.unwrap().generations, 1);
+    assert!(store.intents(&[claimed[0].id]).await.unwrap().is_empty());
+    let kept = store.generations("a", &[key(1)]).await.unwrap();
+    assert!(kept[0].usage.input_tokens >= i64::MAX as u64);
+    assert!(kept[0].cost_micros >= Some(i64::MAX as u64));
+
+    let holds: Vec<_> = claimed.iter().map(Item::hold).collect();
+    assert_eq!(store.release(&holds, Duration::MAX, true).await.unwrap(), 2);
+    assert_eq!(store.reap().await.unwrap().due, 0);
+    assert!(
+        store
+            .items(run, u64::MAX, u32::MAX)
+            .await
+            .unwrap()
+            .is_empty()
+    );
+    assert!(store.log(run, u64::MAX, u32::MAX).await.unwrap().is_empty());
+    let purged = store.purge(Duration::MAX, u32::MAX).await.unwrap();
+    assert_eq!((purged.runs, purged.generations), (0, 0));
 }

@@ -62,7 +62,9 @@ pub async fn conformance(open: impl AsyncFn() -> Arc<dyn Queue>) {
             the_first_generation_under_a_key_stays,
             unclaimed_items_can_be_committed_against_their_epoch,
             notes_are_logged_in_order,
-            old_runs_and_generations_are_purged;
+            old_runs_and_generations_are_purged,
+            a_purge_leaves_what_a_run_may_need_again,
+            numbers_without_end_stop_nobody;
         leases:
             a_lease_that_is_over_claims_nothing,
             a_lease_of_the_same_name_is_another_lease,
