@@ -12,6 +12,8 @@
 
 #[path = "support/postgres.rs"]
 mod postgres;
+#[path = "support/postgres_server.rs"]
+mod postgres_server;
 #[path = "support/program.rs"]
 mod program;
 #[path = "../examples/durable/store.rs"]
@@ -31,6 +33,7 @@ use throughline::provider::sim::Ledger;
 use throughline::{RequestDigest, Runner};
 
 use self::postgres::Schemas;
+use self::postgres_server::Server;
 use self::program::program;
 
 /// None of the runs here takes longer by itself.
@@ -399,52 +402,6 @@ fn interrupted_it_gives_back_what_it_has_not_done() {
     ends_well(job.work("--sim-latency 5"));
     job.check(&run, 200);
     assert_eq!(job.ledger().bills.len(), 200);
-}
-
-/// A Postgres of our own, because it is killed.
-struct Server {
-    dir: TempDir,
-    port: u16,
-}
-
-impl Server {
-    fn script(&self, word: &str) -> String {
-        let (home, port) = (self.dir.path().as_os_str(), self.port.to_string());
-        let port = ("THROUGHLINE_TEST_POSTGRES_PORT", port.as_ref());
-        postgres::services(word, &[("TMPDIR", home), port]).unwrap()
-    }
-
-    fn start() -> Self {
-        use std::os::unix::fs::PermissionsExt as _;
-        let dir = tempfile::tempdir().unwrap();
-        // Postgres does not run as root, and has to get in.
-        std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
-        let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let port = free.local_addr().unwrap().port();
-        drop(free);
-        let server = Self { dir, port };
-        server.script("start");
-        server
-    }
-
-    /// At once, in the middle of whatever it does.
-    fn crash(&self) {
-        let file = self
-            .dir
-            .path()
-            .join("throughline-services/postgres/postmaster.pid");
-        let pid = std::fs::read_to_string(&file).unwrap();
-        signal(pid.lines().next().unwrap().parse().unwrap(), "QUIT");
-        while file.exists() {
-            sleep(Duration::from_millis(10));
-        }
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        self.script("stop");
-    }
 }
 
 #[test]

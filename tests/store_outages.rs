@@ -1,0 +1,549 @@
+//! Stores that fail for a while, and callers that go away in the middle of a call: every write that was
+//! acknowledged is there afterwards, and no call hangs.
+#![cfg(all(feature = "sqlite", feature = "postgres", feature = "testing"))]
+
+#[path = "support/postgres.rs"]
+mod postgres;
+#[cfg(unix)]
+#[path = "support/postgres_server.rs"]
+mod postgres_server;
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use fastrand::Rng;
+use futures::future::BoxFuture;
+use throughline::store::{
+    Commit, Generation, Item, LeaseId, MemoKey, Memory, NewItem, NewRun, Note, Postgres, Queue,
+    RunId, Settlement, Sqlite, Store,
+};
+use throughline::testing::{Counted, store};
+use throughline::{
+    Context, Drive, Error, ErrorKind, Journal, RequestDigest, Runner, Sim, Usage, Worker, pipeline,
+};
+use tokio::time::{sleep, timeout};
+
+use self::postgres::Schemas;
+
+const LONG: Duration = Duration::from_secs(3600);
+/// Nothing here waits so long unless it hangs.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+fn long_form() -> bool {
+    std::env::var_os("THROUGHLINE_LONG").is_some()
+}
+
+fn run_of(n: usize) -> NewRun {
+    let items = (0..n).map(|i| NewItem::new(format!("k{i}"), "1"));
+    NewRun::new("a", "p").items(items)
+}
+
+fn settled(items: &[Item], result: &Result<String, Error>) -> Commit {
+    Commit::new().settlements(items.iter().map(|item| Settlement {
+        hold: item.hold(),
+        result: result.clone(),
+    }))
+}
+
+// A journal that is full
+
+/// A worker whose store takes claims and no commits, with more results than its journal holds.
+async fn with_a_full_journal() -> Worker {
+    let store = Arc::new(Counted::new(Memory::new()));
+    let runner = Runner::new(Arc::clone(&store));
+    let ask = pipeline("ask", async |cx: Context, n: u32| {
+        Ok(cx.generate(format!("{n}")).await?.text)
+    });
+    runner.submit("ask", &ask, 0..5000).await.unwrap();
+    store.set_stuck(true);
+    let sim = Sim::builder().latency(Duration::from_millis(100)).build();
+    Worker::builder(store, Context::builder(sim).build())
+        .register("ask", ask)
+        .intents(false)
+        .build()
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_drive_ends_in_time_although_the_journal_is_full() {
+    let worker = with_a_full_journal().await;
+    let drive = worker.drive(Duration::from_secs(60));
+    let ended = timeout(Duration::from_secs(75), drive).await;
+    let error = ended.expect("it ends").expect_err("results are unwritten");
+    assert!(error.message().contains("could not be written"), "{error}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_worker_stops_when_it_is_told_although_the_journal_is_full() {
+    let worker = with_a_full_journal().await;
+    let run = worker.run_until(sleep(Duration::from_secs(60)));
+    let ended = timeout(Duration::from_secs(60 + 60), run).await;
+    let error = ended.expect("it ends").expect_err("results are unwritten");
+    assert!(error.message().contains("could not be written"), "{error}");
+}
+
+// Stores that are away for a while
+
+/// A worker on `store` with 300 items in a run, whose replies take 4 KB.
+async fn at_work<S: Queue>(store: &Arc<S>, items: u32) -> (Runner, RunId, Worker, Sim) {
+    let runner = Runner::new(Arc::clone(store));
+    let ask = pipeline("ask", async |cx: Context, n: u32| {
+        Ok(cx.generate(format!("{n}")).await?.text)
+    });
+    let run = runner.submit("ask", &ask, 0..items).await.unwrap();
+    let sim = Sim::builder()
+        .latency(Duration::from_millis(20))
+        .reply(|_| "y".repeat(4000));
+    let sim = sim.build();
+    let worker = Worker::builder(Arc::clone(store), Context::builder(sim.clone()).build())
+        .register("ask", ask)
+        .in_flight(8)
+        .poll_every(Duration::from_millis(200))
+        .build();
+    (runner, run, worker, sim)
+}
+
+/// Everything is done, and nothing was paid for twice.
+async fn all_is_there(runner: &Runner, run: RunId, worker: &Worker, sim: &Sim, items: u64) {
+    let outputs: Vec<String> = runner.outputs(run).await.unwrap();
+    assert_eq!(outputs.len() as u64, items);
+    let audit = runner.audit(run).await.unwrap().unwrap();
+    assert!(audit.is_sound() && audit.completed == items, "{audit}");
+    let billed = sim.ledger().times_billed();
+    assert_eq!(billed.values().sum::<u64>(), items, "paid for twice");
+    let journal = worker.stats().journal;
+    assert_eq!((journal.waiting, journal.given_up), (0, 0), "{journal:?}");
+}
+
+/// Waits until results wait for a store that is away, and a while longer.
+async fn until_results_wait(worker: &Worker) {
+    let failures = worker.stats().journal.failures;
+    let noticed = async {
+        while worker.stats().journal.failures < failures + 3 {
+            sleep(Duration::from_millis(10)).await;
+        }
+    };
+    timeout(PATIENCE, noticed).await.expect("nothing fails");
+}
+
+/// A disk of some megabytes. Says loudly if there can be none.
+#[cfg(target_os = "linux")]
+struct Disk(tempfile::TempDir);
+
+#[cfg(target_os = "linux")]
+impl Disk {
+    fn new() -> Option<Self> {
+        let dir = tempfile::tempdir().unwrap();
+        let mount = std::process::Command::new("mount")
+            .args(["-t", "tmpfs", "-o", "size=12m", "tmpfs"])
+            .arg(dir.path())
+            .output();
+        let why = match mount {
+            Ok(mount) if mount.status.success() => return Some(Self(dir)),
+            Ok(mount) => String::from_utf8_lossy(&mount.stderr).into_owned(),
+            Err(error) => error.to_string(),
+        };
+        // Not `eprintln`: the test harness would swallow it.
+        use std::io::Write as _;
+        let message = format!("\n\n    A FULL DISK WAS NOT TESTED, only a full file: {why}\n\n");
+        let _ = std::io::stderr().write_all(message.as_bytes());
+        None
+    }
+
+    /// Takes all that is left.
+    fn fill(&self) {
+        use std::io::Write as _;
+        let mut file = std::fs::File::create(self.0.path().join("filler")).unwrap();
+        for size in [1 << 16, 1 << 12, 1 << 9, 1] {
+            while file.write_all(&vec![0; size]).is_ok() {}
+        }
+    }
+
+    fn free(&self) {
+        std::fs::remove_file(self.0.path().join("filler")).unwrap();
+    }
+}
+
+#[cfg(target_os = "linux")]
+impl Drop for Disk {
+    fn drop(&mut self) {
+        // Lazily: a connection of the store may be about to close still.
+        let unmount = std::process::Command::new("umount")
+            .arg("-l")
+            .arg(self.0.path())
+            .status();
+        assert!(unmount.is_ok_and(|status| status.success()));
+    }
+}
+
+#[cfg(target_os = "linux")]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_disk_that_is_full_for_a_while_costs_nothing() {
+    let Some(disk) = Disk::new() else { return };
+    let store = Sqlite::open(disk.0.path().join("runs.db")).await.unwrap();
+    let store = Arc::new(store);
+    let (rounds, items) = if long_form() { (10, 900) } else { (2, 300) };
+    let (runner, run, worker, sim) = at_work(&store, items).await;
+    let working = tokio::spawn({
+        let worker = worker.clone();
+        async move { worker.drive(LONG).await }
+    });
+    for round in 0..rounds {
+        sleep(Duration::from_millis(150)).await;
+        assert!(!working.is_finished(), "it is done before round {round}");
+        disk.fill();
+        until_results_wait(&worker).await;
+        // Reads go on, and a write that somebody else wants fails at once and can be tried again.
+        runner.snapshot(run).await.unwrap().unwrap();
+        let error = store.create_run(run_of(50).spec("z".repeat(200_000))).await;
+        assert!(error.unwrap_err().is_temporary());
+        disk.free();
+    }
+    let driven = timeout(PATIENCE, working).await.expect("it hangs");
+    assert_eq!(driven.unwrap().unwrap(), Drive::Done);
+    all_is_there(&runner, run, &worker, &sim, items.into()).await;
+    store.close().await;
+}
+
+#[cfg(unix)]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_postgres_that_is_killed_and_comes_back_costs_nothing() {
+    // Where no server can be started, it says so.
+    if Schemas::find().is_none() {
+        return;
+    }
+    let server = Arc::new(
+        tokio::task::spawn_blocking(postgres_server::Server::start)
+            .await
+            .unwrap(),
+    );
+    let store = Postgres::connect(server.script("url")).await.unwrap();
+    let store = Arc::new(store);
+    let (rounds, items) = if long_form() { (12, 3000) } else { (1, 300) };
+    let (runner, run, worker, sim) = at_work(&store, items).await;
+    let working = tokio::spawn({
+        let worker = worker.clone();
+        async move { worker.drive(LONG).await }
+    });
+    for round in 0..rounds {
+        sleep(Duration::from_millis(300)).await;
+        assert!(!working.is_finished(), "it is done before round {round}");
+        let acknowledged = store.create_run(run_of(3)).await.unwrap().run;
+        let killed = Arc::clone(&server);
+        tokio::task::spawn_blocking(move || {
+            killed.crash();
+            std::thread::sleep(Duration::from_millis(500));
+            killed.script("start");
+        })
+        .await
+        .unwrap();
+        let read = async {
+            loop {
+                match store.run(acknowledged).await {
+                    Ok(run) => return run,
+                    Err(error) => assert!(error.is_temporary(), "{error:?}"),
+                }
+            }
+        };
+        let read = timeout(PATIENCE, read).await.expect("a read hangs");
+        assert!(read.is_some(), "an acknowledged run is lost");
+        store.cancel(acknowledged).await.unwrap();
+    }
+    let driven = timeout(PATIENCE * 3, working).await.expect("it hangs");
+    assert_eq!(driven.unwrap().unwrap(), Drive::Done);
+    all_is_there(&runner, run, &worker, &sim, items.into()).await;
+    store.close().await;
+    tokio::task::spawn_blocking(move || drop(server))
+        .await
+        .unwrap();
+}
+
+// Entries that a store refuses
+
+fn generation(tenant: &str, n: u32, body: String) -> Generation {
+    Generation {
+        tenant: tenant.to_owned(),
+        key: MemoKey::of([n.to_be_bytes().as_slice()]),
+        request: RequestDigest::from_bytes([0; 32]),
+        body,
+        usage: Usage::new(1, 1),
+        cost_micros: None,
+    }
+}
+
+/// Text that no database compresses.
+fn noise(bytes: usize) -> String {
+    let mut rng = Rng::with_seed(7);
+    std::iter::repeat_with(|| rng.alphanumeric())
+        .take(bytes)
+        .collect()
+}
+
+#[tokio::test]
+async fn a_reply_that_postgres_cannot_keep_holds_up_no_other() {
+    let Some(schemas) = Schemas::find() else {
+        return;
+    };
+    let store = Arc::new(schemas.open().await);
+    let journal = Journal::new(Arc::clone(&store) as Arc<dyn Store>);
+    journal.write(Commit::new().generations([generation(&noise(9000), 1, "1".into())]));
+    journal.write(Commit::new().generations([generation("ok", 2, "2".into())]));
+    let refused = timeout(PATIENCE, journal.flush()).await.unwrap();
+    assert_eq!(refused.unwrap_err().kind(), ErrorKind::Config);
+    let _ = timeout(PATIENCE, journal.flush()).await.unwrap();
+    let key = generation("ok", 2, String::new()).key;
+    assert_eq!(store.generations("ok", &[key]).await.unwrap().len(), 1);
+    let stats = journal.stats();
+    assert_eq!(
+        (stats.waiting, stats.written, stats.given_up),
+        (0, 1, 1),
+        "{stats:?}"
+    );
+    schemas.clear().await;
+}
+
+#[tokio::test]
+async fn more_bytes_than_a_database_takes_at_once_are_written_in_several_commits() {
+    // As many bytes as a batch holds, a hundred times in the long form: more than a message of a gigabyte.
+    let replies = if long_form() { 110 } else { 5 };
+    let Some(schemas) = Schemas::find() else {
+        return;
+    };
+    let store = Arc::new(schemas.open().await);
+    let journal = Journal::new(Arc::clone(&store) as Arc<dyn Store>);
+    let body = "x".repeat(10 << 20);
+    for n in 0..replies {
+        journal.write(Commit::new().generations([generation("", n, body.clone())]));
+    }
+    let flushed = timeout(PATIENCE * 10, journal.flush()).await;
+    flushed.expect("it hangs").unwrap();
+    let stats = journal.stats();
+    let expected = (u64::from(replies), u64::from(replies), 0);
+    assert_eq!(
+        (stats.commits, stats.written, stats.failures),
+        expected,
+        "{stats:?}"
+    );
+    schemas.clear().await;
+}
+
+fn note(run: RunId, kind: &str) -> Commit {
+    let (kind, data) = (kind.to_owned(), "1".to_owned());
+    Commit::new().notes([Note { run, kind, data }])
+}
+
+/// A store that refuses one entry for good, and does not say that it is the entry.
+#[tokio::test(start_paused = true)]
+async fn an_entry_that_is_refused_for_good_is_given_up_once_others_of_its_kind_are_taken() {
+    let store = Counted::new(Memory::new()).refuse(|commit| {
+        let refused = commit.notes.iter().any(|note| note.kind == "bad");
+        refused.then(|| Error::new(ErrorKind::Store, "no"))
+    });
+    let store = Arc::new(store);
+    let run = store.create_run(NewRun::new("", "log")).await.unwrap().run;
+    let journal = Journal::new(Arc::clone(&store) as Arc<dyn Store>);
+    // Alone it may be the store: it is tried again, and told.
+    journal.write(note(run, "bad"));
+    for _ in 0..3 {
+        assert_eq!(journal.flush().await.unwrap_err().message(), "no");
+        assert_eq!(journal.stats().given_up, 0);
+    }
+    for n in 0..700 {
+        journal.write(note(run, if n == 300 { "bad" } else { "good" }));
+    }
+    while journal.stats().waiting > 0 {
+        let _ = timeout(PATIENCE, journal.flush()).await.expect("it hangs");
+    }
+    let stats = journal.stats();
+    assert_eq!((stats.written, stats.given_up), (699, 2), "{stats:?}");
+    assert_eq!(store.run(run).await.unwrap().unwrap().log_seq, 2 + 699);
+}
+
+/// A store that refuses everything for good, as one whose rights were taken away, until they are back.
+#[tokio::test(start_paused = true)]
+async fn nothing_is_given_up_while_the_store_refuses_everything() {
+    let allowed = Arc::new(AtomicBool::new(false));
+    let store = Counted::new(Memory::new()).refuse({
+        let allowed = Arc::clone(&allowed);
+        move |_| {
+            let refused = !allowed.load(Ordering::Relaxed);
+            refused.then(|| Error::new(ErrorKind::Store, "permission denied"))
+        }
+    });
+    let store = Arc::new(store);
+    let run = store.create_run(NewRun::new("", "log")).await.unwrap().run;
+    let journal = Journal::new(Arc::clone(&store) as Arc<dyn Store>);
+    for _ in 0..2000 {
+        journal.write(note(run, "good"));
+    }
+    sleep(Duration::from_secs(600)).await;
+    // It is not stormed either.
+    let tries = store.calls("commit");
+    assert!(
+        (300..40_000).contains(&tries),
+        "{tries} commits in ten minutes"
+    );
+    assert_eq!(
+        (journal.stats().waiting, journal.stats().given_up),
+        (2000, 0)
+    );
+    allowed.store(true, Ordering::Relaxed);
+    sleep(Duration::from_secs(5)).await;
+    assert_eq!(
+        (journal.stats().written, journal.stats().waiting),
+        (2000, 0)
+    );
+    let entries = store.log(run, 2, 5000).await.unwrap();
+    assert_eq!(entries.len(), 2000);
+}
+
+/// The writer lives in the runtime of the first who wrote. When that one stops, others go on.
+#[test]
+fn a_journal_outlives_the_runtime_that_it_was_begun_in() {
+    let runtime = || {
+        let mut builder = tokio::runtime::Builder::new_multi_thread();
+        builder.worker_threads(1).enable_all().build().unwrap()
+    };
+    let store = Arc::new(Counted::new(Memory::new()));
+    let (first, second) = (runtime(), runtime());
+    let journal = Journal::new(Arc::clone(&store) as Arc<dyn Store>);
+    let run =
+        second.block_on(async { store.create_run(NewRun::new("", "log")).await.unwrap().run });
+    store.set_stuck(true);
+    let writing = journal.clone();
+    first.block_on(async move {
+        writing.write(note(run, "first"));
+        sleep(Duration::from_millis(50)).await;
+    });
+    let flush = second.spawn({
+        let journal = journal.clone();
+        async move { timeout(PATIENCE, journal.flush()).await }
+    });
+    std::thread::sleep(Duration::from_millis(100));
+    assert_eq!(store.calls("commit"), 1);
+    store.set_stuck(false);
+    first.shutdown_background();
+    let flushed = second.block_on(flush).unwrap();
+    flushed.expect("nobody writes").unwrap();
+    assert_eq!(journal.stats().written, 1);
+}
+
+// Callers that go away
+
+/// What is being called.
+type Call<'a> = BoxFuture<'a, Result<(), Error>>;
+
+/// Polls a call until it is ready or has been polled `polls` times, each time it wakes, and drops it.
+/// Says whether it came to its end.
+async fn poll_and_drop(mut call: Call<'_>, polls: usize) -> Option<Result<(), Error>> {
+    let mut left = polls;
+    std::future::poll_fn(|cx| match Pin::as_mut(&mut call).poll(cx) {
+        std::task::Poll::Ready(done) => std::task::Poll::Ready(Some(done)),
+        std::task::Poll::Pending if left <= 1 => std::task::Poll::Ready(None),
+        std::task::Poll::Pending => {
+            left -= 1;
+            std::task::Poll::Pending
+        }
+    })
+    .await
+}
+
+/// `rounds` callers disconnect from `store` at some poll of some call. After each, a write is acknowledged.
+/// Then `other`, which shares nothing with `store` but the database, must see every one of these writes.
+async fn callers_disconnect(store: Arc<dyn Queue>, other: Arc<dyn Queue>, rounds: u64, seed: u64) {
+    println!("{} seed {seed}", store.name());
+    let mut rng = Rng::with_seed(seed);
+    let done = Ok("1".to_owned());
+    let broken = Err(Error::new(ErrorKind::InvalidOutput, "b"));
+    let mut acknowledged = Vec::new();
+    let mut dropped = 0;
+    let victim = store.create_run(run_of(8)).await.unwrap().run;
+    for round in 0..rounds {
+        let lease = timeout(PATIENCE, store.register("w", LONG)).await;
+        let lease: LeaseId = lease.expect("register hangs").unwrap();
+        let items = timeout(PATIENCE, store.claim(lease, 4)).await;
+        let items = items.expect("claim hangs").unwrap();
+        let large = rng.u8(..16) == 0;
+        let store = &*store;
+        let call: Call<'_> = match rng.u8(..9) {
+            0 => Box::pin(async { store.cancel(RunId(rng_run(round))).await.map(drop) }),
+            1 => Box::pin(async { store.retry_failed(victim).await.map(drop) }),
+            2 => Box::pin(async { store.retire(lease).await.map(drop) }),
+            3 => {
+                store.heartbeat(lease, Duration::ZERO).await.unwrap();
+                Box::pin(async { store.reap().await.map(drop) })
+            }
+            // More than one statement takes.
+            4 => {
+                let n = if large { 12_000 } else { 3 };
+                Box::pin(async move { store.create_run(run_of(n)).await.map(drop) })
+            }
+            5 => Box::pin(async { store.claim(lease, 3).await.map(drop) }),
+            6 => Box::pin(async { store.commit(settled(&items, &done)).await.map(drop) }),
+            7 => Box::pin(async { store.commit(settled(&items, &broken)).await.map(drop) }),
+            _ => Box::pin(async { store.purge(LONG, 3).await.map(drop) }),
+        };
+        let polls = rng.usize(1..12);
+        match timeout(PATIENCE, poll_and_drop(call, polls)).await {
+            Err(_) => panic!("a call hangs in round {round} of seed {seed}"),
+            Ok(None) => dropped += 1,
+            Ok(Some(result)) => result.unwrap(),
+        }
+        // As a service that goes on with the next request.
+        let write = store.create_run(run_of(2).spec(format!("{round}")));
+        let written = timeout(PATIENCE, write).await.expect("a write hangs");
+        acknowledged.push(written.unwrap().run);
+        let last = acknowledged[acknowledged.len() - 1];
+        let seen = timeout(PATIENCE, other.run(last)).await;
+        assert!(
+            seen.expect("a read hangs").unwrap().is_some(),
+            "round {round} of seed {seed}: run {last} was acknowledged and is in no other's sight"
+        );
+        let _ = timeout(PATIENCE, other.retire(lease)).await.unwrap();
+    }
+    println!("{dropped} of {rounds} calls were dropped");
+    assert!(dropped > rounds / 4, "{dropped} of {rounds} were dropped");
+    drop(store);
+    for run in acknowledged {
+        assert!(other.run(run).await.unwrap().is_some(), "run {run} is lost");
+    }
+    let audit = store::audit(&*other);
+    timeout(PATIENCE, audit).await.expect("an audit hangs");
+}
+
+/// One of the runs that there are.
+fn rng_run(round: u64) -> i64 {
+    1 + (round / 2) as i64
+}
+
+fn rounds() -> u64 {
+    if long_form() { 1000 } else { 60 }
+}
+
+#[tokio::test]
+async fn callers_that_disconnect_from_sqlite_lose_nothing_of_the_others() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("runs.db");
+    let store = Arc::new(Sqlite::open(&path).await.unwrap());
+    let other = Arc::new(Sqlite::open(&path).await.unwrap());
+    callers_disconnect(store, other, rounds(), 1).await;
+}
+
+#[tokio::test]
+async fn callers_that_disconnect_from_postgres_lose_nothing_of_the_others() {
+    let Some(schemas) = Schemas::find() else {
+        return;
+    };
+    for connections in [1, 8] {
+        let name = schemas.name();
+        let connect = || {
+            let builder = Postgres::builder(&schemas.url).schema(name.clone());
+            builder.connections(connections).connect()
+        };
+        let store = Arc::new(connect().await.unwrap());
+        let other = Arc::new(connect().await.unwrap());
+        callers_disconnect(store, other, rounds(), 2).await;
+    }
+    schemas.clear().await;
+}
