@@ -22,8 +22,9 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use fastrand::Rng;
 use throughline::store::{
-    Commit, Committed, Durability, Generation, Intent, IntentName, Item, ItemId, LeaseId, MemoKey,
-    Memory, NewItem, NewRun, Note, Postgres, Queue, RunFilter, RunId, Settlement, Sqlite, Status,
+    Claim, Commit, Committed, Durability, Generation, Handling, Intent, IntentName, Item, ItemId,
+    LeaseId, MemoKey, Memory, NewItem, NewRun, Note, Postgres, Queue, RunFilter, RunId, Settlement,
+    Sqlite, Status,
 };
 use throughline::testing::Counted;
 use throughline::{Error, ErrorKind, RequestDigest, Result, Runner, Usage};
@@ -35,6 +36,12 @@ use self::postgres::Schemas;
 const LONG: Duration = Duration::from_secs(3600);
 /// No call here takes so long unless somebody is locked out.
 const PATIENCE: Duration = Duration::from_secs(45);
+const HANDLINGS: [Handling; 4] = [
+    Handling::Normal,
+    Handling::Few,
+    Handling::Alone,
+    Handling::LastAttempt,
+];
 const TENANTS: [&str; 3] = ["", "a", "b"];
 
 fn number(variable: &str) -> Option<u64> {
@@ -199,8 +206,15 @@ async fn polled<T>(call: impl Future<Output = T>, polls: usize) -> Option<T> {
     .await
 }
 
-async fn claim(store: &dyn Queue, lease: LeaseId, limit: u32) -> Result<Vec<Item>> {
-    store.claim(lease, limit).await
+/// Takes items whatever became of their workers before.
+async fn claim(
+    store: &dyn Queue,
+    lease: LeaseId,
+    handling: Handling,
+    limit: u32,
+) -> Result<Vec<Item>> {
+    let claim = Claim::new(&["p"], limit).handling(handling);
+    store.claim(lease, claim).await
 }
 
 /// One of those who call the store, with a lease and what it has claimed.
@@ -355,7 +369,11 @@ impl Actor {
         let limit = self.rng.u32(..9);
         let what = format!("{} claim {limit} for {lease}", self.name);
         let store = Arc::clone(&self.store);
-        let call = claim(&*store, lease, limit);
+        let handling = match self.rng.u8(..2) {
+            0 => Handling::Normal,
+            _ => self.rng.choice(HANDLINGS).unwrap_or_default(),
+        };
+        let call = claim(&*store, lease, handling, limit);
         match self.history.call(&mut self.rng, what, call).await {
             Ended::Acknowledged(items) => {
                 let mut books = self.history.books();
@@ -612,7 +630,10 @@ async fn finish(history: &History, store: &dyn Queue) {
     let lease = store.register("last", LONG).await.unwrap();
     loop {
         store.reap().await.unwrap();
-        let items = claim(store, lease, 500).await.unwrap();
+        let mut items = Vec::new();
+        for handling in HANDLINGS {
+            items.extend(claim(store, lease, handling, 500).await.unwrap());
+        }
         let settled = items.iter().map(|item| Settlement {
             hold: item.hold(),
             result: Ok("\"last\"".to_owned()),

@@ -16,8 +16,8 @@ use std::time::Duration;
 use fastrand::Rng;
 use futures::future::BoxFuture;
 use throughline::store::{
-    Commit, Generation, Item, LeaseId, MemoKey, Memory, NewItem, NewRun, Note, Postgres, Queue,
-    RunId, Settlement, Sqlite, Store,
+    Claim, Commit, Generation, Item, LeaseId, MemoKey, Memory, NewItem, NewRun, Note, Postgres,
+    Queue, RunId, Settlement, Sqlite, Store,
 };
 use throughline::testing::{Counted, store};
 use throughline::{
@@ -462,7 +462,7 @@ async fn callers_disconnect(store: Arc<dyn Queue>, other: Arc<dyn Queue>, rounds
     for round in 0..rounds {
         let lease = timeout(PATIENCE, store.register("w", LONG)).await;
         let lease: LeaseId = lease.expect("register hangs").unwrap();
-        let items = timeout(PATIENCE, store.claim(lease, 4)).await;
+        let items = timeout(PATIENCE, store.claim(lease, Claim::new(&["p"], 4))).await;
         let items = items.expect("claim hangs").unwrap();
         let large = rng.u8(..16) == 0;
         let store = &*store;
@@ -479,7 +479,7 @@ async fn callers_disconnect(store: Arc<dyn Queue>, other: Arc<dyn Queue>, rounds
                 let n = if large { 12_000 } else { 3 };
                 Box::pin(async move { store.create_run(run_of(n)).await.map(drop) })
             }
-            5 => Box::pin(async { store.claim(lease, 3).await.map(drop) }),
+            5 => Box::pin(async { store.claim(lease, Claim::new(&["p"], 3)).await.map(drop) }),
             6 => Box::pin(async { store.commit(settled(&items, &done)).await.map(drop) }),
             7 => Box::pin(async { store.commit(settled(&items, &broken)).await.map(drop) }),
             _ => Box::pin(async { store.purge(LONG, 3).await.map(drop) }),

@@ -256,7 +256,8 @@ async fn a_run_without_a_limit_of_attempts_in_an_old_file_stops_nobody() {
     raw(&path, "UPDATE items SET max_attempts = 4294967295").await;
     let store = Sqlite::open(&path).await.unwrap();
     let lease = store.register("w", LONG).await.unwrap();
-    let items = store.claim(lease, 10).await.unwrap();
+    let items = store.claim(lease, Claim::new(&["p"], 10));
+    let items = items.await.unwrap();
     assert_eq!((items.len(), items[0].max_attempts), (2, u32::MAX));
     store.commit(done(&items)).await.unwrap();
     let kept = store.run(run).await.unwrap().unwrap();

@@ -75,12 +75,13 @@ impl Queue for Sqlite {
     }
 
     async fn has_suspects(&self, pipelines: &[&str]) -> Result<bool> {
+        let reader = self.reader()?;
         let names = json!(pipelines).to_string();
         retrying!(
-            is_busy,
+            self.is_busy(),
             sqlx::query_scalar(rows::SUSPECTS)
                 .bind(&names)
-                .fetch_one(self.reader())
+                .fetch_one(reader)
         )
     }
 
