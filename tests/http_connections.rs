@@ -118,6 +118,19 @@ async fn http2_shares_one_connection() {
 }
 
 #[tokio::test]
+async fn pings_of_any_interval_are_allowed() {
+    let server = http2_server(|_| Fate::Serves).await;
+    for ping in [Duration::ZERO, Duration::MAX] {
+        let builder = OpenAi::builder().base_url(server.url()).http2(true);
+        let openai = builder.http2_ping(ping).build().unwrap();
+        openai.generate(&request()).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        openai.generate(&request()).await.unwrap();
+    }
+    assert_eq!(server.connections(), 2);
+}
+
+#[tokio::test]
 async fn a_dead_http2_connection_is_given_up() {
     let server = http2_server(|connection| match connection {
         0 => Fate::SilentAfter(2),

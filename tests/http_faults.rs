@@ -86,6 +86,7 @@ async fn timeouts_of_any_length_are_allowed() {
     let openai = OpenAi::builder()
         .base_url(server.url())
         .timeout(Duration::MAX)
+        .connect_timeout(Duration::MAX)
         .idle_timeout(Duration::MAX)
         .first_byte_timeout(Duration::MAX);
     assert!(openai.build().unwrap().generate(&request()).await.is_ok());

@@ -313,6 +313,12 @@ fn table() -> Vec<Case> {
         )
         .code("BadRequestError"),
         case(422, r#"{"detail":[{"loc":["body"],"msg":"bad"}]}"#, InvalidRequest),
+        // A validator that repeats the prompt speaks of nobody's account.
+        case(
+            400,
+            r#"{"detail":[{"loc":["body"],"input":"What is a spending limit?"}]}"#,
+            InvalidRequest,
+        ),
         case(429, "<html>Too many requests</html>", Throttled),
         case(429, "", Throttled)
             .headers(&[

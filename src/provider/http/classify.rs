@@ -13,6 +13,8 @@ use super::{Head, text};
 #[derive(Debug, Default)]
 struct Complaint {
     message: String,
+    /// The message is no sentence but a structure, in which validators repeat the request.
+    structured: bool,
     /// The most telling of `code`, `type` and `status`.
     code: Option<String>,
     /// All of them and the details' reasons, in lower case.
@@ -63,6 +65,7 @@ impl Complaint {
             message: message
                 .as_str()
                 .map_or_else(|| message.to_string(), str::to_owned),
+            structured: !message.is_string(),
             code: codes
                 .into_iter()
                 .next()
@@ -102,7 +105,9 @@ impl Complaint {
         self.per_day
             || self.says(&CODES)
             // Who names a time to come back speaks of a rate, whatever the wording.
-            || (!waitable && PROSE.iter().any(|phrase| message.contains(phrase)))
+            || (!waitable
+                && !self.structured
+                && PROSE.iter().any(|phrase| message.contains(phrase)))
     }
 
     /// The request is larger than the limit ever allows, although the status (429) is that of a

@@ -53,10 +53,12 @@ macro_rules! shared_setters {
 
         /// Sets after how long a silence an HTTP/2 connection is asked whether it is alive. One
         /// that gives no answer within the same time again is given up, and the calls on it fail.
-        /// The default is 10 s.
+        /// The default is 10 s; the shortest silence taken is 10 ms and the longest an hour.
         #[must_use]
         pub fn http2_ping(mut self, silence: Duration) -> Self {
-            self.settings.ping = silence;
+            // No ping without an end, and none at a time that no clock can show.
+            let (shortest, longest) = (Duration::from_millis(10), Duration::from_secs(3600));
+            self.settings.ping = silence.clamp(shortest, longest);
             self
         }
 
