@@ -269,7 +269,10 @@ impl Error {
         self
     }
 
-    /// Adds how long the server asks to wait.
+    /// Adds how long the server asks to wait. The next attempt waits at least that long, and a refusal by the rate limit
+    /// closes the lane for it.
+    ///
+    /// It takes precedence over the `retry_after` of [`with_rate`](Self::with_rate), whichever is set first.
     #[must_use]
     pub fn with_wait(mut self, wait: Duration) -> Self {
         self.0.wait = Some(wait);
@@ -298,8 +301,13 @@ impl Error {
     }
 
     /// Adds the rate-limit metadata that came with the error.
+    ///
+    /// Its `retry_after` is also the [wait](Self::wait) of a temporary error that has none yet.
     #[must_use]
     pub fn with_rate(mut self, rate: RateSnapshot) -> Self {
+        if self.is_temporary() {
+            self.0.wait = self.0.wait.or(rate.retry_after);
+        }
         self.0.rate = Some(Box::new(rate));
         self
     }
@@ -573,6 +581,26 @@ mod tests {
         assert_eq!(back.request_id(), Some("req_1"));
         assert_eq!(back.billed(), None);
         assert!(StdError::source(&back).is_none() && back.rate().is_none());
+    }
+
+    #[test]
+    fn a_wait_takes_precedence_over_the_one_in_the_rate() {
+        let [one, two] = [1, 2].map(Duration::from_secs);
+        let rate = || RateSnapshot::new().with_retry_after(two);
+        let error = |kind| Error::new(kind, "");
+        let throttled = || error(ErrorKind::Throttled);
+        assert_eq!(throttled().with_rate(rate()).wait(), Some(two));
+        assert_eq!(
+            throttled().with_wait(one).with_rate(rate()).wait(),
+            Some(one)
+        );
+        assert_eq!(
+            throttled().with_rate(rate()).with_wait(one).wait(),
+            Some(one)
+        );
+        // The same request would be refused again, however long one waits.
+        let refused = error(ErrorKind::InvalidRequest).with_rate(rate());
+        assert_eq!(refused.wait(), None);
     }
 
     #[test]

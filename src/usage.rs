@@ -80,7 +80,8 @@ pub struct RateSnapshot {
     pub input_tokens: Quota,
     /// The limit on output tokens, where it is a limit of its own.
     pub output_tokens: Quota,
-    /// How long the server asks to wait before the next call.
+    /// How long the server asks to wait before the next call. It counts in an error, as
+    /// [`Error::with_rate`](crate::Error::with_rate) says; of a successful reply it is ignored.
     pub retry_after: Option<Duration>,
 }
 

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use throughline::testing::Scripted;
 use throughline::{
-    CancellationToken, Context, Error, ErrorKind, Event, Lane, Pace, Persistence, Provider, Reply,
-    Request, Result, Retry, Sim, Switch, Usage, async_trait,
+    CancellationToken, Context, Error, ErrorKind, Event, Lane, Pace, Persistence, Provider,
+    RateSnapshot, Reply, Request, Result, Retry, Sim, Switch, Usage, async_trait,
 };
 use tokio::time::{Instant, sleep, timeout};
 
@@ -39,6 +39,21 @@ async fn a_transient_failure_is_tried_again_within_its_ceiling() {
     let tally = cx.tally();
     assert_eq!((tally.calls, tally.attempts, tally.throttled), (1, 3, 0));
     assert_eq!(tally.ambiguous, 1, "nobody knows of the broken connection");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_wait_that_only_the_rate_names_closes_the_lane() {
+    let wait = Duration::from_secs(20);
+    let rate = RateSnapshot::new().with_retry_after(wait);
+    let script = Scripted::new()
+        .error(error(ErrorKind::Throttled).with_rate(rate.clone()))
+        .error(throttled(5).with_rate(rate))
+        .reply("third");
+    let cx = Context::builder(script).build();
+    let (reply, took) = elapsed(cx.generate("a")).await;
+    assert_eq!(reply.unwrap().text, "third");
+    let slack = took.checked_sub(Duration::from_secs(25)).unwrap();
+    assert!(slack < Duration::from_secs(5), "{took:?}");
 }
 
 #[tokio::test(start_paused = true)]
