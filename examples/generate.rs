@@ -152,6 +152,7 @@ async fn run(args: Args) -> Result<ExitCode, Error> {
     let todo = todo
         .filter(move |record| !finished.contains(&record.id))
         .take(limit);
+    // The items of a stream run in a task of their own: their closure owns what it uses, and is no async closure.
     let mut outcomes = cx
         .fan_out("record", todo)
         .key(|record: &Record| record.id.clone())

@@ -314,7 +314,7 @@ impl fmt::Display for Progress {
 /// let mut pages = cx
 ///     .fan_out("page", 0..1000)
 ///     .sequential()
-///     .stream(|cx, n| async move { cx.generate(format!("page {n}")).await });
+///     .stream(async |cx, n| cx.generate(format!("page {n}")).await);
 /// let first = pages.next().await.expect("a page").result?;
 /// cx.drain(); // a stop signal
 /// let others = pages.by_ref().count().await;

@@ -505,8 +505,16 @@ fn op() -> impl Strategy<Value = Op> {
     ]
 }
 
+/// A thousand take seconds in a debug build.
+fn cases() -> u32 {
+    match std::env::var_os("THROUGHLINE_LONG") {
+        Some(_) => 10_000,
+        None => 1_000,
+    }
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(10_000))]
+    #![proptest_config(ProptestConfig::with_cases(cases()))]
 
     /// Order, limits, gate and timekeeping hold at every step (see `World::settle`).
     #[test]
