@@ -195,7 +195,7 @@ impl fmt::Display for Event {
                     )
                 }
                 percent if percent < 100.5 => write!(f, "the lane slows to the limit on {limit}"),
-                // Of a limit that nobody has named, only the first estimate is known.
+                // Neither the user nor the provider has named that limit: it was estimated.
                 _ => write!(
                     f,
                     "the lane slows to {scale:.1} times the estimated limit on {limit}"
