@@ -29,7 +29,7 @@ use throughline::provider::sim::Ledger;
 use throughline::store::{Commit, Sqlite};
 use throughline::{Journal, RequestDigest, Runner};
 
-use self::program::program;
+use self::program::{is_long, program};
 
 /// None of the runs here takes longer by itself.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -151,7 +151,11 @@ impl Service {
 
     /// All programs of a user, when none is pending or processing any more.
     fn all_over(&self, token: &str) -> Vec<Value> {
-        let until = Instant::now() + PATIENCE;
+        self.all_over_within(token, PATIENCE)
+    }
+
+    fn all_over_within(&self, token: &str, patience: Duration) -> Vec<Value> {
+        let until = Instant::now() + patience;
         loop {
             let programs = self.json(token, "GET", "/programs");
             let programs = programs.as_array().unwrap();
@@ -425,6 +429,50 @@ fn two_hundred_programs_survive_kill_9() {
         taken[20], taken[39]
     );
     assert_eq!(service.all_over(ADA).len(), PROGRAMS / 2 + 40);
+}
+
+/// Killed again and again in the middle of its work, as by an impatient supervisor, the service loses no program.
+#[test]
+fn no_program_is_lost_however_often_the_service_is_killed() {
+    let (programs, weeks, kills) = if is_long() { (60, 4, 50) } else { (12, 2, 4) };
+    let began = Instant::now();
+    let mut random = fastrand::Rng::with_seed(7);
+    let mut service = Service::start(400);
+    for n in 0..programs {
+        let program = json!({"goal": format!("goal {n}"), "weeks": weeks, "timeout_ms": 3_600_000});
+        service.submit([ADA, BOB][n % 2], &program);
+    }
+    for kill in 1..=kills {
+        // Mostly before it has lived for a lease, and now and then after.
+        let life = match kill % 10 {
+            0 => random.u64(3_500..8_000),
+            _ => random.u64(100..1_500),
+        };
+        sleep(Duration::from_millis(life));
+        service.crash();
+        service.start_again(400);
+    }
+    let killing = began.elapsed();
+    let mut over = Vec::new();
+    for token in [ADA, BOB] {
+        over.extend(service.all_over_within(token, 20 * PATIENCE));
+    }
+    assert_eq!(over.len(), programs);
+    for program in over {
+        assert_eq!(
+            (&program["status"], &program["completed"]),
+            (&json!("completed"), &json!(weeks)),
+            "{program}"
+        );
+    }
+    let billed = service.billed();
+    assert_eq!(billed.len(), 2 * weeks * programs);
+    let twice: u64 = billed.values().map(|times| times - 1).sum();
+    assert!(twice <= 64 * kills, "{twice} calls paid twice");
+    eprintln!(
+        "{kills} kills in {killing:.1?}: {programs} programs completed after {:.1?}, {twice} calls paid twice",
+        began.elapsed()
+    );
 }
 
 /// Notes classes of ten rows without end, and says how many rows are acknowledged.

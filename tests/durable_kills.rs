@@ -34,7 +34,7 @@ use throughline::{RequestDigest, Runner};
 
 use self::postgres::Schemas;
 use self::postgres_server::Server;
-use self::program::program;
+use self::program::{is_long, program};
 
 /// None of the runs here takes longer by itself.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -109,7 +109,7 @@ impl Job {
         let lease = if arguments.contains("--lease") {
             ""
         } else {
-            "--lease 5000"
+            "--lease 2000"
         };
         let limits = format!("--rpm 600000 --sim-rpm 600000 {lease} --until-idle");
         self.command(&format!(
@@ -224,8 +224,12 @@ impl Job {
     }
 }
 
-fn ends_well(mut worker: Child) {
-    let until = Instant::now() + PATIENCE;
+fn ends_well(worker: Child) {
+    ends_within(worker, PATIENCE);
+}
+
+fn ends_within(mut worker: Child, patience: Duration) {
+    let until = Instant::now() + patience;
     while Instant::now() < until {
         if let Some(status) = worker.try_wait().unwrap() {
             assert!(status.success(), "{status}");
@@ -245,31 +249,36 @@ fn signal(pid: u32, name: &str) {
     assert!(sent.unwrap().success());
 }
 
-/// Kills one of so many workers again and again, and starts another in its place.
+/// Kills one of the workers again and again, and starts another in its place. Items have their usual three attempts: no
+/// kill may count for an item that only happened to be in the worker's hands.
 fn killed_again_and_again(schemas: Option<&Schemas>, workers: usize, kills: usize) {
-    const ITEMS: usize = 700;
+    const ITEMS: usize = 500;
+    let began = Instant::now();
     let job = Job::new(schemas);
     let mut random = fastrand::Rng::with_seed(workers as u64);
-    let submit = |round: usize| job.submit(&format!("r{round}-"), ITEMS, "--max-attempts 1000");
-    let start = || job.work("--sim-latency 60");
+    let submit = |round: usize| job.submit(&format!("r{round}-"), ITEMS, "");
+    // The more workers, the slower, so that the items last for as many kills.
+    let latency = format!("--sim-latency {}", 60 * workers.isqrt());
+    let start = || job.work(&latency);
     let mut runs = vec![submit(0)];
     let mut at_work: Vec<_> = (0..workers).map(|_| start()).collect();
     // What was billed for a request when its reply was seen in the store.
     let mut kept = BTreeMap::<RequestDigest, u64>::new();
     let mut killed = 0;
     while killed < kills {
-        if job.is_over(runs.last().unwrap()) {
+        let victim = random.usize(..workers);
+        let (before, until) = (job.billed().len(), Instant::now() + PATIENCE);
+        // There is always something to do.
+        if before + ITEMS / 2 > runs.len() * ITEMS {
             runs.push(submit(runs.len()));
         }
-        // Who has found nothing to do has stopped.
+        // A worker that has found nothing to do all the same has stopped.
         for worker in &mut at_work {
             if worker.try_wait().unwrap().is_some() {
                 *worker = start();
             }
         }
-        let victim = random.usize(..workers);
-        let (before, until) = (job.billed().len(), Instant::now() + PATIENCE);
-        sleep(Duration::from_millis(random.u64(100..500)));
+        sleep(Duration::from_millis(random.u64(50..250)));
         // On a busy machine, the time to have something in hand; unless nothing is left to do.
         let mut done = || at_work[victim].try_wait().unwrap().is_some();
         while !done() && job.billed().len() < before + IN_FLIGHT && Instant::now() < until {
@@ -288,7 +297,11 @@ fn killed_again_and_again(schemas: Option<&Schemas>, workers: usize, kills: usiz
         }
         at_work[victim] = start();
     }
-    at_work.into_iter().for_each(ends_well);
+    let killing = began.elapsed();
+    // Those that were in hand at the kills come last, a few at a time.
+    at_work
+        .into_iter()
+        .for_each(|worker| ends_within(worker, PATIENCE * if is_long() { 10 } else { 1 }));
 
     for run in &runs {
         job.check(run, ITEMS);
@@ -310,15 +323,31 @@ fn killed_again_and_again(schemas: Option<&Schemas>, workers: usize, kills: usiz
         "{said}"
     );
     eprintln!(
-        "{workers} workers, {kills} kills, {} runs: {again} calls paid again",
-        runs.len()
+        "{}: {workers} workers, {kills} kills, {} runs: {again} calls paid again; killed for {killing:.1?}, over after {:.1?}",
+        if schemas.is_some() {
+            "Postgres"
+        } else {
+            "SQLite"
+        },
+        runs.len(),
+        began.elapsed(),
     );
+}
+
+/// How many workers, and how many kills.
+fn kills() -> [(usize, usize); 3] {
+    if is_long() {
+        [(1, 100), (4, 100), (8, 100)]
+    } else {
+        [(1, 10), (4, 10), (8, 8)]
+    }
 }
 
 #[test]
 fn killed_on_sqlite() {
-    killed_again_and_again(None, 1, 14);
-    killed_again_and_again(None, 4, 14);
+    for (workers, kills) in kills() {
+        killed_again_and_again(None, workers, kills);
+    }
 }
 
 #[test]
@@ -326,8 +355,9 @@ fn killed_on_postgres() {
     let Some(schemas) = Schemas::find() else {
         return;
     };
-    killed_again_and_again(Some(&schemas), 1, 14);
-    killed_again_and_again(Some(&schemas), 4, 14);
+    for (workers, kills) in kills() {
+        killed_again_and_again(Some(&schemas), workers, kills);
+    }
     tokio::runtime::Runtime::new()
         .unwrap()
         .block_on(schemas.clear());
