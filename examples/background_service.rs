@@ -11,9 +11,7 @@
 #[path = "background_service/program.rs"]
 mod program;
 
-use std::path::PathBuf;
-use std::sync::Arc;
-use std::time::Duration;
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use axum::extract::{FromRequestParts, Path};
 use axum::http::{StatusCode, header, request::Parts};
@@ -84,6 +82,7 @@ async fn submit(Theirs(runner, _): Theirs, Json(ask): Json<Program>) -> Answer<i
     let timeout = Duration::from_millis(ask.timeout_ms.unwrap_or(600_000));
     // Fresh, because who asks twice wants two programs. What is paid for is still never paid for again.
     let program = runner.submit("plan-week", &pipeline("", plan_week), weeks);
+    let program = program.key(|(goal, _)| goal.clone());
     let run = program.timeout(timeout).fresh().await.map_err(failed)?;
     let place = [(header::LOCATION, format!("/programs/{run}"))];
     Ok((StatusCode::ACCEPTED, place, Json(json!({ "id": run }))))
@@ -94,9 +93,11 @@ async fn list(Theirs(runner, _): Theirs) -> Answer<Json<Vec<RunSnapshot>>> {
     Ok(Json(runs.into_iter().map(RunSnapshot::from).collect()))
 }
 
+/// A program with its goal, which is the key of its first week, and with what there is of its weeks.
 async fn show(Theirs(runner, _): Theirs, Path(id): Path<RunId>) -> Answer<Json<Value>> {
     let mut program = json!(find(&runner, id).await?);
     let weeks = runner.results::<Plan>(id, 0, 52).await.map_err(failed)?;
+    program["goal"] = json!(weeks[0].key);
     program["weeks"] = weeks.iter().map(|week| json!(week.output())).collect();
     Ok(Json(program))
 }

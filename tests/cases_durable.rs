@@ -259,6 +259,7 @@ fn only_users_get_in_and_each_sees_their_own() {
         assert_eq!(done[0][field], value, "{field}");
     }
     let program = service.json(ADA, "GET", &path);
+    assert_eq!(program["goal"], "a swim");
     assert_eq!(program["weeks"][2]["focus"], "endurance");
     let (status, _, page) = service.ask("", "GET", "/", "");
     assert!(status == 200 && page.contains("Training programs"));

@@ -3,8 +3,8 @@
 #[path = "support/durable.rs"]
 mod support;
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use futures::{StreamExt as _, TryStreamExt as _};
@@ -155,6 +155,120 @@ async fn a_broken_parser_that_is_repaired_pays_nothing() {
     assert_eq!(sim.ledger().total.billed, 20);
     assert_eq!(worker.stats().replies_replayed, 20);
     check(&store, run).await;
+}
+
+/// Answers each call with the next number.
+fn numbered() -> (Sim, Arc<AtomicU32>) {
+    let calls = Arc::new(AtomicU32::new(0));
+    let count = Arc::clone(&calls);
+    let reply = move |_: &throughline::Request| {
+        let n = count.fetch_add(1, Ordering::Relaxed);
+        n.to_string()
+    };
+    (Sim::builder().reply(reply).build(), calls)
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_retry_asks_anew_for_the_reply_that_an_item_failed_on_and_for_no_other() {
+    let (sim, calls) = numbered();
+    let store = Arc::new(Memory::new());
+    let runner = Runner::new(Arc::clone(&store));
+    let least = Arc::new(AtomicU32::new(2));
+    let wanted = Arc::clone(&least);
+    let two = pipeline("two", move |cx: Context, n: u32| {
+        let wanted = wanted.load(Ordering::Relaxed);
+        async move {
+            let outline = cx.generate(format!("outline {n}")).await?.text;
+            let text = cx.generate(format!("text {n} {outline}")).await?.text;
+            let number: u32 = text.parse().map_err(Error::other)?;
+            match number >= wanted {
+                true => Ok((outline, number)),
+                false => Err(Error::new(ErrorKind::InvalidOutput, "a reply of no use")),
+            }
+        }
+    });
+    let run = runner.submit("two", &two, [7]).await.unwrap();
+    let cx = Context::builder(sim).build();
+    let worker = Worker::builder(Arc::clone(&store), cx)
+        .register("two", two)
+        .build();
+    assert_eq!(worker.drive(MINUTE).await.unwrap(), Drive::Done);
+    assert_eq!(runner.status(run).await.unwrap(), Some(Status::Failed));
+    assert_eq!(calls.load(Ordering::Relaxed), 2);
+    // The code is the same, so the reply is of no use again, and another one is asked for.
+    assert_eq!(runner.retry_failed(run).await.unwrap(), 1);
+    assert_eq!(worker.drive(MINUTE).await.unwrap(), Drive::Done);
+    assert_eq!(
+        runner.outputs::<(String, u32)>(run).await.unwrap(),
+        [("0".to_owned(), 2)]
+    );
+    assert_eq!(calls.load(Ordering::Relaxed), 3);
+    // Another run of the same item finds both, and pays for nothing: also where less is wanted.
+    for (least_wanted, number) in [(2, 2), (1, 1)] {
+        least.store(least_wanted, Ordering::Relaxed);
+        let again = runner.submit("two", &ask_two(), [7]).await.unwrap();
+        assert_eq!(worker.drive(MINUTE).await.unwrap(), Drive::Done);
+        assert_eq!(
+            runner.outputs::<(String, u32)>(again).await.unwrap()[0].1,
+            number
+        );
+    }
+    // Where even the new one is of no use, it fails, once for each retry.
+    least.store(5, Ordering::Relaxed);
+    let again = runner.submit("two", &ask_two(), [7]).await.unwrap();
+    for paid in [4, 5] {
+        assert_eq!(worker.drive(MINUTE).await.unwrap(), Drive::Done);
+        assert_eq!(calls.load(Ordering::Relaxed), paid);
+        assert_eq!(runner.status(again).await.unwrap(), Some(Status::Failed));
+        runner.retry_failed(again).await.unwrap();
+    }
+    assert_eq!(worker.drive(MINUTE).await.unwrap(), Drive::Done);
+    assert_eq!(runner.status(again).await.unwrap(), Some(Status::Completed));
+    assert!(runner.ambiguous(None, 10).await.unwrap().is_empty());
+    check(&store, again).await;
+}
+
+/// What says which inputs the pipeline `two` has.
+fn ask_two() -> impl throughline::Pipeline<Input = u32, Output = (String, u32)> {
+    pipeline("two", async |_cx: Context, n: u32| Ok((String::new(), n)))
+}
+
+/// Several branches, of which one fails on its reply while others go on: theirs is not asked for again.
+#[tokio::test(start_paused = true)]
+async fn a_retry_asks_anew_for_the_reply_of_the_branch_that_failed() {
+    let (sim, calls) = numbered();
+    let store = Arc::new(Memory::new());
+    let runner = Runner::new(Arc::clone(&store));
+    let first = Arc::new(OnceLock::new());
+    let branches = pipeline("branches", move |cx: Context, n: u32| {
+        let first = Arc::clone(&first);
+        async move {
+            let parts = cx.fan_out("part", 0..5_u32).settle(async |cx, part| {
+                let text = cx.generate(format!("part {n}.{part}")).await?.text;
+                match part == 1 && *first.get_or_init(|| text.clone()) == text {
+                    true => Err(Error::new(ErrorKind::InvalidOutput, "a reply of no use")),
+                    false => Ok(text),
+                }
+            });
+            let parts = parts.await.all()?;
+            cx.generate(format!("together {n}")).await?;
+            Ok(parts)
+        }
+    });
+    let run = runner.submit("branches", &branches, [7]).await.unwrap();
+    let cx = Context::builder(sim).build();
+    let worker = Worker::builder(Arc::clone(&store), cx)
+        .register("branches", branches)
+        .build();
+    assert_eq!(worker.drive(MINUTE).await.unwrap(), Drive::Done);
+    assert_eq!(runner.status(run).await.unwrap(), Some(Status::Failed));
+    let before = calls.load(Ordering::Relaxed);
+    runner.retry_failed(run).await.unwrap();
+    assert_eq!(worker.drive(MINUTE).await.unwrap(), Drive::Done);
+    let record = runner.snapshot(run).await.unwrap().unwrap().run;
+    assert_eq!(record.status, Status::Completed, "{:?}", record.error);
+    // Of the branch, and of what comes after.
+    assert_eq!(calls.load(Ordering::Relaxed), before + 2);
 }
 
 /// Claims items in the name of a worker that is never heard of again.

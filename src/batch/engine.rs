@@ -214,6 +214,9 @@ impl Tracker {
         room: Room,
     ) -> Box<(Outcome<O>, Room)> {
         let elapsed = started.elapsed();
+        if let (Err(error), Some(place)) = (&result, &item.place) {
+            place.failed(error);
+        }
         self.batch.item_settled(result.as_ref().err());
         self.batch.observers().tell(|| Event::ItemSettled {
             path: item.path(),

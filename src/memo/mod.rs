@@ -7,6 +7,7 @@
 mod flights;
 mod lookups;
 mod place;
+mod retakes;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -40,6 +41,8 @@ pub(crate) struct Memo {
 pub(crate) struct Asked {
     place: Arc<Place>,
     key: MemoKey,
+    /// The key of the first reply, where `key` is that of one that is asked for instead.
+    first_key: MemoKey,
     digest: RequestDigest,
     /// The number of the key; a key that items share has none.
     occurrence: Option<Occurrence>,
@@ -74,6 +77,8 @@ impl Asked {
                 (key, Some(occurrence))
             }
         };
+        let first_key = key;
+        let key = place.current(first_key);
         let intent = place.intents.as_deref().map(|intents| Intent {
             item: intents.item,
             attempt: intents.attempt,
@@ -83,6 +88,7 @@ impl Asked {
         Some(Self {
             place,
             key,
+            first_key,
             digest,
             occurrence,
             intent,
@@ -91,7 +97,8 @@ impl Asked {
     }
 
     /// There is a reply: the next identical request asks for another one.
-    fn has_reply(&self) {
+    fn has_reply(&self, replayed: bool) {
+        self.place.give(self.first_key, replayed);
         if let Some(occurrence) = &self.occurrence {
             occurrence.keep();
         }
@@ -160,7 +167,7 @@ impl Asked {
     }
 
     fn replayed(&self, scope: &Scope, reply: Reply) -> Reply {
-        self.has_reply();
+        self.has_reply(true);
         scope.add(Tally {
             replayed: 1,
             ..Tally::default()
@@ -181,7 +188,7 @@ impl Asked {
                 usage: reply.usage,
                 cost_micros: None,
             });
-            self.has_reply();
+            self.has_reply(false);
         }
         if !commit.is_empty() {
             self.place.memo.journal.write(commit);

@@ -8,7 +8,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::Memo;
+use super::retakes::Retakes;
 use crate::digest::RequestDigest;
+use crate::error::Error;
 use crate::store::{ItemId, MemoKey};
 
 /// Where a reply belongs: the context, or the innermost item of a batch. What is asked below it is told
@@ -28,6 +30,8 @@ pub(crate) struct Place {
     fresh: Option<Arc<str>>,
     /// How often each request was asked here.
     asked: Arc<Occurrences>,
+    /// The replies that the durable item asks for anew.
+    retakes: Option<Arc<Retakes>>,
 }
 
 /// The calls of a durable item that are written down before they are sent.
@@ -163,6 +167,7 @@ impl Place {
             is_item: false,
             fresh: None,
             asked: Arc::default(),
+            retakes: None,
         }
     }
 
@@ -171,7 +176,39 @@ impl Place {
     pub(crate) fn durable(memo: Arc<Memo>, tenant: Arc<str>, name: &str, key: &str) -> Self {
         let root = Self::root(memo, tenant);
         let name = root.item_name(&[], name, &format!("k{key}"), 0);
-        root.below(name, true, Arc::default())
+        Self {
+            retakes: Some(Arc::default()),
+            ..root.below(name, true, Arc::default())
+        }
+    }
+
+    /// This place of a durable item that has failed, to run it again, where that was because of a reply that had been
+    /// kept: it then gets another one.
+    pub(crate) fn retake(&self, error: &Error) -> Option<Self> {
+        let again = self.retakes.as_ref()?.retake(error);
+        again.then(|| self.below(self.name, self.is_item, Arc::default()))
+    }
+
+    /// An item of a batch at this place has failed.
+    pub(crate) fn failed(&self, error: &Error) {
+        if let Some(retakes) = &self.retakes {
+            retakes.fail(self.name, error);
+        }
+    }
+
+    /// The reply under `key` was given to the code here.
+    pub(super) fn give(&self, key: MemoKey, replayed: bool) {
+        if let Some(retakes) = &self.retakes {
+            retakes.give(self.name, key, replayed);
+        }
+    }
+
+    /// The key of the reply that is wanted instead of those under `key` that the durable item has failed on.
+    pub(super) fn current(&self, key: MemoKey) -> MemoKey {
+        match &self.retakes {
+            Some(retakes) => retakes.current(key),
+            None => key,
+        }
     }
 
     /// `repeat` is in the name only of an item whose key others before it had: each part is told apart by its
@@ -193,6 +230,7 @@ impl Place {
             is_item,
             fresh: self.fresh.clone(),
             asked,
+            retakes: self.retakes.clone(),
         }
     }
 

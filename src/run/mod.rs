@@ -262,7 +262,8 @@ impl Runner {
     }
 
     /// Makes the failed items of a run pending again. What they have paid for is replayed, so a repaired parser costs
-    /// nothing. Gives their number.
+    /// nothing. An item that fails again on a reply that was kept, with [`ErrorKind::InvalidOutput`] or
+    /// [`ErrorKind::Truncated`], asks for another one before it has failed. Gives their number.
     ///
     /// # Errors
     /// The store's.

@@ -56,20 +56,23 @@ pub(super) enum End {
 /// An item that can be run.
 pub(super) struct Ready {
     pub(super) item: Item,
+    /// Above the contexts of its runs: cancelled with the item.
     pub(super) cx: Context,
+    run: Arc<RunInfo>,
+    name: Arc<str>,
+    place: Arc<Place>,
     work: Arc<dyn Work>,
 }
 
 impl Inner {
     /// The item with its pipeline and its context; `None` if there is no such pipeline here.
-    pub(super) fn ready(&self, parent: &Context, run: &RunInfo, item: Item) -> Option<Ready> {
+    pub(super) fn ready(&self, parent: &Context, run: &Arc<RunInfo>, item: Item) -> Option<Ready> {
         let (name, work) = self.registry.find(&run.name)?;
-        let key: Arc<str> = item.key.as_str().into();
         let mut place = Place::durable(
             Arc::clone(&self.memo),
             item.tenant.as_str().into(),
             &name,
-            &key,
+            &item.key,
         );
         if run.spec.fresh {
             place = place.fresh(item.run.to_string());
@@ -77,41 +80,74 @@ impl Inner {
         if self.options.intents {
             place = place.with_intents(item.id, number(&item));
         }
-        let (priority, tenant) = (self.options.in_line)(&item.tenant);
-        let cx = parent.durable_item(name, key, Arc::new(place), run.deadline, |who| {
-            who.priority = priority;
-            who.tenant = tenant.or(who.tenant);
-        });
-        Some(Ready { item, cx, work })
+        Some(Ready {
+            cx: parent.child(""),
+            run: Arc::clone(run),
+            name,
+            place: Arc::new(place),
+            work,
+            item,
+        })
     }
 
-    /// Runs it to its end.
-    pub(super) async fn run_item(&self, ready: Ready) -> End {
-        let Ready { item, cx, work } = ready;
-        let result = work.run(&cx, &item.input).await;
+    /// Runs it to its end. An item that fails on a reply which was kept is run again and asks for another one: as it
+    /// is, it could never succeed. Once it has failed on a reply that is new, it has failed.
+    pub(super) async fn run_item(&self, mut ready: Ready) -> End {
+        loop {
+            let (cx, result) = self.run_once(&ready).await;
+            let hold = ready.item.hold();
+            if cx.bounds().was_cut() {
+                return End::Cut(hold, result);
+            }
+            // An output made of the inputs that a batch had taken when the time was up is not the item's.
+            let result = result.and_then(|output| match cx.bounds().was_late() {
+                true => Err(cut_by_deadline()),
+                false => Ok(output),
+            });
+            let again = result
+                .as_ref()
+                .err()
+                .and_then(|error| ready.place.retake(error));
+            if let Some(place) = again {
+                tracing::debug!(item = %hold.item, "it failed on a reply that was kept, and asks for another");
+                ready.place = Arc::new(place);
+                continue;
+            }
+            return match result {
+                Err(error) if error.is_account_wide() => End::Hopeless(hold, error),
+                Err(error) if error.kind() == ErrorKind::Store && error.is_temporary() => {
+                    End::Release(hold, NO_STORE)
+                }
+                result => {
+                    self.settle(hold, result);
+                    End::Settled
+                }
+            };
+        }
+    }
+
+    async fn run_once(&self, ready: &Ready) -> (Context, Result<String>) {
+        let Ready {
+            item,
+            run,
+            name,
+            place,
+            ..
+        } = ready;
+        let (priority, tenant) = (self.options.in_line)(&item.tenant);
+        let (key, place) = (item.key.as_str().into(), Arc::clone(place));
+        let cx = ready
+            .cx
+            .durable_item(Arc::clone(name), key, place, run.deadline, |who| {
+                who.priority = priority;
+                who.tenant = tenant.or(who.tenant);
+            });
+        let result = ready.work.run(&cx, &item.input).await;
         let tally = cx.tally();
         let in_vain = tally.overloaded + tally.timed_out + tally.transient + tally.failed;
         count(&self.counters.paid, tally.attempts.saturating_sub(in_vain));
         count(&self.counters.replayed, tally.replayed);
-        let hold = item.hold();
-        if cx.bounds().was_cut() {
-            return End::Cut(hold, result);
-        }
-        // An output made of the inputs that a batch had taken when the time was up is not the item's.
-        let result = result.and_then(|output| match cx.bounds().was_late() {
-            true => Err(cut_by_deadline()),
-            false => Ok(output),
-        });
-        match result {
-            Err(error) if error.is_account_wide() => End::Hopeless(hold, error),
-            Err(error) if error.kind() == ErrorKind::Store && error.is_temporary() => {
-                End::Release(hold, NO_STORE)
-            }
-            result => {
-                self.settle(hold, result);
-                End::Settled
-            }
-        }
+        (cx, result)
     }
 
     /// Those of the items whose earlier attempts sent calls of which nobody knows the end, where
