@@ -10,6 +10,8 @@
     feature = "structured"
 ))]
 
+#[path = "support/long.rs"]
+mod long;
 #[path = "support/program.rs"]
 mod program;
 
@@ -29,7 +31,8 @@ use throughline::provider::sim::Ledger;
 use throughline::store::{Commit, Sqlite};
 use throughline::{Journal, RequestDigest, Runner};
 
-use self::program::{is_long, program};
+use self::long::is_long;
+use self::program::program;
 
 /// None of the runs here takes longer by itself.
 const PATIENCE: Duration = Duration::from_secs(60);

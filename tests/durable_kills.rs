@@ -10,6 +10,8 @@
     feature = "postgres"
 ))]
 
+#[path = "support/long.rs"]
+mod long;
 #[path = "support/postgres.rs"]
 mod postgres;
 #[path = "support/postgres_server.rs"]
@@ -32,9 +34,10 @@ use tempfile::TempDir;
 use throughline::provider::sim::Ledger;
 use throughline::{RequestDigest, Runner};
 
+use self::long::is_long;
 use self::postgres::Schemas;
 use self::postgres_server::Server;
-use self::program::{is_long, program};
+use self::program::program;
 
 /// None of the runs here takes longer by itself.
 const PATIENCE: Duration = Duration::from_secs(60);
