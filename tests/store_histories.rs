@@ -48,6 +48,10 @@ fn number(variable: &str) -> Option<u64> {
     std::env::var(variable).ok()?.parse().ok()
 }
 
+fn long_form() -> bool {
+    std::env::var_os("THROUGHLINE_LONG").is_some()
+}
+
 /// What a history is made of.
 #[derive(Debug, Clone, Copy)]
 struct Plan {
@@ -65,7 +69,7 @@ impl Plan {
         Self {
             seed,
             actors: number("THROUGHLINE_ACTORS").unwrap_or(6),
-            steps: number("THROUGHLINE_STEPS").unwrap_or(120),
+            steps: number("THROUGHLINE_STEPS").unwrap_or(if long_form() { 120 } else { 60 }),
             purges: seed % 3 == 2,
             outages,
         }
@@ -324,7 +328,7 @@ impl Actor {
 
     async fn create(&mut self) {
         let tenant = self.rng.choice(TENANTS).unwrap_or_default();
-        let total = match self.rng.u8(..60) {
+        let total = match self.rng.u8(..120) {
             0 => 10_050, // More than one statement takes.
             _ => self.rng.usize(..9),
         };
@@ -798,7 +802,7 @@ async fn play<H: Future<Output = (Vec<Arc<dyn Queue>>, Arc<dyn Queue>)>>(
     short: u64,
     open: impl Fn(u64) -> H,
 ) {
-    let long = std::env::var_os("THROUGHLINE_LONG").is_some();
+    let long = long_form();
     let minutes = number("THROUGHLINE_MINUTES").unwrap_or(12);
     let until = Instant::now() + Duration::from_secs(60 * minutes);
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
@@ -838,7 +842,7 @@ async fn play<H: Future<Output = (Vec<Arc<dyn Queue>>, Arc<dyn Queue>)>>(
 
 #[tokio::test]
 async fn histories_in_memory() {
-    play("memory", false, 6, async |_| {
+    play("memory", false, 4, async |_| {
         // It answers at the first poll, so there is something to drop only before it.
         let latency = Duration::from_micros(200);
         let store = Arc::new(Counted::new(Memory::new()).latency(latency));
@@ -870,7 +874,7 @@ async fn histories_on_postgres() {
     let Some(schemas) = Schemas::find() else {
         return;
     };
-    play("postgres", false, 2, async |_| {
+    play("postgres", false, 1, async |_| {
         let name = schemas.name();
         let open = async |connections: u32| {
             let builder = Postgres::builder(&schemas.url).schema(name.clone());
@@ -902,7 +906,7 @@ async fn histories_on_postgres_whose_connections_end() {
              ORDER BY random() LIMIT 1"
         );
         loop {
-            sleep(Duration::from_millis(40)).await;
+            sleep(Duration::from_millis(150)).await;
             let end = sqlx::raw_sql(sqlx::AssertSqlSafe(end.as_str()));
             end.execute(&mut admin).await.unwrap();
         }

@@ -518,7 +518,7 @@ fn rng_run(round: u64) -> i64 {
 }
 
 fn rounds() -> u64 {
-    if long_form() { 1000 } else { 60 }
+    if long_form() { 1000 } else { 40 }
 }
 
 #[tokio::test]
@@ -535,7 +535,8 @@ async fn callers_that_disconnect_from_postgres_lose_nothing_of_the_others() {
     let Some(schemas) = Schemas::find() else {
         return;
     };
-    for connections in [1, 8] {
+    // With one, the next call meets what a dropped one has left.
+    for connections in if long_form() { vec![1, 8] } else { vec![1] } {
         let name = schemas.name();
         let connect = || {
             let builder = Postgres::builder(&schemas.url).schema(name.clone());
