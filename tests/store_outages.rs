@@ -8,12 +8,12 @@ mod postgres;
 #[path = "support/postgres_server.rs"]
 mod postgres_server;
 
-use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use fastrand::Rng;
+use futures::FutureExt as _;
 use futures::future::BoxFuture;
 use throughline::store::{
     Claim, Commit, Generation, Item, LeaseId, MemoKey, Memory, NewItem, NewRun, Note, Postgres,
@@ -434,22 +434,18 @@ fn a_journal_outlives_the_runtime_that_it_was_begun_in() {
 /// What is being called.
 type Call<'a> = BoxFuture<'a, Result<(), Error>>;
 
-/// Polls a call until it is ready or has been polled `polls` times, each time it wakes, and drops it.
-/// Says whether it came to its end.
-async fn poll_and_drop(mut call: Call<'_>, polls: usize) -> Option<Result<(), Error>> {
-    let mut left = polls;
-    std::future::poll_fn(|cx| match Pin::as_mut(&mut call).poll(cx) {
-        std::task::Poll::Ready(done) => std::task::Poll::Ready(Some(done)),
-        std::task::Poll::Pending if left <= 1 => std::task::Poll::Ready(None),
-        std::task::Poll::Pending => {
-            left -= 1;
-            std::task::Poll::Pending
-        }
-    })
-    .await
+/// Begins a call and drops it at once, or after some time.
+async fn begin_and_drop(mut call: Call<'_>, patience: Duration) -> Option<Result<(), Error>> {
+    if let Some(done) = (&mut call).now_or_never() {
+        return Some(done);
+    }
+    match patience.is_zero() {
+        true => None,
+        false => timeout(patience, call).await.ok(),
+    }
 }
 
-/// `rounds` callers disconnect from `store` at some poll of some call. After each, a write is acknowledged.
+/// `rounds` callers disconnect from `store` in the middle of some call. After each, a write is acknowledged.
 /// Then `other`, which shares nothing with `store` but the database, must see every one of these writes.
 async fn callers_disconnect(store: Arc<dyn Queue>, other: Arc<dyn Queue>, rounds: u64, seed: u64) {
     println!("{} seed {seed}", store.name());
@@ -484,8 +480,8 @@ async fn callers_disconnect(store: Arc<dyn Queue>, other: Arc<dyn Queue>, rounds
             7 => Box::pin(async { store.commit(settled(&items, &broken)).await.map(drop) }),
             _ => Box::pin(async { store.purge(LONG, 3).await.map(drop) }),
         };
-        let polls = rng.usize(1..12);
-        match timeout(PATIENCE, poll_and_drop(call, polls)).await {
+        let patience = Duration::from_micros(rng.u64(..6000).saturating_sub(2000));
+        match timeout(PATIENCE, begin_and_drop(call, patience)).await {
             Err(_) => panic!("a call hangs in round {round} of seed {seed}"),
             Ok(None) => dropped += 1,
             Ok(Some(result)) => result.unwrap(),
@@ -515,6 +511,45 @@ async fn callers_disconnect(store: Arc<dyn Queue>, other: Arc<dyn Queue>, rounds
 /// One of the runs that there are.
 fn rng_run(round: u64) -> i64 {
     1 + (round / 2) as i64
+}
+
+/// A call that was begun, as one in a `buffer_unordered` whose consumer is busy with another call.
+async fn nobody_polls(store: Arc<dyn Queue>) {
+    for wait in 0..4 {
+        let mut call = store.create_run(run_of(12_000));
+        let begun = (&mut call).now_or_never();
+        // Let it come as far as it can by itself.
+        sleep(Duration::from_millis(10 * wait)).await;
+        let other = async {
+            let run = store.create_run(run_of(1)).await.unwrap().run;
+            store.run(run).await.unwrap().unwrap();
+            store.reap().await.unwrap();
+        };
+        let other = timeout(Duration::from_secs(20), other).await;
+        other.expect("it waits for a call that nobody polls");
+        match begun {
+            Some(done) => done.unwrap(),
+            None => call.await.unwrap(),
+        };
+    }
+}
+
+#[tokio::test]
+async fn a_call_that_is_not_polled_holds_up_no_other_on_sqlite() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Sqlite::open(dir.path().join("runs.db")).await.unwrap();
+    nobody_polls(Arc::new(store)).await;
+}
+
+#[tokio::test]
+async fn a_call_that_is_not_polled_holds_up_no_other_on_postgres() {
+    let Some(schemas) = Schemas::find() else {
+        return;
+    };
+    let builder = Postgres::builder(&schemas.url).schema(schemas.name());
+    let store = builder.connections(1).connect().await.unwrap();
+    nobody_polls(Arc::new(store)).await;
+    schemas.clear().await;
 }
 
 fn rounds() -> u64 {

@@ -40,7 +40,8 @@
 //!   one under a key stays.
 //! - **One round trip writes many rows.** No method sends a statement for each row.
 //! - **Each method is one transaction**: it happens wholly or not at all, also when it fails or its future is
-//!   dropped. A dropped one may still happen.
+//!   dropped. A dropped one may still happen, and `Sqlite` and `Postgres` finish what was begun: each call runs in a
+//!   task of its own (Tokio's), so that one which is not polled holds up no other.
 //! - **Times are the store's own clock**, so workers need not agree on theirs.
 //!
 //! # Errors
@@ -50,6 +51,8 @@
 //! backend can keep; [`ErrorKind::LeaseLost`](crate::ErrorKind::LeaseLost) where said.
 
 mod change;
+#[cfg(any(feature = "sqlite", feature = "postgres"))]
+mod detached;
 mod given;
 mod memory;
 #[cfg(feature = "postgres")]

@@ -150,9 +150,10 @@ fn passes(code: &str) -> bool {
         // and a file that was open before cannot be opened again where descriptors have run out.
         Ok(number) if code.len() < 5 => matches!(number & 0xff, 5 | 6 | 7 | 10 | 13 | 14 | 15),
         // Connection, rollback of a transaction, resources, locks, operator's intervention, the system;
-        // a server that takes no writes, as after it has become a replica.
+        // a server that takes no writes, as after it has become a replica; a client that was idle
+        // inside a transaction for too long.
         _ => {
-            code == "25006"
+            matches!(code, "25006" | "25P03")
                 || ["08", "40", "53", "55", "57", "58"]
                     .iter()
                     .any(|class| code.starts_with(class))

@@ -6,6 +6,7 @@ mod schema;
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -15,6 +16,7 @@ use sqlx::{ConnectOptions as _, Connection as _, Postgres as Db, Row as _};
 
 use super::Store;
 use super::change::duration_millis;
+use super::detached::detached_calls;
 use super::given::{Commit, NewItem, NewRun, RunFilter};
 use super::records::{
     Committed, Created, Generation, Intent, IntentName, Item, ItemId, LogEntry, MemoKey, Purged,
@@ -28,6 +30,13 @@ use crate::error::{Error, ErrorKind, Result};
 /// Items in one statement: what more would gain is lost in the size of the message.
 const ROWS: usize = 10_000;
 
+/// Ends the session of a client that stops in the middle of a transaction, as a process does that is
+/// suspended or whose machine is gone: what it has locked, others wait for.
+const IDLE: (&str, &str) = ("idle_in_transaction_session_timeout", "30s");
+
+/// More than any server takes; a pool has a place for each from the start.
+const MOST_CONNECTIONS: u32 = 10_000;
+
 /// The store in a Postgres database, for workers on any number of machines. It asks for Postgres
 /// 12 or newer, and makes its tables in a schema of its own.
 ///
@@ -39,7 +48,9 @@ const ROWS: usize = 10_000;
 /// let store = throughline::store::Postgres::connect("postgres://jobs@db.example/jobs").await?;
 /// # Ok(()) }
 /// ```
-pub struct Postgres {
+pub struct Postgres(Arc<Inner>);
+
+struct Inner {
     schema: String,
     pool: PgPool,
     /// The tenant that got something last.
@@ -63,7 +74,7 @@ impl PostgresBuilder {
         self
     }
 
-    /// The most connections of this store; 8 unless set.
+    /// The most connections of this store; 8 unless set, 10,000 at most.
     pub fn connections(mut self, connections: u32) -> Self {
         self.connections = connections;
         self
@@ -94,14 +105,14 @@ impl PostgresBuilder {
         let options = options
             // Short statements whose cost the planner cannot know: compiling one takes 50 ms,
             // running it 2.
-            .options([("search_path", &*self.schema), ("jit", "off")])
+            .options([("search_path", &*self.schema), ("jit", "off"), IDLE])
             .disable_statement_logging();
         // By itself, because a pool would try for as long as it may before it says why not.
         let mut first = options.connect().await.map_err(failed)?;
         schema::migrate(&mut first, &self.schema).await?;
         first.close().await.map_err(failed)?;
         let pool = PgPoolOptions::new()
-            .max_connections(self.connections.max(1))
+            .max_connections(self.connections.clamp(1, MOST_CONNECTIONS))
             .acquire_timeout(Duration::from_secs(30))
             // A ping before each statement would double the round trips; one that has been idle may
             // have been ended by the server, or by a firewall in between.
@@ -113,12 +124,12 @@ impl PostgresBuilder {
                 })
             })
             .connect_lazy_with(options);
-        Ok(Postgres {
+        Ok(Postgres(Arc::new(Inner {
             schema: self.schema,
             pool,
             cursor: Cursor::default(),
             round_trips: AtomicU64::new(0),
-        })
+        })))
     }
 }
 
@@ -153,16 +164,20 @@ impl Postgres {
 
     /// Closes all connections, with what is under way done.
     pub async fn close(&self) {
-        self.pool.close().await;
+        self.0.pool.close().await;
     }
 
     /// How many statements were sent since it was connected: one for each batch, two or three where a
     /// transaction needs several, and more only where another worker was in the way. The begin and the
     /// end of a transaction and the pings of idle connections are not counted.
     pub fn round_trips(&self) -> u64 {
-        self.round_trips.load(Ordering::Relaxed)
+        self.0.round_trips.load(Ordering::Relaxed)
     }
+}
 
+detached_calls!(Postgres);
+
+impl Inner {
     /// The connections, for one statement.
     fn pool(&self) -> &PgPool {
         self.round_trips.fetch_add(1, Ordering::Relaxed);
@@ -322,7 +337,7 @@ impl Postgres {
 impl fmt::Debug for Postgres {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Postgres")
-            .field("schema", &self.schema)
+            .field("schema", &self.0.schema)
             .finish_non_exhaustive()
     }
 }
@@ -337,7 +352,7 @@ fn is_conflict(error: &sqlx::Error, tries: u32) -> bool {
 }
 
 #[async_trait]
-impl Store for Postgres {
+impl Store for Inner {
     fn name(&self) -> &'static str {
         "postgres"
     }

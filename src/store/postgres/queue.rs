@@ -6,7 +6,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use sqlx::Row as _;
 
-use super::{Postgres, is_conflict, rows};
+use super::{Inner, is_conflict, rows};
 use crate::error::Result;
 use crate::store::change::{duration_millis, lease_lost, worker_died};
 use crate::store::records::{Hold, Item, ItemId, LeaseId, Reaped};
@@ -18,7 +18,7 @@ fn columns(holds: &[Hold]) -> (Vec<i64>, Vec<i64>) {
 }
 
 #[async_trait]
-impl Queue for Postgres {
+impl Queue for Inner {
     async fn register(&self, worker: &str, ttl: Duration) -> Result<LeaseId> {
         let register = sqlx::query_scalar(rows::REGISTER)
             .bind(worker)
@@ -106,7 +106,7 @@ impl Queue for Postgres {
     }
 }
 
-impl Postgres {
+impl Inner {
     async fn give_back(&self, lease: LeaseId) -> sqlx::Result<u64> {
         let mut transaction = self.begin().await?;
         sqlx::query(rows::RETIRE)

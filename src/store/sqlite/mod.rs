@@ -1,17 +1,18 @@
 //! [`Sqlite`]: the store in one file.
 
 #[cfg(test)]
-mod full;
-#[cfg(test)]
 mod plans;
 mod queue;
 mod rows;
 mod schema;
+#[cfg(test)]
+mod transactions;
 mod write;
 
 use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -21,6 +22,7 @@ use sqlx::{ConnectOptions as _, Connection as _, Row as _, Sqlite as Db};
 
 use super::Store;
 use super::change::millis;
+use super::detached::detached_calls;
 use super::given::{Commit, NewRun, RunFilter};
 use super::records::{
     Committed, Created, Generation, Intent, IntentName, Item, ItemId, LogEntry, MemoKey, Purged,
@@ -59,7 +61,9 @@ pub enum Durability {
 /// let store = throughline::store::Sqlite::open("runs.db").await?;
 /// # Ok(()) }
 /// ```
-pub struct Sqlite {
+pub struct Sqlite(Arc<Inner>);
+
+struct Inner {
     /// Absolute, so that it still names the file after the process has changed its directory.
     path: PathBuf,
     /// Which file was opened.
@@ -150,7 +154,7 @@ impl SqliteBuilder {
         let writer = options
             .pragma("cache_size", "-32768")
             .pragma("wal_autocheckpoint", "4096");
-        Ok(Sqlite {
+        Ok(Sqlite(Arc::new(Inner {
             writer: retrying!(&is_busy, pool(1).connect_with(writer.clone())).map_err(named)?,
             readers: retrying!(&is_busy, pool(4).connect_with(readers.clone())).map_err(named)?,
             path,
@@ -158,7 +162,7 @@ impl SqliteBuilder {
             busy_timeout: self.busy_timeout,
             cursor: Cursor::default(),
             round_trips: AtomicU64::new(0),
-        })
+        })))
     }
 }
 
@@ -183,16 +187,20 @@ impl Sqlite {
     /// Closes the file, with all that is under way done. Dropping the store does it too,
     /// some time later.
     pub async fn close(&self) {
-        self.readers.close().await;
-        self.writer.close().await;
+        self.0.readers.close().await;
+        self.0.writer.close().await;
     }
 
     /// How many transactions and single reads there were since it was opened: one for each call,
     /// whatever the number of rows, and more only where another process was in the way.
     pub fn round_trips(&self) -> u64 {
-        self.round_trips.load(Ordering::Relaxed)
+        self.0.round_trips.load(Ordering::Relaxed)
     }
+}
 
+detached_calls!(Sqlite);
+
+impl Inner {
     /// The connections for single reads.
     fn reader(&self) -> Result<&SqlitePool> {
         self.check_file().map_err(failed)?;
@@ -281,7 +289,7 @@ fn absolute(path: &Path) -> Result<PathBuf> {
 impl fmt::Debug for Sqlite {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Sqlite")
-            .field("path", &self.path)
+            .field("path", &self.0.path)
             .finish_non_exhaustive()
     }
 }
@@ -314,7 +322,7 @@ async fn write_ahead(connection: &mut sqlx::SqliteConnection) -> sqlx::Result<()
 }
 
 #[async_trait]
-impl Store for Sqlite {
+impl Store for Inner {
     fn name(&self) -> &'static str {
         "sqlite"
     }

@@ -7,7 +7,7 @@ use async_trait::async_trait;
 use serde_json::json;
 
 use super::write::{add_log, apply};
-use super::{Sqlite, first, now, rows};
+use super::{Inner, first, now, rows};
 use crate::error::Result;
 use crate::store::change::{Changes, duration_millis, lease_lost, worker_died};
 use crate::store::records::{Hold, Item, ItemId, LeaseId, Reaped, RunId};
@@ -20,7 +20,7 @@ fn holds_json(holds: &[Hold]) -> String {
 }
 
 #[async_trait]
-impl Queue for Sqlite {
+impl Queue for Inner {
     async fn register(&self, worker: &str, ttl: Duration) -> Result<LeaseId> {
         let write = async || {
             let mut transaction = self.begin().await?;
@@ -139,7 +139,7 @@ impl Queue for Sqlite {
     }
 }
 
-impl Sqlite {
+impl Inner {
     /// `None` if the lease is not live.
     async fn take(
         &self,

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use serde_json::json;
 use sqlx::{QueryBuilder, Sqlite as Db, SqliteConnection};
 
-use super::{Sqlite, first, now, rows};
+use super::{Inner, first, now, rows};
 use crate::store::change::{Changes, ended_entry};
 use crate::store::given::{Commit, NewItem, NewRun, Settlement};
 use crate::store::records::{Committed, Created, Generation, ItemId, RunId, Status};
@@ -14,7 +14,7 @@ use crate::store::sql::{small, to_sql, write_error};
 /// Rows in one statement: more gain nothing, and SQLite takes 32,766 parameters at most.
 const ROWS: usize = 500;
 
-impl Sqlite {
+impl Inner {
     pub(super) async fn write_run(&self, run: &NewRun) -> sqlx::Result<Created> {
         let now = now();
         let mut transaction = self.begin().await?;
