@@ -380,7 +380,7 @@ async fn events_tell_the_story_of_a_call_and_a_panic_in_an_observer_changes_noth
     assert!(cx.generate("b").await.is_err());
     let expected = [
         "started 1",
-        "the lane uses 78 % of the limit on requests",
+        "the lane slows to 78 % of the limit on requests",
         "closed",
         "throttled",
         "started 1",
