@@ -8,7 +8,9 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use futures::{StreamExt as _, TryStreamExt as _};
-use throughline::store::{Claim, Memory, NewItem, NewRun, Queue, RunFilter, Status, Store};
+use throughline::store::{
+    Claim, Handling, Memory, NewItem, NewRun, Queue, RunFilter, Status, Store,
+};
 use throughline::testing::Counted;
 use throughline::{Ambiguous, Context, Drive, Error, ErrorKind, Runner, Sim, Worker, pipeline};
 use tokio::time::{sleep, timeout};
@@ -392,6 +394,51 @@ async fn an_item_that_ends_its_process_fails_alone_and_its_neighbours_complete()
         assert!((6..=10).contains(&deaths.len()), "{in_flight}: {deaths:?}");
         check(&store, run).await;
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_item_that_workers_died_with_twice_is_run_with_nothing_beside_it() {
+    let (store, sim) = (Arc::new(Memory::new()), sim(10));
+    let runner = Runner::new(Arc::clone(&store));
+    let running = Arc::new(AtomicU32::new(0));
+    let count = Arc::clone(&running);
+    let alone = Arc::new(AtomicU32::new(0));
+    let was_alone = Arc::clone(&alone);
+    let work = pipeline("ask", move |cx: Context, n: u32| {
+        let (count, alone) = (Arc::clone(&count), Arc::clone(&was_alone));
+        async move {
+            let before = count.fetch_add(1, Ordering::Relaxed);
+            let text = cx.generate(format!("{n}")).await;
+            let after = count.fetch_sub(1, Ordering::Relaxed);
+            if n < 3 && (before, after) == (0, 1) {
+                alone.fetch_add(1, Ordering::Relaxed);
+            }
+            Ok(text?.text)
+        }
+    });
+    let run = runner.submit("ask", &work, 0..3).await.unwrap();
+    let long = Duration::from_secs(3600);
+    for handling in [Handling::Normal, Handling::Few] {
+        let dead = store.register("dead", long).await.unwrap();
+        let claim = Claim::new(&["ask"], 3).handling(handling);
+        assert_eq!(store.claim(dead, claim).await.unwrap().len(), 3);
+        store.heartbeat(dead, Duration::ZERO).await.unwrap();
+        assert_eq!(store.reap().await.unwrap().requeued, 3);
+    }
+    let others = runner.submit("ask", &work, 3..900).await.unwrap();
+    let cx = Context::builder(sim.clone()).build();
+    let worker = Worker::builder(Arc::clone(&store), cx).register("ask", work);
+    let worker = worker.in_flight(16).build();
+    let began = tokio::time::Instant::now();
+    assert_eq!(worker.drive(60 * MINUTE).await.unwrap(), Drive::Done);
+    for run in [run, others] {
+        assert_eq!(runner.status(run).await.unwrap(), Some(Status::Completed));
+        check(&store, run).await;
+    }
+    assert_eq!(alone.load(Ordering::Relaxed), 3);
+    // 57 rounds of 10 s, and the three with the time to empty the worker before each.
+    let took = began.elapsed();
+    assert!(took < Duration::from_secs(570 + 3 * 20 + 30), "{took:?}");
 }
 
 /// As by a supervisor that is too impatient, or a node that fails again and again: the deaths say nothing of the items.

@@ -261,8 +261,8 @@ fn killed_again_and_again(schemas: Option<&Schemas>, workers: usize, kills: usiz
     let job = Job::new(schemas);
     let mut random = fastrand::Rng::with_seed(workers as u64);
     let submit = |round: usize| job.submit(&format!("r{round}-"), ITEMS, "");
-    // The more workers, the slower, so that the items last for as many kills.
-    let latency = format!("--sim-latency {}", 60 * workers.isqrt());
+    // The more workers, the slower, so that the items last for as many kills: 160 a second at most.
+    let latency = format!("--sim-latency {}", 100 * workers);
     let start = || job.work(&latency);
     let mut runs = vec![submit(0)];
     let mut at_work: Vec<_> = (0..workers).map(|_| start()).collect();
