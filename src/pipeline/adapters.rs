@@ -7,6 +7,7 @@ use tokio::time::timeout;
 use super::Pipeline;
 use crate::context::Context;
 use crate::error::{Error, ErrorKind, Result};
+use crate::scope::Tally;
 
 /// One pipeline after the other ([`PipelineExt::then`](super::PipelineExt::then)).
 #[derive(Debug, Clone)]
@@ -108,6 +109,17 @@ where
     }
 }
 
+/// Whether any of the calls in `tally` was paid for; `None` where that is not known.
+fn billed(tally: &Tally) -> Option<bool> {
+    let failed = tally.overloaded + tally.timed_out + tally.transient + tally.failed;
+    if tally.attempts > failed {
+        return Some(true);
+    }
+    // Of failures that may pass, some are billed (a malformed reply) and most are not.
+    let unknown = tally.ambiguous + tally.transient > 0;
+    (!unknown).then_some(false)
+}
+
 /// A pipeline that may take so long ([`PipelineExt::timeout`](super::PipelineExt::timeout)).
 #[derive(Debug, Clone)]
 #[must_use = "a pipeline does nothing until it is run"]
@@ -138,9 +150,8 @@ impl<P: Pipeline> Pipeline for Timeout<P> {
             Ok(result) => result,
             Err(_) => {
                 let message = format!("{} took longer than {:?}", self.name(), self.limit);
-                let paid = (bounded.tally().attempts > 0).then_some(true);
-                Err(Error::new(ErrorKind::DeadlineExceeded, message)
-                    .with_billed(paid.or(Some(false))))
+                let error = Error::new(ErrorKind::DeadlineExceeded, message);
+                Err(error.with_billed(billed(&bounded.tally())))
             }
         }
     }
