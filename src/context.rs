@@ -238,7 +238,10 @@ impl Context {
     /// ```
     #[must_use = "it makes a new context and leaves this one as it is"]
     pub fn with_timeout(&self, after: Duration) -> Self {
-        self.with_deadline(Instant::now() + after)
+        match Instant::now().checked_add(after) {
+            Some(deadline) => self.with_deadline(deadline),
+            None => self.narrowed("".into(), self.scope.bounds.child()),
+        }
     }
 
     /// A context whose calls wait in the line of that tenant, and of that priority below

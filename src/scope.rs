@@ -428,15 +428,16 @@ impl Bounds {
 
     /// What ends a call in flight.
     async fn ended(&self, limit: Duration) -> Error {
-        let end = Instant::now() + limit;
-        let at = self.deadline.map_or(end, |deadline| deadline.min(end));
+        // No moment is later than a limit of `Duration::MAX` from now.
+        let end = Instant::now().checked_add(limit);
+        let at = [end, self.deadline].into_iter().flatten().min();
         let error = tokio::select! {
             biased;
             () = self.cancelled() => {
                 self.unit.cut.store(true, Ordering::Relaxed);
                 Error::cancelled("cancelled while the call was in flight")
             }
-            () = sleep_until(at) => if at < end {
+            () = sleep_until(at.unwrap_or_else(Instant::now)), if at.is_some() => if at != end {
                 let message = "the deadline passed while the call was in flight";
                 Error::new(ErrorKind::DeadlineExceeded, message)
             } else {
