@@ -202,6 +202,8 @@ struct Inner {
     request_id: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     billed: Option<bool>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    account_wide: Option<bool>,
     #[serde(default)]
     attempts: u32,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -224,6 +226,7 @@ impl Error {
             code: None,
             request_id: None,
             billed: kind.billed(),
+            account_wide: None,
             attempts: 0,
             item: None,
             rate: None,
@@ -316,6 +319,14 @@ impl Error {
     #[must_use]
     pub fn with_billed(mut self, billed: Option<bool>) -> Self {
         self.0.billed = billed;
+        self
+    }
+
+    /// Overrules what the kind says about the other calls of the account
+    /// ([`is_account_wide`](Error::is_account_wide)).
+    #[must_use]
+    pub fn with_account_wide(mut self, account_wide: bool) -> Self {
+        self.0.account_wide = Some(account_wide);
         self
     }
 
@@ -454,15 +465,17 @@ impl Error {
         self.0.kind == ErrorKind::Truncated
     }
 
-    /// No other call of this account can succeed either: credentials or quota.
-    /// Stop, keep what is done, and tell a person.
+    /// No other call of this account can succeed either: its credentials or its quota are refused, or
+    /// the provider has answered no call for long. Stop, keep what is done, and tell a person.
     ///
-    /// One [`Forbidden`](ErrorKind::Forbidden) request does not say so much, and is not counted here.
+    /// One [`Forbidden`](ErrorKind::Forbidden) request does not say so much: it counts when a different request
+    /// has confirmed it.
     pub fn is_account_wide(&self) -> bool {
-        matches!(
+        let by_kind = matches!(
             self.0.kind,
             ErrorKind::Unauthorized | ErrorKind::QuotaExhausted
-        )
+        );
+        self.0.account_wide.unwrap_or(by_kind)
     }
 }
 

@@ -5,6 +5,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use tokio::time::Instant;
+
 use crate::provider::OutputCharge;
 use crate::request::Request;
 use crate::scope::Scope;
@@ -19,8 +21,10 @@ const TELLING: usize = 8;
 /// So many answers are all learned from, and then one in so many: quantiles need no more.
 const EAGER: u64 = 1_024;
 const SAMPLED: u64 = 8;
-/// Labels that are told apart; what comes after is estimated like all others.
-const MOST_LABELS: usize = 1_024;
+/// So many labels at least are told apart: those that were answered last.
+const RECENT_LABELS: usize = 1_024;
+/// Latencies of longer ago say nothing of the next call: providers have slow hours.
+const LATENCIES_LAST: Duration = Duration::from_secs(10 * 60);
 
 /// Counts the tokens of a prompt, for the limits on input tokens.
 ///
@@ -79,21 +83,73 @@ impl Recent {
     }
 }
 
+/// How long the last calls took, and when each of them ended.
+#[derive(Debug, Default)]
+struct Latencies(VecDeque<(Instant, Duration)>);
+
+impl Latencies {
+    fn add(&mut self, now: Instant, latency: Duration) {
+        if self.0.len() == REMEMBERED {
+            self.0.pop_front();
+        }
+        self.0.push_back((now, latency));
+    }
+
+    fn quantile(&self, now: Instant, part: f64) -> Option<Duration> {
+        let recent = |ended: Instant| now.saturating_duration_since(ended) <= LATENCIES_LAST;
+        let recent = self.0.iter().filter(|(ended, _)| recent(*ended));
+        let mut latencies: Vec<_> = recent.map(|(_, latency)| *latency).collect();
+        latencies.sort_unstable();
+        let nth = (latencies.len() as f64 * part).ceil() as usize;
+        (latencies.len() >= TELLING).then(|| latencies[nth.max(1) - 1])
+    }
+}
+
+/// What was learned of the calls under the same labels.
+#[derive(Debug, Default)]
+struct Label {
+    outputs: Recent,
+    latencies: Latencies,
+}
+
+/// What was learned, by labels. Those that were not answered for longest are forgotten: when `recent` is full, it
+/// becomes `older`, from where labels come back when they are answered again.
+#[derive(Debug, Default)]
+struct Labels {
+    recent: BTreeMap<u64, Label>,
+    older: BTreeMap<u64, Label>,
+    /// For labels of which too little is known.
+    all_outputs: Recent,
+}
+
+impl Labels {
+    fn get(&self, labels: u64) -> Option<&Label> {
+        self.recent.get(&labels).or_else(|| self.older.get(&labels))
+    }
+
+    fn learn(&mut self, labels: u64) -> &mut Label {
+        if self.recent.len() >= RECENT_LABELS && !self.recent.contains_key(&labels) {
+            self.older = std::mem::take(&mut self.recent);
+        }
+        let older = &mut self.older;
+        let known = || older.remove(&labels).unwrap_or_default();
+        self.recent.entry(labels).or_insert_with(known)
+    }
+}
+
 /// What calls need, by the provider's way of charging.
 pub(crate) struct Estimator {
     counter: Option<Box<dyn TokenCounter>>,
-    outputs: Mutex<BTreeMap<u64, Recent>>,
-    latencies: Mutex<Recent>,
-    answers: AtomicU64,
+    labels: Mutex<Labels>,
+    calls: AtomicU64,
 }
 
 impl Estimator {
     pub(crate) fn new(counter: Option<Box<dyn TokenCounter>>) -> Self {
         Self {
             counter,
-            outputs: Mutex::default(),
-            latencies: Mutex::default(),
-            answers: AtomicU64::new(0),
+            labels: Mutex::default(),
+            calls: AtomicU64::new(0),
         }
     }
 
@@ -110,33 +166,43 @@ impl Estimator {
         if let (OutputCharge::Reserved, Some(reserved)) = (charge, request.max_tokens) {
             return reserved;
         }
-        let outputs = lock(&self.outputs);
-        let learned = outputs.get(&scope.labels).and_then(|o| o.quantile(0.9));
+        let labels = lock(&self.labels);
+        let same = labels.get(scope.labels);
+        let learned = same.and_then(|label| label.outputs.quantile(0.9));
+        let learned = learned.or_else(|| labels.all_outputs.quantile(0.9));
         let most = request.max_tokens.unwrap_or(u64::MAX);
         learned.unwrap_or(ASSUMED_OUTPUT_TOKENS).min(most)
     }
 
-    /// Whether the next answer is one to learn from: the first ones all are.
-    pub(crate) fn samples(&self) -> bool {
-        let answers = self.answers.fetch_add(1, Ordering::Relaxed);
-        answers < EAGER || answers.is_multiple_of(SAMPLED)
+    /// The number of the next call, in the order in which calls are sent.
+    pub(crate) fn next_call(&self) -> u64 {
+        self.calls.load(Ordering::Relaxed)
     }
 
-    pub(crate) fn learn(&self, scope: &Scope, usage: Usage, latency: Duration) {
-        let nanos = u64::try_from(latency.as_nanos()).unwrap_or(u64::MAX);
-        lock(&self.latencies).add(nanos);
-        let mut outputs = lock(&self.outputs);
-        let labels = scope.labels;
-        if outputs.len() < MOST_LABELS || outputs.contains_key(&labels) {
-            outputs.entry(labels).or_default().add(usage.output_tokens);
-        }
+    /// Numbers a call that is sent now, and says whether its answer is one to learn from: the first ones all are.
+    pub(crate) fn number(&self) -> (u64, bool) {
+        let number = self.calls.fetch_add(1, Ordering::Relaxed);
+        (number, number < EAGER || number.is_multiple_of(SAMPLED))
     }
 
-    /// How long such a part of the calls does not exceed, once enough have been answered.
-    pub(crate) fn latency(&self, part: f64) -> Option<Duration> {
-        lock(&self.latencies)
-            .quantile(part)
-            .map(Duration::from_nanos)
+    pub(crate) fn learn(&self, scope: &Scope, usage: Usage, sent: Instant) {
+        let now = Instant::now();
+        let mut labels = lock(&self.labels);
+        labels.all_outputs.add(usage.output_tokens);
+        let label = labels.learn(scope.labels);
+        label.outputs.add(usage.output_tokens);
+        label
+            .latencies
+            .add(now, now.saturating_duration_since(sent));
+    }
+
+    /// How long such a part of the calls under these labels did not exceed lately, if enough were answered.
+    pub(crate) fn latency(&self, scope: &Scope, part: f64) -> Option<Duration> {
+        let labels = lock(&self.labels);
+        labels
+            .get(scope.labels)?
+            .latencies
+            .quantile(Instant::now(), part)
     }
 }
 
@@ -179,7 +245,8 @@ mod tests {
 
     fn answered(estimator: &Estimator, scope: &Scope, outputs: impl Iterator<Item = u64>) {
         for output in outputs {
-            estimator.learn(scope, Usage::new(1, output), Duration::from_secs(output));
+            let sent = Instant::now() - Duration::from_secs(output);
+            estimator.learn(scope, Usage::new(1, output), sent);
         }
     }
 
@@ -222,13 +289,47 @@ mod tests {
         assert_eq!(charged_in_vain(charge, 7, None), None);
     }
 
-    #[test]
-    fn latencies_need_some_answers() {
+    #[tokio::test(start_paused = true)]
+    async fn latencies_are_those_of_the_same_labels_and_of_the_last_minutes() {
         let estimator = Estimator::new(None);
-        answered(&estimator, &scope(), 1..=7);
-        assert_eq!(estimator.latency(0.5), None);
-        answered(&estimator, &scope(), 8..=9);
-        assert_eq!(estimator.latency(0.5), Some(Duration::from_secs(5)));
-        assert_eq!(estimator.latency(0.1), Some(Duration::from_secs(1)));
+        let root = scope();
+        let label = |label: &str| Scope::child(&root, label.into(), Arc::new(Bounds::new(None)));
+        let (slow, fast) = (label("slow"), label("fast"));
+        tokio::time::advance(Duration::from_secs(100)).await;
+        answered(&estimator, &slow, 1..=7);
+        assert_eq!(estimator.latency(&slow, 0.5), None, "too few");
+        answered(&estimator, &slow, 8..=9);
+        let seconds = |part| estimator.latency(&slow, part).map(|it| it.as_secs());
+        assert_eq!((seconds(0.5), seconds(0.1)), (Some(5), Some(1)));
+        assert_eq!(estimator.latency(&fast, 0.5), None);
+        tokio::time::advance(LATENCIES_LAST + Duration::from_secs(1)).await;
+        assert_eq!(seconds(0.5), None, "long ago");
+    }
+
+    #[test]
+    fn any_number_of_labels_leaves_estimates_as_good_as_before() {
+        let estimator = Estimator::new(None);
+        let root = scope();
+        let label = |n: u32| Scope::item(&root, format!("user-{n}").into(), 0, None, 0);
+        (0..10_000).for_each(|n| answered(&estimator, &label(n), [20].into_iter()));
+        let output =
+            |label: &Scope| estimator.output(label, &Request::new("a"), OutputCharge::Produced);
+        assert_eq!(
+            output(&label(10_000)),
+            20,
+            "as all others, where nothing else is known"
+        );
+        let work = label(10_001);
+        answered(&estimator, &work, [7; 64].into_iter());
+        for n in 0..10_000 {
+            // A label in use is not forgotten for those that come once.
+            answered(&estimator, &label(20_000 + n), [20].into_iter());
+            if n % 100 == 0 {
+                answered(&estimator, &work, [7].into_iter());
+            }
+        }
+        assert_eq!(output(&work), 7);
+        let labels = lock(&estimator.labels);
+        assert!(labels.recent.len() + labels.older.len() <= 2 * RECENT_LABELS);
     }
 }

@@ -3,6 +3,9 @@
 //! The order is the point. A retry *around* a paced call waits with its permit in
 //! hand and starves the others; a second retry layer *below* it multiplies attempts.
 
+mod evidence;
+mod health;
+mod history;
 mod stream;
 
 use std::pin::pin;
@@ -17,7 +20,7 @@ use tracing::{Instrument, Span, field};
 
 use crate::budget::Budget;
 use crate::deployment::Deployment;
-use crate::error::{Error, ErrorKind, Persistence, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::estimate::{Estimator, TokenCounter, charged, charged_in_vain};
 use crate::event::{Event, Observers};
 use crate::memo::Asked;
@@ -26,10 +29,13 @@ use crate::pool::{Pool, Turn, Visit};
 use crate::provider::{OutputCharge, Provider};
 use crate::reply::Reply;
 use crate::request::Request;
-use crate::retry::{Class, Retry, Streak};
+use crate::retry::{Class, Retry};
 use crate::scope::{Scope, Tally};
-use crate::usage::RateSnapshot;
+use crate::usage::{RateSnapshot, Usage};
 
+use self::evidence::{CallEnd, Profile, Signature, Watches};
+use self::health::{Health, SentCall};
+use self::history::{History, Next};
 pub(crate) use self::stream::{Sink, Unkept};
 
 /// How long the writing of an intent may go on when the call has been called off.
@@ -44,6 +50,9 @@ pub(crate) struct Guard {
     observers: Arc<Observers>,
     /// How many calls got an answer: while it grows, the lane is not stalled.
     answers: AtomicU64,
+    /// Of each deployment, by its index in the pool.
+    health: Vec<Health>,
+    watches: Watches,
 }
 
 impl Guard {
@@ -54,8 +63,11 @@ impl Guard {
         call_timeout: Duration,
         observers: Arc<Observers>,
     ) -> Self {
+        let health = pool.deployments().map(|_| Health::default()).collect();
         Self {
             pool,
+            health,
+            watches: Watches::default(),
             estimator: Estimator::new(counter),
             retry,
             budget: Budget::new(),
@@ -105,9 +117,10 @@ impl Guard {
     }
 
     /// Whether nine of ten calls take longer than there is time until `end`.
-    fn is_too_late(&self, end: Instant) -> bool {
-        let fast = self.estimator.latency(0.1).unwrap_or_default();
-        Instant::now() + fast >= end
+    fn is_too_late(&self, scope: &Scope, end: Instant) -> bool {
+        let fast = self.estimator.latency(scope, 0.1).unwrap_or_default();
+        let answered = Instant::now().checked_add(fast);
+        answered.is_none_or(|answered| answered >= end)
     }
 
     /// Gives the permit back with all the lane can learn from the call.
@@ -134,19 +147,6 @@ impl Guard {
         }
     }
 
-    /// Whether no call at all has got through for the whole of our patience.
-    fn stalled(&self, stall: &mut Option<Stall>) -> bool {
-        let now = Stall {
-            since: Instant::now(),
-            answers: self.answers(),
-        };
-        let stall = stall.get_or_insert(now);
-        if stall.answers != now.answers {
-            *stall = now;
-        }
-        stall.since.elapsed() >= self.retry.max_stall()
-    }
-
     fn answers(&self) -> u64 {
         self.answers.load(Ordering::Relaxed)
     }
@@ -162,102 +162,92 @@ pub(crate) struct Call<'a> {
     input: u64,
 }
 
-impl Call<'_> {
+impl<'a> Call<'a> {
     /// As many calls as it takes.
     pub(crate) async fn answer(&self) -> Result<Reply> {
         // A retry goes back to where its call stood in the queue, not to the end.
         let mut visit = self.guard.pool.arrive();
-        let mut backoff = None;
-        let mut streak = Streak::default();
-        let answers = self.guard.answers();
-        let mut attempt = 0;
-        // Attempts that were made before the call fell back to where it is now.
-        let mut before = 0;
-        let mut stall = None;
+        // In a box that most calls do not need, because most are answered the first time.
+        let mut history = None;
+        let mut attempts = 0;
         loop {
             // Awaited where it is made: under a name, it would be in here twice.
-            let (index, error) = match self.send(&mut visit, attempt + 1).await {
+            let next = match self.send(&mut visit, attempts + 1, &mut history).await {
                 Ok(Sent::Answered(reply)) => return Ok(reply),
-                Ok(Sent::Failed(index, error)) => (index, error),
-                Err(error) => return Err(error.exhausted(attempt)),
+                Ok(Sent::Failed(next)) => next,
+                Err(error) => return Err(error.exhausted(attempts)),
             };
-            match Class::of(&error) {
-                // Nobody is sent to that account any more; another may do it.
-                Class::Final if error.is_account_wide() && self.guard.pool.is_open_to(&visit) => {}
-                Class::Final => return Err(error.exhausted(attempt + 1)),
-                Class::Throttle => {
-                    if self.guard.stalled(&mut stall) {
-                        return Err(error.exhausted(attempt));
-                    }
-                    let wait = self.guard.pool.closed_for(&visit);
-                    self.in_time(wait, &error)
-                        .map_err(|error| error.exhausted(attempt))?;
+            let (delay, error) = match next {
+                Next::End { error, attempt } => {
+                    return Err(error.exhausted(attempts + u32::from(attempt)));
+                }
+                Next::Elsewhere => {
+                    attempts += 1;
+                    continue;
+                }
+                Next::Refused { delay, error } => {
                     self.guard.observers.tell(|| Event::CallThrottled {
                         path: self.scope.path(),
                         error,
                     });
-                }
-                Class::Transient => {
-                    attempt += 1;
-                    stall = None;
-                    visit.avoid(index);
-                    let used_up = attempt - before >= self.guard.retry.max_attempts();
-                    let quarantined = streak.extend(&error) >= self.guard.retry.max_identical()
-                        && self.guard.answers() > answers;
-                    if used_up || quarantined {
-                        if visit.fall_back(&self.guard.pool, index)
-                            && self.guard.pool.is_open_to(&visit)
-                        {
-                            (before, backoff, streak) = (attempt, None, Streak::default());
-                            continue;
-                        }
-                        let error = match used_up {
-                            true => error,
-                            false => error.with_persistence(Persistence::Permanent),
-                        };
-                        return Err(error.exhausted(attempt));
-                    }
-                    let backoff =
-                        backoff.get_or_insert_with(|| Box::new(self.guard.retry.backoff()));
-                    let mut delay = backoff.next(fastrand::f64(), error.wait());
-                    if !self.guard.budget.spend(error.is_timeout()) {
-                        delay = delay.max(self.guard.retry.longest_delay());
-                    }
-                    self.in_time(delay, &error)
-                        .map_err(|error| error.exhausted(attempt))?;
-                    self.guard.observers.tell(|| Event::CallRetried {
-                        path: self.scope.path(),
-                        attempt,
-                        delay,
-                        error,
-                    });
-                    Box::pin(self.scope.bounds.before_send(sleep(delay)))
+                    self.pause(delay)
                         .await
-                        .map_err(|error| error.exhausted(attempt))?;
-                    self.scope.add(Tally {
-                        retries: 1,
-                        ..Tally::default()
-                    });
+                        .map_err(|error| error.exhausted(attempts))?;
+                    continue;
                 }
-            }
+                Next::Retry { delay, error } => (delay, error),
+            };
+            attempts += 1;
+            self.guard.observers.tell(|| Event::CallRetried {
+                path: self.scope.path(),
+                attempt: attempts,
+                delay,
+                error,
+            });
+            self.pause(delay)
+                .await
+                .map_err(|error| error.exhausted(attempts))?;
+            self.scope.add(Tally {
+                retries: 1,
+                ..Tally::default()
+            });
         }
+    }
+
+    /// In a box, because most calls never wait for another attempt.
+    fn pause(&self, delay: Duration) -> BoxFuture<'_, Result<()>> {
+        async move {
+            if delay.is_zero() {
+                return Ok(());
+            }
+            self.scope.bounds.before_send(sleep(delay)).await
+        }
+        .boxed()
     }
 
     /// A permit, the call, and all that is learned from how it ended. Errors when
     /// nothing was sent.
-    async fn send(&self, visit: &mut Visit, attempt: u32) -> Result<Sent> {
+    async fn send(
+        &self,
+        visit: &mut Visit,
+        attempt: u32,
+        history: &mut Option<Box<History<'a>>>,
+    ) -> Result<Sent> {
         let bounds = &self.scope.bounds;
         bounds.check()?;
+        self.check_refusal(history)?;
         let mut turn = match self.guard.pool.try_acquire_by(self.need(), visit) {
             Some(turn) => turn,
             None => self.wait(visit).await?,
         };
-        if bounds
-            .deadline
-            .is_some_and(|end| self.guard.is_too_late(end))
-        {
-            let message = "not even a fast call would be answered before the deadline";
-            return Err(Error::new(ErrorKind::DeadlineExceeded, message));
+        if history.is_some() {
+            self.check_refusal(history)?;
+            let deadline = bounds.deadline;
+            // The first attempt is always sent: without it nothing is learned of faster times.
+            if deadline.is_some_and(|end| self.guard.is_too_late(self.scope, end)) {
+                let message = "not even a fast call would be answered before the deadline";
+                return Err(Error::new(ErrorKind::DeadlineExceeded, message));
+            }
         }
         if let Some(asked) = self.with.asked {
             // With the permit in hand, so that what only waits in line is not written down as sent.
@@ -266,11 +256,16 @@ impl Call<'_> {
         turn.mark_sent();
         self.with.was_sent.store(true, Ordering::Relaxed);
         let (index, deployment) = (turn.index(), turn.deployment());
+        let health = &self.guard.health[index];
         let charge = deployment.charge();
         let adapted = deployment.adapt(self.request);
         let request = adapted.as_deref().unwrap_or(self.request);
+        let (number, sampled) = self.guard.estimator.number();
+        let call = SentCall {
+            number,
+            series: health.series(),
+        };
         // Who learns nothing from it and tells nobody need not look at the clock.
-        let sampled = self.guard.estimator.samples();
         let sent = (sampled || self.guard.observers.listen()).then(Instant::now);
         let provider = &*deployment.provider;
         match self.attempt(provider, request, attempt, sent).await {
@@ -278,39 +273,75 @@ impl Call<'_> {
                 let usage = Some(charged(charge, request, reply.usage));
                 self.guard
                     .conclude(turn, reply.rate.as_deref(), CallOutcome::Done { usage });
+                if health.answered(call) {
+                    deployment.lane.end_probing();
+                }
+                if self.guard.watches.are_open() {
+                    self.note(number, CallEnd::Answered, history);
+                }
                 if let Some(sent) = sent.filter(|_| sampled) {
-                    self.guard
-                        .estimator
-                        .learn(self.scope, reply.usage, sent.elapsed());
+                    self.guard.estimator.learn(self.scope, reply.usage, sent);
                 }
                 self.guard.budget.earn();
                 self.guard.answers.fetch_add(1, Ordering::Relaxed);
                 Ok(Sent::Answered(reply))
             }
             Err(error) => {
-                if error.is_account_wide() {
-                    // Before the slot is free again: nobody else must go.
-                    turn.leave_out(error.clone());
-                    self.guard.observers.tell(|| Event::LaneStopped {
-                        error: error.clone(),
-                    });
-                    return Ok(Sent::Failed(index, error));
+                if self.guard.watches.are_open()
+                    && let Some(signature) = Signature::of(&error)
+                {
+                    self.note(number, CallEnd::Failed(signature), history);
                 }
-                let outcome = match error.kind() {
-                    ErrorKind::Throttled => CallOutcome::Throttled { wait: error.wait() },
-                    ErrorKind::Overloaded => CallOutcome::Overloaded { wait: error.wait() },
-                    _ => CallOutcome::Failed {
-                        usage: charged_in_vain(charge, self.input, error.billed()),
-                    },
-                };
-                self.guard.conclude(turn, error.rate(), outcome);
-                Ok(Sent::Failed(index, error))
+                let new = || Box::new(History::new(&self.guard.retry));
+                let history = history.get_or_insert_with(new);
+                let rate = error.rate().cloned();
+                // Before the permit is given back: nobody must go whom its failure stops.
+                let refused_alone = history.is_refused_alone(self, &error);
+                let outcome = self.outcome(&error, charge, refused_alone);
+                let next = history.judge(self, visit, &turn, call, error);
+                self.guard.conclude(turn, rate.as_ref(), outcome);
+                Ok(Sent::Failed(next))
             }
         }
     }
 
+    /// What the lane is told of a failed call.
+    fn outcome(&self, error: &Error, charge: OutputCharge, refused_alone: bool) -> CallOutcome {
+        // One request's word holds up no other.
+        let untold = refused_alone || Class::of(error) == Class::Doubtful;
+        let wait = error.wait();
+        match error.kind() {
+            _ if untold && error.billed() == Some(false) => CallOutcome::Failed {
+                usage: Some(Usage::default()),
+            },
+            ErrorKind::Throttled if !untold => CallOutcome::Throttled { wait },
+            ErrorKind::Overloaded if !untold => CallOutcome::Overloaded { wait },
+            _ => CallOutcome::Failed {
+                usage: charged_in_vain(charge, self.input, error.billed()),
+            },
+        }
+    }
+
+    /// Fails if the last attempt was refused in doubt, and by now it is clear that it was meant alone.
+    fn check_refusal(&self, history: &mut Option<Box<History<'a>>>) -> Result<()> {
+        match history.as_mut().and_then(|it| it.own_refusal(self.guard)) {
+            Some(error) => Err(error),
+            None => Ok(()),
+        }
+    }
+
+    /// Lets the end of this call be evidence for the requests that are watched.
+    fn note(&self, number: u64, end: CallEnd, history: &Option<Box<History<'a>>>) {
+        let own = history.as_ref().and_then(|history| history.watch_id());
+        self.guard.watches.note(number, self.profile(), end, own);
+    }
+
+    fn profile(&self) -> Profile {
+        Profile::new(self.request, self.input)
+    }
+
     /// In a box, because calls without a store have none.
-    fn intend<'a>(&'a self, asked: &'a Asked) -> BoxFuture<'a, Result<()>> {
+    fn intend<'b>(&'b self, asked: &'b Asked) -> BoxFuture<'b, Result<()>> {
         let bounds = &self.scope.bounds;
         async move {
             let mut written = pin!(asked.intend());
@@ -339,22 +370,32 @@ impl Call<'_> {
     }
 
     /// In a box, so that the many calls that need not wait are not as large as this.
-    fn wait<'a>(&'a self, visit: &'a mut Visit) -> BoxFuture<'a, Result<Turn<'a, Deployment>>> {
+    fn wait<'b>(&'b self, visit: &'b mut Visit) -> BoxFuture<'b, Result<Turn<'a, Deployment>>> {
         let turn = self.guard.pool.acquire_by(self.need(), visit);
         async move { self.scope.bounds.before_send(turn).await? }.boxed()
     }
 
     /// Fails if a call that waits first could not be answered before the deadline.
     fn in_time(&self, wait: Duration, error: &Error) -> Result<()> {
-        let latency = self.guard.estimator.latency(0.5).unwrap_or_default();
-        let answered = Instant::now() + wait + latency;
-        if self.scope.bounds.deadline.is_none_or(|end| answered < end) {
+        let Some(left) = self.time_left() else {
+            return Ok(());
+        };
+        if left.is_some_and(|left| wait < left) {
             return Ok(());
         }
         let message = "the next attempt would not be answered before the deadline";
         Err(Error::new(ErrorKind::DeadlineExceeded, message)
             .with_billed(error.billed())
             .with_source(error.clone()))
+    }
+
+    /// How long a call may wait in order to be answered before the deadline, if there is one. Inside, `None` if it
+    /// is too late already.
+    fn time_left(&self) -> Option<Option<Duration>> {
+        let deadline = self.scope.bounds.deadline?;
+        let latency = self.guard.estimator.latency(self.scope, 0.5);
+        let left = deadline.saturating_duration_since(Instant::now());
+        Some(left.checked_sub(latency.unwrap_or_default()))
     }
 
     /// One call to the provider, in a span by the OpenTelemetry GenAI conventions.
@@ -376,6 +417,7 @@ impl Call<'_> {
             None => provider.generate(request),
             Some(sink) => Box::pin(sink.call(provider, request)),
         };
+        let unfinished = Unfinished(Some(self.scope));
         let result = if span.is_disabled() {
             self.scope.bounds.in_flight(limit, call).await
         } else {
@@ -386,6 +428,7 @@ impl Call<'_> {
             Some(sink) => result.map_err(|error| sink.judge(error)),
             None => result,
         };
+        unfinished.finished();
         record(&span, &result);
         self.scope.add(by_class(&result));
         if let Ok(reply) = &result {
@@ -411,18 +454,33 @@ pub(crate) struct With<'a> {
     pub(crate) was_sent: &'a AtomicBool,
 }
 
-/// Since when the lane has answered nobody.
-#[derive(Clone, Copy)]
-struct Stall {
-    since: Instant,
-    answers: u64,
-}
-
 /// How a call ended that was sent.
 enum Sent {
     Answered(Reply),
-    /// At which deployment, and why.
-    Failed(usize, Error),
+    Failed(Next),
+}
+
+/// Counts an attempt that ends without a result, because its future is dropped or the provider panics. It may be
+/// paid for.
+struct Unfinished<'a>(Option<&'a Scope>);
+
+impl Unfinished<'_> {
+    fn finished(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for Unfinished<'_> {
+    fn drop(&mut self) {
+        if let Some(scope) = self.0 {
+            scope.add(Tally {
+                attempts: 1,
+                failed: 1,
+                ambiguous: 1,
+                ..Tally::default()
+            });
+        }
+    }
 }
 
 /// The counters that an attempt belongs to, by how it ended. An answer ends its request too.

@@ -116,16 +116,13 @@ async fn a_refusal_by_the_rate_limit_costs_no_attempt_and_closes_the_gate_for_al
         elapsed(second.generate("late")).await
     });
     let (first, took) = elapsed(cx.generate("a")).await;
-    let first = first.unwrap();
-    assert_eq!(
-        first.text, "one",
-        "the refused call kept its place in the queue"
-    );
-    // Twice the server's delay, and jitter of at most a tenth on top.
+    // Once refused, a call keeps its place in the queue; refused twice, it goes behind the others.
+    assert_eq!(first.unwrap().text, "two");
+    // Twice the server's delay, jitter of at most a tenth on top, and its turn behind the other.
     assert!(took >= Duration::from_secs(20), "{took:?}");
-    assert!(took <= Duration::from_millis(22_010), "{took:?}");
+    assert!(took <= Duration::from_millis(24_010), "{took:?}");
     let (late, took) = late.await.unwrap();
-    assert_eq!(late.unwrap().text, "two");
+    assert_eq!(late.unwrap().text, "one");
     assert!(
         took >= Duration::from_secs(9),
         "the gate is everybody's: {took:?}"
@@ -491,16 +488,19 @@ async fn a_refused_account_stops_everybody_until_the_lane_is_reopened() {
 async fn a_long_wait_parks_the_lane_instead_of_everybody_in_it() {
     let script = Scripted::new()
         .error(throttled(3_600))
+        .error(throttled(3_600))
         .reply("an hour later");
     let cx = Context::builder(script).build();
-    let (result, took) = elapsed(cx.generate("a")).await;
-    let error = result.unwrap_err();
-    assert!(error.is_throttled() && error.is_exhausted(), "{error}");
-    assert_eq!(
-        (error.wait(), took),
-        (Some(Duration::from_secs(3_600)), Duration::ZERO)
-    );
-    assert!(cx.lane().stopped().is_some());
+    for (prompt, parked) in [("a", false), ("another", true)] {
+        let (result, took) = elapsed(cx.generate(prompt)).await;
+        let error = result.unwrap_err();
+        assert!(error.is_throttled() && error.is_exhausted(), "{error}");
+        assert_eq!(
+            (error.wait(), took),
+            (Some(Duration::from_secs(3_600)), Duration::ZERO)
+        );
+        assert_eq!(cx.lane().stopped().is_some(), parked);
+    }
     // The wait, and the jitter of the gate.
     sleep(Duration::from_secs(3_602)).await;
     assert!(cx.lane().stopped().is_none());
@@ -534,7 +534,7 @@ async fn an_empty_retry_budget_slows_and_fails_nobody() {
     let cx = Context::builder(cx.provider().clone()).retry(long).build();
     let (reply, took) = elapsed(cx.generate("a")).await;
     assert!(reply.is_ok());
-    // A hundred at random waits below a second, then a hundred of a whole one.
+    // A hundred at random waits below a second, then a hundred around a whole one.
     let hundred = Duration::from_secs(100);
     assert!((hundred..hundred * 2).contains(&took), "{took:?}");
 }
@@ -560,37 +560,6 @@ async fn a_retry_that_could_not_be_answered_in_time_fails_now() {
         (Duration::from_secs(10), 1),
         "10 + 5 + 10 > 22"
     );
-}
-
-/// What fails three times in the same way while others succeed will fail a fourth time.
-#[tokio::test(start_paused = true)]
-async fn a_request_that_fails_identically_while_others_succeed_is_given_up() {
-    struct Picky;
-    #[async_trait]
-    impl Provider for Picky {
-        fn name(&self) -> &str {
-            "picky"
-        }
-        async fn generate(&self, request: &Request) -> Result<Reply> {
-            match request.last_text() {
-                "poison" => Err(error(ErrorKind::Unavailable)),
-                _ => Ok(Reply::new("fine", Usage::default())),
-            }
-        }
-    }
-    let alone = Context::builder(Picky).build();
-    assert_eq!(alone.generate("poison").await.unwrap_err().attempts(), 5);
-    let cx = Context::builder(Picky).build();
-    let others = async {
-        for _ in 0..100 {
-            cx.generate("other").await.unwrap();
-            sleep(Duration::from_millis(100)).await;
-        }
-    };
-    let (poison, ()) = tokio::join!(cx.generate("poison"), others);
-    let poison = poison.unwrap_err();
-    assert!(poison.is_permanent(), "{poison}");
-    assert_eq!(poison.attempts(), 3);
 }
 
 #[tokio::test(start_paused = true)]

@@ -61,7 +61,6 @@ impl Gate {
     }
 
     /// Stays closed until `opens_at`, or longer if it would have.
-    #[allow(dead_code)] // the guard uses it next
     pub(super) fn close_until(&mut self, opens_at: Nanos) {
         self.opens_at = self.opens_at.max(opens_at);
     }

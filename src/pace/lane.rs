@@ -199,7 +199,6 @@ impl Lane {
 
     /// As [`stop`](Lane::stop), for as long as `time`. Then one call at a time is let through, until
     /// one succeeds.
-    #[allow(dead_code)] // the guard uses it next
     pub(crate) fn stop_for(&self, why: Error, time: Duration) {
         self.shared.step(|turnstile, now, errands| {
             let until = now.saturating_add(nanos(time));
@@ -209,14 +208,12 @@ impl Lane {
 
     /// Sends nothing for as long as `wait`, and then one call at a time until one succeeds. Calls
     /// that wait go on waiting.
-    #[allow(dead_code)] // the guard uses it next
     pub(crate) fn cool_down(&self, wait: Duration) {
         self.shared
             .step(|turnstile, now, errands| turnstile.cool_down(now, wait, errands));
     }
 
     /// Lets calls through as usual after [`cool_down`](Lane::cool_down): the provider answers.
-    #[allow(dead_code)] // the guard uses it next
     pub(crate) fn end_probing(&self) {
         self.shared
             .step(|turnstile, now, errands| turnstile.end_probing(now, errands));

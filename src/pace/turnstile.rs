@@ -337,7 +337,6 @@ impl<W: Clone> Turnstile<W> {
     }
 
     /// Sends nothing for as long as `wait`, and then one call at a time until one succeeds.
-    #[allow(dead_code)] // the guard uses it next
     pub(super) fn cool_down(&mut self, now: Nanos, wait: Duration, errands: &mut Errands<W>) {
         self.advance(now);
         self.gate.close_until(now.saturating_add(nanos(wait)));
@@ -347,7 +346,6 @@ impl<W: Clone> Turnstile<W> {
     }
 
     /// The provider answers: calls go as usual.
-    #[allow(dead_code)] // the guard uses it next
     pub(super) fn end_probing(&mut self, now: Nanos, errands: &mut Errands<W>) {
         if self.probing.take().is_some() {
             self.advance(now);

@@ -223,6 +223,12 @@ impl<T> Pool<T> {
         closed.min().unwrap_or_default()
     }
 
+    /// Whether a deployment that the visit may go to now is one that it has not failed at.
+    pub(crate) fn has_untried(&self, visit: &Visit) -> bool {
+        let chosen = self.choose(visit);
+        chosen.iter().any(|index| !visit.failed.contains(index))
+    }
+
     /// Whether there is any deployment that the visit may go to.
     pub(crate) fn is_open_to(&self, visit: &Visit) -> bool {
         !self.choose(visit).is_empty()
@@ -305,7 +311,6 @@ impl Visit {
     }
 
     /// Its next attempt waits behind all those that wait now, instead of where it stood.
-    #[allow(dead_code)] // the guard uses it next
     pub(crate) fn go_behind<T>(&mut self, pool: &Pool<T>) {
         *self = Self {
             failed: std::mem::take(&mut self.failed),
@@ -315,7 +320,6 @@ impl Visit {
     }
 
     /// Whether there is a later group that the call could [fall back](Self::fall_back) to.
-    #[allow(dead_code)] // the guard uses it next
     pub(crate) fn has_fallback<T>(&self, pool: &Pool<T>) -> bool {
         self.group < pool.last_group()
     }
