@@ -127,7 +127,7 @@ async fn until_results_wait(worker: &Worker) {
     timeout(PATIENCE, noticed).await.expect("nothing fails");
 }
 
-/// A disk of some megabytes. Says loudly if there can be none.
+/// A disk of some megabytes, more than the log of the file takes before it is moved into it. Says loudly if there can be none.
 #[cfg(target_os = "linux")]
 struct Disk(tempfile::TempDir);
 
@@ -136,7 +136,7 @@ impl Disk {
     fn new() -> Option<Self> {
         let dir = tempfile::tempdir().unwrap();
         let mount = std::process::Command::new("mount")
-            .args(["-t", "tmpfs", "-o", "size=12m", "tmpfs"])
+            .args(["-t", "tmpfs", "-o", "size=64m", "tmpfs"])
             .arg(dir.path())
             .output();
         let why = match mount {
@@ -504,8 +504,9 @@ async fn callers_disconnect(store: Arc<dyn Queue>, other: Arc<dyn Queue>, rounds
     for run in acknowledged {
         assert!(other.run(run).await.unwrap().is_some(), "run {run} is lost");
     }
+    // It reads every row.
     let audit = store::audit(&*other);
-    timeout(PATIENCE, audit).await.expect("an audit hangs");
+    timeout(PATIENCE * 10, audit).await.expect("an audit hangs");
 }
 
 /// One of the runs that there are.
