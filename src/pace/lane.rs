@@ -4,14 +4,16 @@ use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll, Waker, ready};
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
-use tokio::time::{Instant, Sleep};
+use tokio::runtime::Handle;
+use tokio::time::Instant;
 
 use super::bucket::{Nanos, nanos};
 use super::limits::Pace;
 use super::queue::Key;
+use super::timer::{TimerId, TimerTask, Timers};
 use super::turnstile::{End, Errands, Grant, Turn, Turnstile};
 use super::words::{CallOutcome, Charge, LaneChange, LaneSnapshot, Need, Place};
 use crate::error::{Error, Result};
@@ -88,9 +90,16 @@ pub struct Lane {
     shared: Arc<Shared>,
 }
 
-struct Shared {
+/// What the handles of a lane, its permits and its timers share.
+pub(super) struct Shared {
     start: Instant,
-    turnstile: Mutex<Turnstile<Waker>>,
+    state: Mutex<State>,
+}
+
+/// What the lock of a lane guards.
+pub(super) struct State {
+    pub(super) turnstile: Turnstile<Waker>,
+    pub(super) timers: Timers,
 }
 
 impl Lane {
@@ -104,7 +113,10 @@ impl Lane {
         Self {
             shared: Arc::new(Shared {
                 start: Instant::now(),
-                turnstile: Mutex::new(Turnstile::new(&pace, seed)),
+                state: Mutex::new(State {
+                    turnstile: Turnstile::new(&pace, seed),
+                    timers: Timers::default(),
+                }),
             }),
         }
     }
@@ -114,8 +126,11 @@ impl Lane {
     /// The place in the queue is `need`'s ([`Need::at`]), or else taken when the
     /// returned future is first polled.
     ///
-    /// A future that waits must be polled when it is woken, or be dropped: the lane
-    /// spawns nothing, its next waiter keeps the time for those behind it.
+    /// A future that waits should be polled when it is woken, or be dropped. One that is not
+    /// polled keeps no other from going: the lane keeps the time by a small task in each Tokio
+    /// runtime in which callers wait, and takes back what it has granted to a caller that
+    /// does not come for it within some 50 ms. The caller keeps its place in the queue: when it
+    /// is polled again, it is next.
     ///
     /// # Cancel safety
     ///
@@ -132,13 +147,14 @@ impl Lane {
     ///
     /// # Panics
     ///
-    /// If it must wait outside a Tokio runtime that has its timer enabled.
+    /// If it must wait in a Tokio runtime whose timer is not enabled; or for a limit to refill
+    /// outside any runtime, while no other caller waits in one.
     pub fn acquire(&self, need: Need) -> impl Future<Output = Result<Permit>> + Send {
         Acquire {
             lane: self,
-            stage: Stage::Arriving(need),
-            place: None,
-            alarm: None,
+            need,
+            stage: Stage::Arriving,
+            timer: None,
         }
     }
 
@@ -172,7 +188,7 @@ impl Lane {
     /// # Ok(()) }
     /// ```
     pub fn arrive(&self) -> Place {
-        self.shared.lock().arrive()
+        self.shared.lock().turnstile.arrive()
     }
 
     /// Changes the limits, for those who wait already too.
@@ -261,56 +277,72 @@ impl fmt::Debug for Lane {
 impl Shared {
     /// A panic cannot leave the turnstile half changed: nothing it does between
     /// two changes can fail. So whoever poisoned the lock, the lane goes on.
-    fn lock(&self) -> MutexGuard<'_, Turnstile<Waker>> {
-        self.turnstile
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// One step of the turnstile. The clock is read under the lock, so that the
-    /// turnstile's time never runs backwards; who is woken is woken outside it.
+    /// One step of the turnstile.
     fn step<R>(
         &self,
         step: impl FnOnce(&mut Turnstile<Waker>, Nanos, &mut Errands<Waker>) -> R,
     ) -> R {
+        self.step_with_timers(|state, now, errands| step(&mut state.turnstile, now, errands))
+    }
+
+    /// One step of the turnstile and of those who keep its time. The clock is read under the lock, so that
+    /// the turnstile's time never runs backwards; who is woken is woken outside it.
+    pub(super) fn step_with_timers<R>(
+        &self,
+        step: impl FnOnce(&mut State, Nanos, &mut Errands<Waker>) -> R,
+    ) -> R {
         let mut errands = Errands::default();
         let result = {
-            let mut turnstile = self.lock();
-            step(&mut turnstile, nanos(self.start.elapsed()), &mut errands)
+            let state = &mut *self.lock();
+            let result = step(state, nanos(self.start.elapsed()), &mut errands);
+            state.keep_time(&mut errands);
+            result
         };
         errands.run(Waker::wake);
         result
     }
+
+    /// The moment that the turnstile calls `at`, or one that is as good as never.
+    pub(super) fn instant(&self, at: Nanos) -> Instant {
+        const DECADES: Duration = Duration::from_secs(30 * 365 * 86_400);
+        let instant = self.start.checked_add(Duration::from_nanos(at));
+        instant.unwrap_or_else(|| self.start + DECADES)
+    }
 }
 
-/// The future of one who comes and waits.
+impl State {
+    /// After each step: sees to it that a timer looks at the deadline.
+    fn keep_time(&mut self, errands: &mut Errands<Waker>) {
+        if !self.timers.is_empty() {
+            let waiting = !self.turnstile.is_empty();
+            self.timers
+                .notify(self.turnstile.deadline(), waiting, errands);
+        } else if self.turnstile.head_ready_at().is_some() {
+            // It waits outside any runtime, and must say that it cannot.
+            self.turnstile.wake_head(errands);
+        }
+    }
+}
+
+/// The future of a caller that comes and waits.
 struct Acquire<'a> {
     lane: &'a Lane,
+    /// With the place in the queue, once the caller has come.
+    need: Need,
     stage: Stage,
-    /// Where it stands in the queue, once it has come.
-    place: Option<Place>,
-    /// Made when this is first the one to keep the time, which most never are.
-    alarm: Option<Pin<Box<Sleep>>>,
+    /// The timer of the runtime in which this was polled last, while it waits.
+    timer: Option<TimerId>,
 }
 
+#[derive(Clone, Copy)]
 enum Stage {
-    Arriving(Need),
+    Arriving,
     Waiting(Key),
     Done,
-}
-
-impl Acquire<'_> {
-    fn set_alarm(&mut self, at: Nanos) -> Pin<&mut Sleep> {
-        let deadline = self.lane.shared.start + Duration::from_nanos(at);
-        let alarm = match self.alarm.take() {
-            Some(mut alarm) => {
-                alarm.as_mut().reset(deadline);
-                alarm
-            }
-            None => Box::pin(tokio::time::sleep_until(deadline)),
-        };
-        self.alarm.insert(alarm).as_mut()
-    }
 }
 
 impl Future for Acquire<'_> {
@@ -318,38 +350,44 @@ impl Future for Acquire<'_> {
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<Permit>> {
         let this = &mut *self;
-        loop {
-            let (stage, place) = (&mut this.stage, &mut this.place);
-            let turn = this
-                .lane
-                .shared
-                .step(|turnstile, now, errands| match stage {
-                    Stage::Arriving(need) => {
-                        *place = Some(*need.place.get_or_insert_with(|| turnstile.arrive()));
-                        turnstile.enter(now, need, cx.waker(), errands)
-                    }
-                    Stage::Waiting(key) => turnstile.poll(now, *key, cx.waker(), errands),
-                    Stage::Done => panic!("polled after it was ready"),
-                });
-            let alarm = match turn {
-                Turn::Granted(grant) => {
-                    this.stage = Stage::Done;
-                    let place = this.place.expect("it has come");
-                    return Poll::Ready(Ok(this.lane.permit(grant, place)));
+        let shared = &this.lane.shared;
+        let mut needs_timer = Ok(None);
+        let turn = shared.step_with_timers(|state, now, errands| {
+            let State { turnstile, timers } = state;
+            let turn = match this.stage {
+                Stage::Arriving => {
+                    let place = this.need.place.unwrap_or_else(|| turnstile.arrive());
+                    this.need.place = Some(place);
+                    turnstile.enter(now, &this.need, cx.waker(), errands)
                 }
-                Turn::Stopped(why) => {
-                    this.stage = Stage::Done;
-                    return Poll::Ready(Err(why));
-                }
-                Turn::Wait(key, alarm) => {
-                    this.stage = Stage::Waiting(key);
-                    alarm
-                }
+                Stage::Waiting(key) => turnstile.poll(now, key, &this.need, cx.waker(), errands),
+                Stage::Done => panic!("polled after it was ready"),
             };
-            match alarm {
-                None => return Poll::Pending,
-                Some(at) => ready!(this.set_alarm(at).poll(cx)),
+            if let Turn::Wait(key) = turn {
+                this.stage = Stage::Waiting(key);
+                needs_timer = match Handle::try_current() {
+                    Ok(runtime) => Ok(timers.join(runtime, &mut this.timer)),
+                    Err(_) if timers.is_empty() && turnstile.head_ready_at().is_some() => Err(()),
+                    Err(_) => Ok(None),
+                };
+            } else {
+                this.stage = Stage::Done;
+                timers.leave(this.timer.take());
             }
+            turn
+        });
+        match needs_timer {
+            Ok(None) => {}
+            Ok(Some((runtime, id))) => TimerTask::spawn(&runtime, shared, id),
+            Err(()) => panic!("a call must wait for its lane outside a Tokio runtime"),
+        }
+        match turn {
+            Turn::Granted(grant) => {
+                let place = this.need.place.expect("it has come");
+                Poll::Ready(Ok(this.lane.permit(grant, place)))
+            }
+            Turn::Stopped(why) => Poll::Ready(Err(why)),
+            Turn::Wait(_) => Poll::Pending,
         }
     }
 }
@@ -357,9 +395,11 @@ impl Future for Acquire<'_> {
 impl Drop for Acquire<'_> {
     fn drop(&mut self) {
         if let Stage::Waiting(key) = self.stage {
-            self.lane
-                .shared
-                .step(|turnstile, now, errands| turnstile.leave(now, key, errands));
+            let timer = self.timer.take();
+            self.lane.shared.step_with_timers(|state, now, errands| {
+                state.timers.leave(timer);
+                state.turnstile.leave(now, key, errands);
+            });
         }
     }
 }
@@ -487,11 +527,11 @@ mod tests {
         let lane = Lane::new(Pace::per_minute(60));
         let poisoner = lane.clone();
         let panicked = std::thread::spawn(move || {
-            let _guard = poisoner.shared.turnstile.lock();
+            let _guard = poisoner.shared.state.lock();
             panic!("while holding the lock");
         });
         assert!(panicked.join().is_err());
-        assert!(lane.shared.turnstile.is_poisoned());
+        assert!(lane.shared.state.is_poisoned());
         lane.acquire(Need::new(1, 1)).await.unwrap().mark_sent();
         lane.acquire(Need::new(1, 1)).await.unwrap().mark_sent();
         assert_eq!(lane.shared.start.elapsed(), Duration::from_secs(1));

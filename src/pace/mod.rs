@@ -7,7 +7,9 @@
 //!   grants, what will be charged later, what may go faster, whether others use it, and its clock;
 //! - `buckets`, `slots`, `gate`, `queue`: all limits at once, the calls in flight, the
 //!   provider's "not now", the waiters; `headers` reads what replies say of limits;
+//! - `offers`: what was granted to a waiter that has not come for it yet;
 //! - `turnstile`: the state machine they form, pure, over time as an argument (in `ends`, how calls end);
+//! - `timer`: the tasks that let waiters through when their time comes;
 //! - `lane`: the thin asynchronous shell, with the clock, the lock and the wakers.
 
 mod arrears;
@@ -19,12 +21,14 @@ mod headers;
 mod lane;
 mod limits;
 mod meter;
+mod offers;
 #[cfg(test)]
 mod properties;
 mod queue;
 mod scale;
 mod slots;
 mod surplus;
+mod timer;
 mod turnstile;
 mod words;
 

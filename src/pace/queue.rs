@@ -5,12 +5,15 @@
 //! is served moves back by what was taken over its weight, and the one furthest in front
 //! is next. So each gets its share while it wants it, nobody is passed over without
 //! end, and who was idle has saved nothing up.
+//!
+//! A tenant is known by its name. When its calls name different weights, the weight of the call
+//! that joined the queue last holds.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::hash::{BuildHasherDefault, Hasher};
 use std::ops::Bound;
 
-use super::words::{Charge, Place, Priority, Who};
+use super::words::{Charge, Place, Priority, Tenant, TenantId, Who};
 
 /// A map by small keys of our own: SipHash would cost more than all else that is done with it.
 pub(super) type Map<K, V> = HashMap<K, V, BuildHasherDefault<Multiplying>>;
@@ -59,23 +62,32 @@ pub(super) struct Waiter<W> {
     pub(super) waker: Option<W>,
 }
 
+/// What was taken over a weight. In units of 2⁻⁴⁰ of a cost, so that weights count exactly
+/// where every call costs the same: 33 and 64 were served alike when the unit was 2⁻⁶.
+type Mark = u128;
+
+/// By how much a mark moves back that is served at this cost.
+fn step(cost: u64, weight: u32) -> Mark {
+    ((Mark::from(cost.max(1)) << 40) / Mark::from(weight)).max(1)
+}
+
 /// Those of one priority and one tenant.
 #[derive(Debug)]
 struct Line {
     who: Who,
     waiting: usize,
     /// Where it stands: the next to be served is the lowest.
-    mark: u64,
+    mark: Mark,
 }
 
 /// Those of one priority.
 #[derive(Debug, Default)]
 struct Class {
-    mark: u64,
+    mark: Mark,
     /// The mark of the line served last: who comes back from idling starts there.
-    front: u64,
+    front: Mark,
     /// The lines with waiters, by mark.
-    lines: BTreeSet<(u64, u32)>,
+    lines: BTreeSet<(Mark, u32)>,
 }
 
 #[derive(Debug)]
@@ -84,12 +96,12 @@ pub(super) struct Queue<W> {
     /// it had and anybody may leave from anywhere, each in logarithmic time.
     waiters: BTreeMap<Key, Waiter<W>>,
     lines: Map<u32, Line>,
-    ids: Map<Who, u32>,
+    ids: Map<(Priority, Option<TenantId>), u32>,
     next_id: u32,
     /// When so many lines are known, those that idle are looked through.
     sweep_at: usize,
     classes: [Class; Priority::ALL.len()],
-    front: u64,
+    front: Mark,
 }
 
 impl<W> Queue<W> {
@@ -116,6 +128,8 @@ impl<W> Queue<W> {
     pub(super) fn push(&mut self, who: Who, place: Place, ticket: u64, charge: Charge) -> Key {
         let id = self.line_of(who);
         let line = self.lines.get_mut(&id).expect("just found or made");
+        // With the weight that was named last.
+        line.who = who;
         line.waiting += 1;
         if line.waiting == 1 {
             let class = &mut self.classes[who.priority as usize];
@@ -165,6 +179,10 @@ impl<W> Queue<W> {
         self.waiters.get_mut(&key)
     }
 
+    pub(super) fn iter_mut(&mut self) -> impl Iterator<Item = &mut Waiter<W>> {
+        self.waiters.values_mut()
+    }
+
     /// Takes everybody out.
     pub(super) fn clear(&mut self) -> impl Iterator<Item = Waiter<W>> {
         for class in &mut self.classes {
@@ -194,10 +212,9 @@ impl<W> Queue<W> {
         if let Some(cost) = cost {
             self.front = self.front.max(class.mark);
             class.front = class.front.max(line.mark);
-            let weight = u64::from(line.who.priority.weight());
-            class.mark = class.mark.saturating_add(cost.max(1) * 64 / weight);
-            let weight = u64::from(line.who.weight());
-            line.mark = line.mark.saturating_add((cost.max(1) * 64 / weight).max(1));
+            let by_priority = step(cost, line.who.priority.weight());
+            class.mark = class.mark.saturating_add(by_priority);
+            line.mark = line.mark.saturating_add(step(cost, line.who.weight()));
         }
         line.waiting -= 1;
         if line.waiting > 0 {
@@ -209,8 +226,25 @@ impl<W> Queue<W> {
         Some(waiter)
     }
 
+    /// One that was served at this cost did not take it: its line stands where it stood.
+    pub(super) fn give_back(&mut self, key: Key, cost: u64) {
+        // A line that is forgotten would start as a new one does anyway.
+        let Some(line) = self.lines.get_mut(&key.line) else {
+            return;
+        };
+        let class = &mut self.classes[line.who.priority as usize];
+        let by_priority = step(cost, line.who.priority.weight());
+        class.mark = class.mark.saturating_sub(by_priority);
+        let mark = line.mark.saturating_sub(step(cost, line.who.weight()));
+        if class.lines.remove(&(line.mark, key.line)) {
+            class.lines.insert((mark, key.line));
+        }
+        line.mark = mark;
+    }
+
     fn line_of(&mut self, who: Who) -> u32 {
-        if let Some(id) = self.ids.get(&who) {
+        let name = (who.priority, who.tenant.map(Tenant::id));
+        if let Some(id) = self.ids.get(&name) {
             return *id;
         }
         if self.lines.len() >= self.sweep_at {
@@ -221,7 +255,7 @@ impl<W> Queue<W> {
         }
         let id = self.next_id;
         self.next_id = id.wrapping_add(1);
-        self.ids.insert(who, id);
+        self.ids.insert(name, id);
         let line = Line {
             who,
             waiting: 0,
@@ -249,7 +283,6 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::pace::words::Tenant;
 
     fn who(priority: Priority, tenant: u64, weight: u32) -> Who {
         Who {
@@ -279,11 +312,20 @@ mod tests {
 
     /// Serves `n` and counts those of each.
     fn served<const N: usize>(queue: &mut Queue<()>, whos: [Who; N], n: usize) -> [usize; N] {
+        served_at(queue, whos, n, 1_000)
+    }
+
+    fn served_at<const N: usize>(
+        queue: &mut Queue<()>,
+        whos: [Who; N],
+        n: usize,
+        cost: u64,
+    ) -> [usize; N] {
         let mut counts = [0; N];
         for _ in 0..n {
             let (key, _) = queue.head().unwrap();
             let who = queue.lines[&key.line].who;
-            queue.serve(key, 1_000);
+            queue.serve(key, cost);
             counts[whos.iter().position(|w| *w == who).unwrap()] += 1;
         }
         counts
@@ -308,6 +350,46 @@ mod tests {
             served(&mut queue, [heavy, light, double], 400),
             [100, 100, 200]
         );
+    }
+
+    #[test]
+    fn weights_count_exactly_whatever_a_call_costs() {
+        for cost in [1, 1_000, 3_600_000_000_000] {
+            for (a, b) in [(33, 64), (1, 100), (999, 1_000), (1_000_000, 1_000_001)] {
+                let mut queue = Queue::new();
+                let both = [who(Priority::Normal, 1, a), who(Priority::Normal, 2, b)];
+                both.map(|who| crowd(&mut queue, who, 2_000));
+                let served = served_at(&mut queue, both, 1_940, cost);
+                let expected = 1_940.0 * f64::from(b) / f64::from(a + b);
+                let off = (served[1] as f64 - expected).abs();
+                assert!(off <= 1.0, "{a}:{b} at {cost}: {served:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn one_tenant_has_one_weight_the_one_named_last() {
+        let mut queue = Queue::new();
+        let [before, after, other] =
+            [(1, 1), (1, 3), (2, 1)].map(|(tenant, weight)| who(Priority::Normal, tenant, weight));
+        crowd(&mut queue, before, 100);
+        crowd(&mut queue, other, 100);
+        crowd(&mut queue, after, 1);
+        assert_eq!(served(&mut queue, [before, after, other], 80), [0, 60, 20]);
+        assert_eq!(queue.lines.len(), 2);
+    }
+
+    #[test]
+    fn what_is_given_back_counts_as_not_served() {
+        let mut queue = Queue::new();
+        let both = [1, 2].map(|tenant| who(Priority::Normal, tenant, 1));
+        both.map(|who| crowd(&mut queue, who, 10));
+        let first = queue.head().unwrap().0;
+        queue.serve(first, 1_000);
+        assert_ne!(queue.head().unwrap().0.line, first.line);
+        queue.give_back(first, 1_000);
+        assert_eq!(queue.head().unwrap().0.line, first.line);
+        assert_eq!(served(&mut queue, both, 10), [5, 5]);
     }
 
     #[test]

@@ -1,11 +1,9 @@
 //! [`Turnstile`]: who may go, and when. The lane without its clock, its lock and its wakers.
 //!
 //! A pure state machine: every method is given the time (since the lane was made)
-//! and says whom to wake. It never waits itself. That leaves one question, who
-//! comes back when the time has come, and the answer is the waiter that is next:
-//! it is the lane's *timekeeper*, sleeps until its own turn, and lets everybody
-//! through who can go by then. Whenever somebody else becomes the next, or the
-//! next can go earlier than its alarm, the turnstile wakes it to set its alarm anew.
+//! and says whom to wake. It never waits itself: while callers wait, the shell must call
+//! [`Turnstile::tick`] at the [`Turnstile::deadline`] at the latest, and no caller needs to be
+//! polled for that. A grant to a caller that waits is an [offer](super::offers).
 
 mod ends;
 
@@ -16,7 +14,8 @@ use super::buckets::{Buckets, Mark, Named};
 use super::gate::Gate;
 use super::limits::Pace;
 use super::meter::Burst;
-use super::queue::{Key, Map, Queue};
+use super::offers::Offers;
+use super::queue::{Key, Queue};
 use super::slots::Slots;
 use super::words::{Binding, CallOutcome, Charge, LaneSnapshot, Need, Place};
 use crate::error::Error;
@@ -50,8 +49,8 @@ struct Granted {
 #[derive(Debug)]
 pub(super) enum Turn {
     Granted(Grant),
-    /// Not yet. With a time: it is the timekeeper, and must look again then.
-    Wait(Key, Option<Nanos>),
+    /// Not yet: it is woken when it has been let through.
+    Wait(Key),
     /// The lane is stopped, or was while it waited.
     Stopped(Error),
 }
@@ -77,11 +76,15 @@ impl<W> Default for Errands<W> {
 }
 
 impl<W> Errands<W> {
-    fn wake(&mut self, waker: Option<W>) {
+    pub(super) fn wake(&mut self, waker: Option<W>) {
         match self.first {
             None => self.first = waker,
             Some(_) => self.more.extend(waker),
         }
+    }
+
+    pub(super) fn discard(&mut self, waker: Option<W>) {
+        self.discard = waker;
     }
 
     pub(super) fn run(self, mut wake: impl FnMut(W)) {
@@ -159,10 +162,10 @@ pub(super) struct Turnstile<W> {
     gate: Gate,
     slots: Slots<Granted>,
     queue: Queue<W>,
-    /// Granted out of the queue and not yet collected, by ticket.
-    uncollected: Map<u64, Grant>,
-    /// Who will look next, and when at the latest.
-    timekeeper: Option<(Key, Nanos)>,
+    /// Granted out of the queue and not yet collected.
+    offers: Offers<(Key, Grant)>,
+    /// When the caller that is next can go, unless that depends on a call in flight.
+    head_ready_at: Option<Nanos>,
     stop: Option<Stop>,
     probing: Option<Probing>,
     /// Why the lane was stopped last, for those who look when it goes again.
@@ -186,8 +189,8 @@ impl<W: Clone> Turnstile<W> {
             gate: Gate::new(seed),
             slots: Slots::new(pace.in_flight),
             queue: Queue::new(),
-            uncollected: Map::default(),
-            timekeeper: None,
+            offers: Offers::new(),
+            head_ready_at: None,
             stop: None,
             probing: None,
             last_stop: None,
@@ -209,16 +212,23 @@ impl<W: Clone> Turnstile<W> {
     /// Lets `charge` through now if nobody waits and nothing stands against it.
     pub(super) fn try_enter(&mut self, now: Nanos, charge: Charge) -> Option<Grant> {
         self.advance(now);
-        if self.stop.is_some() || !self.queue.is_empty() || self.obstacle(now, charge).is_some() {
+        if self.stop.is_some() || !self.queue.is_empty() {
             return None;
+        }
+        if self.obstacle(now, charge).is_some() {
+            // While no caller waits, nothing else takes back what was not collected.
+            let expired = self.expire(now);
+            if !expired || self.obstacle(now, charge).is_some() {
+                return None;
+            }
         }
         self.buckets.resize(now);
         Some(self.grant(now, charge))
     }
 
-    /// Lets `charge` through, or queues it with a clone of its waker. Who is queued must
-    /// [`poll`](Turnstile::poll) when it is woken or its alarm rings, and in the end either
-    /// collect its grant or [`leave`](Turnstile::leave).
+    /// Lets `charge` through, or queues it with a clone of its waker. A caller in the queue must
+    /// [`poll`](Turnstile::poll) when it is woken, and in the end either collect its grant or
+    /// [`leave`](Turnstile::leave).
     pub(super) fn enter(
         &mut self,
         now: Nanos,
@@ -246,19 +256,28 @@ impl<W: Clone> Turnstile<W> {
         &mut self,
         now: Nanos,
         key: Key,
+        need: &Need,
         waker: &W,
         errands: &mut Errands<W>,
     ) -> Turn {
         self.advance(now);
-        if self.queue.get_mut(key).is_none() {
-            // Whoever let it through has seen to the others.
-            return self.collect(now, key);
+        if self.queue.get_mut(key).is_some() {
+            // First, as it is code of others: if it panics, nothing has changed.
+            let waker = waker.clone();
+            return self.look(now, key, waker, errands);
         }
-        // First, as it is code of others: if it panics, nothing has changed.
-        let waker = waker.clone();
-        // It is awake, and its old alarm is spent.
-        self.timekeeper.take_if(|(keeper, _)| *keeper == key);
-        self.look(now, key, waker, errands)
+        if let Some(offer) = self.offers.expire_of(now, key.ticket) {
+            // It would be sent too late for the time at which it was charged.
+            self.take_back(now, offer);
+        }
+        if self.offers.come_back(now, key.ticket) && self.stop.is_none() {
+            let waker = waker.clone();
+            let charge = Charge::from(need);
+            let key = self.queue.push(need.who, key.place, key.ticket, charge);
+            return self.look(now, key, waker, errands);
+        }
+        // Whoever let it through has seen to the others.
+        self.collect(now, key)
     }
 
     /// One in the queue looks after itself and everybody else. Its waker is a clone of one
@@ -269,28 +288,24 @@ impl<W: Clone> Turnstile<W> {
             .queue
             .get_mut(key)
             .and_then(|waiter| waiter.waker.take());
-        let alarm = self.grant_all(now, errands);
-        let turn = match self.queue.get_mut(key) {
+        self.pump(now, errands);
+        match self.queue.get_mut(key) {
             Some(waiter) => {
                 waiter.waker = Some(waker);
-                let own = alarm.filter(|(head, _)| *head == key);
-                self.timekeeper = own.or(self.timekeeper);
-                Turn::Wait(key, own.map(|(_, at)| at))
+                Turn::Wait(key)
             }
             None => self.collect(now, key),
-        };
-        self.appoint(now, alarm, errands);
-        turn
+        }
     }
 
     /// What is there for someone who no longer waits.
     fn collect(&mut self, now: Nanos, key: Key) -> Turn {
-        match (self.uncollected.remove(&key.ticket), &self.stop) {
-            (Some(grant), None) => Turn::Granted(grant),
-            (grant, stop) => {
+        match (self.offers.collect(now, key.ticket), &self.stop) {
+            (Some((_, grant)), None) => Turn::Granted(grant),
+            (offer, stop) => {
                 let why = stop.as_ref().map(|stop| &stop.why);
                 let why = why.or(self.last_stop.as_ref()).cloned();
-                if let Some(grant) = grant {
+                if let Some((_, grant)) = offer {
                     let Granted { charge, at, .. } = self.free_slot(grant.0);
                     self.buckets.refund(now, charge, at);
                 }
@@ -299,9 +314,82 @@ impl<W: Clone> Turnstile<W> {
         }
     }
 
+    /// When [`tick`](Turnstile::tick) must be called at the latest. `None` while no caller waits,
+    /// or only the end of a call can change anything.
+    pub(super) fn deadline(&self) -> Option<Nanos> {
+        if self.queue.is_empty() {
+            return None;
+        }
+        let expiry = self.offers.next_expiry();
+        self.head_ready_at.into_iter().chain(expiry).min()
+    }
+
+    pub(super) fn head_ready_at(&self) -> Option<Nanos> {
+        self.head_ready_at
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.queue.is_empty()
+    }
+
+    /// Whether an offer has not been collected in time.
+    pub(super) fn has_expired(&self, now: Nanos) -> bool {
+        self.offers.next_expiry().is_some_and(|at| at <= now)
+    }
+
+    /// The time has come: takes back the offers that were not collected, if it is to `expire`
+    /// them, and lets everybody through who can go.
+    pub(super) fn tick(&mut self, now: Nanos, expire: bool, errands: &mut Errands<W>) {
+        self.advance(now);
+        if expire {
+            self.expire(now);
+        }
+        self.pump(now, errands);
+    }
+
+    /// Wakes the caller that is next.
+    pub(super) fn wake_head(&mut self, errands: &mut Errands<W>) {
+        if let Some((head, _)) = self.queue.head() {
+            let waiter = self.queue.get_mut(head);
+            errands.wake(waiter.and_then(|waiter| waiter.waker.take()));
+        }
+    }
+
+    /// Wakes all callers that wait.
+    pub(super) fn wake_all(&mut self, errands: &mut Errands<W>) {
+        for waiter in self.queue.iter_mut() {
+            errands.wake(waiter.waker.take());
+        }
+    }
+
+    /// Gives back what was offered and not collected in time. A caller that missed its offer
+    /// leaves the queue, so that it holds up no other, until it is polled again: then it is
+    /// back at its place. Says whether there was any.
+    fn expire(&mut self, now: Nanos) -> bool {
+        let mut any = false;
+        while let Some(offer) = self.offers.expire(now) {
+            self.take_back(now, offer);
+            any = true;
+        }
+        any
+    }
+
+    fn take_back(&mut self, now: Nanos, (key, grant): (Key, Grant)) {
+        let Granted { charge, at, .. } = self.free_slot(grant.0);
+        self.buckets.refund(now, charge, at);
+        self.queue.give_back(key, self.buckets.cost(charge));
+        self.granted -= 1;
+    }
+
+    /// When a call was let through.
+    #[cfg(test)]
+    pub(super) fn granted_at(&mut self, grant: &Grant) -> Nanos {
+        self.slots.get_mut(grant.0).at
+    }
+
     /// A waiter goes away without its grant, or with one it never collected.
     pub(super) fn leave(&mut self, now: Nanos, key: Key, errands: &mut Errands<W>) {
-        if let Some(grant) = self.uncollected.remove(&key.ticket) {
+        if let Some((_, grant)) = self.offers.forget(key.ticket) {
             self.finish(now, grant, End::Unsent, errands);
         } else if let Some(waiter) = self.queue.remove(key) {
             self.advance(now);
@@ -325,7 +413,8 @@ impl<W: Clone> Turnstile<W> {
         for waiter in self.queue.clear() {
             errands.wake(waiter.waker);
         }
-        self.timekeeper = None;
+        self.offers.forget_missed();
+        self.head_ready_at = None;
         self.last_stop = Some(why.clone());
         self.stop = Some(Stop { why, until });
     }
@@ -383,7 +472,7 @@ impl<W: Clone> Turnstile<W> {
             }
             Some((_, charge)) => match self.obstacle(now, charge) {
                 Some(Obstacle { binding, until }) => (binding, until.map(from_now)),
-                // Its time has come, and its timekeeper is about to notice.
+                // Its time has come, and a timer is about to notice.
                 None => (Binding::Nothing, Some(Duration::ZERO)),
             },
             None if !closed_for.is_zero() => (Binding::Gate, None),
@@ -397,7 +486,8 @@ impl<W: Clone> Turnstile<W> {
             scale: self.buckets.scale(),
             most_in_flight: Some(self.slots.limit()).filter(|limit| *limit < usize::MAX),
             in_flight: self.slots.used(),
-            waiting: self.queue.len(),
+            waiting: self.queue.len() + self.offers.missed(),
+            unpolled: self.offers.missed(),
             granted: self.granted,
             throttled: self.throttled,
             overloaded: self.overloaded,
@@ -462,15 +552,14 @@ impl<W: Clone> Turnstile<W> {
         Grant(slot)
     }
 
-    /// After anything has changed: lets everybody through who can go, and sees to
-    /// it that somebody keeps the time for the rest.
+    /// After anything has changed: lets everybody through who can go.
     fn pump(&mut self, now: Nanos, errands: &mut Errands<W>) {
-        let alarm = self.grant_all(now, errands);
-        self.appoint(now, alarm, errands);
+        self.head_ready_at = self.grant_all(now, errands);
     }
 
-    /// Says who must look next, and when: nobody if only a call in flight can change anything.
-    fn grant_all(&mut self, now: Nanos, errands: &mut Errands<W>) -> Option<(Key, Nanos)> {
+    /// Says when the caller that is next then can go: `None` if only a call in flight can
+    /// change anything.
+    fn grant_all(&mut self, now: Nanos, errands: &mut Errands<W>) -> Option<Nanos> {
         loop {
             let (head, charge) = self.queue.head()?;
             match self.obstacle(now, charge) {
@@ -481,7 +570,7 @@ impl<W: Clone> Turnstile<W> {
                 }
                 Some(obstacle) => match self.backfill(now, head, charge, obstacle) {
                     Some((key, charge)) => self.let_through(now, key, charge, errands),
-                    None => return Some((head, obstacle.until?)),
+                    None => return obstacle.until,
                 },
             }
         }
@@ -492,7 +581,7 @@ impl<W: Clone> Turnstile<W> {
         let waiter = self.queue.serve(key, cost);
         errands.wake(waiter.and_then(|waiter| waiter.waker));
         let grant = self.grant(now, charge);
-        self.uncollected.insert(key.ticket, grant);
+        self.offers.make(now, key.ticket, (key, grant));
     }
 
     /// One of those behind the head that can go now without making it wait any longer (EASY
@@ -515,21 +604,5 @@ impl<W: Clone> Turnstile<W> {
         }
         let mut behind = self.queue.behind(head).take(BACKFILL_WINDOW);
         behind.find(|(_, first)| self.buckets.leaves_room(now, *first, charge, until))
-    }
-
-    /// Wakes the one who must look next, unless it is awake or will be in time.
-    fn appoint(&mut self, now: Nanos, alarm: Option<(Key, Nanos)>, errands: &mut Errands<W>) {
-        let Some((head, at)) = alarm else {
-            return;
-        };
-        if self
-            .timekeeper
-            .is_some_and(|(keeper, alarm)| keeper == head && alarm <= at)
-        {
-            return;
-        }
-        self.timekeeper = Some((head, now));
-        let waiter = self.queue.get_mut(head);
-        errands.wake(waiter.and_then(|waiter| waiter.waker.take()));
     }
 }

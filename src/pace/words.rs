@@ -105,6 +105,9 @@ impl Priority {
 /// A tenant with twice the weight gets twice as much of what is scarce, in requests or
 /// tokens; one that asks for a thousand times as much gets no more for it.
 ///
+/// The name alone says which tenant it is. When calls of one tenant name different weights,
+/// the weight of the call that joined the queue last holds for all of them.
+///
 /// ```
 /// use throughline::{Need, Tenant};
 ///
@@ -113,9 +116,13 @@ impl Priority {
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Tenant {
-    id: u64,
+    id: TenantId,
     weight: u32,
 }
+
+/// A hash of the name of a tenant.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct TenantId(u64);
 
 impl Tenant {
     /// The tenant of that name. Only a hash of the name is kept.
@@ -129,9 +136,13 @@ impl Tenant {
         let mut hasher = DefaultHasher::new();
         name.hash(&mut hasher);
         Self {
-            id: hasher.finish(),
+            id: TenantId(hasher.finish()),
             weight,
         }
+    }
+
+    pub(super) fn id(self) -> TenantId {
+        self.id
     }
 }
 
@@ -200,6 +211,10 @@ pub struct LaneSnapshot {
     pub in_flight: usize,
     /// Calls that wait for one.
     pub waiting: usize,
+    /// Of those, the calls that were let through and did not come, because nothing polls their
+    /// futures: a buffered stream whose consumer is busy, a `select!` whose other branch runs, a
+    /// runtime that is blocked. They hold up no other call, and are next when they are polled.
+    pub unpolled: usize,
     /// Permits granted so far, those given back unsent included.
     pub granted: u64,
     /// Calls that were refused for a rate limit so far.
@@ -235,6 +250,7 @@ impl LaneSnapshot {
                 .and_then(|most| Some(most + other.most_in_flight?)),
             in_flight: self.in_flight + other.in_flight,
             waiting: self.waiting.max(other.waiting),
+            unpolled: self.unpolled.max(other.unpolled),
             granted: self.granted + other.granted,
             throttled: self.throttled + other.throttled,
             overloaded: self.overloaded + other.overloaded,
