@@ -369,7 +369,7 @@ async fn leaving_the_queue_leaves_no_trace() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_next_takes_over_when_the_timekeeper_goes() {
+async fn callers_go_in_time_when_those_before_them_leave() {
     let lane = Lane::new(Pace::per_minute(1));
     lane.acquire(small()).await.unwrap().mark_sent();
     let start = Instant::now();
@@ -450,7 +450,7 @@ async fn a_slower_pace_holds_those_who_wait() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_timekeeper_whose_alarm_came_to_nothing_sets_another() {
+async fn a_caller_whose_time_came_to_nothing_goes_when_it_can() {
     let lane = Lane::new(Pace::per_minute(60).in_flight(2));
     let held = lane.acquire(small()).await.unwrap();
     let start = Instant::now();
@@ -459,7 +459,7 @@ async fn a_timekeeper_whose_alarm_came_to_nothing_sets_another() {
         async move { sends(&lane, 1, small()).await }
     });
     sleep(ms(500)).await;
-    // Its alarm rings at 1 s and finds no slot, so only the end of the call helps;
+    // At 1 s there is no slot, so only the end of the call helps;
     // at 2 s there is a slot, but the rest of the request is 3.5 s away.
     lane.retune(Pace::per_minute(6).in_flight(1));
     sleep(ms(1_500)).await;

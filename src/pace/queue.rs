@@ -358,7 +358,9 @@ mod tests {
             for (a, b) in [(33, 64), (1, 100), (999, 1_000), (1_000_000, 1_000_001)] {
                 let mut queue = Queue::new();
                 let both = [who(Priority::Normal, 1, a), who(Priority::Normal, 2, b)];
-                both.map(|who| crowd(&mut queue, who, 2_000));
+                for who in both {
+                    crowd(&mut queue, who, 2_000);
+                }
                 let served = served_at(&mut queue, both, 1_940, cost);
                 let expected = 1_940.0 * f64::from(b) / f64::from(a + b);
                 let off = (served[1] as f64 - expected).abs();
@@ -383,7 +385,9 @@ mod tests {
     fn what_is_given_back_counts_as_not_served() {
         let mut queue = Queue::new();
         let both = [1, 2].map(|tenant| who(Priority::Normal, tenant, 1));
-        both.map(|who| crowd(&mut queue, who, 10));
+        for who in both {
+            crowd(&mut queue, who, 10);
+        }
         let first = queue.head().unwrap().0;
         queue.serve(first, 1_000);
         assert_ne!(queue.head().unwrap().0.line, first.line);
