@@ -34,7 +34,7 @@ use crate::scope::{Scope, Tally};
 use crate::usage::{RateSnapshot, Usage};
 
 use self::evidence::{CallEnd, Profile, Signature, Watches};
-use self::health::{Health, SentCall};
+use self::health::Health;
 use self::history::{History, Next};
 pub(crate) use self::stream::{Sink, Unkept};
 
@@ -260,11 +260,7 @@ impl<'a> Call<'a> {
         let charge = deployment.charge();
         let adapted = deployment.adapt(self.request);
         let request = adapted.as_deref().unwrap_or(self.request);
-        let (number, sampled) = self.guard.estimator.number();
-        let call = SentCall {
-            number,
-            series: health.series(),
-        };
+        let (call, sampled) = self.guard.estimator.number();
         // Who learns nothing from it and tells nobody need not look at the clock.
         let sent = (sampled || self.guard.observers.listen()).then(Instant::now);
         let provider = &*deployment.provider;
@@ -277,7 +273,7 @@ impl<'a> Call<'a> {
                     deployment.lane.end_probing();
                 }
                 if self.guard.watches.are_open() {
-                    self.note(number, CallEnd::Answered, history);
+                    self.note(call, CallEnd::Answered, history);
                 }
                 if let Some(sent) = sent.filter(|_| sampled) {
                     self.guard.estimator.learn(self.scope, reply.usage, sent);
@@ -290,7 +286,7 @@ impl<'a> Call<'a> {
                 if self.guard.watches.are_open()
                     && let Some(signature) = Signature::of(&error)
                 {
-                    self.note(number, CallEnd::Failed(signature), history);
+                    self.note(call, CallEnd::Failed(signature), history);
                 }
                 let new = || Box::new(History::new(&self.guard.retry));
                 let history = history.get_or_insert_with(new);
@@ -331,9 +327,9 @@ impl<'a> Call<'a> {
     }
 
     /// Lets the end of this call be evidence for the requests that are watched.
-    fn note(&self, number: u64, end: CallEnd, history: &Option<Box<History<'a>>>) {
+    fn note(&self, call: u64, end: CallEnd, history: &Option<Box<History<'a>>>) {
         let own = history.as_ref().and_then(|history| history.watch_id());
-        self.guard.watches.note(number, self.profile(), end, own);
+        self.guard.watches.note(call, self.profile(), end, own);
     }
 
     fn profile(&self) -> Profile {

@@ -518,7 +518,8 @@ fn a_file_of_something_else_is_not_written_over() {
 
 #[test]
 fn failures_are_kept_and_counted_by_kind_and_done_again() {
-    let job = Job::numbered(60);
+    // Not so many that the retry budget runs dry, and retries wait for half a minute.
+    let job = Job::numbered(24);
     let ran = job
         .run("--sim-errors 0.75 --sim-seed 3 --sim-latency 1")
         .exits(1);
@@ -527,16 +528,16 @@ fn failures_are_kept_and_counted_by_kind_and_done_again() {
         .into_iter()
         .filter(|line| line["text"].is_null())
         .collect();
-    assert!(failed.len() > 3 && failed.len() < 40, "{}", failed.len());
+    assert!(!failed.is_empty() && failed.len() < 16, "{}", failed.len());
     for line in &failed {
         assert_eq!(line["error"]["kind"], "unavailable", "{line}");
         assert_eq!(line["error"]["persistence"], "exhausted", "{line}");
         assert!(line["attempts"].as_u64() >= Some(5), "{line}");
     }
-    assert_eq!(job.lines().len(), 60);
+    assert_eq!(job.lines().len(), 24);
     let n = failed.len();
     ran.sums_up(&format!("failed {n}: {n} unavailable"))
-        .sums_up(&format!("results {} in", 60 - n))
+        .sums_up(&format!("results {} in", 24 - n))
         .says(&format!(
             "{}: provider unavailable (HTTP 500",
             failed[0]["id"].as_str().unwrap()
@@ -545,8 +546,8 @@ fn failures_are_kept_and_counted_by_kind_and_done_again() {
     job.run("")
         .exits(0)
         .says(&format!("{n} records on sim"))
-        .sums_up("results 60 in");
-    assert_eq!(job.ids().len(), 60);
+        .sums_up("results 24 in");
+    assert_eq!(job.ids().len(), 24);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]

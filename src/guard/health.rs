@@ -2,12 +2,14 @@
 //!
 //! Two things are told apart from the failures of single requests:
 //!
-//! - **An outage**: many calls of many requests have failed, one after the other, and no call sent since
-//!   has been answered. Then the failures say nothing of the requests, and cost them no attempt.
+//! - **An outage**: many calls of many requests have failed, one after the other, and no call that was sent
+//!   with them or later has been answered. Then the failures say nothing of the requests, and cost them no attempt.
 //! - **A refused account**: one refusal may concern its request alone, so a different request
 //!   must meet the same before everybody is told.
+//!
+//! Calls are numbered in the order in which they are sent.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -30,14 +32,6 @@ pub(super) fn pause(probes: u32) -> Duration {
     FIRST_PAUSE
         .saturating_mul(1 << probes.min(8))
         .min(LONGEST_PAUSE)
-}
-
-/// A call, by the order in which calls were sent.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct SentCall {
-    pub(super) number: u64,
-    /// The series of failures under way when it was sent; 0 for none.
-    pub(super) series: u64,
 }
 
 /// What a request remembers of the failures that it was counted in.
@@ -82,8 +76,6 @@ pub(super) struct Others {
 pub(super) struct Health {
     /// Whether there is a series or a doubt: each success looks.
     troubled: AtomicBool,
-    /// The series under way; 0 for none. Each call looks when it is sent.
-    series: AtomicU64,
     state: Mutex<State>,
 }
 
@@ -104,10 +96,12 @@ impl State {
     }
 }
 
-/// Failures without an answer to any call sent since the first of them.
+/// Failures without an answer to any call sent with the first of them or later.
 #[derive(Debug)]
 struct Series {
     id: u64,
+    /// The lowest number of a call that failed.
+    first_call: u64,
     failures: u32,
     requests: u32,
     outage: Option<Outage>,
@@ -152,19 +146,15 @@ impl Pauses {
 }
 
 impl Health {
-    pub(super) fn series(&self) -> u64 {
-        self.series.load(Ordering::Relaxed)
-    }
-
     /// A call was answered. Says whether the lane may stop probing.
-    pub(super) fn answered(&self, call: SentCall) -> bool {
+    pub(super) fn answered(&self, call: u64) -> bool {
         if !self.troubled.load(Ordering::Relaxed) {
             return false;
         }
         let mut state = self.lock();
-        // Of failures, only the answer to a call sent since says that they are over: long calls may be
-        // answered for minutes after the provider has begun to fail new ones.
-        state.series.take_if(|series| series.id == call.series);
+        // Long calls may be answered for minutes after the provider has begun to fail new ones: a call that was
+        // sent before all that failed says nothing of them.
+        state.series.take_if(|series| call >= series.first_call);
         let lifted = state.doubt.take().is_some();
         self.publish(&state);
         let in_outage = matches!(&state.series, Some(series) if series.outage.is_some());
@@ -175,17 +165,19 @@ impl Health {
     pub(super) fn failed(
         &self,
         now: Instant,
-        call: SentCall,
+        call: u64,
         next_call: u64,
         counted: &mut CountedIn,
     ) -> Failing {
         let mut state = self.lock();
         let mut series = state.series.take().unwrap_or_else(|| Series {
             id: state.next_id(),
+            first_call: call,
             failures: 0,
             requests: 0,
             outage: None,
         });
+        series.first_call = series.first_call.min(call);
         series.failures = series.failures.saturating_add(1);
         if counted.series != series.id {
             counted.series = series.id;
@@ -204,7 +196,7 @@ impl Health {
         let failing = match &mut series.outage {
             None => Failing::Call,
             Some(outage) => Failing::Outage {
-                pause: outage.pauses.next(call.number, next_call, 0),
+                pause: outage.pauses.next(call, next_call, 0),
                 since: outage.since,
             },
         };
@@ -222,7 +214,7 @@ impl Health {
     pub(super) fn refused(
         &self,
         now: Instant,
-        call: SentCall,
+        call: u64,
         next_call: u64,
         counted: &mut CountedIn,
         content: RequestDigest,
@@ -251,7 +243,7 @@ impl Health {
             _ if !others.in_flight && !others.waiting => Refusal::Request,
             1 => Refusal::Unknown { pause: None },
             _ => Refusal::Unknown {
-                pause: doubt.pauses.next(call.number, next_call, OUTAGE_REQUESTS),
+                pause: doubt.pauses.next(call, next_call, OUTAGE_REQUESTS),
             },
         };
         match refusal {
@@ -271,8 +263,6 @@ impl Health {
     }
 
     fn publish(&self, state: &State) {
-        let series = state.series.as_ref().map_or(0, |series| series.id);
-        self.series.store(series, Ordering::Relaxed);
         let troubled = state.series.is_some() || state.doubt.is_some();
         self.troubled.store(troubled, Ordering::Relaxed);
     }
@@ -300,22 +290,14 @@ mod tests {
         waiting: true,
     };
 
-    fn sent(health: &Health, number: u64) -> SentCall {
-        SentCall {
-            number,
-            series: health.series(),
-        }
-    }
-
     /// Fails `each` calls of `requests` requests in turn, and says how often the last was.
     fn fail(health: &Health, requests: usize, each: usize) -> Failing {
         let mut counted = vec![CountedIn::default(); requests];
         let mut last = Failing::Call;
         for round in 0..each {
             for (n, counted) in counted.iter_mut().enumerate() {
-                let number = (round * requests + n) as u64;
-                let call = sent(health, number);
-                last = health.failed(Instant::now(), call, number + 1, counted);
+                let call = 100 + (round * requests + n) as u64;
+                last = health.failed(Instant::now(), call, call + 1, counted);
             }
         }
         last
@@ -335,17 +317,16 @@ mod tests {
     }
 
     #[test]
-    fn only_an_answer_to_a_call_sent_since_ends_a_series() {
+    fn only_the_answer_to_a_call_sent_with_those_that_failed_ends_a_series() {
         let health = Health::default();
-        let before = sent(&health, 0);
         fail(&health, 19, 1);
-        health.answered(before);
+        health.answered(99);
         assert!(is_outage(fail(&health, 1, 1)));
-        assert!(!health.answered(before));
-        assert!(health.answered(sent(&health, 99)));
+        assert!(!health.answered(99), "sent before all that failed");
+        assert!(health.answered(101), "sent with them");
         assert!(!is_outage(fail(&health, 19, 1)));
         let mut counted = CountedIn::default();
-        health.failed(Instant::now(), sent(&health, 1), 2, &mut counted);
+        health.failed(Instant::now(), 101, 102, &mut counted);
         assert!(health.was_outage(counted));
         assert!(!health.was_outage(CountedIn::default()));
     }
@@ -362,8 +343,7 @@ mod tests {
 
     fn ask(health: &Health, prompt: &str, counted: &mut CountedIn, others: Others) -> Refusal {
         let content = Request::new(prompt).digest();
-        let call = sent(health, 1);
-        health.refused(Instant::now(), call, 2, counted, content, others)
+        health.refused(Instant::now(), 1, 2, counted, content, others)
     }
 
     /// Each request has a prompt of its own.
@@ -396,7 +376,7 @@ mod tests {
             assert!(matches!(refusal, Refusal::Unknown { .. }), "{refusal:?}");
         }
         assert!(!health.is_own_refusal(first));
-        assert!(health.answered(sent(&health, 0)));
+        assert!(health.answered(0));
         assert!(health.is_own_refusal(first));
         let refusal = refuse(&health, &mut CountedIn::default(), IN_FLIGHT);
         assert_eq!(refusal, Refusal::Unknown { pause: None }, "a new doubt");

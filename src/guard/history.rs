@@ -5,7 +5,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::evidence::Streak;
-use super::health::{self, CountedIn, Failing, Others, Refusal, SentCall};
+use super::health::{self, CountedIn, Failing, Others, Refusal};
 use super::{Call, Guard};
 use crate::deployment::Deployment;
 use crate::error::{Error, ErrorKind, Persistence};
@@ -110,7 +110,7 @@ impl<'a> History<'a> {
         call: &Call<'a>,
         visit: &mut Visit,
         turn: &Turn<'_, Deployment>,
-        sent: SentCall,
+        sent: u64,
         error: Error,
     ) -> Next {
         let class = Class::of(&error);
@@ -196,7 +196,7 @@ impl<'a> History<'a> {
         call: &Call<'a>,
         visit: &mut Visit,
         turn: &Turn<'_, Deployment>,
-        sent: SentCall,
+        sent: u64,
         error: Error,
     ) -> Next {
         let (guard, index, now) = (call.guard, turn.index(), Instant::now());
@@ -208,7 +208,7 @@ impl<'a> History<'a> {
         let failing = health.failed(now, sent, next_call, &mut self.counted.1);
         if self.counted.1 != before {
             if was_outage {
-                self.forgive();
+                self.forgive(&guard.retry);
             }
             self.in_series = Charged::default();
         }
@@ -228,7 +228,7 @@ impl<'a> History<'a> {
                 cool_down(guard, turn, pause);
             }
             if now.saturating_duration_since(since) < guard.retry.longest_stall() {
-                self.forgive();
+                self.forgive(&guard.retry);
                 // A different request is the next probe.
                 visit.go_behind(&guard.pool);
                 return again(call, error.wait().unwrap_or_default(), error);
@@ -273,7 +273,7 @@ impl<'a> History<'a> {
         call: &Call<'a>,
         visit: &mut Visit,
         turn: &Turn<'_, Deployment>,
-        sent: SentCall,
+        sent: u64,
         error: Error,
     ) -> Next {
         let (guard, index, now) = (call.guard, turn.index(), Instant::now());
@@ -345,10 +345,11 @@ impl<'a> History<'a> {
     }
 
     /// Takes the failures back that belong to an outage.
-    fn forgive(&mut self) {
+    fn forgive(&mut self, retry: &Retry) {
         let in_outage = std::mem::take(&mut self.in_series);
         self.charged.attempts -= in_outage.attempts;
         self.charged.timeouts -= in_outage.timeouts;
+        self.backoff = retry.backoff();
     }
 
     fn attempts_left(&self, retry: &Retry) -> u32 {
