@@ -233,6 +233,13 @@ impl Buckets {
         }
     }
 
+    /// Lets the limits refill from now on that would stand still until later.
+    pub(super) fn reopen(&mut self, now: Nanos) {
+        for (_, meter) in &mut self.0 {
+            meter.reopen(now);
+        }
+    }
+
     /// What a reply says of the limits, to a call granted when `mark` was left: levels are
     /// lowered, and limits that nobody has named are adopted. Says which were adopted.
     pub(super) fn observe(

@@ -65,6 +65,12 @@ impl Gate {
         self.opens_at = self.opens_at.max(opens_at);
     }
 
+    /// Opens, whatever was asked for.
+    pub(super) fn open(&mut self) {
+        self.opens_at = 0;
+        self.refusals = 0;
+    }
+
     /// A call came through: the next refusal is a first one again.
     pub(super) fn welcome(&mut self, granted_at: Nanos) {
         if self.is_news(granted_at) {

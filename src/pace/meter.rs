@@ -315,6 +315,11 @@ impl Meter {
         }
     }
 
+    /// Refills from now on, where it would stand still until later. It is empty still.
+    pub(super) fn reopen(&mut self, now: Nanos) {
+        self.at = self.at.min(now);
+    }
+
     /// A call of `refused` units sent at `sent_at` was refused for this limit, and they were
     /// given back; `told` is the rate that headers speak of. Says whether the limit is
     /// now used more slowly.

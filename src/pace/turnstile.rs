@@ -419,8 +419,13 @@ impl<W: Clone> Turnstile<W> {
         self.stop = Some(Stop { why, until });
     }
 
+    /// Lets calls through again that a stop, a cooldown or probing kept. The limits are empty
+    /// and refill from now on; the rates that were learned stay.
     pub(super) fn reopen(&mut self, now: Nanos, errands: &mut Errands<W>) {
+        self.advance(now);
         self.stop = None;
+        self.gate.open();
+        self.buckets.reopen(now);
         self.probing = None;
         self.pump(now, errands);
     }
