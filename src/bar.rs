@@ -8,6 +8,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use tokio::time::Instant;
 
 use crate::context::Snapshot;
+use crate::pace::Binding;
 
 /// The rate is taken over this much of the recent past.
 const RATE_WINDOW: Duration = Duration::from_secs(10);
@@ -101,7 +102,15 @@ impl Bar {
             }
             message.push_str(" rpm");
         }
-        let _ = write!(message, "  bound by {}", snapshot.lane.binding);
+        match snapshot.lane.binding {
+            Binding::Nothing => message.push_str("  no call waits"),
+            binding => {
+                let _ = write!(message, "  bound by {binding}");
+            }
+        }
+        if snapshot.lane.unpolled > 0 {
+            let _ = write!(message, "  {} not polled", snapshot.lane.unpolled);
+        }
         if let Some(closed_for) = snapshot.lane.closed_for {
             let _ = write!(message, " for {closed_for:.1?}");
         }

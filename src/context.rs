@@ -427,8 +427,7 @@ impl Context {
         let (items_done, items_failed) = (count(&items.done), count(&items.failed));
         let items_cancelled = count(&items.cancelled);
         let items_dropped = count(&items.dropped);
-        let others = self.lanes().skip(1).map(Lane::snapshot);
-        let mut lane = others.fold(self.lane().snapshot(), LaneSnapshot::beside);
+        let mut lane = self.shared.guard.pool().snapshot();
         if lane.binding == Binding::Nothing && self.shared.guard.budget_is_dry() {
             lane.binding = Binding::Budget;
         }

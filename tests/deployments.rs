@@ -6,7 +6,8 @@ use std::time::Duration;
 use throughline::provider::sim::{Enforcement, Sim};
 use throughline::testing::Scripted;
 use throughline::{
-    Context, Deployment, Error, ErrorKind, Event, Pace, Priority, Request, Result, Retry, Settled,
+    Binding, Context, Deployment, Error, ErrorKind, Event, Pace, Priority, Request, Result, Retry,
+    Settled,
 };
 use tokio::time::Instant;
 
@@ -165,4 +166,22 @@ async fn retuning_a_context_moves_who_waits_and_tells() {
     assert!(began.elapsed() < 4 * SECOND, "{:?}", began.elapsed());
     let told = told.lock().unwrap();
     assert_eq!(*told, [("requests", 6_000), ("tokens", 1_000_000)]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_idle_fallback_does_not_hide_what_binds() {
+    let cx = Context::builder(sim(60))
+        .pace(pace(60))
+        .fallback(Deployment::new(sim(600)).pace(pace(600)))
+        .build();
+    let look = async {
+        tokio::time::sleep(Duration::from_millis(5_500)).await;
+        cx.snapshot().lane
+    };
+    let work = cx.fan_out("river", 0..20).join_all();
+    let work = work.settle(async |cx, n| cx.generate(format!("river {n}")).await);
+    let (_, lane) = tokio::join!(work, look);
+    assert_eq!(lane.binding, Binding::Requests);
+    assert_eq!((lane.waiting, lane.requests_per_minute), (14, Some(60)));
+    assert!(lane.head_wait.is_some());
 }

@@ -716,3 +716,71 @@ async fn a_stopped_lane_tells_those_who_wait_and_those_who_come() {
     lane.retune(Pace::unlimited());
     assert!(lane.acquire(small()).await.is_ok());
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_parked_lane_starts_at_once_when_it_is_reopened_or_retuned() {
+    let refused = CallOutcome::Throttled {
+        wait: Some(secs(3_600)),
+    };
+    for retune in [true, false] {
+        let lane = Lane::new(Pace::per_minute(60).tokens(60_000));
+        let permit = lane.acquire(small()).await.unwrap();
+        permit.finish(refused);
+        assert_eq!(lane.snapshot().binding, Binding::Stopped);
+        if retune {
+            lane.retune(Pace::per_minute(60).input_tokens(60_000));
+        } else {
+            lane.reopen();
+        }
+        let snapshot = lane.snapshot();
+        assert_eq!(
+            (snapshot.binding, snapshot.closed_for),
+            (Binding::Nothing, None)
+        );
+        let start = Instant::now();
+        lane.acquire(small()).await.unwrap().mark_sent();
+        lane.acquire(small()).await.unwrap().mark_sent();
+        // It resumes empty, and at no more than its rate, which the refusal has lowered.
+        assert!((secs(1)..=secs(4)).contains(&start.elapsed()));
+        // What it had learned from the refusal is forgotten, but not how to close.
+        lane.acquire(small()).await.unwrap().finish(refused);
+        assert!(lane.acquire(small()).await.is_err());
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_closed_lane_lets_those_who_wait_go_when_it_is_reopened() {
+    let lane = Lane::new(Pace::per_minute(60));
+    let wait = Some(secs(500));
+    let permit = lane.acquire(small()).await.unwrap();
+    permit.finish(CallOutcome::Throttled { wait });
+    let start = Instant::now();
+    let waiting = tokio::spawn({
+        let lane = lane.clone();
+        async move { sends(&lane, 1, small()).await }
+    });
+    sleep(secs(10)).await;
+    lane.reopen();
+    waiting.await.unwrap();
+    assert!(start.elapsed() <= secs(12), "{:?}", start.elapsed());
+}
+
+#[tokio::test(start_paused = true)]
+async fn waits_that_no_clock_can_express_are_as_good_as_endless() {
+    for outcome in [
+        CallOutcome::Throttled {
+            wait: Some(Duration::MAX),
+        },
+        CallOutcome::Overloaded {
+            wait: Some(Duration::MAX),
+        },
+    ] {
+        let lane = Lane::new(Pace::per_minute(60).burst(Duration::MAX));
+        lane.acquire(small()).await.unwrap().finish(outcome);
+        let waited = timeout(secs(86_400), lane.acquire(small())).await;
+        assert!(!matches!(waited, Ok(Ok(_))));
+    }
+    let lane = Lane::new(Pace::unlimited().spacing(Duration::MAX));
+    lane.acquire(small()).await.unwrap().mark_sent();
+    assert!(timeout(secs(86_400), lane.acquire(small())).await.is_err());
+}

@@ -226,3 +226,72 @@ async fn who_leaves_leaves_every_queue() {
     }
     assert!(start.elapsed() <= SECOND, "{:?}", start.elapsed());
 }
+
+/// Parked for an hour, then free again: nobody but the clock says so.
+#[tokio::test(start_paused = true)]
+async fn callers_that_wait_notice_when_a_parked_deployment_is_back() {
+    let parked = async |lane: &Lane| {
+        let wait = Some(3_600 * SECOND);
+        let refused = lane.acquire(Need::new(1, 1)).await.unwrap();
+        refused.finish(CallOutcome::Throttled { wait });
+    };
+    for fallback in [false, true] {
+        let (fast, slow) = (lane(6_000), lane(1));
+        parked(&fast).await;
+        let pool = Pool::new("fast", fast);
+        let pool = match fallback {
+            false => pool.beside("slow", slow),
+            true => pool.fallback("slow", slow),
+        };
+        let start = Instant::now();
+        let calls = (0..200).map(|_| async {
+            let turn = pool.acquire(Need::new(1, 1), &mut pool.arrive()).await;
+            turn.unwrap().mark_sent();
+        });
+        join_all(calls).await;
+        // 61 go meanwhile, and the others within seconds; a refusal adds up to 2 s to the wait.
+        let took = start.elapsed();
+        assert!((3_600 * SECOND..3_610 * SECOND).contains(&took), "{took:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn callers_that_wait_notice_when_a_lane_is_opened_by_hand() {
+    for stopped in [false, true] {
+        let (fast, slow) = (lane(6_000), lane(1));
+        if stopped {
+            fast.stop(unauthorized());
+        } else {
+            let wait = Some(7_200 * SECOND);
+            let refused = fast.acquire(Need::new(1, 1)).await.unwrap();
+            refused.finish(CallOutcome::Throttled { wait });
+        }
+        let pool = Pool::new("fast", fast.clone()).beside("slow", slow);
+        let start = Instant::now();
+        let calls = (0..20).map(|_| async {
+            let turn = pool.acquire(Need::new(1, 1), &mut pool.arrive()).await;
+            turn.unwrap().mark_sent();
+        });
+        let opening = async {
+            tokio::time::sleep(10 * SECOND).await;
+            // On the lane, not on the pool.
+            fast.reopen();
+        };
+        tokio::join!(join_all(calls), opening);
+        let took = start.elapsed();
+        assert!(took < 12 * SECOND, "{took:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn parked_after_may_be_without_end() {
+    let main = lane(60);
+    let pool = Pool::new("main", main.clone())
+        .fallback("older", lane(600))
+        .parked_after(Duration::MAX);
+    let refused = main.acquire(Need::new(1, 1)).await.unwrap();
+    let wait = Some(30 * SECOND);
+    refused.finish(CallOutcome::Throttled { wait });
+    let turn = pool.acquire(Need::new(1, 1), &mut pool.arrive()).await;
+    assert_eq!(*turn.unwrap().deployment(), "main");
+}

@@ -3,11 +3,12 @@
 use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use tokio::runtime::Handle;
+use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use super::bucket::{Nanos, nanos};
@@ -100,6 +101,8 @@ pub(super) struct Shared {
 pub(super) struct State {
     pub(super) turnstile: Turnstile<Waker>,
     pub(super) timers: Timers,
+    /// Whom to tell that the lane was stopped or started by hand.
+    watchers: Vec<Weak<Notify>>,
 }
 
 impl Lane {
@@ -116,6 +119,7 @@ impl Lane {
                 state: Mutex::new(State {
                     turnstile: Turnstile::new(&pace, seed),
                     timers: Timers::default(),
+                    watchers: Vec::new(),
                 }),
             }),
         }
@@ -196,10 +200,12 @@ impl Lane {
     /// What is left of each limit stays as it is, in requests and tokens, and grows
     /// at the new rate; a limit that was not there before starts unused. If there
     /// are more calls in flight than now allowed, they end in their own time. What
-    /// was learned of a limit whose rate changes is forgotten. A stopped lane starts again.
+    /// was learned of a limit whose rate changes is forgotten. A lane that is stopped, parked or closed
+    /// starts again, as by [`reopen`](Lane::reopen).
     pub fn retune(&self, pace: Pace) {
         self.shared
             .step(|turnstile, now, errands| turnstile.retune(now, &pace, errands));
+        self.shared.tell_watchers();
     }
 
     /// Stops the lane: everybody who waits, and everybody who comes, gets `why` at once,
@@ -211,6 +217,7 @@ impl Lane {
     pub fn stop(&self, why: Error) {
         self.shared
             .step(|turnstile, _, errands| turnstile.stop(why, None, errands));
+        self.shared.tell_watchers();
     }
 
     /// As [`stop`](Lane::stop), for as long as `time`. Then one call at a time is let through, until
@@ -220,6 +227,7 @@ impl Lane {
             let until = now.saturating_add(nanos(time));
             turnstile.stop(why, Some(until), errands);
         });
+        self.shared.tell_watchers();
     }
 
     /// Sends nothing for as long as `wait`, and then one call at a time until one succeeds. Calls
@@ -227,6 +235,7 @@ impl Lane {
     pub(crate) fn cool_down(&self, wait: Duration) {
         self.shared
             .step(|turnstile, now, errands| turnstile.cool_down(now, wait, errands));
+        self.shared.tell_watchers();
     }
 
     /// Lets calls through as usual after [`cool_down`](Lane::cool_down): the provider answers.
@@ -235,10 +244,21 @@ impl Lane {
             .step(|turnstile, now, errands| turnstile.end_probing(now, errands));
     }
 
-    /// Starts a lane again that was stopped or parked.
+    /// Starts a lane again that was stopped or parked, or that is closed because the provider
+    /// refused a call. The wait that the provider asked for is forgotten; the lane resumes empty, at
+    /// its rate, and closes again when the provider refuses again.
     pub fn reopen(&self) {
         self.shared
             .step(|turnstile, now, errands| turnstile.reopen(now, errands));
+        self.shared.tell_watchers();
+    }
+
+    /// Tells `watcher` from now on when the lane is stopped, started, closed or retuned by other means
+    /// than the end of a call.
+    pub(crate) fn tell(&self, watcher: &Arc<Notify>) {
+        let mut state = self.shared.lock();
+        state.watchers.retain(|watcher| watcher.strong_count() > 0);
+        state.watchers.push(Arc::downgrade(watcher));
     }
 
     /// Why the lane is stopped, if it is.
@@ -306,6 +326,16 @@ impl Shared {
         result
     }
 
+    fn tell_watchers(&self) {
+        let watchers: Vec<_> = {
+            let state = self.lock();
+            state.watchers.iter().filter_map(Weak::upgrade).collect()
+        };
+        for watcher in watchers {
+            watcher.notify_waiters();
+        }
+    }
+
     /// The moment that the turnstile calls `at`, or one that is as good as never.
     pub(super) fn instant(&self, at: Nanos) -> Instant {
         const DECADES: Duration = Duration::from_secs(30 * 365 * 86_400);
@@ -353,7 +383,9 @@ impl Future for Acquire<'_> {
         let shared = &this.lane.shared;
         let mut needs_timer = Ok(None);
         let turn = shared.step_with_timers(|state, now, errands| {
-            let State { turnstile, timers } = state;
+            let State {
+                turnstile, timers, ..
+            } = state;
             let turn = match this.stage {
                 Stage::Arriving => {
                     let place = this.need.place.unwrap_or_else(|| turnstile.arrive());

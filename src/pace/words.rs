@@ -230,44 +230,12 @@ pub struct LaneSnapshot {
     pub head_wait: Option<Duration>,
 }
 
-impl LaneSnapshot {
-    /// Two lanes that one call can go through, as one: what they grant adds up, a call
-    /// waits in both at once, and what binds is what is over first.
-    pub(crate) fn beside(self, other: Self) -> Self {
-        let sum = |a: Option<u64>, b: Option<u64>| Some(a? + b?);
-        let first = match (self.head_wait, other.head_wait) {
-            _ if self.binding == Binding::Nothing => &self,
-            _ if other.binding == Binding::Nothing => &other,
-            (Some(ours), Some(theirs)) if theirs < ours => &other,
-            (None, Some(_)) => &other,
-            _ => &self,
-        };
-        Self {
-            requests_per_minute: sum(self.requests_per_minute, other.requests_per_minute),
-            scale: self.scale.min(other.scale),
-            most_in_flight: self
-                .most_in_flight
-                .and_then(|most| Some(most + other.most_in_flight?)),
-            in_flight: self.in_flight + other.in_flight,
-            waiting: self.waiting.max(other.waiting),
-            unpolled: self.unpolled.max(other.unpolled),
-            granted: self.granted + other.granted,
-            throttled: self.throttled + other.throttled,
-            overloaded: self.overloaded + other.overloaded,
-            closed_for: self
-                .closed_for
-                .and_then(|ours| Some(ours.min(other.closed_for?))),
-            binding: first.binding,
-            head_wait: first.head_wait,
-        }
-    }
-}
-
 /// What holds up the call that is next in a lane.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Binding {
-    /// Nothing: whoever comes goes at once.
+    /// Nothing: no call waits for the lane. Work that goes more slowly than the limits allow
+    /// is then bound by how many calls are made at a time, as by a batch's `buffer_unordered`.
     Nothing,
     /// The limit on requests.
     Requests,

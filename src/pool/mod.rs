@@ -1,17 +1,20 @@
 //! [`Pool`]: several deployments, each with its own lane, behind one queue.
 
 mod choose;
+mod snapshot;
 
 use std::fmt;
 use std::pin::pin;
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures::future::{self, FutureExt as _};
 use tokio::sync::Notify;
+use tokio::time::{Instant, sleep_until};
 
 use self::choose::{Candidate, choose};
 use crate::error::{Error, Result};
-use crate::pace::{CallOutcome, Lane, LaneChange, Need, Permit, Place};
+use crate::pace::{Binding, CallOutcome, Lane, LaneChange, LaneSnapshot, Need, Permit, Place};
 use crate::usage::RateSnapshot;
 
 /// Closed for longer than this, a lane is parked.
@@ -55,7 +58,7 @@ pub struct Pool<T> {
     deployments: Vec<Deployment<T>>,
     parked_after: Duration,
     /// A deployment went out, came back or was parked: those who wait choose again.
-    changed: Notify,
+    changed: Arc<Notify>,
 }
 
 #[derive(Debug)]
@@ -71,7 +74,7 @@ impl<T> Pool<T> {
         let pool = Self {
             deployments: Vec::new(),
             parked_after: PARKED,
-            changed: Notify::new(),
+            changed: Arc::default(),
         };
         pool.with(what, lane, 0)
     }
@@ -98,6 +101,7 @@ impl<T> Pool<T> {
     }
 
     fn with(mut self, what: T, lane: Lane, group: usize) -> Self {
+        lane.tell(&self.changed);
         self.deployments.push(Deployment { what, lane, group });
         self
     }
@@ -120,10 +124,8 @@ impl<T> Pool<T> {
             all => all.iter().map(|it| it.lane.arrive()).collect(),
         };
         Visit {
-            first: None,
             places,
-            failed: Vec::new(),
-            group: 0,
+            ..Visit::default()
         }
     }
 
@@ -174,6 +176,7 @@ impl<T> Pool<T> {
             });
             let mut race = future::select_all(waits);
             loop {
+                let back = self.next_back(visit, &chosen);
                 tokio::select! {
                     biased;
                     ((index, permit), ..) = &mut race => match permit {
@@ -182,6 +185,8 @@ impl<T> Pool<T> {
                         Err(_) => break,
                     },
                     () = changed.as_mut() => {}
+                    // Time alone has brought one back that was parked: nothing else tells of it.
+                    () = passed(back) => {}
                 }
                 changed.set(self.changed.notified());
                 changed.as_mut().enable();
@@ -249,7 +254,6 @@ impl<T> Pool<T> {
     pub fn readmit(&self, index: usize) {
         if let Some(deployment) = self.deployments.get(index) {
             deployment.lane.reopen();
-            self.changed.notify_waiters();
         }
     }
 }
@@ -272,6 +276,38 @@ impl<T> Pool<T> {
         choose(&candidates, visit.group, self.parked_after)
     }
 
+    /// When the next deployment comes back that the visit may go to and is not `chosen`.
+    fn next_back(&self, visit: &Visit, chosen: &[usize]) -> Option<Instant> {
+        let others = self.deployments.iter().enumerate();
+        let others =
+            others.filter(|(index, it)| it.group >= visit.group && !chosen.contains(index));
+        let back_in = others.filter_map(|(_, it)| {
+            let lane = it.lane.snapshot();
+            let closed_for = lane.closed_for.unwrap_or_default();
+            let parked_for = closed_for.saturating_sub(self.parked_after);
+            let stopped_for = match lane.binding {
+                Binding::Stopped => lane.head_wait?,
+                _ => Duration::ZERO,
+            };
+            Some(parked_for.max(stopped_for)).filter(|wait| !wait.is_zero())
+        });
+        // A wait that no clock can express is one without end.
+        Instant::now().checked_add(back_in.min()?)
+    }
+
+    /// How the pool stands for the calls that come now, as if it were one lane.
+    pub(crate) fn snapshot(&self) -> LaneSnapshot {
+        let chosen = self.choose(&Visit::default());
+        let lanes = self.deployments.iter().enumerate();
+        let lanes = lanes.map(|(index, it)| snapshot::Part {
+            group: it.group,
+            // Where all are out, all of them keep the calls from going.
+            in_use: chosen.is_empty() || chosen.contains(&index),
+            lane: it.lane.snapshot(),
+        });
+        snapshot::combine(&lanes.collect::<Vec<_>>())
+    }
+
     /// The reason of the last deployment that the visit could have gone to.
     fn why_none(&self, visit: &Visit) -> Error {
         let mut within = self.deployments.iter().rev();
@@ -281,8 +317,15 @@ impl<T> Pool<T> {
     }
 }
 
+async fn passed(at: Option<Instant>) {
+    match at {
+        Some(at) => sleep_until(at).await,
+        None => future::pending().await,
+    }
+}
+
 /// One call's way through a [`Pool`]: its places in the queues, and where it has failed.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct Visit {
     /// Its place in the only queue there is, once it is known.
     first: Option<Place>,
