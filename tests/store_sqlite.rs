@@ -4,6 +4,7 @@
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use sqlx::Connection as _;
@@ -19,8 +20,10 @@ const LONG: Duration = Duration::from_secs(3600);
 
 /// A store in a new file.
 async fn open(dir: &TempDir) -> Arc<Sqlite> {
-    let files = std::fs::read_dir(dir.path()).unwrap().count();
-    let path = dir.path().join(format!("{files}.db"));
+    // Not the number of files: those beside a database go when its connections have closed, which may be later.
+    static OPENED: AtomicUsize = AtomicUsize::new(0);
+    let nth = OPENED.fetch_add(1, Ordering::Relaxed);
+    let path = dir.path().join(format!("{nth}.db"));
     Arc::new(Sqlite::open(path).await.unwrap())
 }
 
