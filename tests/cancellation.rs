@@ -670,6 +670,32 @@ fn what_is_dropped_before_it_is_sent_costs_nothing_of_the_rate() {
     assert!(granted > 0, "none had its permit");
 }
 
+#[test]
+fn calls_behind_a_large_one_that_is_dropped_go_as_soon_as_they_fit() {
+    runtime().block_on(async {
+        // Ten tokens a second, a minute's worth at once.
+        let lane = Lane::new(Pace::unlimited().tokens(600).burst(60 * SECOND));
+        let began = Instant::now();
+        let all = lane.acquire(Need::new(300, 300)).await.unwrap();
+        all.finish(CallOutcome::Done { usage: None });
+        for polls in 1..3 {
+            let large = lane.acquire(Need::new(300, 300));
+            let large = interrupt(large, polls, Interruption::HeldAndDropped, 10 * SECOND);
+            let small = async {
+                tokio::task::yield_now().await;
+                lane.acquire(Need::new(2, 3)).await.unwrap();
+                began.elapsed()
+            };
+            let before = began.elapsed();
+            let bounded = timeout(10 * SECOND, large);
+            let (large, took) = tokio::join!(bounded, small);
+            assert!(large.is_err() || large.is_ok_and(|(permit, _)| permit.is_none()));
+            let waited = took - before;
+            assert!(waited.abs_diff(10 * SECOND) < SECOND / 100, "{waited:?}");
+        }
+    });
+}
+
 /// Two identical requests, one after the other, of each of five items.
 async fn two_answers_each(cx: &Context) -> usize {
     let batch = cx.fan_out("item", 0..5).key(|n: &u64| n.to_string());
