@@ -683,7 +683,7 @@ fn calls_behind_a_large_one_that_is_dropped_go_as_soon_as_they_fit() {
             let large = interrupt(large, polls, Interruption::HeldAndDropped, 10 * SECOND);
             let small = async {
                 tokio::task::yield_now().await;
-                lane.acquire(Need::new(2, 3)).await.unwrap();
+                let _permit = lane.acquire(Need::new(2, 3)).await.unwrap();
                 began.elapsed()
             };
             let before = began.elapsed();
