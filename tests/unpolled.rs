@@ -97,7 +97,8 @@ async fn a_thousand_unpolled_calls_are_passed_in_seconds() {
         let without = behind(0, pace.clone(), ms(200)).await;
         let with = behind(1_000, pace.clone(), ms(200)).await;
         // Each costs no more than a timer's millisecond or what the rate must refill.
-        let most = without + 11 * SECOND;
+        let most = without + 5 * SECOND;
+        println!("1,000 unpolled, {pace:?}: {:?} longer", with - without);
         assert!(with <= most, "{pace:?}: {with:?} instead of {without:?}");
     }
 }
@@ -250,6 +251,28 @@ async fn the_consumer_of_a_buffered_stream_of_calls_may_call() {
     // 21 calls at one a second.
     assert!(start.elapsed() <= 23 * SECOND, "{:?}", start.elapsed());
     assert!(elsewhere.await.unwrap() <= 6 * SECOND);
+}
+
+/// The slot of the call that has ended is there for the consumer.
+#[tokio::test(start_paused = true)]
+async fn the_consumer_of_a_buffered_stream_of_calls_may_call_where_slots_are_few() {
+    for slots in 1..=3 {
+        let sim = Sim::builder().latency(ms(100)).build();
+        let cx = throughline::Context::builder(sim)
+            .pace(Pace::unlimited().in_flight(slots))
+            .build();
+        let drafts = stream::iter(0..20).map(|n| cx.generate(format!("draft {n}")));
+        let mut drafts = drafts.buffer_unordered(4);
+        let work = async {
+            while let Some(draft) = drafts.next().await {
+                let text = draft.unwrap().text;
+                let calls = (0..3).map(|n| cx.generate(format!("{n} about {text}")));
+                assert!(join_all(calls).await.iter().all(Result::is_ok));
+            }
+        };
+        let done = timeout(60 * SECOND, work).await;
+        assert!(done.is_ok(), "a deadlock with {slots} slots");
+    }
 }
 
 #[tokio::test(start_paused = true)]

@@ -594,6 +594,21 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn a_probe_that_does_not_end_lets_another_one_go() {
+        let lane = Lane::new(Pace::unlimited());
+        let need = Need::new(1, 1);
+        lane.cool_down(Duration::from_secs(3));
+        let mut stuck = lane.acquire(need).await.unwrap();
+        stuck.mark_sent();
+        let probe = lane.acquire(need).await.unwrap();
+        assert_eq!(lane.shared.start.elapsed(), Duration::from_secs(63));
+        drop(stuck);
+        assert!(lane.try_acquire(&need).is_none(), "the other is under way");
+        probe.finish(CallOutcome::Done { usage: None });
+        assert!(lane.try_acquire(&need).is_some());
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn a_stop_that_ends_by_itself_lets_one_probe_through() {
         let lane = Lane::new(Pace::unlimited());
         let need = Need::new(1, 1);

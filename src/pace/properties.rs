@@ -143,6 +143,8 @@ impl World {
             }
             Op::Retune(pace) => {
                 self.pace = pace.clone();
+                // It opens the gate.
+                self.closed_until = Duration::ZERO;
                 self.step(|turnstile, now, errands| turnstile.retune(now, &pace, errands));
             }
             Op::Ignore(nth) => {

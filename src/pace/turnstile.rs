@@ -23,6 +23,9 @@ use crate::usage::RateSnapshot;
 
 /// How many of those behind the head are looked at for one that may pass.
 const BACKFILL_WINDOW: usize = 8;
+/// A probe that has not ended for so long lets another one go: it may belong to a future that is
+/// not polled, whose timeout does not end it.
+const LONGEST_PROBE: Nanos = 60_000_000_000;
 /// Over how long grants are counted, in case a rate must be guessed from them.
 const PULSE: Nanos = 60_000_000_000;
 
@@ -125,8 +128,8 @@ struct Stop {
 struct Probing {
     /// The success of a call that was granted since then ends the probing.
     since: Nanos,
-    /// The slot of the probe that is under way.
-    slot: Option<usize>,
+    /// The slot of the probe that is under way, and until when others wait for it.
+    slot: Option<(usize, Nanos)>,
 }
 
 /// How many grants there were since when.
@@ -456,7 +459,7 @@ impl<W: Clone> Turnstile<W> {
 
     fn free_slot(&mut self, slot: usize) -> Granted {
         if let Some(probing) = &mut self.probing {
-            probing.slot.take_if(|probe| *probe == slot);
+            probing.slot.take_if(|(probe, _)| *probe == slot);
         }
         self.slots.give_back(slot)
     }
@@ -515,10 +518,11 @@ impl<W: Clone> Turnstile<W> {
 
     fn obstacle(&self, now: Nanos, charge: Charge) -> Option<Obstacle> {
         let opens_at = self.gate.opens_at();
-        if matches!(&self.probing, Some(probing) if probing.slot.is_some()) {
+        let probe = self.probing.as_ref().and_then(|probing| probing.slot);
+        if let Some((_, until)) = probe.filter(|(_, until)| *until > now) {
             return Some(Obstacle {
                 binding: Binding::Gate,
-                until: None,
+                until: Some(until),
             });
         }
         if self.slots.free() == 0 {
@@ -552,7 +556,7 @@ impl<W: Clone> Turnstile<W> {
             said: None,
         });
         if let Some(probing) = &mut self.probing {
-            probing.slot = Some(slot);
+            probing.slot = Some((slot, now.saturating_add(LONGEST_PROBE)));
         }
         Grant(slot)
     }
