@@ -92,6 +92,7 @@ pub(super) async fn pause(tries: u32) {
 }
 
 /// An error of ours on its way through a function whose other errors are sqlx's; [`failed`] gives it back.
+#[cfg(feature = "sqlite")]
 pub(super) fn own_error(error: Error) -> sqlx::Error {
     sqlx::Error::AnyDriverError(Box::new(error))
 }
