@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use crate::error::{Error, ErrorKind};
 use crate::provider::OutputCharge;
 use crate::request::Request;
 use crate::scope::Scope;
@@ -216,15 +217,21 @@ pub(crate) fn charged(charge: OutputCharge, request: &Request, mut usage: Usage)
     usage
 }
 
-/// What a call that failed unbilled costs of it: an answer that was not produced is
-/// not charged where only production is. What else was charged nobody says.
+/// The tokens that a call which failed is charged all the same; `None` if that is not known.
+///
+/// A request that is refused for what it asks for was never admitted and takes no tokens. After any
+/// other failure the reservation is gone, except for an answer that was not produced where only
+/// production is charged.
 pub(crate) fn charged_in_vain(
     charge: OutputCharge,
     input_tokens: u64,
-    billed: Option<bool>,
+    error: &Error,
 ) -> Option<Usage> {
-    let unproduced = charge == OutputCharge::Produced && billed == Some(false);
-    unproduced.then(|| Usage::new(input_tokens, 0))
+    match (error.billed(), error.kind(), charge) {
+        (Some(false), ErrorKind::InvalidRequest, _) => Some(Usage::default()),
+        (Some(false), _, OutputCharge::Produced) => Some(Usage::new(input_tokens, 0)),
+        _ => None,
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -260,7 +267,19 @@ mod tests {
         assert_eq!(estimator.output(&scope, &request, charge), 900);
         let usage = charged(charge, &request, Usage::new(1, 5));
         assert_eq!(usage.output_tokens, 900);
-        assert_eq!(charged_in_vain(charge, 1, Some(false)), None);
+        let failed = Error::new(ErrorKind::Unavailable, "500");
+        assert_eq!(charged_in_vain(charge, 1, &failed), None);
+    }
+
+    #[test]
+    fn an_invalid_request_is_charged_no_tokens() {
+        let refused = Error::new(ErrorKind::InvalidRequest, "max_tokens is too large");
+        let billed = refused.clone().with_billed(Some(true));
+        for charge in [OutputCharge::Reserved, OutputCharge::Produced] {
+            let charged = charged_in_vain(charge, 7, &refused);
+            assert_eq!(charged, Some(Usage::default()));
+            assert_eq!(charged_in_vain(charge, 7, &billed), None);
+        }
     }
 
     #[test]
@@ -284,9 +303,11 @@ mod tests {
         );
         assert!(output(&long, &request) >= 1_900, "the last 64 count");
         assert_eq!(output(&long, &Request::new("a").max_tokens(50)), 50);
-        let free = charged_in_vain(charge, 7, Some(false));
+        let failed = Error::new(ErrorKind::Unavailable, "500");
+        let free = charged_in_vain(charge, 7, &failed);
         assert_eq!(free, Some(Usage::new(7, 0)));
-        assert_eq!(charged_in_vain(charge, 7, None), None);
+        let lost = Error::new(ErrorKind::Connection, "reset");
+        assert_eq!(charged_in_vain(charge, 7, &lost), None);
     }
 
     #[tokio::test(start_paused = true)]

@@ -103,6 +103,20 @@ pub enum Event {
         /// What is allowed in a minute.
         per_minute: u64,
     },
+    /// One call was charged more of a limit than flows in within a minute: by its estimate
+    /// (usually `max_tokens`), or by the usage that its reply claims. The lane counts a minute's worth of it,
+    /// for which the calls behind it wait, and no more.
+    ///
+    /// Such a call is usually refused by the provider. Lower `max_tokens`, or correct the limit.
+    #[non_exhaustive]
+    CallExceedsLimit {
+        /// Which limit, as [`Binding`](crate::Binding) names it.
+        limit: &'static str,
+        /// How much the call was to be charged.
+        needed: u64,
+        /// How much flows in within a minute.
+        per_minute: u64,
+    },
     /// The lane stopped: nothing is sent until somebody acts
     /// ([`Lane::reopen`](crate::Lane::reopen)), or until a long wait is over.
     #[non_exhaustive]
@@ -207,6 +221,14 @@ impl fmt::Display for Event {
             Self::LaneRetuned { limit, per_minute } => {
                 write!(f, "the lane keeps to {per_minute} {limit} a minute")
             }
+            Self::CallExceedsLimit {
+                limit,
+                needed,
+                per_minute,
+            } => write!(
+                f,
+                "one call takes {needed} {limit}, of which {per_minute} flow in within a minute"
+            ),
             Self::LaneStopped { error } => write!(f, "the lane is stopped: {error}"),
             Self::StoreFailed { error, waiting } => {
                 write!(f, "{waiting} results wait for the store: {error}")

@@ -142,6 +142,15 @@ impl Guard {
                     limit: limit.as_str(),
                     per_minute,
                 },
+                LaneChange::Exceeded {
+                    limit,
+                    needed,
+                    per_minute,
+                } => Event::CallExceedsLimit {
+                    limit: limit.as_str(),
+                    needed,
+                    per_minute,
+                },
                 LaneChange::Stopped { why } => Event::LaneStopped { error: why },
             });
         }
@@ -313,7 +322,7 @@ impl<'a> Call<'a> {
             ErrorKind::Throttled if !untold => CallOutcome::Throttled { wait },
             ErrorKind::Overloaded if !untold => CallOutcome::Overloaded { wait },
             _ => CallOutcome::Failed {
-                usage: charged_in_vain(charge, self.input, error.billed()),
+                usage: charged_in_vain(charge, self.input, error),
             },
         }
     }

@@ -508,6 +508,59 @@ async fn a_long_wait_parks_the_lane_instead_of_everybody_in_it() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_request_refused_for_its_size_leaves_the_token_limit_alone() {
+    for max_tokens in [128_000, u64::from(u32::MAX), u64::MAX] {
+        let script = Scripted::new()
+            .error(error(ErrorKind::InvalidRequest).with_http_status(400))
+            .reply("next");
+        let pace = Pace::per_minute(500).tokens(30_000);
+        let cx = Context::builder(script).pace(pace).build();
+        let large = Request::new("hi").max_tokens(max_tokens);
+        cx.generate(large).await.unwrap_err();
+        let (next, took) = elapsed(cx.generate(Request::new("hi").max_tokens(100))).await;
+        next.unwrap();
+        // What is left to wait for is the limit on requests, at 500 a minute.
+        assert!(took <= Duration::from_millis(250), "{max_tokens}: {took:?}");
+    }
+}
+
+/// The lane counts a minute's worth, and says so: the calls behind it would wait for days.
+#[tokio::test(start_paused = true)]
+async fn one_call_is_charged_a_minute_of_a_limit_at_most() {
+    let reply = |input, output| Reply::new("ok", Usage::new(input, output));
+    let (small, large) = (Request::new("hi"), Request::new("hi").max_tokens(128_000));
+    let cases = [
+        (small.clone(), reply(u64::MAX, 1), u64::MAX),
+        (small.clone(), reply(1, u64::MAX), u64::MAX),
+        (large, reply(1, 1), 128_005),
+    ];
+    for (request, odd, charged) in cases {
+        let exceeded = Arc::new(Mutex::new(Vec::new()));
+        let heard = Arc::clone(&exceeded);
+        let cx = Context::builder(Scripted::new().exact_reply(odd).reply("next"))
+            .pace(Pace::per_minute(500).tokens(30_000))
+            .on_event(move |event| {
+                if let Event::CallExceedsLimit {
+                    limit,
+                    needed,
+                    per_minute,
+                    ..
+                } = event
+                {
+                    heard.lock().unwrap().push((*limit, *needed, *per_minute));
+                }
+            })
+            .build();
+        cx.generate(request).await.unwrap();
+        assert_eq!(*exceeded.lock().unwrap(), [("tokens", charged, 30_000)]);
+        let (next, took) = elapsed(cx.generate(small.clone())).await;
+        next.unwrap();
+        assert!(took >= Duration::from_secs(50), "it is charged: {took:?}");
+        assert!(took <= Duration::from_secs(62), "{took:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn an_empty_retry_budget_slows_and_fails_nobody() {
     let mut script = Scripted::new();
     for _ in 0..101 {

@@ -495,8 +495,8 @@ async fn the_snapshot_says_what_binds() {
         ),
         (open().in_flight(1), (Binding::InFlight, None)),
         (
-            Pace::per_minute(1).output_tokens(100),
-            (Binding::OutputTokens, wait(600)),
+            Pace::per_minute(2).output_tokens(1_000),
+            (Binding::OutputTokens, wait(60)),
         ),
     ] {
         assert_eq!(binding(pace.burst(secs(1)), need).await, expected);

@@ -24,6 +24,13 @@ fn saturating(nanos: u128) -> Nanos {
     Nanos::try_from(nanos).unwrap_or(Nanos::MAX)
 }
 
+const MINUTE: u128 = 60_000_000_000;
+
+fn per_minute(units: u64, period: Nanos) -> u64 {
+    let minute = u128::from(units) * MINUTE / u128::from(period);
+    u64::try_from(minute).unwrap_or(u64::MAX).max(1)
+}
+
 /// How fast a bucket fills: `units` in every `period`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Rate {
@@ -31,6 +38,8 @@ pub(super) struct Rate {
     period: Nanos,
     /// The time of one unit: what every call asks for of the limit on requests.
     one: Nanos,
+    /// The units that flow in within a minute, one at least.
+    minute: u64,
 }
 
 impl Rate {
@@ -51,6 +60,7 @@ impl Rate {
             units,
             period,
             one: period.div_ceil(units),
+            minute: per_minute(units, period),
         }
     }
 
@@ -67,6 +77,15 @@ impl Rate {
                 saturating(product.div_ceil(self.units.into()))
             }
         }
+    }
+
+    /// The most that one call is charged: a minute's worth.
+    ///
+    /// No provider lets more than that through in one call, so a larger number is a request that
+    /// will be refused or a usage that cannot be true, and must not keep the lane waiting for hours.
+    #[inline]
+    pub(super) fn minute(self) -> u64 {
+        self.minute
     }
 
     pub(super) fn per_second(self) -> f64 {

@@ -117,9 +117,31 @@ impl Named {
     }
 }
 
-/// One meter for each limited resource, in the order of [`Resource::ALL`].
+/// A charge that is more than a minute of its limit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Exceeded {
+    pub(super) resource: Resource,
+    pub(super) needed: u64,
+    pub(super) per_minute: u64,
+}
+
+impl Exceeded {
+    fn of(resource: Resource, needed: u64, meter: &Meter) -> Self {
+        Self {
+            resource,
+            needed,
+            per_minute: meter.rate().minute(),
+        }
+    }
+}
+
 #[derive(Debug)]
-pub(super) struct Buckets(Vec<(Resource, Meter)>);
+pub(super) struct Buckets {
+    /// One meter for each limited resource, in the order of [`Resource::ALL`].
+    meters: Vec<(Resource, Meter)>,
+    /// Charges that exceeded their limit since they were last asked for.
+    exceeded: Vec<Exceeded>,
+}
 
 /// How much was left of each limit when a call had been granted, as time of its rate.
 pub(super) type Mark = [Nanos; Resource::ALL.len()];
@@ -131,13 +153,16 @@ impl Buckets {
             let meter = Meter::new(Source::Configured, rate, burst, now);
             Some((resource, meter))
         });
-        Self(meters.collect())
+        Self {
+            meters: meters.collect(),
+            exceeded: Vec::new(),
+        }
     }
 
     /// Passes the time until `now`, in which somebody waited or nobody did.
     #[inline]
     pub(super) fn advance(&mut self, now: Nanos, waited: bool) {
-        for (_, meter) in &mut self.0 {
+        for (_, meter) in &mut self.meters {
             meter.advance(now, waited);
         }
     }
@@ -147,8 +172,9 @@ impl Buckets {
     #[inline]
     pub(super) fn ready_at(&self, now: Nanos, charge: Charge) -> (Option<Nanos>, Binding) {
         let mut last = (now, Binding::Nothing);
-        for (resource, meter) in &self.0 {
-            let Some(ready_at) = meter.ready_at(now, resource.share(charge)) else {
+        for (resource, meter) in &self.meters {
+            let share = meter.capped(resource.share(charge));
+            let Some(ready_at) = meter.ready_at(now, share) else {
                 return (None, resource.binding());
             };
             if ready_at > last.0 {
@@ -167,8 +193,8 @@ impl Buckets {
         head: Charge,
         until: Nanos,
     ) -> bool {
-        self.0.iter().all(|(resource, meter)| {
-            let (first, head) = (resource.share(first), resource.share(head));
+        self.meters.iter().all(|(resource, meter)| {
+            let [first, head] = [first, head].map(|charge| meter.capped(resource.share(charge)));
             first.later == 0
                 && head.later == 0
                 && meter.ready_at(now, first).is_some_and(|at| at <= now)
@@ -179,9 +205,9 @@ impl Buckets {
     /// What `charge` takes of the scarcest limit: nanoseconds of its rate.
     pub(super) fn cost(&self, charge: Charge) -> u64 {
         let costs = self
-            .0
+            .meters
             .iter()
-            .map(|(resource, meter)| meter.rate().time_for(resource.of(charge)));
+            .map(|(resource, meter)| meter.rate().time_for(meter.most(resource.of(charge))));
         // An hour is as good as for ever, and sums of hours overflow nothing.
         costs.fold(1, u64::max).min(3_600_000_000_000)
     }
@@ -190,8 +216,14 @@ impl Buckets {
     #[inline]
     pub(super) fn take(&mut self, now: Nanos, charge: Charge) -> Mark {
         let mut mark = Mark::default();
-        for (resource, meter) in &mut self.0 {
-            meter.take(now, resource.share(charge));
+        for (resource, meter) in &mut self.meters {
+            let whole = resource.share(charge);
+            let share = meter.capped(whole);
+            if share != whole {
+                let needed = resource.of(charge);
+                self.exceeded.push(Exceeded::of(*resource, needed, meter));
+            }
+            meter.take(now, share);
             mark[*resource as usize] = meter.filled(now);
         }
         mark
@@ -199,36 +231,48 @@ impl Buckets {
 
     /// Lets every bucket hold as much as goes with what was learned of its limit.
     pub(super) fn resize(&mut self, now: Nanos) {
-        for (_, meter) in &mut self.0 {
+        for (_, meter) in &mut self.meters {
             meter.resize(now);
         }
     }
 
     /// Takes everything back, for a call that was never sent.
     pub(super) fn refund(&mut self, now: Nanos, charge: Charge, taken_at: Nanos) {
-        for (resource, meter) in self.0.iter_mut().filter(|(_, m)| m.knows(taken_at)) {
-            meter.refund(now, resource.share(charge), taken_at);
+        for (resource, meter) in self.meters.iter_mut().filter(|(_, m)| m.knows(taken_at)) {
+            meter.refund(now, meter.capped(resource.share(charge)), taken_at);
         }
     }
 
     /// Settles tokens to what was used. The request itself stays charged.
     #[inline]
     pub(super) fn settle(&mut self, now: Nanos, charge: Charge, actual: Charge, taken_at: Nanos) {
-        for (resource, meter) in self.0.iter_mut().filter(|(_, m)| m.knows(taken_at)) {
-            meter.settle(now, resource.share(charge), resource.of(actual));
+        for (resource, meter) in self.meters.iter_mut().filter(|(_, m)| m.knows(taken_at)) {
+            let (whole, used) = (resource.share(charge), resource.of(actual));
+            let (share, charged) = (meter.capped(whole), meter.most(used));
+            if charged != used && share == whole {
+                // Otherwise it was noted when it was granted.
+                self.exceeded.push(Exceeded::of(*resource, used, meter));
+            }
+            meter.settle(now, share, charged);
         }
     }
 
     /// An answer came: what such calls cost, where that is charged only then.
     pub(super) fn learn(&mut self, now: Nanos, charge: Charge, actual: Charge, taken_at: Nanos) {
-        for (resource, meter) in &mut self.0 {
-            let (share, actual) = (resource.share(charge), resource.of(actual));
+        for (resource, meter) in &mut self.meters {
+            let share = meter.capped(resource.share(charge));
+            let actual = meter.most(resource.of(actual));
             meter.learn(now, share, actual, taken_at);
         }
     }
 
+    /// The charges that exceeded a minute of their limit since this was last called.
+    pub(super) fn take_exceeded(&mut self) -> Vec<Exceeded> {
+        std::mem::take(&mut self.exceeded)
+    }
+
     pub(super) fn close_until(&mut self, now: Nanos, until: Nanos) {
-        for (_, meter) in &mut self.0 {
+        for (_, meter) in &mut self.meters {
             meter.close_until(now, until);
         }
     }
@@ -300,7 +344,10 @@ impl Buckets {
         guess: impl FnOnce() -> (Rate, Burst),
     ) -> Option<(Resource, f64)> {
         let resource = named.map(|named| named.resource).or_else(|| {
-            let fullness = self.0.iter().map(|(r, meter)| (r, meter.fullness(now)));
+            let fullness = self
+                .meters
+                .iter()
+                .map(|(r, meter)| (r, meter.fullness(now)));
             let emptiest = fullness.min_by(|(_, a), (_, b)| a.total_cmp(b));
             emptiest.map(|(resource, _)| *resource)
         });
@@ -323,7 +370,7 @@ impl Buckets {
         let lowered = meter.refuse(
             now,
             sent_at,
-            resource.share(charge).due,
+            meter.capped(resource.share(charge)).due,
             told.and_then(|named| named.rate),
         );
         lowered.then(|| (resource, meter.scale()))
@@ -331,12 +378,14 @@ impl Buckets {
 
     /// Whether a refusal is hardly for one of these limits: at least half of each is left.
     pub(super) fn are_half_full(&self, now: Nanos) -> bool {
-        self.0.iter().all(|(_, meter)| meter.fullness(now) >= 0.5)
+        self.meters
+            .iter()
+            .all(|(_, meter)| meter.fullness(now) >= 0.5)
     }
 
     /// The smallest share of a limit that is used now because of refusals.
     pub(super) fn scale(&self) -> f64 {
-        let named = self.0.iter().map(|(_, meter)| meter);
+        let named = self.meters.iter().map(|(_, meter)| meter);
         let named = named.filter(|meter| meter.source() != Source::Guessed);
         named.map(Meter::scale).fold(1.0, f64::min)
     }
@@ -356,7 +405,7 @@ impl Buckets {
                     meter.retune(now, Source::Configured, rate, burst);
                 }
                 (Some(meter), None) if meter.source() != Source::Configured && pace.adaptive => {}
-                (_, None) => self.0.retain(|(other, _)| *other != resource),
+                (_, None) => self.meters.retain(|(other, _)| *other != resource),
                 (None, Some((rate, burst))) => {
                     let mut meter = Meter::new(Source::Configured, rate, burst, now);
                     if closed_until > now {
@@ -369,18 +418,18 @@ impl Buckets {
     }
 
     fn get(&self, resource: Resource) -> Option<&Meter> {
-        let mut meters = self.0.iter();
+        let mut meters = self.meters.iter();
         meters.find_map(|(other, meter)| (*other == resource).then_some(meter))
     }
 
     fn get_mut(&mut self, resource: Resource) -> Option<&mut Meter> {
-        let mut meters = self.0.iter_mut();
+        let mut meters = self.meters.iter_mut();
         meters.find_map(|(other, meter)| (*other == resource).then_some(meter))
     }
 
     /// A meter for a resource that has none.
     fn insert(&mut self, resource: Resource, meter: Meter) {
-        let place = self.0.partition_point(|(other, _)| *other < resource);
-        self.0.insert(place, (resource, meter));
+        let place = self.meters.partition_point(|(other, _)| *other < resource);
+        self.meters.insert(place, (resource, meter));
     }
 }

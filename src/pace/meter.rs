@@ -46,6 +46,16 @@ pub(super) struct Share {
 }
 
 impl Share {
+    /// The same, if it comes to `most` units or less; otherwise `most` of it.
+    #[inline]
+    pub(super) fn capped(self, most: u64) -> Self {
+        let due = self.due.min(most);
+        Self {
+            due,
+            later: self.later.min(most - due),
+        }
+    }
+
     /// A call that will be charged later is let in where one unit is left.
     fn least(self) -> u64 {
         self.due.max(u64::from(self.later > 0))
@@ -128,6 +138,18 @@ impl Meter {
 
     pub(super) fn scale(&self) -> f64 {
         self.scale.value()
+    }
+
+    /// How much of `units` one call is charged.
+    #[inline]
+    pub(super) fn most(&self, units: u64) -> u64 {
+        units.min(self.rate().minute())
+    }
+
+    /// How much of `share` one call is charged.
+    #[inline]
+    pub(super) fn capped(&self, share: Share) -> Share {
+        share.capped(self.rate().minute())
     }
 
     /// What is there, as the time in which it flowed in.

@@ -372,7 +372,7 @@ impl World {
                 continue;
             };
             let capacity = i128::from(nanos(burst).max(rate.time_for(1)));
-            let cost = |charge| i128::from(rate.time_for(resource.of(charge)));
+            let cost = |charge| i128::from(rate.time_for(resource.of(charge).min(rate.minute())));
             let time = |time: Duration| i128::from(nanos(time));
             // Tokens are booked when they are known; a request counts when it was sent.
             let by_request = matches!(resource, Resource::Spacing | Resource::Requests);
@@ -438,7 +438,8 @@ impl Provider {
     }
 
     fn cost(&self, charge: Charge) -> i128 {
-        self.rate.time_for(self.resource.of(charge)).into()
+        let units = self.resource.of(charge).min(self.rate.minute());
+        self.rate.time_for(units).into()
     }
 
     fn pass_until(&mut self, now: Duration) {

@@ -293,6 +293,12 @@ pub(crate) enum LaneChange {
     Eased { in_flight: usize },
     /// A limit that headers speak of is kept from now on.
     Adopted { limit: Binding, per_minute: u64 },
+    /// One call was charged more than a minute of a limit.
+    Exceeded {
+        limit: Binding,
+        needed: u64,
+        per_minute: u64,
+    },
     /// Nothing goes any more.
     Stopped { why: Error },
 }

@@ -123,6 +123,13 @@ impl<W: Clone> Turnstile<W> {
         if let Some(said) = &granted.said {
             changes.extend(self.heed(now, at, &granted.mark, said));
         }
+        for exceeded in self.buckets.take_exceeded() {
+            changes.push(LaneChange::Exceeded {
+                limit: exceeded.resource.binding(),
+                needed: exceeded.needed,
+                per_minute: exceeded.per_minute,
+            });
+        }
         self.pump(now, errands);
         changes
     }
