@@ -29,7 +29,7 @@ use crate::pool::{Pool, Turn, Visit};
 use crate::provider::{OutputCharge, Provider};
 use crate::reply::Reply;
 use crate::request::Request;
-use crate::retry::{Class, Retry};
+use crate::retry::{Class, LONGEST_WAIT, Retry};
 use crate::scope::{Scope, Tally};
 use crate::usage::{RateSnapshot, Usage};
 
@@ -195,6 +195,10 @@ impl<'a> Call<'a> {
                     continue;
                 }
                 Next::Refused { delay, error } => {
+                    let delay = match delay {
+                        Duration::ZERO => self.own_wait(&visit, &error),
+                        delay => delay,
+                    };
                     self.guard.observers.tell(|| Event::CallThrottled {
                         path: self.scope.path(),
                         error,
@@ -221,6 +225,16 @@ impl<'a> Call<'a> {
                 ..Tally::default()
             });
         }
+    }
+
+    /// How long the provider asks this call to wait after a refusal for which its lane does not.
+    ///
+    /// Where there are other deployments, one of them may take it at once.
+    fn own_wait(&self, visit: &Visit, error: &Error) -> Duration {
+        let alone = self.guard.health.len() == 1;
+        let wait = error.wait().filter(|wait| alone && *wait <= LONGEST_WAIT);
+        let wait = wait.filter(|wait| *wait > self.guard.pool.closed_for(visit));
+        wait.unwrap_or_default()
     }
 
     /// In a box, because most calls never wait for another attempt.

@@ -305,13 +305,9 @@ async fn without_a_wait_from_the_server_the_lane_closes_for_longer_each_time() {
     }
     lane.acquire(small()).await.unwrap().finish(done(1, 1));
     sleep(ms(1)).await;
-    lane.acquire(small())
-        .await
-        .unwrap()
-        .finish(CallOutcome::Overloaded { wait: None });
-    let snapshot = lane.snapshot();
-    assert!(snapshot.closed_for.unwrap() <= ms(550));
-    assert_eq!(snapshot.overloaded, 1);
+    let permit = lane.acquire(small()).await.unwrap();
+    permit.finish(CallOutcome::Throttled { wait: None });
+    assert!(lane.snapshot().closed_for.unwrap() <= ms(550));
 }
 
 #[tokio::test(start_paused = true)]
@@ -656,17 +652,39 @@ async fn what_headers_tell_lowers_a_limit_and_names_one_that_nobody_set() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn overload_halves_the_calls_in_flight() {
-    let lane = Lane::new(Pace::unlimited().in_flight(8));
-    let mut permits = join_all((0..8).map(|_| lane.acquire(small()))).await;
-    let overloaded = CallOutcome::Overloaded { wait: None };
-    permits.pop().unwrap().unwrap().finish(overloaded);
-    assert_eq!(lane.snapshot().most_in_flight, Some(4));
-    drop(permits);
-    for expected in [4, 4, 4, 5] {
-        lane.acquire(small()).await.unwrap().finish(done(1, 1));
-        assert_eq!(lane.snapshot().most_in_flight, Some(expected));
+async fn an_isolated_overload_closes_and_reduces_nothing() {
+    for pace in [Pace::unlimited(), Pace::unlimited().adaptive(false)] {
+        let lane = Lane::new(pace.in_flight(100));
+        let permits = join_all((0..100).map(|_| lane.acquire(small()))).await;
+        for (i, permit) in permits.into_iter().enumerate() {
+            let overloaded = CallOutcome::Overloaded {
+                wait: Some(secs(9)),
+            };
+            let outcome = if i % 50 == 9 { overloaded } else { done(1, 1) };
+            permit.unwrap().finish(outcome);
+        }
+        let snapshot = lane.snapshot();
+        assert_eq!((snapshot.overloaded, snapshot.closed_for), (2, None));
+        assert_eq!(snapshot.most_in_flight, Some(100));
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_series_of_overloads_closes_the_lane_and_leaves_the_calls_that_were_let_in() {
+    let lane = Lane::new(Pace::unlimited().in_flight(100));
+    let mut permits = join_all((0..100).map(|_| lane.acquire(small()))).await;
+    for permit in permits.drain(60..) {
+        permit
+            .unwrap()
+            .finish(CallOutcome::Overloaded { wait: None });
+    }
+    let snapshot = lane.snapshot();
+    assert!(snapshot.closed_for.unwrap() <= ms(550));
+    // Eight are within the budget; of the rest nobody knows.
+    assert_eq!(
+        (snapshot.in_flight, snapshot.most_in_flight),
+        (60, Some(60))
+    );
 }
 
 #[tokio::test(start_paused = true)]
@@ -776,9 +794,13 @@ async fn waits_that_no_clock_can_express_are_as_good_as_endless() {
         },
     ] {
         let lane = Lane::new(Pace::per_minute(60).burst(Duration::MAX));
-        lane.acquire(small()).await.unwrap().finish(outcome);
-        let waited = timeout(secs(86_400), lane.acquire(small())).await;
-        assert!(!matches!(waited, Ok(Ok(_))));
+        // One overload says nothing of the others.
+        let mut refused = 0;
+        while let Ok(Ok(permit)) = timeout(secs(86_400), lane.acquire(small())).await {
+            permit.finish(outcome);
+            refused += 1;
+            assert!(refused < 20, "{outcome:?} never closes the lane");
+        }
     }
     let lane = Lane::new(Pace::unlimited().spacing(Duration::MAX));
     lane.acquire(small()).await.unwrap().mark_sent();

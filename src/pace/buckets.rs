@@ -117,6 +117,16 @@ impl Named {
     }
 }
 
+/// A limit that is used more slowly since a refusal.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Slowed {
+    pub(super) resource: Resource,
+    /// The share of it that was used before.
+    pub(super) tried: f64,
+    /// The share that is used now.
+    pub(super) scale: f64,
+}
+
 /// A charge that is more than a minute of its limit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Exceeded {
@@ -279,7 +289,7 @@ impl Buckets {
 
     /// Lets the limits refill from now on that would stand still until later.
     pub(super) fn reopen(&mut self, now: Nanos) {
-        for (_, meter) in &mut self.0 {
+        for (_, meter) in &mut self.meters {
             meter.reopen(now);
         }
     }
@@ -335,14 +345,14 @@ impl Buckets {
 
     /// A call of `charge` sent at `sent_at` was refused. Slows down the resource that the headers name,
     /// else the one that is nearest empty, else requests: at the rate `guess` if
-    /// they had none. Says which resource was slowed to which share.
+    /// they had none. Says which resource was slowed, and by how much.
     pub(super) fn refuse(
         &mut self,
         now: Nanos,
         (sent_at, charge): (Nanos, Charge),
         named: Option<Named>,
         guess: impl FnOnce() -> (Rate, Burst),
-    ) -> Option<(Resource, f64)> {
+    ) -> Option<Slowed> {
         let resource = named.map(|named| named.resource).or_else(|| {
             let fullness = self
                 .meters
@@ -367,13 +377,28 @@ impl Buckets {
             self.insert(resource, Meter::new(Source::Guessed, rate, burst, now));
         }
         let meter = self.get_mut(resource)?;
+        let tried = meter.scale();
         let lowered = meter.refuse(
             now,
             sent_at,
             meter.capped(resource.share(charge)).due,
             told.and_then(|named| named.rate),
         );
-        lowered.then(|| (resource, meter.scale()))
+        lowered.then(|| Slowed {
+            resource,
+            tried,
+            scale: meter.scale(),
+        })
+    }
+
+    /// Takes back the reductions of a limit since `share` of it was tried: it is not the reason for the
+    /// refusals. One that was only guessed from them is none.
+    pub(super) fn restore(&mut self, now: Nanos, resource: Resource, share: f64) {
+        self.meters
+            .retain(|(_, meter)| meter.source() != Source::Guessed);
+        if let Some(meter) = self.get_mut(resource) {
+            meter.restore(now, share);
+        }
     }
 
     /// Whether a refusal is hardly for one of these limits: at least half of each is left.

@@ -5,9 +5,12 @@ use std::time::Duration;
 use fastrand::Rng;
 
 use super::bucket::{Nanos, nanos};
+use super::refusals::FORGOTTEN;
 
 /// The wait after a first refusal that names none; it doubles with each further one.
 const FIRST_WAIT: Duration = Duration::from_millis(500);
+/// Refusals are not in a row where so many calls went in between.
+const MANY: u64 = 4;
 const LONGEST_JITTER: Duration = Duration::from_secs(2);
 
 #[derive(Debug)]
@@ -17,6 +20,8 @@ pub(super) struct Gate {
     refused_at: Option<Nanos>,
     /// Refusals in a row, one for each cohort of calls.
     refusals: u32,
+    /// How many calls had been granted when the refusal came that counted last.
+    granted: u64,
     jitter: Rng,
 }
 
@@ -26,6 +31,7 @@ impl Gate {
             opens_at: 0,
             refused_at: None,
             refusals: 0,
+            granted: 0,
             jitter: Rng::with_seed(seed),
         }
     }
@@ -38,17 +44,25 @@ impl Gate {
     /// from refusal to refusal up to `longest`. Never opens earlier than it would have.
     ///
     /// Calls that were on their way when the first of them was refused are one
-    /// cohort: their refusals say nothing new and do not double the wait.
+    /// cohort: their refusals say nothing new and do not double the wait. Nor does it double where many calls
+    /// have gone since the one before, of which this is the first to be refused: `granted` is
+    /// how many went in all. They may take long to be answered.
     pub(super) fn refuse(
         &mut self,
         now: Nanos,
         granted_at: Nanos,
+        granted: u64,
         wait: Option<Duration>,
         longest: Duration,
     ) {
         if self.is_news(granted_at) {
+            let since = granted.saturating_sub(self.granted);
+            let long_ago = |at: Nanos| now.saturating_sub(at) > FORGOTTEN;
+            if since >= MANY || self.refused_at.is_some_and(long_ago) {
+                self.refusals = 0;
+            }
             self.refusals = self.refusals.saturating_add(1);
-            self.refused_at = Some(now);
+            (self.refused_at, self.granted) = (Some(now), granted);
         }
         // A wait of zero is an unfilled header, not an invitation.
         let wait = wait.filter(|wait| !wait.is_zero()).unwrap_or_else(|| {
@@ -107,7 +121,7 @@ mod tests {
         for seed in 0..100 {
             for wait in [SECOND / 100, SECOND, 60 * SECOND] {
                 let mut gate = Gate::new(seed);
-                gate.refuse(at(1), at(1), Some(wait), LONGEST);
+                gate.refuse(at(1), at(1), 1, Some(wait), LONGEST);
                 let jitter = Duration::from_nanos(gate.opens_at() - at(1)) - wait;
                 assert!(
                     jitter <= wait / 10 && jitter <= 2 * SECOND,
@@ -121,7 +135,7 @@ mod tests {
     fn the_same_seed_jitters_the_same() {
         let opens_at = |seed| {
             let mut gate = Gate::new(seed);
-            gate.refuse(at(1), at(1), Some(60 * SECOND), LONGEST);
+            gate.refuse(at(1), at(1), 1, Some(60 * SECOND), LONGEST);
             gate.opens_at()
         };
         assert_eq!(opens_at(7), opens_at(7));
@@ -133,7 +147,7 @@ mod tests {
         let mut gate = Gate::new(0);
         let wait_of = |gate: &mut Gate, now: u64, granted_at: u64| {
             let now = at(now);
-            gate.refuse(now, at(granted_at), None, LONGEST);
+            gate.refuse(now, at(granted_at), 1, None, LONGEST);
             let wait = Duration::from_nanos(gate.opens_at() - now);
             // Without its jitter of up to a tenth.
             [500, 1_000, 2_000, 30_000]
@@ -150,26 +164,32 @@ mod tests {
         gate.welcome(at(31));
         assert_eq!(wait_of(&mut gate, 40, 35), SECOND / 2);
         for n in 1..=40 {
-            gate.refuse(at(100 * n), at(100 * n - 1), None, LONGEST);
+            gate.refuse(at(100 * n), at(100 * n - 1), 1, None, LONGEST);
         }
-        assert_eq!(wait_of(&mut gate, 5_000, 4_999), LONGEST);
+        assert_eq!(wait_of(&mut gate, 4_500, 4_499), LONGEST);
+        let later = 4_500 + FORGOTTEN / at(1) + 1;
+        assert_eq!(
+            wait_of(&mut gate, later, later - 1),
+            SECOND / 2,
+            "forgotten"
+        );
     }
 
     #[test]
     fn it_never_opens_earlier_than_promised() {
         let mut gate = Gate::new(0);
-        gate.refuse(at(1), at(1), Some(60 * SECOND), LONGEST);
+        gate.refuse(at(1), at(1), 1, Some(60 * SECOND), LONGEST);
         let promised = gate.opens_at();
-        gate.refuse(at(2), at(1), Some(SECOND), LONGEST);
+        gate.refuse(at(2), at(1), 1, Some(SECOND), LONGEST);
         assert_eq!(gate.opens_at(), promised);
-        gate.refuse(at(2), at(1), Some(Duration::MAX), LONGEST);
+        gate.refuse(at(2), at(1), 1, Some(Duration::MAX), LONGEST);
         assert_eq!(gate.opens_at(), Nanos::MAX);
     }
 
     #[test]
     fn a_wait_of_zero_is_no_wait_named() {
         let mut gate = Gate::new(0);
-        gate.refuse(at(1), at(1), Some(Duration::ZERO), LONGEST);
+        gate.refuse(at(1), at(1), 1, Some(Duration::ZERO), LONGEST);
         assert!(gate.opens_at() >= at(1) + nanos(FIRST_WAIT));
     }
 }

@@ -209,7 +209,11 @@ impl Pace {
     ///   again as time passes without a refusal, never above what is set here;
     /// - limits that are not set here are taken from the headers of the replies, or learned
     ///   from the first refusal;
-    /// - a limit of which the headers say that less is left is lowered to that.
+    /// - a limit of which the headers say that less is left is lowered to that;
+    /// - a provider that refuses more than a few of a hundred calls as overloaded (503, 529) gets no more calls at one
+    ///   time than it lets in, and slowly more again;
+    /// - where sending less does not lower the share of refused calls, no limit is the reason: the lane goes at
+    ///   its full rate again.
     ///
     /// Without it, a refusal closes the lane for a while and changes nothing else.
     pub fn adaptive(mut self, adaptive: bool) -> Self {

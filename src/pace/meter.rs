@@ -384,6 +384,13 @@ impl Meter {
         lowered
     }
 
+    /// Takes back the reductions since `share` was tried: they did not help.
+    pub(super) fn restore(&mut self, now: Nanos, share: f64) {
+        // So far at the old scale.
+        self.advance(now, false);
+        self.scale.restore(share);
+    }
+
     /// Changes the limit; what was learned of it is forgotten, for whoever sets it
     /// now knows better.
     pub(super) fn retune(&mut self, now: Nanos, source: Source, rate: Rate, burst: Burst) {

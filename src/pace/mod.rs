@@ -5,8 +5,8 @@
 //! - `bucket`: one rate limit (GCRA) as arithmetic over time;
 //! - `scale`, `arrears`, `surplus`, `ebb`, `meter`: the share of it that the provider really
 //!   grants, what will be charged later, what may go faster, whether others use it, and its clock;
-//! - `buckets`, `slots`, `gate`, `queue`: all limits at once, the calls in flight, the
-//!   provider's "not now", the waiters; `headers` reads what replies say of limits;
+//! - `buckets`, `refusals`, `slots`, `gate`, `queue`: all limits at once, which refusals are noise, the
+//!   calls in flight, the provider's "not now", the waiters; `headers` reads what replies say of limits;
 //! - `offers`: what was granted to a waiter that has not come for it yet;
 //! - `turnstile`: the state machine they form, pure, over time as an argument (in `ends`, how calls end);
 //! - `timer`: the tasks that let waiters through when their time comes;
@@ -25,6 +25,7 @@ mod offers;
 #[cfg(test)]
 mod properties;
 mod queue;
+mod refusals;
 mod scale;
 mod slots;
 mod surplus;

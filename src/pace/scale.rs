@@ -33,10 +33,10 @@ const BELIEVED_OF_A_GUESS: f64 = 0.1;
 /// longer, up to a minute or to what they take at half the limit. A slow account would
 /// otherwise be refused every few calls; and a fast one that was slowed far down would take
 /// hours to come back.
-const UNIT: Duration = Duration::from_secs(15);
+pub(super) const UNIT: Duration = Duration::from_secs(15);
 /// Until then what was aimed at is held, in units.
-const HELD: f64 = 1.5;
-const UNIT_CALLS: u32 = 50;
+pub(super) const HELD: f64 = 1.5;
+pub(super) const UNIT_CALLS: u32 = 50;
 const LONGEST_UNIT: Duration = Duration::from_secs(60);
 
 /// Where the headers explain a refusal their limit is kept, at first for so many units and then for
@@ -54,6 +54,20 @@ const GAIN: f64 = 0.025;
 /// Who seems to be alone and to leave nothing lets so much through: others, of whom it would never
 /// hear, get in between, or the level rises.
 const WAY: f64 = 0.995;
+
+/// The course of a recovery after `x` units of time (RFC 9438, section 4): fast from `from` towards
+/// `aim`, flat around it, and upwards from there after [`HELD`].
+pub(super) fn recovery(from: f64, aim: f64, x: f64) -> f64 {
+    if x <= 1.0 {
+        aim - (aim - from) * (1.0 - x).powi(3)
+    } else if x <= HELD {
+        aim
+    } else {
+        // Faster than that where nothing has been refused for long: the trouble is over.
+        let doublings = (x - HELD) / 2.0;
+        aim * doublings.max(doublings.powi(2)).min(64.0).exp2()
+    }
+}
 
 #[derive(Debug, Clone)]
 pub(super) struct Scale {
@@ -174,15 +188,7 @@ impl Scale {
     pub(super) fn grow(&mut self, time: Duration) {
         self.grown = self.grown.saturating_add(time);
         let x = self.grown.as_secs_f64() / self.unit.as_secs_f64();
-        let share = if x <= 1.0 {
-            self.aim - (self.aim - self.from) * (1.0 - x).powi(3)
-        } else if x <= HELD {
-            self.aim
-        } else {
-            // Faster than that where nothing has been refused for long: the trouble is over.
-            let doublings = (x - HELD) / 2.0;
-            self.aim * doublings.max(doublings.powi(2)).min(64.0).exp2()
-        };
+        let share = recovery(self.from, self.aim, x);
         if let Some(told) = self.told
             && x >= self.patience
         {
@@ -201,6 +207,15 @@ impl Scale {
             self.from + GAIN * self.from.sqrt() * time.as_secs_f64()
         });
         self.value = share.max(added).min(most);
+    }
+
+    /// Takes back the reductions since `share` was tried: they did not help.
+    pub(super) fn restore(&mut self, share: f64) {
+        if self.value < share {
+            (self.value, self.told) = (share.min(self.ceiling), None);
+            self.unit = UNIT;
+            self.rise(self.value, self.value, HELD);
+        }
     }
 
     /// From now on upwards along the curve, of which so many units have passed.

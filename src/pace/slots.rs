@@ -1,25 +1,108 @@
-//! [`Slots`]: the calls in flight, and how many there may be while the provider is overloaded
-//! or lets in fewer than it was said to.
+//! [`Slots`]: the calls in flight, and how many there may be while the provider refuses calls
+//! for their number.
+//!
+//! Neither a 503 nor a 429 says how many calls are too many, but each of them says that one
+//! was: what is left in flight is what the provider let in. So a reduction goes to that number and
+//! never below it, as DCTCP reduces its window by the share of marked packets (RFC 8257) and not
+//! by half. The number comes back in time, on the same curve as a rate ([`recovery`]); where
+//! it is refused at the same height again, the next attempt waits twice as long.
 
 use slab::Slab;
 
-use super::bucket::Nanos;
+use super::bucket::{Nanos, nanos};
+use super::refusals::FORGOTTEN;
+use super::scale::{HELD, UNIT, UNIT_CALLS, recovery};
 
-/// Where it was their number that was refused, one more is tried after so many rounds of
-/// successes: while nothing has changed, the one is refused, and the lane closes for it.
-const PATIENCE: usize = 16;
+/// How long the number is held after a first refusal on the way up, in units of the recovery. It
+/// doubles with each that meets the same number, up to [`HELD`].
+const PAUSE: f64 = HELD / 32.0;
+/// Over about so many answers the latency is averaged.
+const REMEMBERED: f64 = 8.0;
 
 /// Each slot holds what there is to know of its call while that is made.
 #[derive(Debug)]
 pub(super) struct Slots<T> {
     most: usize,
     taken: Slab<T>,
-    /// Fewer than `most` since an overload.
-    eased: Option<usize>,
-    eased_at: Option<Nanos>,
-    /// It was the number of calls that was refused.
+    /// The largest number at one time of which a call was answered.
+    highest: usize,
+    /// Fewer than `most` since a refusal.
+    reduced: Option<Reduced>,
+}
+
+#[derive(Debug)]
+struct Reduced {
+    limit: usize,
+    /// So many calls at one time the provider has let in since the last reduction.
+    proven: usize,
+    /// The recovery, as in [`recovery`]: from, towards, and for how many units so far.
+    from: f64,
+    aim: f64,
+    units: f64,
+    /// As of when that is.
+    at: Nanos,
+    /// The largest number in flight since a call was last answered that was sent after a reduction.
+    peak: usize,
+    /// When it was reduced last: calls sent until then are one cohort.
+    reduced_at: Nanos,
+    /// The number at which the last attempt was refused, and how long the next one waits.
+    refused: usize,
+    pause: f64,
+    /// When it was reduced or calls waited for it last.
+    needed_at: Nanos,
+    /// How long calls take, on average; 0.0 until one is answered.
+    latency: f64,
+    /// The provider has refused the number itself (429).
     crowded: bool,
-    successes: usize,
+}
+
+/// What a refusal of a call says of the number in flight.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Refused {
+    /// Nothing: the number stays.
+    Tolerated,
+    /// It went with one that was refused before: there is room for one less.
+    Cohort,
+    /// One more than the provider is known to let in was tried, and was too many.
+    Probe,
+    /// Calls are refused among numbers that were let in before, so many that all in flight now
+    /// is what can be relied on.
+    Reduced {
+        /// How many were in flight.
+        tried: usize,
+        /// Some time had passed since the last time.
+        recovered: bool,
+    },
+}
+
+impl Reduced {
+    /// Adds a stretch of time in which calls waited for slots.
+    fn grow(&mut self, time: Nanos) {
+        if self.limit == 1 && self.peak > 0 {
+            // Nothing is answered yet: more calls would only be more refusals.
+            return;
+        }
+        // A slow account is not refused every few calls, nor before the last change could show.
+        let calls = self.latency * f64::from(UNIT_CALLS) / self.aim;
+        let unit = (nanos(UNIT) as f64).max(self.latency).max(calls);
+        self.units += time as f64 / unit;
+        // A number that is too high costs one call, at once, and not a minute's refusals: it may double in
+        // each unit, a rate in two.
+        let beyond = (self.units - HELD).max(0.0);
+        let limit = recovery(self.from, self.aim, self.units + beyond) as usize;
+        self.limit = self.limit.max(limit);
+    }
+
+    fn restart(&mut self, aim: usize, units: f64) {
+        (self.from, self.aim, self.units) = (self.limit as f64, aim as f64, units);
+    }
+
+    /// A call of the cohort was refused: it was not let in either.
+    fn shrink(&mut self) {
+        self.limit = (self.limit - 1).max(1);
+        self.proven = self.proven.min(self.limit);
+        self.restart(self.limit, 0.0);
+    }
 }
 
 impl<T> Slots<T> {
@@ -27,55 +110,149 @@ impl<T> Slots<T> {
         Self {
             most: most.unwrap_or(usize::MAX),
             taken: Slab::new(),
-            eased: None,
-            eased_at: None,
-            crowded: false,
-            successes: 0,
+            highest: 0,
+            reduced: None,
         }
     }
 
+    #[inline]
     pub(super) fn used(&self) -> usize {
         self.taken.len()
     }
 
     /// How many there may be now.
+    #[inline]
     pub(super) fn limit(&self) -> usize {
-        self.most.min(self.eased.unwrap_or(usize::MAX))
+        match &self.reduced {
+            None => self.most,
+            Some(reduced) => self.most.min(reduced.limit),
+        }
     }
 
+    #[inline]
     pub(super) fn free(&self) -> usize {
         self.limit().saturating_sub(self.used())
     }
 
     /// The number of the slot that `call` has taken.
+    #[inline]
     pub(super) fn take(&mut self, call: T) -> usize {
         self.taken.insert(call)
     }
 
+    #[inline]
     pub(super) fn get_mut(&mut self, slot: usize) -> &mut T {
         &mut self.taken[slot]
     }
 
+    #[inline]
     pub(super) fn give_back(&mut self, slot: usize) -> T {
         self.taken.remove(slot)
     }
 
     pub(super) fn retune(&mut self, most: Option<usize>) {
         self.most = most.unwrap_or(usize::MAX);
-        self.eased = None;
+        self.reduced = None;
     }
 
-    /// The provider is overloaded: half of what is in flight, once for each cohort.
-    /// Says whether the limit was lowered. The refused call still holds its slot.
-    pub(super) fn overloaded(&mut self, now: Nanos, sent_at: Nanos) -> bool {
-        if self.eased_at.is_some_and(|at| sent_at < at) {
-            return false;
+    /// Passes the time until `now`. The number grows while calls wait for slots, which they have done
+    /// from `since` on; a refusal long ago is forgotten in any case.
+    #[inline]
+    pub(super) fn advance(&mut self, now: Nanos, since: Option<Nanos>) {
+        if self.reduced.is_some() {
+            self.recover(now, since);
         }
-        self.eased = Some((self.used().min(self.limit()) / 2).max(1));
-        self.eased_at = Some(now);
-        self.crowded = false;
-        self.successes = 0;
-        true
+    }
+
+    fn recover(&mut self, now: Nanos, since: Option<Nanos>) {
+        let Some(reduced) = &mut self.reduced else {
+            return;
+        };
+        if let Some(since) = since {
+            reduced.grow(now.saturating_sub(reduced.at.max(since)));
+            reduced.needed_at = now;
+        }
+        reduced.at = reduced.at.max(now);
+        let forgotten = now.saturating_sub(reduced.needed_at) > FORGOTTEN;
+        if forgotten || reduced.limit >= self.most {
+            self.reduced = None;
+        }
+    }
+
+    /// A call that was sent at `sent_at` as the `nth` in flight was refused for their number, or
+    /// may have been. It still holds its slot. `tolerated` says whether such a refusal is to be expected
+    /// anyway, and `noisy` whether that is so even where more calls are tried than were let in before.
+    pub(super) fn refuse(
+        &mut self,
+        now: Nanos,
+        sent_at: Nanos,
+        nth: usize,
+        noisy: bool,
+        mut tolerated: impl FnMut() -> bool,
+    ) -> Refused {
+        let used = self.used();
+        let let_in = (used - 1).min(self.limit()).max(1);
+        match &mut self.reduced {
+            Some(reduced) if sent_at <= reduced.reduced_at => {
+                reduced.shrink();
+                Refused::Cohort
+            }
+            Some(reduced) if nth > reduced.proven && !(noisy && tolerated()) => {
+                reduced.limit = let_in.max(reduced.proven);
+                reduced.reduced_at = now;
+                let again = nth <= reduced.refused;
+                reduced.refused = nth;
+                if again {
+                    reduced.pause = (2.0 * reduced.pause).min(HELD);
+                } else {
+                    reduced.pause = PAUSE;
+                }
+                // Higher than before: luck, or a number that has changed.
+                let aim = reduced.aim as usize;
+                if again || aim <= reduced.limit {
+                    reduced.restart(reduced.limit, HELD - reduced.pause);
+                } else {
+                    reduced.restart(aim, 0.0);
+                }
+                Refused::Probe
+            }
+            Some(reduced) if nth > reduced.proven => Refused::Tolerated,
+            _ if tolerated() => Refused::Tolerated,
+            reduced => {
+                let before = reduced.take();
+                let recovered = before.as_ref().is_none_or(|before| before.units >= 1.0);
+                let mut new = Reduced {
+                    limit: let_in,
+                    proven: let_in,
+                    from: 0.0,
+                    aim: 0.0,
+                    units: 0.0,
+                    at: now,
+                    peak: before.as_ref().map_or(0, |before| before.peak).max(used),
+                    reduced_at: now,
+                    needed_at: now,
+                    refused: nth,
+                    pause: PAUSE,
+                    latency: before.map_or(0.0, |before| before.latency),
+                    crowded: false,
+                };
+                new.restart(let_in, 0.0);
+                *reduced = Some(new);
+                Refused::Reduced {
+                    tried: used,
+                    recovered,
+                }
+            }
+        }
+    }
+
+    /// Takes a series of reductions back that did not help: `limit` calls may be in flight again.
+    pub(super) fn restore(&mut self, limit: usize) {
+        if let Some(reduced) = &mut self.reduced {
+            reduced.limit = reduced.limit.max(limit);
+            reduced.proven = reduced.limit;
+            reduced.restart(reduced.limit, HELD);
+        }
     }
 
     /// Whether so many are in flight that it may be their number that is refused.
@@ -83,40 +260,42 @@ impl<T> Slots<T> {
         self.limit() < usize::MAX && self.used() > self.limit() / 2
     }
 
-    /// A call was refused for the number in flight, of which it still is one: it was one too
-    /// many, and so is each that went with it and is refused. What is left is what
-    /// the provider let in.
-    pub(super) fn crowded(&mut self, now: Nanos, sent_at: Nanos) {
-        let most = match self.eased {
-            Some(eased) if self.was_crowded(sent_at) => eased,
-            _ => {
-                self.eased_at = Some(now);
-                self.used().min(self.limit())
-            }
-        };
-        self.eased = Some(most.saturating_sub(1).max(1));
-        self.crowded = true;
-        self.successes = 0;
+    /// A call was refused for the number in flight and nothing else.
+    pub(super) fn crowded(&mut self, now: Nanos, sent_at: Nanos, nth: usize) -> Refused {
+        let refused = self.refuse(now, sent_at, nth, false, || false);
+        if let Some(reduced) = &mut self.reduced {
+            reduced.crowded = true;
+        }
+        refused
     }
 
     /// Whether calls sent then went with those that were too many.
     pub(super) fn was_crowded(&self, sent_at: Nanos) -> bool {
-        self.crowded && self.eased_at.is_some_and(|at| sent_at <= at)
+        let reduced = self.reduced.as_ref();
+        reduced.is_some_and(|reduced| reduced.crowded && sent_at <= reduced.reduced_at)
     }
 
-    /// One more for every so many successes as there are slots.
-    pub(super) fn succeeded(&mut self, sent_at: Nanos) {
-        let Some(eased) = self.eased else {
+    /// A call that was sent at `sent_at` as the `nth` in flight was answered.
+    #[inline]
+    pub(super) fn succeeded(&mut self, now: Nanos, sent_at: Nanos, nth: usize) {
+        self.highest = self.highest.max(nth);
+        let Some(reduced) = &mut self.reduced else {
             return;
         };
-        if self.eased_at.is_some_and(|at| sent_at < at) {
+        let latency = now.saturating_sub(sent_at) as f64;
+        let first = reduced.latency == 0.0;
+        let weight = if first { 1.0 } else { 1.0 / REMEMBERED };
+        reduced.latency += weight * (latency - reduced.latency);
+        if sent_at <= reduced.reduced_at {
             return;
         }
-        self.successes += 1;
-        let rounds = if self.crowded { PATIENCE } else { 1 };
-        if self.successes >= eased.saturating_mul(rounds) {
-            self.successes = 0;
-            self.eased = Some(eased + 1).filter(|more| *more < self.most);
+        reduced.proven = reduced.proven.max(nth.min(reduced.limit));
+        let peak = std::mem::take(&mut reduced.peak);
+        // Where all calls were refused, nothing is known of how many are too many.
+        match self.highest.max(peak) {
+            _ if reduced.limit > 1 || peak == 0 => {}
+            1 => self.reduced = None,
+            aim => reduced.restart(aim, 0.0),
         }
     }
 }
@@ -125,61 +304,139 @@ impl<T> Slots<T> {
 mod tests {
     use super::*;
 
-    #[test]
-    fn overload_halves_once_a_cohort_and_successes_bring_it_back() {
-        let at = |second: u64| second * 1_000_000_000;
-        let mut slots = Slots::new(Some(10));
-        for _ in 0..8 {
+    const SECOND: Nanos = 1_000_000_000;
+
+    /// Slots of which so many are taken, all at once.
+    fn taken(most: Option<usize>, calls: usize) -> Slots<()> {
+        let mut slots = Slots::new(most);
+        for _ in 0..calls {
             slots.take(());
         }
-        assert!(slots.overloaded(at(10), at(5)));
-        assert_eq!((slots.limit(), slots.free()), (4, 0));
-        assert!(!slots.overloaded(at(11), at(6)), "the same cohort");
-        assert!(slots.overloaded(at(20), at(15)));
-        assert_eq!(slots.limit(), 2);
-        slots.succeeded(at(15));
-        for expected in [2, 3, 3, 3, 4] {
-            slots.succeeded(at(21));
-            assert_eq!(slots.limit(), expected);
+        slots
+    }
+
+    /// Takes the next slot, and says whether it is refused by a provider that lets in `most`.
+    fn tries(slots: &mut Slots<()>, now: Nanos, most: usize) -> bool {
+        let slot = slots.take(());
+        let nth = slots.used();
+        let refused = nth > most;
+        if refused {
+            slots.refuse(now, now, nth, false, || false);
+            slots.give_back(slot);
         }
-        (0..100).for_each(|_| slots.succeeded(at(22)));
-        assert_eq!(slots.limit(), 10);
+        refused
     }
 
     #[test]
-    fn a_crowd_leaves_as_many_as_were_let_in() {
-        let at = |second: u64| second * 1_000_000_000;
-        let mut slots = Slots::new(Some(16));
-        let taken: Vec<_> = (0..16).map(|_| slots.take(())).collect();
-        assert!(slots.are_many());
-        for slot in &taken[..8] {
-            slots.crowded(at(1), at(1));
-            slots.give_back(*slot);
+    fn a_tolerated_refusal_changes_nothing() {
+        let mut slots = taken(None, 100);
+        for second in 0..100 {
+            let at = second * SECOND;
+            let refused = slots.refuse(at, at, 100, false, || true);
+            assert_eq!(refused, Refused::Tolerated);
         }
+        assert_eq!(slots.limit(), usize::MAX);
+    }
+
+    #[test]
+    fn a_reduction_leaves_as_many_as_were_let_in() {
+        let mut slots = taken(Some(16), 16);
+        assert!(slots.are_many());
+        for nth in (9..=16).rev() {
+            slots.crowded(SECOND, SECOND, nth);
+            slots.give_back(nth - 1);
+        }
+        assert_eq!((slots.used(), slots.limit()), (8, 8));
+        assert!(slots.was_crowded(SECOND) && !slots.was_crowded(2 * SECOND));
+    }
+
+    #[test]
+    fn where_the_number_is_refused_again_it_is_tried_ever_more_rarely() {
+        let mut slots = taken(None, 8);
+        assert!(tries(&mut slots, SECOND, 8));
         assert_eq!(slots.limit(), 8);
-        (0..8 * PATIENCE - 1).for_each(|_| slots.succeeded(at(2)));
-        assert_eq!(slots.limit(), 8);
-        slots.succeeded(at(2));
-        assert_eq!(slots.limit(), 9);
+        let mut tried = Vec::new();
+        for ms in 1_000..400_000 {
+            let now = ms * SECOND / 1_000;
+            slots.advance(now, Some(0));
+            if slots.free() > 0 {
+                assert!(tries(&mut slots, now, 8));
+                tried.push(ms / 1_000);
+            }
+            assert_eq!(slots.limit(), 8);
+        }
+        // A unit and a half each in the end, and a little until the curve has reached one more.
+        let last: Vec<_> = tried.windows(2).map(|two| two[1] - two[0]).collect();
+        assert!(last.is_sorted(), "{last:?}");
+        assert!(
+            last.last().is_some_and(|wait| (22..40).contains(wait)),
+            "{last:?}"
+        );
+        assert!(tried.len() < 20, "{tried:?}");
+    }
+
+    #[test]
+    fn room_that_is_there_again_is_found() {
+        let mut slots = taken(None, 50);
+        assert!(tries(&mut slots, SECOND, 50));
+        let mut now = SECOND;
+        while slots.used() < 200 {
+            now += SECOND / 100;
+            slots.advance(now, Some(0));
+            while slots.free() > 0 && !tries(&mut slots, now, 200) {}
+        }
+        assert!(now < 100 * SECOND, "after {} s", now / SECOND);
+    }
+
+    #[test]
+    fn after_an_outage_the_first_answer_brings_the_number_back() {
+        let mut slots = taken(None, 1_000);
+        slots.succeeded(SECOND, 0, 1_000);
+        for nth in (1..=1_000).rev() {
+            slots.refuse(2 * SECOND, SECOND, nth, false, || false);
+            slots.give_back(nth - 1);
+        }
+        slots.advance(60 * SECOND, Some(0));
+        assert_eq!(slots.limit(), 1, "nothing is answered yet");
         slots.take(());
-        slots.crowded(at(3), at(3));
-        assert_eq!(slots.limit(), 8);
+        slots.advance(70 * SECOND, Some(0));
+        slots.succeeded(70 * SECOND, 60 * SECOND, 1);
+        slots.advance(78 * SECOND, Some(0));
+        assert!((800..1_000).contains(&slots.limit()), "{}", slots.limit());
+        slots.advance(86 * SECOND, Some(0));
+        assert_eq!(slots.limit(), 1_000);
+    }
+
+    #[test]
+    fn one_refusal_of_a_lone_call_is_no_number() {
+        let mut slots = taken(None, 1);
+        slots.refuse(SECOND, 0, 1, false, || false);
+        assert_eq!(slots.limit(), 1);
+        slots.succeeded(3 * SECOND, 2 * SECOND, 1);
+        assert_eq!(slots.limit(), usize::MAX);
+    }
+
+    #[test]
+    fn a_refusal_long_ago_is_forgotten_unless_it_still_holds_calls_up() {
+        let mut slots = taken(None, 9);
+        assert!(tries(&mut slots, SECOND, 9));
+        let mut idle = slots;
+        idle.advance(SECOND + FORGOTTEN, None);
+        assert_eq!(idle.limit(), 9);
+        idle.advance(SECOND + FORGOTTEN + 1, None);
+        assert_eq!(idle.limit(), usize::MAX);
+
+        let mut busy = taken(None, 9);
+        for minute in 0..60 {
+            let now = minute * 60 * SECOND;
+            busy.advance(now, Some(0));
+            tries(&mut busy, now, 9);
+            assert!(busy.limit() < usize::MAX);
+        }
     }
 
     #[test]
     fn without_a_limit_nobody_is_many() {
-        let mut slots = Slots::new(None);
-        for _ in 0..1_000 {
-            slots.take(());
-        }
-        assert!(!slots.are_many());
-    }
-
-    #[test]
-    fn one_always_goes() {
-        let mut slots = Slots::new(None);
-        slots.take(());
-        assert!(slots.overloaded(0, 0));
-        assert_eq!(slots.limit(), 1);
+        assert!(!taken(None, 1_000).are_many());
     }
 }

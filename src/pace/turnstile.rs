@@ -16,6 +16,7 @@ use super::limits::Pace;
 use super::meter::Burst;
 use super::offers::Offers;
 use super::queue::{Key, Queue};
+use super::refusals::Refusals;
 use super::slots::Slots;
 use super::words::{Binding, CallOutcome, Charge, LaneSnapshot, Need, Place};
 use crate::error::Error;
@@ -41,6 +42,8 @@ struct Granted {
     charge: Charge,
     at: Nanos,
     mark: Mark,
+    /// How many were in flight with it.
+    nth: usize,
     /// Which limit the headers of its refusal name.
     named: Option<Named>,
     /// What the headers of its reply say, where part of its charge is not yet in what is
@@ -164,6 +167,10 @@ pub(super) struct Turnstile<W> {
     buckets: Buckets,
     gate: Gate,
     slots: Slots<Granted>,
+    /// Refusals because the provider was overloaded.
+    overloads: Refusals,
+    /// Refusals by a rate limit that nothing explains.
+    throttles: Refusals,
     queue: Queue<W>,
     /// Granted out of the queue and not yet collected.
     offers: Offers<(Key, Grant)>,
@@ -191,6 +198,8 @@ impl<W: Clone> Turnstile<W> {
             buckets: Buckets::new(pace, 0),
             gate: Gate::new(seed),
             slots: Slots::new(pace.in_flight),
+            overloads: Refusals::of_overload(),
+            throttles: Refusals::of_rate(),
             queue: Queue::new(),
             offers: Offers::new(),
             head_ready_at: None,
@@ -508,8 +517,12 @@ impl<W: Clone> Turnstile<W> {
     /// Passes the time until `now`. What is learned of a limit fades only while somebody
     /// waits whom a slot would not hold up.
     fn advance(&mut self, now: Nanos) {
-        let waited = !self.queue.is_empty() && self.slots.free() > 0;
-        self.buckets.advance(now, waited);
+        let waited = !self.queue.is_empty();
+        let slots = self.slots.free() == 0;
+        self.buckets.advance(now, waited && !slots);
+        let open_since = self.gate.opens_at();
+        self.slots
+            .advance(now, (waited && slots).then_some(open_since));
         let over = |stop: &mut Stop| stop.until.is_some_and(|until| until <= now);
         if self.stop.take_if(over).is_some() {
             self.probe(now);
@@ -552,6 +565,7 @@ impl<W: Clone> Turnstile<W> {
             charge,
             at: now,
             mark,
+            nth: self.slots.used() + 1,
             named: None,
             said: None,
         });

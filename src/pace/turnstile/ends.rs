@@ -3,7 +3,9 @@
 use std::time::Duration;
 
 use super::super::bucket::{Nanos, nanos};
-use super::super::buckets::{Mark, Named};
+use super::super::buckets::{Mark, Named, Slowed};
+use super::super::refusals::Reduction;
+use super::super::slots::Refused;
 use super::super::words::{CallOutcome, Charge, LaneChange};
 use super::{End, Errands, Grant, Turnstile};
 use crate::error::{Error, ErrorKind, Persistence};
@@ -68,11 +70,12 @@ impl<W: Clone> Turnstile<W> {
     ) -> Vec<LaneChange> {
         let granted = self.slots.get_mut(grant.0);
         let (charge, at, named) = (granted.charge, granted.at, granted.named);
+        let nth = granted.nth;
         let mut changes = Vec::new();
         self.advance(now);
         if let End::Finished(CallOutcome::Done { .. }) = end {
             self.gate.welcome(at);
-            self.slots.succeeded(at);
+            self.slots.succeeded(now, at, nth);
             self.probing.take_if(|probing| probing.since <= at);
         }
         match end {
@@ -96,14 +99,9 @@ impl<W: Clone> Turnstile<W> {
             End::Finished(CallOutcome::Throttled { wait }) => {
                 self.throttled += 1;
                 self.buckets.settle(now, charge, Charge::default(), at);
-                if self.is_crowd(now, at, named, wait) {
-                    self.slots.crowded(now, at);
-                    let in_flight = self.slots.limit();
-                    changes.push(LaneChange::Eased { in_flight });
-                } else {
-                    self.slow_down(now, (at, charge), named, &mut changes);
+                if self.throttle(now, (at, charge, nth), named, wait, &mut changes) {
+                    self.close(now, at, wait, LONGEST_THROTTLE, &mut changes);
                 }
-                self.close(now, at, wait, LONGEST_THROTTLE, &mut changes);
                 if let Some(wait) = wait.filter(|wait| *wait > LONGEST_WAIT) {
                     self.park(now, wait, errands, &mut changes);
                 }
@@ -112,11 +110,9 @@ impl<W: Clone> Turnstile<W> {
                 self.overloaded += 1;
                 let charged = charge.on_admission();
                 self.buckets.settle(now, charge, charged, at);
-                if self.adaptive && self.slots.overloaded(now, at) {
-                    let in_flight = self.slots.limit();
-                    changes.push(LaneChange::Eased { in_flight });
+                if self.overload(now, at, nth, &mut changes) {
+                    self.close(now, at, wait, LONGEST_OVERLOAD, &mut changes);
                 }
-                self.close(now, at, wait, LONGEST_OVERLOAD, &mut changes);
             }
         }
         let granted = self.free_slot(grant.0);
@@ -134,6 +130,98 @@ impl<W: Clone> Turnstile<W> {
         changes
     }
 
+    /// A call met an overloaded provider. Returns whether so many do that the lane should wait.
+    ///
+    /// A single overload says nothing: it costs its own call an attempt, and nobody else anything.
+    fn overload(
+        &mut self,
+        now: Nanos,
+        sent_at: Nanos,
+        nth: usize,
+        changes: &mut Vec<LaneChange>,
+    ) -> bool {
+        let granted = self.granted;
+        let overloads = &mut self.overloads;
+        let noisy = overloads.are_noise();
+        let mut tolerated = || overloads.add(now, granted);
+        let refused = match self.adaptive {
+            true => self.slots.refuse(now, sent_at, nth, noisy, tolerated),
+            false if tolerated() => Refused::Tolerated,
+            false => Refused::Reduced {
+                tried: self.slots.used(),
+                recovered: true,
+            },
+        };
+        if self.adaptive && refused != Refused::Tolerated {
+            let in_flight = self.slots.limit();
+            changes.push(LaneChange::Eased { in_flight });
+        }
+        let (tried, recovered, below) = match refused {
+            Refused::Tolerated | Refused::Cohort => return false,
+            Refused::Probe => (nth, false, false),
+            Refused::Reduced { tried, recovered } => (tried, recovered, true),
+        };
+        let reduction = Reduction {
+            granted,
+            tried: tried as f64,
+            in_flight: true,
+            recovered,
+        };
+        if let Some(before) = self.overloads.reduced(reduction) {
+            self.slots.restore(before as usize);
+        }
+        below && self.overloads.prevail()
+    }
+
+    /// A call was refused by a rate limit, or for the number in flight. Returns whether the lane should
+    /// wait.
+    fn throttle(
+        &mut self,
+        now: Nanos,
+        (sent_at, charge, nth): (Nanos, Charge, usize),
+        named: Option<Named>,
+        wait: Option<Duration>,
+        changes: &mut Vec<LaneChange>,
+    ) -> bool {
+        let explained = named.is_some();
+        if !self.adaptive {
+            return true;
+        }
+        if !explained && self.throttles.add(now, self.granted) {
+            return false;
+        }
+        if self.is_crowd(now, sent_at, named, wait) {
+            let refused = self.slots.crowded(now, sent_at, nth);
+            let in_flight = self.slots.limit();
+            changes.push(LaneChange::Eased { in_flight });
+            let Refused::Reduced { tried, recovered } = refused else {
+                return false;
+            };
+            let reduction = Reduction {
+                granted: self.granted,
+                tried: tried as f64,
+                in_flight: true,
+                recovered,
+            };
+            if let Some(before) = self.throttles.reduced(reduction) {
+                self.slots.restore(before as usize);
+            }
+        } else if let Some(slowed) = self.slow_down(now, (sent_at, charge), named, changes)
+            && !explained
+        {
+            let reduction = Reduction {
+                granted: self.granted,
+                tried: slowed.tried,
+                in_flight: false,
+                recovered: false,
+            };
+            if let Some(before) = self.throttles.reduced(reduction) {
+                self.buckets.restore(now, slowed.resource, before);
+            }
+        }
+        true
+    }
+
     /// Whether a call was refused for the number in flight: nobody says how long to wait or
     /// for what, no rate is near its end, and most slots are taken.
     fn is_crowd(
@@ -145,7 +233,7 @@ impl<W: Clone> Turnstile<W> {
     ) -> bool {
         let unexplained = named.is_none() && wait.is_none();
         let many = || self.slots.are_many() && self.buckets.are_half_full(now);
-        self.adaptive && unexplained && (self.slots.was_crowded(sent_at) || many())
+        unexplained && (self.slots.was_crowded(sent_at) || many())
     }
 
     /// Uses the limit that was refused more slowly, where no limit was known one
@@ -156,16 +244,14 @@ impl<W: Clone> Turnstile<W> {
         sent: (Nanos, Charge),
         named: Option<Named>,
         changes: &mut Vec<LaneChange>,
-    ) {
-        if !self.adaptive {
-            return;
-        }
+    ) -> Option<Slowed> {
         let guess = || (self.pulse.rate(now), self.burst);
         let slowed = self.buckets.refuse(now, sent, named, guess);
-        changes.extend(slowed.map(|(resource, scale)| LaneChange::Slowed {
-            limit: resource.binding(),
-            scale,
+        changes.extend(slowed.map(|slowed| LaneChange::Slowed {
+            limit: slowed.resource.binding(),
+            scale: slowed.scale,
         }));
+        slowed
     }
 
     /// Closes the gate, and empties the buckets until it opens: what waited behind
@@ -179,7 +265,8 @@ impl<W: Clone> Turnstile<W> {
         changes: &mut Vec<LaneChange>,
     ) {
         let before = self.gate.opens_at();
-        self.gate.refuse(now, granted_at, wait, longest);
+        self.gate
+            .refuse(now, granted_at, self.granted, wait, longest);
         let opens_at = self.gate.opens_at();
         self.buckets.close_until(now, opens_at);
         if opens_at > before {

@@ -59,6 +59,12 @@ impl SimBuilder {
         self
     }
 
+    /// Refuses calls as overloaded (503) while `calls` are in flight: a number that no header tells.
+    pub fn overload_in_flight(mut self, calls: usize) -> Self {
+        self.limits.overload_in_flight = Some(calls);
+        self
+    }
+
     /// Says how the limits per minute are enforced: by default a bucket that holds a minute.
     pub fn enforcement(mut self, enforcement: Enforcement) -> Self {
         self.enforcement = enforcement;
@@ -282,6 +288,12 @@ impl SimBuilder {
     /// How often a call is refused at once as overloaded (503); not billed.
     pub fn overload_rate(self, rate: f64) -> Self {
         self.fault(Fault::Overload, rate)
+    }
+
+    /// How often a call is refused at once with a 429 though it is within all limits; not billed. It names no
+    /// wait, and its headers show what is left.
+    pub fn throttle_rate(self, rate: f64) -> Self {
+        self.fault(Fault::Throttle, rate)
     }
 }
 

@@ -44,6 +44,7 @@ impl Call {
             Some(Fault::Error) => ErrorKind::Unavailable,
             Some(Fault::Reset) => ErrorKind::Connection,
             Some(Fault::Overload) => ErrorKind::Overloaded,
+            Some(Fault::Throttle) => ErrorKind::Throttled,
         };
         self.until(self.plan.fault_at).await;
         let rate = self.settle(None)?;
@@ -52,6 +53,7 @@ impl Call {
         Err(match kind {
             ErrorKind::Connection => error,
             ErrorKind::Overloaded => error.with_http_status(503).with_rate(rate),
+            ErrorKind::Throttled => error.with_http_status(429).with_rate(rate),
             _ => error.with_http_status(500).with_rate(rate),
         })
     }

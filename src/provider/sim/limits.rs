@@ -20,6 +20,8 @@ pub struct Limits {
     pub output_tokens_per_minute: Option<u64>,
     /// Calls in flight at one time.
     pub in_flight: Option<usize>,
+    /// Calls in flight at one time above which the provider is overloaded (503).
+    pub overload_in_flight: Option<usize>,
     /// Calls the account is good for: every later one is refused as `insufficient_quota`,
     /// which no waiting cures. Zero is allowed here: the account is empty from the start.
     pub total_calls: Option<u64>,
@@ -48,6 +50,10 @@ impl Limits {
         assert!(
             self.in_flight != Some(0),
             "a limit of zero calls in flight lets nothing through, ever; `None` is no limit"
+        );
+        assert!(
+            self.overload_in_flight != Some(0),
+            "a provider overloaded by no calls lets nothing through, ever; `None` is no limit"
         );
     }
 }

@@ -243,6 +243,14 @@ impl Inner {
         }
 
         let in_flight = state.ledger.in_flight;
+        let most = state.limiter.limits().overload_in_flight;
+        if most.is_some_and(|most| in_flight >= most) {
+            state.ledger.note(key, |account| account.rejected += 1);
+            state.ledger.second(now).rejected += 1;
+            let rate = state.limiter.snapshot(self.policy.headers);
+            let error = Error::new(ErrorKind::Overloaded, "too many calls in flight");
+            return Err(error.with_http_status(503).with_rate(rate));
+        }
         let verdict = state
             .limiter
             .admit(cost, in_flight, self.policy.rejected_calls_count);

@@ -82,19 +82,22 @@ pub(super) enum Fault {
     Cut,
     /// 503.
     Overload,
+    /// 429.
+    Throttle,
 }
 
 /// How often each fault happens, in parts of one.
 #[derive(Debug, Clone, Copy, Default)]
-pub(super) struct FaultRates(pub(super) [f64; 5]);
+pub(super) struct FaultRates(pub(super) [f64; 6]);
 
 impl FaultRates {
-    const ORDER: [Fault; 5] = [
+    const ORDER: [Fault; 6] = [
         Fault::Error,
         Fault::Reset,
         Fault::Hang,
         Fault::Cut,
         Fault::Overload,
+        Fault::Throttle,
     ];
 
     pub(super) fn set(&mut self, fault: Fault, rate: f64) {
@@ -226,7 +229,7 @@ impl Model {
         let fault_at = match fault {
             // Something is generated before a cut, and nothing before another fault.
             Some(Fault::Cut) => first_token + (total - first_token).mul_f64(strikes),
-            Some(Fault::Overload) => Duration::ZERO,
+            Some(Fault::Overload | Fault::Throttle) => Duration::ZERO,
             _ => total.mul_f64(strikes),
         };
         Plan {
