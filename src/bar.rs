@@ -160,6 +160,23 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn the_message_names_the_open_items_that_limit_a_batch() {
+        let latency = Duration::from_millis(100);
+        let cx = Context::builder(Sim::builder().latency(latency).build()).build();
+        let mut bar = Bar::drawn_to(300, ProgressDrawTarget::hidden());
+        let work = cx
+            .fan_out("n", 0..300)
+            .settle(async |cx, n| cx.generate(format!("{n}")).await);
+        let mut work = std::pin::pin!(work);
+        let begun = tokio::time::timeout(latency / 2, work.as_mut());
+        assert!(begun.await.is_err());
+        assert_eq!(
+            bar.message(&cx.snapshot()),
+            "64 in flight  bound by open items"
+        );
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn the_message_says_how_fast_it_goes_and_why_not_faster() {
         let latency = Duration::from_millis(100);
         let cx = Context::builder(Sim::builder().latency(latency).build())

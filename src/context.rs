@@ -63,6 +63,8 @@ struct Items {
     failed: AtomicU64,
     cancelled: AtomicU64,
     dropped: AtomicU64,
+    /// Batches that may not start another item until one of theirs ends.
+    full_batches: AtomicU64,
 }
 
 impl Context {
@@ -428,8 +430,12 @@ impl Context {
         let items_cancelled = count(&items.cancelled);
         let items_dropped = count(&items.dropped);
         let mut lane = self.shared.guard.pool().snapshot();
-        if lane.binding == Binding::Nothing && self.shared.guard.budget_is_dry() {
-            lane.binding = Binding::Budget;
+        if lane.binding == Binding::Nothing {
+            if self.shared.guard.budget_is_dry() {
+                lane.binding = Binding::Budget;
+            } else if count(&items.full_batches) > 0 {
+                lane.binding = Binding::OpenItems;
+            }
         }
         Snapshot {
             items_started: count(&items.started),
@@ -490,6 +496,15 @@ impl Context {
     /// An item that was started has been dropped before its outcome.
     pub(crate) fn item_dropped(&self) {
         self.shared.items.dropped.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// A batch has inputs left and as many items open as it may have, or no longer.
+    pub(crate) fn batch_is_full(&self, is_full: bool) {
+        let batches = &self.shared.items.full_batches;
+        match is_full {
+            true => batches.fetch_add(1, Ordering::Relaxed),
+            false => batches.fetch_sub(1, Ordering::Relaxed),
+        };
     }
 
     pub(crate) fn item_settled(&self, error: Option<&Error>) {

@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use futures::{FutureExt as _, StreamExt as _, stream};
 use throughline::{
-    Batch, Context, Error, ErrorKind, Pipeline, PipelineExt as _, Provider, Reply, Request, Result,
-    Usage, async_trait, pipeline,
+    Batch, Binding, Context, Error, ErrorKind, Pace, Pipeline, PipelineExt as _, Provider, Reply,
+    Request, Result, Usage, async_trait, pipeline,
 };
 use tokio::time::{Instant, sleep};
 
@@ -908,4 +908,50 @@ async fn adapters() {
     }));
     let error = guarded.run(&cancelled, "a".into()).await.unwrap_err();
     assert!(error.is_cancelled() && error.billed() == Some(false));
+}
+
+/// The limiting factors of `batch` in their order, looked at in each quarter of the latency.
+async fn limiting_factors<O: std::fmt::Debug>(
+    cx: &Context,
+    batch: impl Future<Output = O>,
+) -> Vec<Binding> {
+    let mut batch = std::pin::pin!(batch);
+    let mut factors = Vec::new();
+    while tokio::time::timeout(LATENCY / 4, batch.as_mut())
+        .await
+        .is_err()
+    {
+        factors.push(cx.snapshot().lane.binding);
+    }
+    factors.dedup();
+    factors
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_batch_whose_parallelism_is_the_limit_says_so_until_its_last_inputs_are_taken() {
+    use Binding::{Nothing, OpenItems};
+    let cx = Context::builder(Echo::default()).build();
+    let work = async |cx: Context, n: usize| cx.generate(format!("{n}")).await;
+    let by_default = limiting_factors(&cx, cx.fan_out("n", 0..3 * 64).settle(work));
+    // While the last 64 items run, no input is left.
+    assert_eq!(by_default.await, [OpenItems, Nothing]);
+
+    let all = limiting_factors(&cx, cx.fan_out("n", 0..192).join_all().settle(work));
+    assert_eq!(all.await, [Nothing]);
+    let chunks = cx.fan_out("n", 0..8).chunks(4).settle(work);
+    assert_eq!(limiting_factors(&cx, chunks).await, [OpenItems, Nothing]);
+    assert_eq!(cx.snapshot().lane.binding, Nothing);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_limit_of_the_lane_is_named_before_the_open_items_and_a_dropped_batch_not_at_all() {
+    let cx = Context::builder(Echo::default())
+        .pace(Pace::unlimited().in_flight(2))
+        .build();
+    let work = async |cx: Context, n: usize| cx.generate(format!("{n}")).await;
+    let mut batch = Box::pin(cx.fan_out("n", 0..192).settle(work));
+    assert!(tokio::time::timeout(LATENCY / 2, &mut batch).await.is_err());
+    assert_eq!(cx.snapshot().lane.binding, Binding::InFlight);
+    drop(batch);
+    assert_eq!(cx.snapshot().lane.binding, Binding::Nothing);
 }

@@ -15,6 +15,7 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use super::intake::{CutShort, Intake, yield_after};
+use super::open_items::OpenItems;
 use super::{Batch, Parallelism, ProgressFn};
 use crate::context::Context;
 use crate::error::{Error, Result};
@@ -60,6 +61,9 @@ impl<T: Send, S: Stream<Item = T> + Send> Batch<Context, S> {
             self.on_progress,
         ));
 
+        let open_items = OpenItems::new(batch.clone(), parallelism, tracker.total);
+        let open_items = Arc::new(open_items);
+        let started = Arc::clone(&open_items);
         let inputs = Intake::new(self.inputs.boxed(), stop);
         let inputs = match room {
             Some(room) => inputs
@@ -89,6 +93,7 @@ impl<T: Send, S: Stream<Item = T> + Send> Batch<Context, S> {
             };
             let cx = batch.item(Arc::clone(&label), index, name, repeat);
             let running = Running::new(&tracker);
+            started.start();
             let scope = Arc::clone(cx.scope());
             let started = Instant::now();
             let item = cx
@@ -110,7 +115,7 @@ impl<T: Send, S: Stream<Item = T> + Send> Batch<Context, S> {
         };
 
         let inputs = inputs.enumerate();
-        match parallelism {
+        let outcomes = match parallelism {
             Parallelism::JoinAll => inputs.map(start).buffer_unordered(usize::MAX).boxed(),
             Parallelism::Unordered(n) => inputs.map(start).buffer_unordered(n).boxed(),
             Parallelism::Buffered(n) => inputs.map(start).buffered(n).boxed(),
@@ -123,7 +128,8 @@ impl<T: Send, S: Stream<Item = T> + Send> Batch<Context, S> {
                         .collect::<FuturesUnordered<_>>()
                 })
                 .boxed(),
-        }
+        };
+        outcomes.inspect(move |_| open_items.end()).boxed()
     }
 }
 

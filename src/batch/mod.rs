@@ -3,6 +3,7 @@
 mod engine;
 mod inputs;
 mod intake;
+mod open_items;
 
 use std::sync::Arc;
 

@@ -234,9 +234,12 @@ pub struct LaneSnapshot {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Binding {
-    /// Nothing: no call waits for the lane. Work that goes more slowly than the limits allow
-    /// is then bound by how many calls are made at a time, as by a batch's `buffer_unordered`.
+    /// Nothing: no call waits for the lane. The caller makes fewer calls at a time than the limits allow.
     Nothing,
+    /// The number of items that a batch may have open (64 unless
+    /// [`buffer_unordered`](crate::Batch::buffer_unordered) or its like says otherwise): it has inputs left, and no call
+    /// waits for the lane. A lane does not know of it, only [`Context::snapshot`](crate::Context::snapshot).
+    OpenItems,
     /// The limit on requests.
     Requests,
     /// The limit on input and output tokens together.
@@ -263,6 +266,7 @@ impl Binding {
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Nothing => "nothing",
+            Self::OpenItems => "open items",
             Self::Requests => "requests",
             Self::Tokens => "tokens",
             Self::InputTokens => "input tokens",
