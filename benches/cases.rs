@@ -24,7 +24,9 @@ use std::time::Duration;
 
 use throughline::store::Memory;
 use throughline::testing::Counted;
-use throughline::{Context, Drive, Pace, Result, Runner, Sim, Switch, Worker, pipeline};
+use throughline::{
+    Context, Pace, Result, Runner, Sim, Worker, context::Switch, pipeline, runs::Drive,
+};
 use tokio::time::Instant;
 
 const HEAD: [&str; 5] = ["", "theirs before", "theirs after", "critical path", "ours"];

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use serde::Deserialize;
 use serde::de::IgnoredAny;
-use throughline::json::{Draft, Reader};
+use throughline::structured::json::{Draft, Reader};
 
 const ROUNDS: usize = 15;
 

@@ -20,7 +20,10 @@ use std::time::{Duration, Instant};
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
 use futures::FutureExt as _;
 use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
-use throughline::{CallOutcome, Lane, Need, Pace, Permit, Usage};
+use throughline::{
+    Pace, Usage,
+    ratelimit::{CallOutcome, Lane, Need, Permit},
+};
 use tokio::runtime::{Builder, Runtime};
 
 /// So much a minute that a bench never waits for it.

@@ -23,7 +23,7 @@ use std::process::ExitCode;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use throughline::{Context, Event, OpenAi, Pace, Request};
+use throughline::{Context, OpenAi, Pace, Request, observe::Event};
 
 use crate::account::{Account, Terms};
 use crate::bound::{Calls, Curve, Limit, lower_bound};

@@ -24,7 +24,7 @@ use throughline::store::{
     Claim, Commit, Generation, Item, MemoKey, NewItem, NewRun, Postgres, Queue, RunId, Settlement,
     Sqlite, Store as _,
 };
-use throughline::{Context, Drive, Provider, Reply, Request, Result, Runner, Usage, Worker};
+use throughline::{Context, Provider, Reply, Request, Result, Runner, Usage, Worker, runs::Drive};
 use throughline::{async_trait, pipeline};
 
 const BATCH: u32 = 512;

@@ -22,8 +22,10 @@ use clap::Parser;
 use futures::StreamExt as _;
 use serde_json::{Value, json};
 use throughline::store::{RunFilter, RunId, Sqlite};
-use throughline::{CancellationToken, Context, Error, Pace, Priority, Result, RunSnapshot};
-use throughline::{Runner, Tenant, Worker, pipeline};
+use throughline::{
+    CancellationToken, Context, Error, Pace, Result, ratelimit::Priority, runs::RunSnapshot,
+};
+use throughline::{Runner, Worker, pipeline, ratelimit::Tenant};
 
 use crate::program::{Plan, Program, plan_week, provider};
 
@@ -132,7 +134,7 @@ async fn main() -> Result<()> {
         .lease(Duration::from_secs(3))
         .build();
 
-    let stop = throughline::stop_on_signal()?;
+    let stop = throughline::context::stop_on_signal()?;
     let app = Router::new()
         .route("/", get(Html(include_str!("background_service/page.html"))))
         .route("/programs", get(list).post(submit))

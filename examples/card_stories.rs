@@ -15,10 +15,10 @@ mod witness;
 use std::sync::Arc;
 use std::time::Duration;
 
+use throughline::observe::Stages;
 use throughline::provider::sim::{Sim, Tokens};
-use throughline::stages::Stages;
 use throughline::store::Sqlite;
-use throughline::{Context, Drive, Pace, Request, Result, Runner, Worker, pipeline};
+use throughline::{Context, Pace, Request, Result, Runner, Worker, pipeline, runs::Drive};
 use tokio::time::Instant;
 
 const SECOND: Duration = Duration::from_millis(10);

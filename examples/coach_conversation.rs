@@ -12,8 +12,8 @@ mod turn;
 
 use std::time::Duration;
 
-use throughline::stages::Stages;
-use throughline::{Context, ErrorKind, Result, Switch, Timeline};
+use throughline::observe::Stages;
+use throughline::{Context, ErrorKind, Result, context::Switch, observe::Timeline};
 
 use crate::turn::{MESSAGES, Turn, model, turn};
 

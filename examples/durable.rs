@@ -31,8 +31,11 @@ use futures::TryStreamExt as _;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use throughline::store::{Queue, RunFilter, RunId};
-use throughline::{Ambiguous, Context, Drive, Error, ErrorKind, Pace, Pipeline, Request, Result};
-use throughline::{RunSnapshot, Runner, Worker};
+use throughline::{
+    Context, Error, ErrorKind, Pace, Pipeline, Request, Result,
+    runs::{Ambiguous, Drive},
+};
+use throughline::{Runner, Worker, runs::RunSnapshot};
 
 use crate::providers::ProviderArgs;
 
@@ -297,7 +300,7 @@ async fn work(store: Arc<dyn Queue>, args: WorkArgs) -> Result<ExitCode> {
         .lease(Duration::from_millis(args.lease))
         .on_ambiguous(policy)
         .build();
-    let stop = throughline::stop_on_signal()?;
+    let stop = throughline::context::stop_on_signal()?;
     let interrupted = async {
         stop.cancelled().await;
         eprintln!("waiting for the calls in flight");

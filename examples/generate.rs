@@ -29,7 +29,7 @@ use std::time::Duration;
 
 use clap::Parser;
 use futures::StreamExt as _;
-use throughline::bar::Bar;
+use throughline::observe::Bar;
 use throughline::{Context, Error, Outcome, Pace, Reply, Request};
 use tokio::sync::mpsc;
 use tokio::time::{MissedTickBehavior, interval};

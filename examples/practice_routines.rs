@@ -10,7 +10,7 @@
 #[path = "practice_routines/practice.rs"]
 mod practice;
 
-use throughline::{Context, ErrorKind, Outcome, Result, Timeline};
+use throughline::{Context, ErrorKind, Outcome, Result, observe::Timeline};
 
 use crate::practice::{WAYS, Way, model, week};
 

@@ -13,7 +13,7 @@ mod log;
 use std::sync::Arc;
 use std::time::Duration;
 
-use throughline::stages::Stages;
+use throughline::observe::Stages;
 use throughline::store::Memory;
 use throughline::testing::Counted;
 use throughline::{Context, Result};

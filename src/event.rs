@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use crate::error::Error;
-use crate::usage::Usage;
+use crate::request::Usage;
 
 /// Something that happened while work ran. `Display` gives one line for a person.
 ///
@@ -83,7 +83,7 @@ pub enum Event {
     /// A limit was refused although it was kept: the lane uses less of it for a while.
     #[non_exhaustive]
     LaneSlowed {
-        /// Which limit, as [`Binding`](crate::Binding) names it.
+        /// Which limit, as [`Binding`](crate::ratelimit::Binding) names it.
         limit: &'static str,
         /// The share of it that is used now. Above 1 where the limit itself is a guess.
         scale: f64,
@@ -98,7 +98,7 @@ pub enum Event {
     /// [`Context::retune`](crate::Context::retune).
     #[non_exhaustive]
     LaneRetuned {
-        /// Which limit, as [`Binding`](crate::Binding) names it.
+        /// Which limit, as [`Binding`](crate::ratelimit::Binding) names it.
         limit: &'static str,
         /// What is allowed in a minute.
         per_minute: u64,
@@ -110,7 +110,7 @@ pub enum Event {
     /// Such a call is usually refused by the provider. Lower `max_tokens`, or correct the limit.
     #[non_exhaustive]
     CallExceedsLimit {
-        /// Which limit, as [`Binding`](crate::Binding) names it.
+        /// Which limit, as [`Binding`](crate::ratelimit::Binding) names it.
         limit: &'static str,
         /// How much the call was to be charged.
         needed: u64,
@@ -118,7 +118,7 @@ pub enum Event {
         per_minute: u64,
     },
     /// The lane stopped: nothing is sent until somebody acts
-    /// ([`Lane::reopen`](crate::Lane::reopen)), or until a long wait is over.
+    /// ([`Lane::reopen`](crate::ratelimit::Lane::reopen)), or until a long wait is over.
     #[non_exhaustive]
     LaneStopped {
         /// Why.
@@ -256,7 +256,7 @@ impl fmt::Display for Event {
 ///
 /// Observers run on the path of the calls, so they must be quick: hand slow work to a
 /// channel. A panic in one is caught and counted
-/// ([`Snapshot::observer_panics`](crate::Snapshot::observer_panics)); it never fails work.
+/// ([`Snapshot::observer_panics`](crate::context::Snapshot::observer_panics)); it never fails work.
 pub trait Observer: Send + Sync + 'static {
     /// Called once for each event, from whichever task it happened in.
     fn on_event(&self, event: &Event);

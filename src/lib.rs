@@ -3,7 +3,7 @@
 //!
 //! - Write the work as a [`Pipeline`]: one async function from an input to an output, in ordinary Rust.
 //! - Give it a [`Context`]: a [`Provider`] behind a [`Pace`], with [retries](Retry), a deadline,
-//!   cancellation and [observers](Observer).
+//!   cancellation and [observers](observe::Observer).
 //! - Run it for many inputs as a [`Batch`], nested as you like, and get one
 //!   [`Outcome`] for each: [`Settled`].
 //! - Give the context a [store], and nothing is paid for twice ([`ContextBuilder::store`]). Submit the work with a
@@ -48,10 +48,10 @@
 //! - `sqlite`, `postgres`: durable [stores](store) besides the one in memory. They need Rust 1.94.
 //! - `sim`: [`Sim`], a provider that enforces limits on Tokio's clock and bills a ledger.
 //! - `testing`: [`testing::Scripted`] and `sim`, for tests of your own code.
-//! - `bar`: [`bar::Bar`], a terminal progress bar.
-//! - `stages`: [`stages::Stages`], percentiles of calls, stages and items by label.
-//! - `tiktoken`: [`Tiktoken`], a counter of prompt tokens.
-//! - `signal`: [`stop_on_signal`], for services that are asked to stop.
+//! - `bar`: [`observe::Bar`], a terminal progress bar.
+//! - `stages`: [`observe::Stages`], percentiles of calls, stages and items by label.
+//! - `tiktoken`: [`call::Tiktoken`], a counter of prompt tokens.
+//! - `signal`: [`context::stop_on_signal`], for services that are asked to stop.
 //! - `full`: `openai`, `anthropic`, `structured`, `sim`, `bar` and `signal`.
 //!
 //! # Where to go from here
@@ -62,48 +62,22 @@
 
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
-#[cfg(feature = "bar")]
-pub mod bar;
-mod batch;
-mod budget;
-mod context;
-mod deployment;
-mod digest;
+pub mod batch;
+pub mod call;
+pub mod context;
 mod error;
-mod estimate;
 mod event;
-mod guard;
-mod join;
-mod journal;
-pub mod json;
-mod memo;
-mod pace;
-mod pipeline;
-mod pool;
+pub mod observe;
+pub mod pipeline;
 pub mod provider;
-mod reply;
-mod request;
-mod retry;
-mod run;
-#[cfg(any(feature = "http", feature = "structured"))]
-mod schema;
-mod scope;
-mod settled;
-#[cfg(feature = "signal")]
-mod signal;
-#[cfg(feature = "stages")]
-pub mod stages;
+pub mod ratelimit;
+pub mod request;
+pub mod runs;
 pub mod store;
-mod stream;
 #[cfg(feature = "structured")]
-mod structured;
+pub mod structured;
 #[cfg(feature = "testing")]
 pub mod testing;
-#[cfg(feature = "tiktoken")]
-mod tiktoken;
-mod timeline;
-mod usage;
-mod worker;
 
 #[cfg(all(feature = "sim", feature = "structured"))]
 #[doc = include_str!("tutorial.md")]
@@ -120,48 +94,29 @@ mod readme {}
 pub use async_trait::async_trait;
 pub use tokio_util::sync::CancellationToken;
 
-pub use crate::batch::{Batch, IntoInputs, Outcomes, Over, Progress};
-pub use crate::context::{Context, ContextBuilder, Snapshot};
-pub use crate::deployment::Deployment;
-pub use crate::digest::RequestDigest;
+#[doc(inline)]
+pub use crate::batch::{Batch, Outcome, Settled};
+#[doc(inline)]
+pub use crate::call::Retry;
+#[doc(inline)]
+pub use crate::context::{Context, ContextBuilder};
 pub use crate::error::{Error, ErrorKind, Persistence, Result};
-pub use crate::estimate::TokenCounter;
-pub use crate::event::{Event, Observer};
-pub use crate::join::{Join, Switch};
-pub use crate::journal::{Journal, JournalStats};
-pub use crate::pace::{
-    Binding, CallOutcome, Lane, LaneSnapshot, Need, Pace, Permit, Place, Priority, Tenant,
-};
-pub use crate::pipeline::{
-    BoxPipeline, FnPipeline, Map, OrElse, Pipeline, PipelineExt, Then, Timeout, pipeline,
-};
-pub use crate::pool::{Pool, Turn, Visit};
+#[doc(inline)]
+pub use crate::pipeline::{Pipeline, PipelineExt, pipeline};
+#[cfg(feature = "anthropic")]
+#[doc(inline)]
+pub use crate::provider::Anthropic;
+#[cfg(feature = "openai")]
+#[doc(inline)]
+pub use crate::provider::OpenAi;
+#[doc(inline)]
+pub use crate::provider::Provider;
 #[cfg(feature = "sim")]
 #[doc(inline)]
 pub use crate::provider::sim::Sim;
-#[cfg(feature = "anthropic")]
 #[doc(inline)]
-pub use crate::provider::{Anthropic, AnthropicBuilder};
+pub use crate::ratelimit::Pace;
 #[doc(inline)]
-pub use crate::provider::{Capabilities, OutputCharge, Provider};
-#[cfg(feature = "openai")]
+pub use crate::request::{Message, Reply, Request, Usage};
 #[doc(inline)]
-pub use crate::provider::{OpenAi, OpenAiBuilder};
-pub use crate::reply::{Delta, FinishReason, Reply, ReplyStream};
-pub use crate::request::{Message, Request, ResponseFormat, Role};
-pub use crate::retry::Retry;
-pub use crate::run::{Audit, ItemResult, Notes, RunSnapshot, Runner, Submit};
-pub use crate::scope::Tally;
-pub use crate::settled::{Outcome, Settled};
-#[cfg(feature = "signal")]
-pub use crate::signal::stop_on_signal;
-pub use crate::stream::Deltas;
-#[cfg(feature = "structured")]
-pub use crate::structured::{
-    Drafts, GenerateAs, Generated, Growing, Items, OnBreak, OnLength, Rejection,
-};
-#[cfg(feature = "tiktoken")]
-pub use crate::tiktoken::Tiktoken;
-pub use crate::timeline::Timeline;
-pub use crate::usage::{Quota, RateSnapshot, Usage};
-pub use crate::worker::{Ambiguous, Drive, Worker, WorkerBuilder, WorkerStats};
+pub use crate::runs::{Runner, Worker};

@@ -2,9 +2,15 @@
 
 use static_assertions::{assert_impl_all, assert_not_impl_any, assert_obj_safe};
 use throughline::{
-    Batch, BoxPipeline, Context, ContextBuilder, Deltas, Error, Event, Lane, LaneSnapshot,
-    Observer, Outcome, Outcomes, Pace, Permit, Pool, Progress, Provider, Reply, ReplyStream,
-    Request, RequestDigest, Retry, Settled, Snapshot, Tally, Turn, Usage, Visit,
+    Batch, Context, ContextBuilder, Error, Outcome, Pace, Provider, Reply, Request, Retry, Settled,
+    Usage,
+    batch::{Outcomes, Progress},
+    call::{Pool, Tally, Turn, Visit},
+    context::{Deltas, Snapshot},
+    observe::{Event, Observer},
+    pipeline::BoxPipeline,
+    ratelimit::{Lane, LaneSnapshot, Permit},
+    request::{ReplyStream, RequestDigest},
 };
 
 type Iter = futures::stream::Iter<std::vec::IntoIter<u8>>;
@@ -34,8 +40,8 @@ assert_impl_all!(Progress: Clone, Send, Sync, Unpin);
 assert_impl_all!(Outcome<u8>: Clone, Send, Sync, Unpin);
 assert_impl_all!(Outcomes<u8>: Send, Unpin);
 assert_impl_all!(Deltas: Send, Unpin);
-assert_impl_all!(throughline::json::Reader: Clone, Send, Sync, Unpin);
-assert_impl_all!(throughline::json::Draft: Clone, Send, Sync, Unpin);
+assert_impl_all!(throughline::structured::json::Reader: Clone, Send, Sync, Unpin);
+assert_impl_all!(throughline::structured::json::Draft: Clone, Send, Sync, Unpin);
 assert_impl_all!(Settled<u8>: Clone, Send, Sync, Unpin);
 assert_impl_all!(ReplyStream: Send, Unpin);
 assert_obj_safe!(Provider, Observer);
@@ -57,10 +63,10 @@ async fn futures_are_send() {
     }
     let cx = Context::builder(Silent).build();
     send(&cx.generate("a"));
-    send(&cx.lane().acquire(throughline::Need::new(1, 1)));
-    let pool = throughline::Pool::new("a", cx.lane().clone());
+    send(&cx.lane().acquire(throughline::ratelimit::Need::new(1, 1)));
+    let pool = throughline::call::Pool::new("a", cx.lane().clone());
     let mut visit = pool.arrive();
-    send(&pool.acquire(throughline::Need::new(1, 1), &mut visit));
+    send(&pool.acquire(throughline::ratelimit::Need::new(1, 1), &mut visit));
     send(&cx.alongside(async { Ok(()) }, cx.generate("a")));
     let nested = cx.fan_out("a", [1]).settle(|cx, _| async move {
         let inner = cx

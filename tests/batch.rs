@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use futures::{FutureExt as _, StreamExt as _, stream};
 use throughline::{
-    Batch, Binding, Context, Error, ErrorKind, Pace, Pipeline, PipelineExt as _, Provider, Reply,
-    Request, Result, Usage, async_trait, pipeline,
+    Batch, Context, Error, ErrorKind, Pace, Pipeline, PipelineExt as _, Provider, Reply, Request,
+    Result, Usage, async_trait, pipeline, ratelimit::Binding,
 };
 use tokio::time::{Instant, sleep};
 
@@ -473,7 +473,7 @@ async fn the_failure_of_try_all_names_its_item() {
     let (_, cx) = setup();
     let weeks = cx.child("plan").fan_out("week", 0..2).sequential();
     let error = weeks.try_all(|cx, week| async move {
-        let days = cx.with_priority(throughline::Priority::Low);
+        let days = cx.with_priority(throughline::ratelimit::Priority::Low);
         let days = days
             .fan_out("day", ["mon", "refuse"])
             .key(|day| day.to_string());
@@ -493,7 +493,7 @@ async fn the_failure_of_try_all_names_its_item() {
 
 #[tokio::test(start_paused = true)]
 async fn ending_a_context_ends_neither_its_parent_nor_its_siblings() {
-    use throughline::{Priority, Tenant};
+    use throughline::ratelimit::{Priority, Tenant};
     let narrowings: [fn(&Context) -> Context; 6] = [
         |cx| cx.child("a"),
         |cx| cx.with_tenant(Tenant::new("acme", 1)),
@@ -542,7 +542,7 @@ async fn ending_the_context_of_a_batch_ends_its_items_wherever_they_are() {
     let (echo, cx) = setup();
     let batch = cx.child("batch");
     let settle = batch.fan_out("n", 0..4).settle(|cx, n| async move {
-        let inner = cx.with_priority(throughline::Priority::Low);
+        let inner = cx.with_priority(throughline::ratelimit::Priority::Low);
         ask(inner.child("call"), n).await
     });
     let (settled, ()) = tokio::join!(settle, async {

@@ -6,8 +6,9 @@ use std::time::Duration;
 
 use throughline::testing::Scripted;
 use throughline::{
-    CancellationToken, Context, Error, ErrorKind, Event, Lane, Pace, Persistence, Provider,
-    RateSnapshot, Reply, Request, Result, Retry, Sim, Switch, Usage, async_trait,
+    CancellationToken, Context, Error, ErrorKind, Pace, Persistence, Provider, Reply, Request,
+    Result, Retry, Sim, Usage, async_trait, context::Switch, observe::Event, ratelimit::Lane,
+    request::RateSnapshot,
 };
 use tokio::time::{Instant, sleep, timeout};
 
@@ -475,7 +476,10 @@ async fn a_refused_account_stops_everybody_until_the_lane_is_reopened() {
     for error in [waiting, cx.generate("c").await.unwrap_err()] {
         assert_eq!(error.kind(), ErrorKind::Unauthorized);
     }
-    assert_eq!(cx.snapshot().lane.binding, throughline::Binding::Stopped);
+    assert_eq!(
+        cx.snapshot().lane.binding,
+        throughline::ratelimit::Binding::Stopped
+    );
     assert_eq!(
         (script.requests().len(), stopped.load(Ordering::Relaxed)),
         (1, 1)

@@ -25,8 +25,10 @@ use futures::{FutureExt as _, StreamExt as _, stream};
 use throughline::provider::Capabilities;
 use throughline::store::Memory;
 use throughline::{
-    CallOutcome, Context, Delta, Deployment, Error, ErrorKind, Lane, Need, Pace, Pool, Priority,
-    Provider, Reply, ReplyStream, Request, Result, Tenant, Usage, async_trait,
+    Context, Error, ErrorKind, Pace, Provider, Reply, Request, Result, Usage, async_trait,
+    call::{Deployment, Pool},
+    ratelimit::{CallOutcome, Lane, Need, Priority, Tenant},
+    request::{Delta, ReplyStream},
 };
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};

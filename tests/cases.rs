@@ -14,7 +14,9 @@ use std::time::Duration;
 use throughline::provider::sim::SimBuilder;
 use throughline::store::{Memory, Store as _};
 use throughline::testing::Counted;
-use throughline::{Context, ErrorKind, Event, Outcome, Progress, Settled, Switch};
+use throughline::{
+    Context, ErrorKind, Outcome, Settled, batch::Progress, context::Switch, observe::Event,
+};
 use tokio::time::Instant;
 
 use self::log::{QualityLog, as_it_was, class};

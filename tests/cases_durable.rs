@@ -29,7 +29,7 @@ use sqlx::Connection as _;
 use tempfile::TempDir;
 use throughline::provider::sim::Ledger;
 use throughline::store::{Commit, Sqlite};
-use throughline::{Journal, RequestDigest, Runner};
+use throughline::{Runner, request::RequestDigest, store::Journal};
 
 use self::long::is_long;
 use self::program::program;

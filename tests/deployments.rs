@@ -6,8 +6,10 @@ use std::time::Duration;
 use throughline::provider::sim::{Enforcement, Sim};
 use throughline::testing::Scripted;
 use throughline::{
-    Binding, Context, Deployment, Error, ErrorKind, Event, Pace, Priority, Request, Result, Retry,
-    Settled,
+    Context, Error, ErrorKind, Pace, Request, Result, Retry, Settled,
+    call::Deployment,
+    observe::Event,
+    ratelimit::{Binding, Priority},
 };
 use tokio::time::Instant;
 

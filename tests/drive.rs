@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use throughline::store::{Claim, Memory, Queue as _, RunId};
 use throughline::testing::Counted;
-use throughline::{Context, Drive, Pace, Runner, Sim, Worker, pipeline};
+use throughline::{Context, Pace, Runner, Sim, Worker, pipeline, runs::Drive};
 use tokio::time::{Instant, sleep, timeout};
 
 use self::support::{MINUTE, ask, check, sim, worker};

@@ -12,7 +12,10 @@ use throughline::store::{
     Claim, Handling, Memory, NewItem, NewRun, Queue, RunFilter, Status, Store,
 };
 use throughline::testing::Counted;
-use throughline::{Ambiguous, Context, Drive, Error, ErrorKind, Runner, Sim, Worker, pipeline};
+use throughline::{
+    Context, Error, ErrorKind, Runner, Sim, Worker, pipeline,
+    runs::{Ambiguous, Drive},
+};
 use tokio::time::{sleep, timeout};
 
 use self::support::{MINUTE, ask, check, sim, worker};

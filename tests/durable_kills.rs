@@ -32,7 +32,7 @@ use serde_json::Value;
 use sqlx::Connection as _;
 use tempfile::TempDir;
 use throughline::provider::sim::Ledger;
-use throughline::{RequestDigest, Runner};
+use throughline::{Runner, request::RequestDigest};
 
 use self::long::is_long;
 use self::postgres::Schemas;

@@ -9,9 +9,9 @@ use std::time::Duration;
 
 use futures::StreamExt as _;
 use throughline::{
-    Binding, Context, ContextBuilder, Error, ErrorKind, Event, Pace, Pipeline as _,
-    PipelineExt as _, Provider, Reply, Request, Result, Retry, Settled, Sim, Usage, async_trait,
-    pipeline,
+    Context, ContextBuilder, Error, ErrorKind, Pace, Pipeline as _, PipelineExt as _, Provider,
+    Reply, Request, Result, Retry, Settled, Sim, Usage, async_trait, observe::Event, pipeline,
+    ratelimit::Binding,
 };
 use tokio::time::{Instant, sleep, timeout};
 

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use serde_json::json;
 use throughline::ErrorKind::{self, *};
-use throughline::{FinishReason, OpenAi, Persistence, Provider, Request};
+use throughline::{OpenAi, Persistence, Provider, Request, request::FinishReason};
 
 use support::server::{Script, Server};
 use support::{ANTHROPIC_BODY, KEY, OPENAI_BODY, anthropic, both, openai, request};

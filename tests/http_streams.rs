@@ -4,7 +4,7 @@
 mod support;
 
 use throughline::ErrorKind::{self, *};
-use throughline::{FinishReason, OpenAi, Provider};
+use throughline::{OpenAi, Provider, request::FinishReason};
 
 use support::server::{Act, Script, Server};
 use support::{OPENAI_BODY, anthropic, both, collect, openai};
@@ -456,6 +456,6 @@ async fn text_comes_as_it_is_written() {
     let mut stream = openai(&server).stream(&support::request()).await.unwrap();
     assert_eq!(
         stream.next().await.unwrap().unwrap(),
-        throughline::Delta::Text("a".into())
+        throughline::request::Delta::Text("a".into())
     );
 }

@@ -9,8 +9,9 @@ use serde::Deserialize;
 use throughline::store::Memory;
 use throughline::testing::Scripted;
 use throughline::{
-    Context, Error, ErrorKind, FinishReason, Growing, Items, OnBreak, Pace, Provider as _, Reply,
-    ResponseFormat, Result, Role, Usage,
+    Context, Error, ErrorKind, Pace, Provider as _, Reply, Result, Usage,
+    request::{FinishReason, ResponseFormat, Role},
+    structured::{Growing, Items, OnBreak},
 };
 use tokio::time::{Instant, sleep};
 

@@ -3,7 +3,7 @@
 use proptest::collection::vec;
 use proptest::prelude::*;
 use serde_json::{Value, json};
-use throughline::json::{Draft, Reader};
+use throughline::structured::json::{Draft, Reader};
 use throughline::{Error, Result};
 
 /// JSON of any shape, with strings that need every kind of escape.

@@ -10,8 +10,9 @@ use futures::FutureExt;
 use futures::future::join_all;
 use static_assertions::assert_impl_all;
 use throughline::{
-    Binding, CallOutcome, Error, ErrorKind, Lane, LaneSnapshot, Need, Pace, Permit, Place,
-    RateSnapshot, Tenant, Usage,
+    Error, ErrorKind, Pace, Usage,
+    ratelimit::{Binding, CallOutcome, Lane, LaneSnapshot, Need, Permit, Place, Tenant},
+    request::RateSnapshot,
 };
 use tokio::time::{Duration, Instant, sleep, timeout};
 

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use throughline::store::{Commit, MemoKey, Memory, NewItem, NewRun, Note, Store as _};
 use throughline::testing::Counted;
-use throughline::{Context, Error, ErrorKind, Journal, Request, Result, Sim, Usage};
-use throughline::{Event, Provider, Reply, async_trait};
+use throughline::{Context, Error, ErrorKind, Request, Result, Sim, Usage, store::Journal};
+use throughline::{Provider, Reply, async_trait, observe::Event};
 
 /// Answers each call with another number.
 #[derive(Clone, Default)]

@@ -6,7 +6,9 @@ use futures::StreamExt as _;
 use futures::future::join_all;
 use throughline::provider::sim::{Enforcement, Sim};
 use throughline::{
-    CallOutcome, Error, ErrorKind, Lane, Need, Pace, Pool, Provider as _, Request, Result,
+    Error, ErrorKind, Pace, Provider as _, Request, Result,
+    call::Pool,
+    ratelimit::{CallOutcome, Lane, Need},
 };
 use tokio::time::{Instant, timeout};
 

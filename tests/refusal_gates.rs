@@ -10,7 +10,7 @@
 use std::time::Duration;
 
 use throughline::provider::sim::{Headers, Sim, SimBuilder};
-use throughline::{Context, Lane, Pace, Retry};
+use throughline::{Context, Pace, Retry, ratelimit::Lane};
 use tokio::time::Instant;
 
 const SECOND: Duration = Duration::from_secs(1);

@@ -8,7 +8,8 @@ use serde_json::{Value, json};
 use throughline::store::{Commit, Memory, RunFilter, RunId, Status, Store};
 use throughline::testing::Counted;
 use throughline::{
-    Context, Drive, Error, ErrorKind, Pipeline, Result, RunSnapshot, Runner, Sim, Worker, pipeline,
+    Context, Error, ErrorKind, Pipeline, Result, Runner, Sim, Worker, pipeline,
+    runs::{Drive, RunSnapshot},
 };
 
 const MINUTE: Duration = Duration::from_secs(60);

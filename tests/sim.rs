@@ -12,7 +12,9 @@ use futures::future::{join_all, poll_immediate};
 use proptest::prelude::*;
 use throughline::provider::sim::{Ended, Enforcement, Headers, Ledger, Sim, SimBuilder, Tokens};
 use throughline::{
-    Delta, Error, ErrorKind, FinishReason, OutputCharge, Provider, Reply, Request, Result, Usage,
+    Error, ErrorKind, Provider, Reply, Request, Result, Usage,
+    provider::OutputCharge,
+    request::{Delta, FinishReason},
 };
 use tokio::time::{Instant, advance, sleep, timeout};
 

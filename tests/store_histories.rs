@@ -27,7 +27,7 @@ use throughline::store::{
     Sqlite, Status,
 };
 use throughline::testing::Counted;
-use throughline::{Error, ErrorKind, RequestDigest, Result, Runner, Usage};
+use throughline::{Error, ErrorKind, Result, Runner, Usage, request::RequestDigest};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 

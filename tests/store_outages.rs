@@ -21,7 +21,8 @@ use throughline::store::{
 };
 use throughline::testing::{Counted, store};
 use throughline::{
-    Context, Drive, Error, ErrorKind, Journal, RequestDigest, Runner, Sim, Usage, Worker, pipeline,
+    Context, Error, ErrorKind, Runner, Sim, Usage, Worker, pipeline, request::RequestDigest,
+    runs::Drive, store::Journal,
 };
 use tokio::time::{sleep, timeout};
 

@@ -5,8 +5,8 @@ use std::time::Duration;
 use futures::StreamExt as _;
 use throughline::testing::Scripted;
 use throughline::{
-    Context, Delta, Deltas, Error, ErrorKind, Event, Pace, Provider, Reply, Request, Result, Retry,
-    Sim, Usage, async_trait,
+    Context, Error, ErrorKind, Pace, Provider, Reply, Request, Result, Retry, Sim, Usage,
+    async_trait, context::Deltas, observe::Event, request::Delta,
 };
 use tokio::time::{Instant, sleep};
 
@@ -125,7 +125,7 @@ impl Provider for Stalls {
     async fn generate(&self, _: &Request) -> Result<Reply> {
         Ok(Reply::new("", Usage::default()))
     }
-    async fn stream(&self, _: &Request) -> Result<throughline::ReplyStream> {
+    async fn stream(&self, _: &Request) -> Result<throughline::request::ReplyStream> {
         let words = futures::stream::iter(["a", "b"]).then(|word| async move {
             sleep(10 * SECOND).await;
             Ok(Delta::Text(word.into()))

@@ -10,8 +10,10 @@ use serde::{Deserialize, Serialize};
 use throughline::store::Memory;
 use throughline::testing::Scripted;
 use throughline::{
-    Context, Error, ErrorKind, Event, FinishReason, OnLength, Reply, Request, ResponseFormat,
-    Result, Role, Usage,
+    Context, Error, ErrorKind, Reply, Request, Result, Usage,
+    observe::Event,
+    request::{FinishReason, ResponseFormat, Role},
+    structured::OnLength,
 };
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]

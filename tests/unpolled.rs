@@ -9,7 +9,10 @@ use std::time::Duration;
 use futures::future::{BoxFuture, FutureExt as _, join_all};
 use futures::stream::{self, StreamExt as _};
 use throughline::provider::sim::Sim;
-use throughline::{CallOutcome, Lane, Need, Pace, Permit, Result};
+use throughline::{
+    Pace, Result,
+    ratelimit::{CallOutcome, Lane, Need, Permit},
+};
 use tokio::runtime::{Builder, Handle};
 use tokio::task::yield_now;
 use tokio::time::{Instant, Sleep, sleep, timeout};

@@ -4,7 +4,7 @@ use std::collections::HashSet;
 
 use throughline::provider::sim::Ledger;
 use throughline::store::RunFilter;
-use throughline::{Error, Result, RunSnapshot, Runner};
+use throughline::{Error, Result, Runner, runs::RunSnapshot};
 use tokio::process::Command;
 use tokio::time::sleep;
 

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
-use throughline::{Error, ErrorKind, FinishReason, Outcome, Reply};
+use throughline::{Error, ErrorKind, Outcome, Reply, request::FinishReason};
 
 /// A result as it is written.
 #[derive(Serialize)]

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use throughline::{Context, Event, Outcome};
+use throughline::{Context, Outcome, observe::Event};
 
 pub struct Report {
     limit: u64,

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use throughline::provider::sim::{Enforcement, Second};
-use throughline::{Context, Event, Lane, Pace, Sim};
+use throughline::{Context, Pace, Sim, observe::Event, ratelimit::Lane};
 use tokio::time::Instant;
 
 use crate::bound::{Calls, Curve, Limit, lower_bound};

@@ -7,7 +7,7 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 use serde_json::json;
 use throughline::provider::sim::SimBuilder;
-use throughline::{Context, Outcome, Progress, Request, Result, Settled, Sim};
+use throughline::{Context, Outcome, Request, Result, Settled, Sim, batch::Progress};
 
 /// A routine as the plan has it.
 #[derive(Deserialize, JsonSchema)]

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use throughline::store::{Commit, Store};
-use throughline::{Context, Journal, Notes, Result, Runner, Sim};
+use throughline::{Context, Result, Runner, Sim, runs::Notes, store::Journal};
 
 /// Movements of a class.
 const MOVEMENTS: usize = 9;

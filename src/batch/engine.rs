@@ -17,12 +17,12 @@ use tokio::time::Instant;
 use super::intake::{CutShort, Intake, yield_after};
 use super::open_items::OpenItems;
 use super::{Batch, Parallelism, ProgressFn};
+use crate::batch::Outcome;
+use crate::call::memo::Repeats;
+use crate::call::scope::Scope;
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::event::Event;
-use crate::memo::Repeats;
-use crate::scope::Scope;
-use crate::settled::Outcome;
 
 /// The place of an outcome in the window of a stream, free again when the consumer takes it.
 type Room = Option<OwnedSemaphorePermit>;

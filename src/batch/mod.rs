@@ -4,6 +4,7 @@ mod engine;
 mod inputs;
 mod intake;
 mod open_items;
+mod settled;
 
 use std::sync::Arc;
 
@@ -14,11 +15,11 @@ use tokio::time::Instant;
 pub use self::engine::{Outcomes, Progress};
 pub use self::inputs::IntoInputs;
 use self::intake::{CutShort, yield_after};
+pub use self::settled::{Outcome, Settled};
 use crate::context::Context;
 use crate::error::Result;
-use crate::pace::Priority;
 use crate::pipeline::Pipeline;
-use crate::settled::Settled;
+use crate::ratelimit::Priority;
 
 /// How many items run at a time unless the batch says otherwise: enough that the lane,
 /// which paces the calls, is what limits most accounts.

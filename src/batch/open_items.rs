@@ -8,7 +8,7 @@ use crate::context::Context;
 /// Counts the open items of one batch and reports to the context while the batch has inputs left and may not start
 /// another: then its parallelism, and not the provider, can be the limiting factor ([`Binding::OpenItems`]).
 ///
-/// [`Binding::OpenItems`]: crate::Binding::OpenItems
+/// [`Binding::OpenItems`]: crate::ratelimit::Binding::OpenItems
 pub(super) struct OpenItems {
     batch: Context,
     /// Open items that keep another from starting.

@@ -7,21 +7,21 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::{Context, Items, Shared};
-use crate::deployment::Deployment;
-use crate::estimate::TokenCounter;
+use crate::call::deployment::Deployment;
+use crate::call::estimate::TokenCounter;
+use crate::call::guard::Guard;
+use crate::call::memo::{Memo, Place};
+use crate::call::pool::Pool;
+use crate::call::retry::Retry;
+use crate::call::scope::{Bounds, Scope};
+use crate::context::Switch;
 use crate::event::{Event, Observer, Observers};
-use crate::guard::Guard;
-use crate::join::Switch;
-use crate::journal::Journal;
-use crate::memo::{Memo, Place};
-use crate::pace::{Lane, Pace};
-use crate::pool::Pool;
 use crate::provider::Provider;
+use crate::ratelimit::{Lane, Pace};
 #[cfg(doc)]
 use crate::request::Request;
-use crate::retry::Retry;
-use crate::scope::{Bounds, Scope};
 use crate::store::Store;
+use crate::store::journal::Journal;
 
 /// Builds a [`Context`].
 #[must_use = "a builder does nothing until `build`"]

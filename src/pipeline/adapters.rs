@@ -5,9 +5,9 @@ use std::time::Duration;
 use tokio::time::timeout;
 
 use super::Pipeline;
+use crate::call::scope::Tally;
 use crate::context::Context;
 use crate::error::{Error, ErrorKind, Result};
-use crate::scope::Tally;
 
 /// One pipeline after the other ([`PipelineExt::then`](super::PipelineExt::then)).
 #[derive(Debug, Clone)]

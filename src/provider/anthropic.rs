@@ -10,9 +10,9 @@ use serde_json::json;
 use super::http::{self, Dialect, Fields, Http, Json, Parts, Settings};
 use super::{Capabilities, OutputCharge, Provider};
 use crate::error::{Error, ErrorKind, Result};
-use crate::reply::{FinishReason, Reply, ReplyStream};
+use crate::request::Usage;
+use crate::request::reply::{FinishReason, Reply, ReplyStream};
 use crate::request::{Request, ResponseFormat, Role};
-use crate::usage::Usage;
 
 const BASE_URL: &str = "https://api.anthropic.com";
 const VERSION: &str = "2023-06-01";

@@ -27,8 +27,8 @@ use async_trait::async_trait;
 use futures::stream;
 
 use crate::error::Result;
-use crate::reply::{Delta, Reply, ReplyStream};
 use crate::request::Request;
+use crate::request::reply::{Delta, Reply, ReplyStream};
 
 #[cfg(feature = "anthropic")]
 pub use self::anthropic::{Anthropic, AnthropicBuilder};
@@ -96,9 +96,9 @@ pub trait Provider: Send + Sync + 'static {
 pub struct Capabilities {
     /// [`Provider::stream`] yields text while it is being written.
     pub streaming: bool,
-    /// [`ResponseFormat::Json`](crate::ResponseFormat::Json) is enforced.
+    /// [`ResponseFormat::Json`](crate::request::ResponseFormat::Json) is enforced.
     pub json: bool,
-    /// [`ResponseFormat::JsonSchema`](crate::ResponseFormat::JsonSchema) is enforced.
+    /// [`ResponseFormat::JsonSchema`](crate::request::ResponseFormat::JsonSchema) is enforced.
     pub json_schema: bool,
     /// How the provider charges output tokens against its rate limit.
     pub output_charge: OutputCharge,

@@ -10,9 +10,9 @@ use serde_json::{Value, json};
 use super::http::{self, Dialect, Fields, Http, Json, Parts, Settings};
 use super::{Capabilities, Provider};
 use crate::error::{Error, ErrorKind, Result};
-use crate::reply::{FinishReason, Reply, ReplyStream};
+use crate::request::Usage;
+use crate::request::reply::{FinishReason, Reply, ReplyStream};
 use crate::request::{Request, ResponseFormat};
-use crate::usage::Usage;
 
 const BASE_URL: &str = "https://api.openai.com/v1";
 

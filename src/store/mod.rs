@@ -54,6 +54,7 @@ mod change;
 #[cfg(any(feature = "sqlite", feature = "postgres"))]
 mod detached;
 mod given;
+pub(crate) mod journal;
 mod memory;
 #[cfg(feature = "postgres")]
 mod postgres;
@@ -71,6 +72,7 @@ use async_trait::async_trait;
 use crate::error::Result;
 
 pub use self::given::{Claim, Commit, NewItem, NewRun, Note, RunFilter, Settlement};
+pub use self::journal::{Journal, JournalStats};
 pub use self::memory::Memory;
 #[cfg(feature = "postgres")]
 pub use self::postgres::{Postgres, PostgresBuilder};

@@ -7,9 +7,9 @@ use std::time::SystemTime;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
-use crate::digest::RequestDigest;
 use crate::error::{Error, ErrorKind, Result};
-use crate::usage::Usage;
+use crate::request::RequestDigest;
+use crate::request::Usage;
 
 /// The format of the records that this release writes. Every row carries it.
 pub const FORMAT: u32 = 1;

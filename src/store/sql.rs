@@ -283,13 +283,13 @@ macro_rules! decode {
             use sqlx::Row as _;
             use $crate::store::sql::{bytes, from_sql};
             let mut usage =
-                $crate::usage::Usage::new(from_sql(row.try_get(3)?), from_sql(row.try_get(4)?));
+                $crate::request::Usage::new(from_sql(row.try_get(3)?), from_sql(row.try_get(4)?));
             usage.cached_input_tokens = from_sql(row.try_get(5)?);
             usage.reasoning_tokens = from_sql(row.try_get(6)?);
             Ok($crate::store::records::Generation {
                 tenant: tenant.to_owned(),
                 key: $crate::store::records::MemoKey::new(bytes(row.try_get(0)?)?),
-                request: $crate::digest::RequestDigest::from_bytes(bytes(row.try_get(1)?)?),
+                request: $crate::request::RequestDigest::from_bytes(bytes(row.try_get(1)?)?),
                 body: row.try_get(2)?,
                 usage,
                 cost_micros: row.try_get::<Option<i64>, _>(7)?.map(from_sql),

@@ -4,7 +4,7 @@ use serde::de::{DeserializeOwned, IgnoredAny};
 use serde_json::error::Category;
 
 use super::{SHOWN, boundary, quote};
-use crate::json;
+use crate::structured::json;
 
 /// The `T` in a reply. It may be in a code fence, have prose around it, and be JSON within a
 /// JSON string; but there may be one alone, and nothing in it is mended.

@@ -4,8 +4,8 @@ use schemars::{JsonSchema, SchemaGenerator};
 use serde_json::{Map, Value, json};
 
 use crate::provider::Capabilities;
+use crate::request::schema::enforceable;
 use crate::request::{Derived, Request, ResponseFormat};
-use crate::schema::enforceable;
 
 /// The field of a value that is no object: providers enforce objects only.
 pub(super) const VALUE: &str = "value";

@@ -14,11 +14,11 @@ use super::extract;
 use super::form::Form;
 use super::typed::finished;
 use crate::context::Context;
+use crate::context::Deltas;
 use crate::error::{Error, ErrorKind, Result};
-use crate::json::Draft;
-use crate::reply::Delta;
+use crate::request::Delta;
 use crate::request::Request;
-use crate::stream::Deltas;
+use crate::structured::json::Draft;
 
 /// A value while it grows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,7 +58,7 @@ impl Context {
     /// use futures::StreamExt;
     /// use schemars::JsonSchema;
     /// use serde::Deserialize;
-    /// use throughline::{Context, Growing, testing::Scripted};
+    /// use throughline::{Context, testing::Scripted, structured::Growing};
     ///
     /// #[derive(Debug, Default, PartialEq, Deserialize, JsonSchema)]
     /// #[serde(default)]

@@ -13,13 +13,13 @@ use serde::de::DeserializeOwned;
 
 use super::extract;
 use super::form::Form;
+use crate::call::guard::Unkept;
 use crate::context::Context;
+use crate::context::Deltas;
 use crate::error::{Error, ErrorKind, Result};
-use crate::guard::Unkept;
-use crate::json::Reader;
-use crate::reply::{Delta, FinishReason, Reply};
+use crate::request::reply::{Delta, FinishReason, Reply};
 use crate::request::{Message, Request, Role};
-use crate::stream::Deltas;
+use crate::structured::json::Reader;
 
 /// What becomes of a list whose reply is cut or breaks off ([`Items::on_break`]). The
 /// elements that have come stand either way.

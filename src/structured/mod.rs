@@ -9,6 +9,7 @@ mod extract;
 mod form;
 mod growing;
 mod items;
+pub mod json;
 mod typed;
 
 pub use self::growing::{Drafts, Growing};

@@ -12,7 +12,7 @@ use super::form::Form;
 use super::{QUOTED, SHOWN, extract, quote};
 use crate::context::Context;
 use crate::error::{Error, ErrorKind, Persistence, Result};
-use crate::reply::{FinishReason, Reply};
+use crate::request::reply::{FinishReason, Reply};
 use crate::request::{Message, Request, Role};
 
 /// So many requests for one value: the first, and two with what was wrong.
@@ -34,14 +34,14 @@ impl Context {
     /// Asks for a value of `T`.
     ///
     /// The schema of `T` goes into the provider's own field where it
-    /// [enforces schemas](crate::Capabilities::json_schema) and can enforce this one (maps and free JSON
+    /// [enforces schemas](crate::provider::Capabilities::json_schema) and can enforce this one (maps and free JSON
     /// cannot be), else into the prompt. A request whose
     /// [`response_format`](Request::response_format) is set already is sent as it is.
     ///
     /// The value may come in a code fence or with prose around it. A reply that does not fit is
     /// quoted to the model with what is wrong and where, and asked for again: twice unless
     /// [`attempts`](GenerateAs::attempts) says otherwise, counted in
-    /// [`Tally::reasked`](crate::Tally::reasked) and not among the retries, which failing calls have
+    /// [`Tally::reasked`](crate::call::Tally::reasked) and not among the retries, which failing calls have
     /// besides. Each reply comes through [`generate`](Self::generate).
     ///
     /// ```

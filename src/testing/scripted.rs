@@ -11,9 +11,9 @@ use tokio::time::{Instant, sleep_until};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::provider::{Capabilities, Provider};
-use crate::reply::{Delta, Reply, ReplyStream};
 use crate::request::Request;
-use crate::usage::Usage;
+use crate::request::Usage;
+use crate::request::reply::{Delta, Reply, ReplyStream};
 
 /// A provider that answers from a script, line by line, and keeps the requests it saw.
 ///
@@ -123,7 +123,7 @@ impl Scripted {
     /// ```
     /// use std::time::Duration;
     /// use futures::StreamExt;
-    /// use throughline::{Delta, Provider, Request, testing::Scripted};
+    /// use throughline::{Provider, Request, testing::Scripted, request::Delta};
     ///
     /// # #[tokio::main(flavor = "current_thread", start_paused = true)]
     /// # async fn main() -> throughline::Result<()> {

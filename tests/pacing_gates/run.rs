@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use futures::future::join_all;
 use throughline::provider::sim::{Ledger, Sim};
-use throughline::{Context, Event, Lane, Request, Settled};
+use throughline::{Context, Request, Settled, observe::Event, ratelimit::Lane};
 use tokio::time::Instant;
 
 use crate::bound::{Calls, lower_bound};

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use throughline::store::{Queue, RunId, Store};
-use throughline::{Context, Pipeline, Runner, Sim, Worker, WorkerBuilder};
+use throughline::{Context, Pipeline, Runner, Sim, Worker, runs::WorkerBuilder};
 
 pub const MINUTE: Duration = Duration::from_secs(60);
 

@@ -7,7 +7,7 @@ pub mod server;
 use std::sync::Arc;
 
 use futures::StreamExt as _;
-use throughline::{Anthropic, Delta, Error, OpenAi, Provider, Reply, Request, Result};
+use throughline::{Anthropic, Error, OpenAi, Provider, Reply, Request, Result, request::Delta};
 
 use self::server::Server;
 

@@ -14,9 +14,9 @@ use super::form::Form;
 use super::sse::Events;
 use super::{Head, Http, Limits, classify};
 use crate::error::{Error, ErrorKind, Result};
-use crate::reply::{Delta, FinishReason, Reply, ReplyStream};
 use crate::request::Request;
-use crate::usage::Usage;
+use crate::request::Usage;
+use crate::request::reply::{Delta, FinishReason, Reply, ReplyStream};
 
 /// How a provider writes replies.
 pub(crate) trait Dialect: Send + 'static {

@@ -39,11 +39,11 @@ use tokio::time::{Instant, Sleep, sleep_until};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::provider::rate_headers;
-use crate::usage::RateSnapshot;
+use crate::request::RateSnapshot;
 
 pub(crate) use self::exchange::{Dialect, Fields, Json, Parts, model};
 pub(crate) use self::setters::shared_setters;
-pub(crate) use crate::schema::enforceable;
+pub(crate) use crate::request::schema::enforceable;
 
 use self::body::Body;
 use self::connect::Upload;

@@ -279,7 +279,7 @@ impl SimBuilder {
     }
 
     /// How often an answer is cut in the middle: a stream ends without its
-    /// [`Delta::End`](crate::Delta::End), a whole reply is malformed. What was generated
+    /// [`Delta::End`](crate::request::Delta::End), a whole reply is malformed. What was generated
     /// until then is billed.
     pub fn cut_rate(self, rate: f64) -> Self {
         self.fault(Fault::Cut, rate)

@@ -9,10 +9,10 @@ use tokio::time::Instant;
 use super::Inner;
 use super::ledger::Ended;
 use super::model::{Fault, Plan};
-use crate::digest::RequestDigest;
 use crate::error::{Error, ErrorKind, Result};
-use crate::reply::{Delta, Reply, ReplyStream};
-use crate::usage::{RateSnapshot, Usage};
+use crate::request::RequestDigest;
+use crate::request::reply::{Delta, Reply, ReplyStream};
+use crate::request::usage::{RateSnapshot, Usage};
 
 /// A call in flight. Dropping it before it is settled is what a cancelled client does.
 pub(super) struct Call {

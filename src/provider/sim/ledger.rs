@@ -9,9 +9,9 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::digest::RequestDigest;
 use crate::error::{Error, ErrorKind, Result};
-use crate::usage::Usage;
+use crate::request::RequestDigest;
+use crate::request::Usage;
 
 /// What the provider saw and billed until one moment: a copy, taken by
 /// [`Sim::ledger`](super::Sim::ledger) or [read](Ledger::read) from a file.

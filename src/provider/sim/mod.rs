@@ -69,11 +69,11 @@ use self::ledger::Book;
 use self::limits::{Cost, Limiter};
 use self::model::{Model, Plan};
 use super::{Capabilities, OutputCharge, Provider};
-use crate::digest::RequestDigest;
 use crate::error::{Error, ErrorKind, Result};
-use crate::reply::{Reply, ReplyStream};
 use crate::request::Request;
-use crate::usage::{RateSnapshot, Usage};
+use crate::request::RequestDigest;
+use crate::request::reply::{Reply, ReplyStream};
+use crate::request::usage::{RateSnapshot, Usage};
 
 /// The simulated provider; see the [module](self). Clones share one account.
 #[derive(Clone)]

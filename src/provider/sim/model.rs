@@ -12,10 +12,10 @@ use std::time::Duration;
 
 use fastrand::Rng;
 
-use crate::digest::RequestDigest;
 use crate::error::ErrorKind;
-use crate::reply::FinishReason;
+use crate::request::FinishReason;
 use crate::request::Request;
+use crate::request::RequestDigest;
 
 /// How many tokens answers have.
 #[derive(Debug, Clone, Copy, PartialEq)]

@@ -6,14 +6,14 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::{LONG, all_items, create, lease, read};
-use crate::digest::RequestDigest;
 use crate::error::{Error, ErrorKind, Result};
 use crate::request::Request;
+use crate::request::RequestDigest;
+use crate::request::Usage;
 use crate::store::{
     Claim, Commit, Generation, Hold, Intent, Item, MemoKey, NewItem, NewRun, Note, Queue,
     RunFilter, RunId, Settlement, Status,
 };
-use crate::usage::Usage;
 
 pub(super) type Store = Arc<dyn Queue>;
 

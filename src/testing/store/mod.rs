@@ -23,7 +23,7 @@ mod races;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::run::Audit;
+use crate::runs::Audit;
 use crate::store::{Claim, Handling, Item, LeaseId, NewItem, NewRun, Queue, Run, RunId, Store};
 
 pub use self::model::against_model;

@@ -10,11 +10,11 @@ use serde_json::Value;
 use super::{LONG, all_items};
 use crate::error::{Error, ErrorKind, Result};
 use crate::request::Request;
+use crate::request::Usage;
 use crate::store::{
     Claim, Commit, Generation, Handling, Hold, Intent, Item, ItemId, LeaseId, MemoKey, Memory,
     NewItem, NewRun, Note, Queue, RunFilter, RunId, Settlement, Status, Store as _,
 };
-use crate::usage::Usage;
 
 /// Takes `steps` random steps on `store`, which must be empty, and on a [`Memory`], and compares
 /// what they answer and, now and then, all that they hold. The same `seed` walks the same way.

@@ -1,0 +1,213 @@
+//! [`Settled`]: the outcome of every item, in input order.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::call::scope::Tally;
+use crate::error::{Error, ErrorKind, Result};
+
+/// How one item of a batch ended.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct Outcome<T> {
+    /// The item's place among the inputs, from 0.
+    pub index: usize,
+    /// The item's key, where the batch was given [`key`](crate::Batch::key).
+    pub key: Option<Arc<str>>,
+    /// The value, or why there is none.
+    pub result: Result<T>,
+    /// What the item cost, with everything below it: calls, attempts, tokens.
+    pub tally: Tally,
+    /// When the item started, counted from the start of the batch.
+    pub started: Duration,
+    /// How long the item took, waiting for the lane included.
+    pub elapsed: Duration,
+}
+
+impl<T> Outcome<T> {
+    /// Whether there is a value.
+    pub fn is_ok(&self) -> bool {
+        self.result.is_ok()
+    }
+
+    /// When the item ended, counted from the start of the batch.
+    pub fn ended(&self) -> Duration {
+        self.started + self.elapsed
+    }
+
+    /// How a path names the item: by its key, or else by its index.
+    pub(crate) fn name(&self) -> String {
+        match &self.key {
+            Some(key) => key.to_string(),
+            None => self.index.to_string(),
+        }
+    }
+
+    /// Why there is no value.
+    pub fn error(&self) -> Option<&Error> {
+        self.result.as_ref().err()
+    }
+}
+
+/// The outcome of every item of a batch, in input order: one for each input, none lost.
+///
+/// `Display` sums it up in a line.
+///
+/// ```
+/// use throughline::{Context, Error, testing::Scripted};
+///
+/// # #[tokio::main(flavor = "current_thread")] async fn main() {
+/// # let cx = Context::builder(Scripted::new()).build();
+/// let halves = cx.fan_out("half", [4, 5, 6]).settle(async |_cx, n| {
+///     if n % 2 == 0 { Ok(n / 2) } else { Err(Error::other("odd")) }
+/// });
+/// let halves = halves.await;
+/// assert_eq!(halves.oks().collect::<Vec<_>>(), [&2, &3]);
+/// assert_eq!(halves.failures().next().unwrap().index, 1);
+/// assert!(halves.clone().at_least(3).is_err());
+/// assert_eq!(halves.or_fallback(|_failed| 0), [2, 0, 3]);
+/// # }
+/// ```
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[must_use = "the failures are in here too"]
+pub struct Settled<T> {
+    outcomes: Vec<Outcome<T>>,
+    elapsed: Duration,
+}
+
+impl<T> Settled<T> {
+    pub(crate) fn new(mut outcomes: Vec<Outcome<T>>, elapsed: Duration) -> Self {
+        outcomes.sort_unstable_by_key(|outcome| outcome.index);
+        Self { outcomes, elapsed }
+    }
+
+    /// All outcomes, in input order.
+    pub fn outcomes(&self) -> &[Outcome<T>] {
+        &self.outcomes
+    }
+
+    /// How many items there were.
+    pub fn len(&self) -> usize {
+        self.outcomes.len()
+    }
+
+    /// Whether there were no items at all.
+    pub fn is_empty(&self) -> bool {
+        self.outcomes.is_empty()
+    }
+
+    /// The values, in input order.
+    pub fn oks(&self) -> impl Iterator<Item = &T> {
+        self.outcomes
+            .iter()
+            .filter_map(|outcome| outcome.result.as_ref().ok())
+    }
+
+    /// The outcomes without a value, in input order.
+    pub fn failures(&self) -> impl Iterator<Item = &Outcome<T>> {
+        self.outcomes.iter().filter(|outcome| !outcome.is_ok())
+    }
+
+    /// What the whole batch cost.
+    pub fn tally(&self) -> Tally {
+        let mut sum = Tally::default();
+        for Outcome { tally, .. } in &self.outcomes {
+            sum += *tally;
+        }
+        sum
+    }
+
+    /// How long the whole batch took.
+    pub fn elapsed(&self) -> Duration {
+        self.elapsed
+    }
+
+    /// The values, if there are at least `n` of them.
+    ///
+    /// # Errors
+    /// [`ErrorKind::TooFew`] with the summary as its message and the first failure as its source.
+    pub fn at_least(self, n: usize) -> Result<Vec<T>> {
+        if self.oks().count() >= n {
+            return Ok(self.into_oks());
+        }
+        let error = Error::new(ErrorKind::TooFew, format!("{self}, {n} were needed"));
+        Err(match self.failures().next().and_then(Outcome::error) {
+            Some(first) => error.with_source(first.clone()),
+            None => error,
+        })
+    }
+
+    /// The values, if there is one for every input.
+    ///
+    /// # Errors
+    /// As [`at_least`](Self::at_least).
+    pub fn all(self) -> Result<Vec<T>> {
+        let n = self.len();
+        self.at_least(n)
+    }
+
+    /// A value for every input, in input order: its own, or the one `fallback` makes for
+    /// the failed outcome.
+    pub fn or_fallback(self, mut fallback: impl FnMut(&Outcome<T>) -> T) -> Vec<T> {
+        let value = |outcome| match outcome {
+            Outcome {
+                result: Ok(value), ..
+            } => value,
+            failed => fallback(&failed),
+        };
+        self.outcomes.into_iter().map(value).collect()
+    }
+
+    /// The bare results, in input order.
+    pub fn into_results(self) -> Vec<Result<T>> {
+        let outcomes = self.outcomes.into_iter();
+        outcomes.map(|outcome| outcome.result).collect()
+    }
+
+    /// The values, in input order; the failures are dropped.
+    pub fn into_oks(self) -> Vec<T> {
+        let outcomes = self.outcomes.into_iter();
+        outcomes.filter_map(|outcome| outcome.result.ok()).collect()
+    }
+}
+
+impl<T> IntoIterator for Settled<T> {
+    type Item = Outcome<T>;
+    type IntoIter = std::vec::IntoIter<Outcome<T>>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        self.outcomes.into_iter()
+    }
+}
+
+impl<T> fmt::Display for Settled<T> {
+    /// `10 of 12 succeeded in 3.2s; 1 timeout, 1 throttled (first: #4: timed out: ...)`
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (done, all) = (self.oks().count(), self.len());
+        write!(f, "{done} of {all} succeeded in {:.1?}", self.elapsed)?;
+        let mut kinds = BTreeMap::<&str, usize>::new();
+        for error in self.failures().filter_map(Outcome::error) {
+            *kinds.entry(error.kind().as_str()).or_default() += 1;
+        }
+        for (i, (kind, count)) in kinds.iter().enumerate() {
+            write!(f, "{} {count} {kind}", if i == 0 { ";" } else { "," })?;
+        }
+        match self.failures().next() {
+            Some(Outcome {
+                result: Err(error),
+                key: Some(key),
+                ..
+            }) => write!(f, " (first: {key}: {error})"),
+            Some(Outcome {
+                result: Err(error),
+                index,
+                ..
+            }) => write!(f, " (first: #{index}: {error})"),
+            _ => Ok(()),
+        }
+    }
+}

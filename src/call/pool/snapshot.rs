@@ -1,0 +1,141 @@
+//! How several lanes stand, as one: a pure function.
+
+use crate::ratelimit::{Binding, LaneSnapshot};
+
+/// One lane of a pool.
+pub(super) struct Part {
+    pub(super) group: usize,
+    /// Calls that come now may go there.
+    pub(super) in_use: bool,
+    pub(super) lane: LaneSnapshot,
+}
+
+impl Part {
+    /// Callers wait there and come when it is their turn.
+    fn is_waited_for(&self) -> bool {
+        self.lane.waiting > self.lane.unpolled
+    }
+}
+
+/// What all lanes have granted and refused adds up. Limits are those of the lanes in use. What
+/// binds is what is over first where calls wait: an idle lane that no waiting call may go to,
+/// as one of a fallback, does not count.
+///
+/// There must be at least one part, one of them in use.
+pub(super) fn combine(parts: &[Part]) -> LaneSnapshot {
+    let in_use = || parts.iter().filter(|part| part.in_use).map(|it| &it.lane);
+    let all = || parts.iter().map(|part| &part.lane);
+    // A call waits in all lanes of its group at the same time.
+    let waiting = |count: fn(&LaneSnapshot) -> usize| {
+        let last = parts.iter().map(|part| part.group).max().unwrap_or(0);
+        let group = |group| parts.iter().filter(move |part| part.group == group);
+        let counts = |n| group(n).map(|part| count(&part.lane)).max();
+        (0..=last).filter_map(counts).sum()
+    };
+    let waited_for = parts.iter().filter(|part| part.is_waited_for());
+    let waited_for = waited_for.min_by_key(|part| (!part.in_use, ends_last(&part.lane)));
+    let idle = in_use().min_by_key(|lane| (lane.binding != Binding::Nothing, ends_last(lane)));
+    let first = waited_for.map(|part| &part.lane).or(idle);
+    LaneSnapshot {
+        requests_per_minute: in_use().map(|lane| lane.requests_per_minute).sum(),
+        scale: in_use().map(|lane| lane.scale).fold(1.0, f64::min),
+        most_in_flight: in_use().map(|lane| lane.most_in_flight).sum(),
+        in_flight: all().map(|lane| lane.in_flight).sum(),
+        waiting: waiting(|lane| lane.waiting),
+        unpolled: waiting(|lane| lane.unpolled),
+        granted: all().map(|lane| lane.granted).sum(),
+        throttled: all().map(|lane| lane.throttled).sum(),
+        overloaded: all().map(|lane| lane.overloaded).sum(),
+        closed_for: in_use()
+            .map(|lane| lane.closed_for)
+            .reduce(|a, b| Some(a?.min(b?)))
+            .flatten(),
+        binding: first.map_or(Binding::Nothing, |lane| lane.binding),
+        head_wait: first.and_then(|lane| lane.head_wait),
+    }
+}
+
+/// Orders lanes by when the next call can go there; those of which nobody knows come last.
+fn ends_last(lane: &LaneSnapshot) -> (bool, Option<std::time::Duration>) {
+    (lane.head_wait.is_none(), lane.head_wait)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::ratelimit::{Lane, Pace};
+
+    fn part(group: usize, in_use: bool, waiting: usize, binding: Binding, wait: u64) -> Part {
+        let lane = Lane::new(Pace::per_minute(60).in_flight(4)).snapshot();
+        Part {
+            group,
+            in_use,
+            lane: LaneSnapshot {
+                waiting,
+                granted: 1,
+                binding,
+                head_wait: (waiting > 0).then(|| Duration::from_secs(wait)),
+                ..lane
+            },
+        }
+    }
+
+    #[tokio::test]
+    async fn an_idle_lane_that_no_waiting_call_may_go_to_does_not_bind() {
+        use Binding::{InFlight, Nothing, Requests, Stopped};
+        for (parts, binding, waiting) in [
+            (
+                vec![
+                    part(0, true, 94, Requests, 3),
+                    part(1, false, 0, Nothing, 0),
+                ],
+                Requests,
+                94,
+            ),
+            // Two lanes of a group: what is over first.
+            (
+                vec![part(0, true, 9, Requests, 3), part(0, true, 9, InFlight, 2)],
+                InFlight,
+                9,
+            ),
+            // Calls that have fallen back wait apart from the others.
+            (
+                vec![
+                    part(0, true, 5, Requests, 3),
+                    part(1, false, 2, InFlight, 1),
+                ],
+                Requests,
+                7,
+            ),
+            (
+                vec![part(0, true, 0, Nothing, 0), part(1, false, 2, InFlight, 1)],
+                InFlight,
+                2,
+            ),
+            (
+                vec![part(0, false, 0, Stopped, 0), part(1, true, 0, Nothing, 0)],
+                Nothing,
+                0,
+            ),
+            (
+                vec![part(0, true, 0, Stopped, 0), part(0, true, 0, Nothing, 0)],
+                Nothing,
+                0,
+            ),
+            (
+                vec![part(0, true, 0, Stopped, 0), part(1, true, 0, Stopped, 0)],
+                Stopped,
+                0,
+            ),
+        ] {
+            let whole = combine(&parts);
+            assert_eq!((whole.binding, whole.waiting), (binding, waiting));
+            assert_eq!(whole.granted, parts.len() as u64);
+            let used = parts.iter().filter(|part| part.in_use).count();
+            assert_eq!(whole.requests_per_minute, Some(60 * used as u64));
+            assert_eq!(whole.most_in_flight, Some(4 * used));
+        }
+    }
+}

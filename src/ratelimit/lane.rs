@@ -1,0 +1,637 @@
+//! [`Lane`] and [`Permit`]: the asynchronous shell around the turnstile.
+
+use std::fmt;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
+
+use tokio::runtime::Handle;
+use tokio::sync::Notify;
+use tokio::time::Instant;
+
+use super::bucket::{Nanos, nanos};
+use super::limits::Pace;
+use super::queue::Key;
+use super::timer::{TimerId, TimerTask, Timers};
+use super::turnstile::{End, Errands, Grant, Turn, Turnstile};
+use super::words::{CallOutcome, Charge, LaneChange, LaneSnapshot, Need, Place};
+use crate::error::{Error, Result};
+use crate::request::RateSnapshot;
+
+/// The queue in front of one provider account and group of models, and its limits.
+///
+/// Every call [acquires](Lane::acquire) a [`Permit`] first. Permits are granted in
+/// order of arrival, each when **all** it needs is there: a request, its tokens and
+/// a slot in flight. Nobody is refused and nobody overtakes, so large needs do not
+/// starve; one larger than a limit's burst waits until that limit is full, goes,
+/// and leaves a debt that those behind it wait for.
+///
+/// When the provider refuses a call ([`CallOutcome::Throttled`], [`CallOutcome::Overloaded`]),
+/// the lane closes for everybody, for the time the provider asks plus up to a tenth
+/// of it (2 s at most), so that nobody comes early and several processes do not
+/// come at once. Without such a time it is half a second, doubled with every
+/// refusal in a row, up to 30 s (5 s for overload). Then the lane resumes empty,
+/// at its rate: no herd. Only a lane without any rate has none to resume at.
+///
+/// A lane is a handle: clones share one queue. Give one to everything that shares
+/// an account's limits.
+///
+/// # Guarantee
+///
+/// In any window, the calls sent are at most the limit's burst plus its rate times
+/// the window (or one call that is larger than the burst). Tokens are booked when
+/// they are known, as providers do it: the estimate with the permit, the
+/// difference when the call [finishes](Permit::finish).
+///
+/// # Example
+///
+/// ```
+/// use throughline::{Pace, Usage, ratelimit::{CallOutcome, Lane, Need}};
+/// use tokio::time::{Duration, Instant};
+///
+/// # #[tokio::main(flavor = "current_thread", start_paused = true)]
+/// # async fn main() -> throughline::Result<()> {
+/// let lane = Lane::new(Pace::per_minute(60).tokens(600_000));
+/// let start = Instant::now();
+/// for _ in 0..3 {
+///     let mut permit = lane.acquire(Need::new(1_000, 500)).await?;
+///     permit.mark_sent();
+///     // ... the call ...
+///     permit.finish(CallOutcome::Done { usage: Some(Usage::new(990, 120)) });
+/// }
+/// // The first goes at once, then one goes every second.
+/// assert_eq!(start.elapsed(), Duration::from_secs(2));
+/// # Ok(()) }
+/// ```
+///
+/// # Example: the provider says not now
+///
+/// ```
+/// use throughline::{Pace, ratelimit::{Binding, CallOutcome, Lane, Need}};
+/// use tokio::time::{Duration, Instant};
+///
+/// # #[tokio::main(flavor = "current_thread", start_paused = true)]
+/// # async fn main() -> throughline::Result<()> {
+/// let lane = Lane::new(Pace::per_minute(60));
+/// let permit = lane.acquire(Need::new(100, 100)).await?;
+/// permit.finish(CallOutcome::Throttled { wait: Some(Duration::from_secs(20)) });
+/// assert_eq!(lane.snapshot().binding, Binding::Gate);
+///
+/// let start = Instant::now();
+/// let _permit = lane.acquire(Need::new(100, 100)).await?;
+/// assert!(start.elapsed() >= Duration::from_secs(20));
+/// # Ok(()) }
+/// ```
+#[doc(alias = "rate limiter")]
+#[doc(alias = "semaphore")]
+#[derive(Clone)]
+pub struct Lane {
+    shared: Arc<Shared>,
+}
+
+/// What the handles of a lane, its permits and its timers share.
+pub(super) struct Shared {
+    start: Instant,
+    state: Mutex<State>,
+}
+
+/// What the lock of a lane guards.
+pub(super) struct State {
+    pub(super) turnstile: Turnstile<Waker>,
+    pub(super) timers: Timers,
+    /// Whom to tell that the lane was stopped or started by hand.
+    watchers: Vec<Weak<Notify>>,
+}
+
+impl Lane {
+    /// A lane with the limits of `pace`, every one of them unused so far.
+    pub fn new(pace: Pace) -> Self {
+        Self::seeded(pace, fastrand::u64(..))
+    }
+
+    /// A lane whose jitter is reproducible, for tests and simulations.
+    pub fn seeded(pace: Pace, seed: u64) -> Self {
+        Self {
+            shared: Arc::new(Shared {
+                start: Instant::now(),
+                state: Mutex::new(State {
+                    turnstile: Turnstile::new(&pace, seed),
+                    timers: Timers::default(),
+                    watchers: Vec::new(),
+                }),
+            }),
+        }
+    }
+
+    /// Waits for its turn and for all that `need` asks.
+    ///
+    /// The place in the queue is `need`'s ([`Need::at`]), or else taken when the
+    /// returned future is first polled.
+    ///
+    /// A future that waits should be polled when it is woken, or be dropped. One that is not
+    /// polled keeps no other from going: the lane keeps the time by a small task in each Tokio
+    /// runtime in which callers wait, and takes back what it has granted to a caller that
+    /// does not come for it within some 50 ms. The caller keeps its place in the queue: when it
+    /// is polled again, it is next.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future leaves the queue and gives back whatever it had been
+    /// granted. Nothing is lost but the place, and that only if it was not from
+    /// [`arrive`](Lane::arrive).
+    ///
+    /// # Errors
+    ///
+    /// Why the lane is stopped ([`stop`](Lane::stop)), if it is or while this waits; and
+    /// [`ErrorKind::Throttled`](crate::ErrorKind::Throttled) when the provider has asked to
+    /// wait for more than ten minutes: then the lane is parked until that is over.
+    /// Nothing was sent.
+    ///
+    /// # Panics
+    ///
+    /// If it must wait in a Tokio runtime whose timer is not enabled; or for a limit to refill
+    /// outside any runtime, while no other caller waits in one.
+    pub fn acquire(&self, need: Need) -> impl Future<Output = Result<Permit>> + Send {
+        Acquire {
+            lane: self,
+            need,
+            stage: Stage::Arriving,
+            timer: None,
+        }
+    }
+
+    /// A permit if one is to be had at once, and nobody waits for it.
+    pub fn try_acquire(&self, need: &Need) -> Option<Permit> {
+        let charge = Charge::from(need);
+        self.shared.step(|turnstile, now, _| {
+            let grant = turnstile.try_enter(now, charge)?;
+            let place = need.place.unwrap_or_else(|| turnstile.arrive());
+            Some(self.permit(grant, place))
+        })
+    }
+
+    /// Takes the next place in the order of arrival, for [`Need::at`].
+    ///
+    /// A call that keeps its place over its retries comes before all that arrived
+    /// after it first did, instead of behind them.
+    ///
+    /// ```
+    /// use throughline::{Pace, ratelimit::{Lane, Need}};
+    ///
+    /// # #[tokio::main(flavor = "current_thread", start_paused = true)]
+    /// # async fn main() -> throughline::Result<()> {
+    /// let lane = Lane::new(Pace::normal());
+    /// let place = lane.arrive();
+    /// for _attempt in 0..3 {
+    ///     let permit = lane.acquire(Need::new(100, 100).at(place)).await?;
+    /// #   drop(permit);
+    ///     // ... the call; leave the loop when it succeeds ...
+    /// }
+    /// # Ok(()) }
+    /// ```
+    pub fn arrive(&self) -> Place {
+        self.shared.lock().turnstile.arrive()
+    }
+
+    /// Changes the limits, for those who wait already too.
+    ///
+    /// What is left of each limit stays as it is, in requests and tokens, and grows
+    /// at the new rate; a limit that was not there before starts unused. If there
+    /// are more calls in flight than now allowed, they end in their own time. What
+    /// was learned of a limit whose rate changes is forgotten. A lane that is stopped, parked or closed
+    /// starts again, as by [`reopen`](Lane::reopen).
+    pub fn retune(&self, pace: Pace) {
+        self.shared
+            .step(|turnstile, now, errands| turnstile.retune(now, &pace, errands));
+        self.shared.tell_watchers();
+    }
+
+    /// Stops the lane: everybody who waits, and everybody who comes, gets `why` at once,
+    /// and nothing is sent. A [`Context`](crate::Context) does so by itself when the
+    /// provider refuses the whole account (credentials, quota).
+    ///
+    /// Calls in flight end in their own time. [`reopen`](Lane::reopen) or
+    /// [`retune`](Lane::retune) start it again.
+    pub fn stop(&self, why: Error) {
+        self.shared
+            .step(|turnstile, _, errands| turnstile.stop(why, None, errands));
+        self.shared.tell_watchers();
+    }
+
+    /// As [`stop`](Lane::stop), for as long as `time`. Then one call at a time is let through, until
+    /// one succeeds.
+    pub(crate) fn stop_for(&self, why: Error, time: Duration) {
+        self.shared.step(|turnstile, now, errands| {
+            let until = now.saturating_add(nanos(time));
+            turnstile.stop(why, Some(until), errands);
+        });
+        self.shared.tell_watchers();
+    }
+
+    /// Sends nothing for as long as `wait`, and then one call at a time until one succeeds. Calls
+    /// that wait go on waiting.
+    pub(crate) fn cool_down(&self, wait: Duration) {
+        self.shared
+            .step(|turnstile, now, errands| turnstile.cool_down(now, wait, errands));
+        self.shared.tell_watchers();
+    }
+
+    /// Lets calls through as usual after [`cool_down`](Lane::cool_down): the provider answers.
+    pub(crate) fn end_probing(&self) {
+        self.shared
+            .step(|turnstile, now, errands| turnstile.end_probing(now, errands));
+    }
+
+    /// Starts a lane again that was stopped or parked, or that is closed because the provider
+    /// refused a call. The wait that the provider asked for is forgotten; the lane resumes empty, at
+    /// its rate, and closes again when the provider refuses again.
+    pub fn reopen(&self) {
+        self.shared
+            .step(|turnstile, now, errands| turnstile.reopen(now, errands));
+        self.shared.tell_watchers();
+    }
+
+    /// Tells `watcher` from now on when the lane is stopped, started, closed or retuned by other means
+    /// than the end of a call.
+    pub(crate) fn tell(&self, watcher: &Arc<Notify>) {
+        let mut state = self.shared.lock();
+        state.watchers.retain(|watcher| watcher.strong_count() > 0);
+        state.watchers.push(Arc::downgrade(watcher));
+    }
+
+    /// Why the lane is stopped, if it is.
+    pub fn stopped(&self) -> Option<Error> {
+        self.shared
+            .step(|turnstile, now, _| turnstile.stopped(now).cloned())
+    }
+
+    /// What the lane looks like now.
+    pub fn snapshot(&self) -> LaneSnapshot {
+        self.shared
+            .step(|turnstile, now, _| turnstile.snapshot(now))
+    }
+
+    fn finish(&self, grant: Grant, end: End) -> Vec<LaneChange> {
+        self.shared
+            .step(|turnstile, now, errands| turnstile.finish(now, grant, end, errands))
+    }
+
+    fn permit(&self, grant: Grant, place: Place) -> Permit {
+        Permit {
+            lane: self.clone(),
+            grant: Some(grant),
+            place,
+            sent: false,
+        }
+    }
+}
+
+impl fmt::Debug for Lane {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Lane").field(&self.snapshot()).finish()
+    }
+}
+
+impl Shared {
+    /// A panic cannot leave the turnstile half changed: nothing it does between
+    /// two changes can fail. So whoever poisoned the lock, the lane goes on.
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// One step of the turnstile.
+    fn step<R>(
+        &self,
+        step: impl FnOnce(&mut Turnstile<Waker>, Nanos, &mut Errands<Waker>) -> R,
+    ) -> R {
+        self.step_with_timers(|state, now, errands| step(&mut state.turnstile, now, errands))
+    }
+
+    /// One step of the turnstile and of those who keep its time. The clock is read under the lock, so that
+    /// the turnstile's time never runs backwards; who is woken is woken outside it.
+    pub(super) fn step_with_timers<R>(
+        &self,
+        step: impl FnOnce(&mut State, Nanos, &mut Errands<Waker>) -> R,
+    ) -> R {
+        let mut errands = Errands::default();
+        let result = {
+            let state = &mut *self.lock();
+            let result = step(state, nanos(self.start.elapsed()), &mut errands);
+            state.keep_time(&mut errands);
+            result
+        };
+        errands.run(Waker::wake);
+        result
+    }
+
+    fn tell_watchers(&self) {
+        let watchers: Vec<_> = {
+            let state = self.lock();
+            state.watchers.iter().filter_map(Weak::upgrade).collect()
+        };
+        for watcher in watchers {
+            watcher.notify_waiters();
+        }
+    }
+
+    /// The moment that the turnstile calls `at`, or one that is as good as never.
+    pub(super) fn instant(&self, at: Nanos) -> Instant {
+        const DECADES: Duration = Duration::from_secs(30 * 365 * 86_400);
+        let instant = self.start.checked_add(Duration::from_nanos(at));
+        instant.unwrap_or_else(|| self.start + DECADES)
+    }
+}
+
+impl State {
+    /// After each step: sees to it that a timer looks at the deadline.
+    fn keep_time(&mut self, errands: &mut Errands<Waker>) {
+        if !self.timers.is_empty() {
+            let waiting = !self.turnstile.is_empty();
+            self.timers
+                .notify(self.turnstile.deadline(), waiting, errands);
+        } else if self.turnstile.head_ready_at().is_some() {
+            // It waits outside any runtime, and must say that it cannot.
+            self.turnstile.wake_head(errands);
+        }
+    }
+}
+
+/// The future of a caller that comes and waits.
+struct Acquire<'a> {
+    lane: &'a Lane,
+    /// With the place in the queue, once the caller has come.
+    need: Need,
+    stage: Stage,
+    /// The timer of the runtime in which this was polled last, while it waits.
+    timer: Option<TimerId>,
+}
+
+#[derive(Clone, Copy)]
+enum Stage {
+    Arriving,
+    Waiting(Key),
+    Done,
+}
+
+impl Future for Acquire<'_> {
+    type Output = Result<Permit>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<Permit>> {
+        let this = &mut *self;
+        let shared = &this.lane.shared;
+        let mut needs_timer = Ok(None);
+        let turn = shared.step_with_timers(|state, now, errands| {
+            let State {
+                turnstile, timers, ..
+            } = state;
+            let turn = match this.stage {
+                Stage::Arriving => {
+                    let place = this.need.place.unwrap_or_else(|| turnstile.arrive());
+                    this.need.place = Some(place);
+                    turnstile.enter(now, &this.need, cx.waker(), errands)
+                }
+                Stage::Waiting(key) => turnstile.poll(now, key, &this.need, cx.waker(), errands),
+                Stage::Done => panic!("polled after it was ready"),
+            };
+            if let Turn::Wait(key) = turn {
+                this.stage = Stage::Waiting(key);
+                needs_timer = match Handle::try_current() {
+                    Ok(runtime) => Ok(timers.join(runtime, &mut this.timer)),
+                    Err(_) if timers.is_empty() && turnstile.head_ready_at().is_some() => Err(()),
+                    Err(_) => Ok(None),
+                };
+            } else {
+                this.stage = Stage::Done;
+                timers.leave(this.timer.take());
+            }
+            turn
+        });
+        match needs_timer {
+            Ok(None) => {}
+            Ok(Some((runtime, id))) => TimerTask::spawn(&runtime, shared, id),
+            Err(()) => panic!("a call must wait for its lane outside a Tokio runtime"),
+        }
+        match turn {
+            Turn::Granted(grant) => {
+                let place = this.need.place.expect("it has come");
+                Poll::Ready(Ok(this.lane.permit(grant, place)))
+            }
+            Turn::Stopped(why) => Poll::Ready(Err(why)),
+            Turn::Wait(_) => Poll::Pending,
+        }
+    }
+}
+
+impl Drop for Acquire<'_> {
+    fn drop(&mut self) {
+        if let Stage::Waiting(key) = self.stage {
+            let timer = self.timer.take();
+            self.lane.shared.step_with_timers(|state, now, errands| {
+                state.timers.leave(timer);
+                state.turnstile.leave(now, key, errands);
+            });
+        }
+    }
+}
+
+/// The right to make one call now, from [`Lane::acquire`].
+///
+/// A permit settles with its lane exactly once, however it ends:
+///
+/// | ends by | request | tokens | slot in flight |
+/// |---|---|---|---|
+/// | drop before [`mark_sent`](Permit::mark_sent) | given back | given back | free |
+/// | drop after it | stays charged | stay charged | free |
+/// | [`finish`](Permit::finish) | stays charged | by [`CallOutcome`] | free |
+///
+/// What an unsent permit gives back is what has not flowed in again while it was
+/// held: all of it if it is dropped soon, nothing if that took longer than the
+/// limit needs to recover, for then nothing is missing.
+#[must_use = "dropping a permit gives it back at once"]
+pub struct Permit {
+    lane: Lane,
+    /// `None` once it has ended.
+    grant: Option<Grant>,
+    place: Place,
+    sent: bool,
+}
+
+impl Permit {
+    /// Where its call stood in the queue: with [`Need::at`], a retry stands there again
+    /// and comes before all that arrived since.
+    pub fn place(&self) -> Place {
+        self.place
+    }
+
+    /// Says that the call is on its way, so that from here on a drop does not
+    /// give its charge back.
+    pub fn mark_sent(&mut self) {
+        self.sent = true;
+    }
+
+    /// Says how the call ended.
+    ///
+    /// - [`Done`](CallOutcome::Done): the tokens are settled to what was used. What was
+    ///   too much is free again; what was too little becomes a debt.
+    /// - [`Throttled`](CallOutcome::Throttled): the tokens are given back, the request
+    ///   stays charged, for providers count it. The lane closes for everybody.
+    /// - [`Overloaded`](CallOutcome::Overloaded): everything stays charged. The lane
+    ///   closes, more briefly.
+    /// - [`Failed`](CallOutcome::Failed): the tokens are settled to what was charged; the
+    ///   estimate stays where that is not known.
+    pub fn finish(mut self, outcome: CallOutcome) {
+        self.end(End::Finished(outcome));
+    }
+
+    /// As [`observe`](Permit::observe) and [`finish`](Permit::finish) in one step of the lane,
+    /// and says what that changed for everybody.
+    pub(crate) fn conclude(
+        mut self,
+        said: Option<&RateSnapshot>,
+        outcome: CallOutcome,
+    ) -> Vec<LaneChange> {
+        let Some(grant) = self.grant.take() else {
+            return Vec::new();
+        };
+        // Apart from `end`, which most permits of a bare lane come to: joining what both say costs it 8 %.
+        self.lane.shared.step(|turnstile, now, errands| {
+            let mut changes = said.map_or_else(Vec::new, |said| {
+                turnstile.observe(now, &grant, said, errands)
+            });
+            changes.extend(turnstile.finish(now, grant, End::Finished(outcome), errands));
+            changes
+        })
+    }
+
+    /// Says what the headers of the reply, or of the error, told of the limits. Call it
+    /// before [`finish`](Permit::finish).
+    ///
+    /// A limit that has more left than they say is lowered to that, less what was sent
+    /// since this call; a limit that nobody has set is kept from now on; and
+    /// when this call is [throttled](CallOutcome::Throttled), they say for which limit. What
+    /// an older call tells is left alone. A lane that is not
+    /// [adaptive](Pace::adaptive) does not listen.
+    pub fn observe(&mut self, said: &RateSnapshot) {
+        if let Some(grant) = &self.grant {
+            self.lane
+                .shared
+                .step(|turnstile, now, errands| turnstile.observe(now, grant, said, errands));
+        }
+    }
+
+    #[inline]
+    fn end(&mut self, end: End) -> Vec<LaneChange> {
+        match self.grant.take() {
+            Some(grant) => self.lane.finish(grant, end),
+            None => Vec::new(),
+        }
+    }
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        self.end(if self.sent {
+            End::Abandoned
+        } else {
+            End::Unsent
+        });
+    }
+}
+
+impl fmt::Debug for Permit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Permit")
+            .field("sent", &self.sent)
+            .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::FutureExt as _;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_poisoned_lock_is_recovered() {
+        let lane = Lane::new(Pace::per_minute(60));
+        let poisoner = lane.clone();
+        let panicked = std::thread::spawn(move || {
+            let _guard = poisoner.shared.state.lock();
+            panic!("while holding the lock");
+        });
+        assert!(panicked.join().is_err());
+        assert!(lane.shared.state.is_poisoned());
+        lane.acquire(Need::new(1, 1)).await.unwrap().mark_sent();
+        lane.acquire(Need::new(1, 1)).await.unwrap().mark_sent();
+        assert_eq!(lane.shared.start.elapsed(), Duration::from_secs(1));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn after_a_cooldown_one_call_at_a_time_goes_until_one_succeeds() {
+        let lane = Lane::new(Pace::unlimited());
+        let need = Need::new(1, 1);
+        lane.cool_down(Duration::from_secs(3));
+        let mut probe = lane.acquire(need).await.unwrap();
+        assert_eq!(lane.shared.start.elapsed(), Duration::from_secs(3));
+        probe.mark_sent();
+        let mut second = queued(&lane, need);
+        assert!(second.as_mut().now_or_never().is_none());
+        probe.finish(CallOutcome::Failed { usage: None });
+        let probe = second.await.unwrap();
+        let mut others = [(); 2].map(|()| queued(&lane, need));
+        for other in &mut others {
+            assert!(other.as_mut().now_or_never().is_none());
+        }
+        drop(probe);
+        let [next, last] = others;
+        let probe = next.await.unwrap();
+        probe.finish(CallOutcome::Done { usage: None });
+        let _both = (last.await.unwrap(), lane.acquire(need).await.unwrap());
+        assert_eq!(lane.snapshot().in_flight, 2);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_probe_that_does_not_end_lets_another_one_go() {
+        let lane = Lane::new(Pace::unlimited());
+        let need = Need::new(1, 1);
+        lane.cool_down(Duration::from_secs(3));
+        let mut stuck = lane.acquire(need).await.unwrap();
+        stuck.mark_sent();
+        let probe = lane.acquire(need).await.unwrap();
+        assert_eq!(lane.shared.start.elapsed(), Duration::from_secs(63));
+        drop(stuck);
+        assert!(lane.try_acquire(&need).is_none(), "the other is under way");
+        probe.finish(CallOutcome::Done { usage: None });
+        assert!(lane.try_acquire(&need).is_some());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stop_that_ends_by_itself_lets_one_probe_through() {
+        let lane = Lane::new(Pace::unlimited());
+        let need = Need::new(1, 1);
+        let why = || Error::other("refused");
+        lane.stop_for(why(), Duration::from_secs(300));
+        assert!(lane.acquire(need).await.is_err());
+        tokio::time::sleep(Duration::from_secs(301)).await;
+        let probe = lane.acquire(need).await.unwrap();
+        let waiting = queued(&lane, need);
+        assert!(lane.try_acquire(&need).is_none());
+        lane.stop_for(why(), Duration::from_secs(300));
+        drop(probe);
+        assert!(waiting.await.is_err());
+        lane.reopen();
+        let _both = [lane.try_acquire(&need), lane.try_acquire(&need)].map(Option::unwrap);
+    }
+
+    type Waiting<'a> = Pin<Box<dyn Future<Output = Result<Permit>> + Send + 'a>>;
+
+    /// A call that has queued already.
+    fn queued(lane: &Lane, need: Need) -> Waiting<'_> {
+        let mut waiting: Waiting<'_> = Box::pin(lane.acquire(need));
+        assert!(waiting.as_mut().now_or_never().is_none());
+        waiting
+    }
+}

@@ -1,0 +1,698 @@
+//! What must hold of the turnstile whatever happens to it.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::time::Duration;
+
+use proptest::prelude::*;
+
+use super::bucket::{Nanos, Rate, nanos};
+use super::buckets::Resource;
+use super::limits::Pace;
+use super::meter::Burst;
+use super::queue::Key;
+use super::turnstile::{End, Errands, Grant, Turn, Turnstile};
+use super::words::{CallOutcome, Charge, Need, Place};
+use crate::request::Usage;
+
+/// One thing that can happen to a lane. Indices count modulo what there is.
+#[derive(Debug, Clone)]
+enum Op {
+    Pass(Duration),
+    Arrive(Charge),
+    /// Arrives at the place of one that went before, as a retry does.
+    Return(usize, Charge),
+    Leave(usize),
+    End(usize, End),
+    Retune(Pace),
+    /// A caller that waits is not polled from now on.
+    Ignore(usize),
+    /// One that was not is polled again.
+    Notice(usize),
+}
+
+struct Waiter {
+    key: Key,
+    need: Need,
+}
+
+struct Held {
+    grant: Grant,
+    place: Option<Place>,
+    charge: Charge,
+    /// Where in the books this was entered.
+    entry: usize,
+}
+
+/// A line in the books.
+struct Booked {
+    at: Duration,
+    charge: Charge,
+    kind: Kind,
+}
+
+#[derive(PartialEq)]
+enum Kind {
+    /// A grant, of a call that was sent or not.
+    Grant { unsent: bool },
+    /// A grant given back, of what was taken then.
+    Refund { taken_at: Duration },
+    /// A charge in the place of another.
+    Settled { before: Charge },
+}
+
+/// The turnstile with everything around it that the shell and its users would be.
+struct World {
+    pace: Pace,
+    turnstile: Turnstile<u64>,
+    now: Duration,
+    closed_until: Duration,
+    waiting: BTreeMap<u64, Waiter>,
+    /// Of those, the callers that are not polled.
+    ignored: BTreeSet<u64>,
+    /// Whether callers may be ignored: then the order is not strict.
+    ignores: bool,
+    awake: VecDeque<u64>,
+    held: Vec<Held>,
+    places: Vec<Place>,
+    books: Vec<Booked>,
+    next_id: u64,
+}
+
+impl World {
+    fn new(pace: Pace) -> Self {
+        Self {
+            turnstile: Turnstile::new(&pace, 0),
+            pace,
+            now: Duration::ZERO,
+            closed_until: Duration::ZERO,
+            waiting: BTreeMap::new(),
+            ignored: BTreeSet::new(),
+            ignores: false,
+            awake: VecDeque::new(),
+            held: Vec::new(),
+            places: Vec::new(),
+            books: Vec::new(),
+            next_id: 0,
+        }
+    }
+
+    /// Who is next, and when it goes at the latest, as long as no call in flight matters.
+    fn promise(&self) -> Option<(Key, Duration)> {
+        let head = self.waiting.values().map(|waiter| waiter.key).min()?;
+        let wait = self.turnstile.snapshot(nanos(self.now)).head_wait?;
+        Some((head, self.now + wait))
+    }
+
+    /// What arrives or leaves, whoever it lets pass, keeps nobody waiting who is next.
+    fn apply(&mut self, op: Op) {
+        let harmless = matches!(op, Op::Pass(_) | Op::Arrive(_) | Op::Leave(_)) && !self.ignores;
+        let before = self.promise();
+        self.carry_out(op);
+        if let (true, Some((head, by)), Some((still, then))) = (harmless, before, self.promise())
+            && head == still
+        {
+            assert!(
+                then <= by + Duration::from_micros(1),
+                "{then:?}, not {by:?}"
+            );
+        }
+    }
+
+    fn carry_out(&mut self, op: Op) {
+        match op {
+            Op::Pass(time) => self.pass_until(self.now + time),
+            Op::Arrive(charge) => self.arrive(None, charge),
+            Op::Return(nth, charge) => {
+                let place = pick(nth, self.places.len()).map(|i| self.places[i]);
+                self.arrive(place, charge);
+            }
+            Op::Leave(nth) => {
+                if let Some(i) = pick(nth, self.waiting.len()) {
+                    let id = *self.waiting.keys().nth(i).unwrap();
+                    let waiter = self.waiting.remove(&id).unwrap();
+                    self.ignored.remove(&id);
+                    self.step(|turnstile, now, errands| turnstile.leave(now, waiter.key, errands));
+                }
+            }
+            Op::End(nth, end) => {
+                if let Some(i) = pick(nth, self.held.len()) {
+                    let held = self.held.swap_remove(i);
+                    self.places.extend(held.place);
+                    self.end(held, end);
+                }
+            }
+            Op::Retune(pace) => {
+                self.pace = pace.clone();
+                // It opens the gate.
+                self.closed_until = Duration::ZERO;
+                self.step(|turnstile, now, errands| turnstile.retune(now, &pace, errands));
+            }
+            Op::Ignore(nth) => {
+                if let Some(i) = pick(nth, self.waiting.len()) {
+                    self.ignored.insert(*self.waiting.keys().nth(i).unwrap());
+                }
+            }
+            Op::Notice(nth) => {
+                if let Some(i) = pick(nth, self.ignored.len()) {
+                    let id = *self.ignored.iter().nth(i).unwrap();
+                    self.notice(id);
+                }
+            }
+        }
+    }
+
+    fn notice(&mut self, id: u64) {
+        self.ignored.remove(&id);
+        self.awake.push_back(id);
+        self.settle();
+    }
+
+    fn arrive(&mut self, place: Option<Place>, charge: Charge) {
+        let mut need = Need::new(charge.input, charge.output).in_arrears(charge.in_arrears);
+        need.place = place;
+        let mut errands = Errands::default();
+        let id = self.next_id;
+        self.next_id += 1;
+        let turn = self
+            .turnstile
+            .enter(nanos(self.now), &need, &id, &mut errands);
+        errands.run(|id| self.awake.push_back(id));
+        match turn {
+            Turn::Granted(grant) => self.granted(grant, place, charge),
+            Turn::Stopped(_) => {}
+            Turn::Wait(key) => {
+                self.waiting.insert(id, Waiter { key, need });
+            }
+        }
+        self.settle();
+    }
+
+    fn end(&mut self, held: Held, end: End) {
+        let granted = &mut self.books[held.entry];
+        let (before, taken_at) = (granted.charge, granted.at);
+        // Nobody says otherwise: what was reserved.
+        let mut charge = held.charge;
+        let mut kind = Kind::Settled { before };
+        match end {
+            End::Unsent => {
+                granted.kind = Kind::Grant { unsent: true };
+                (charge, kind) = (before, Kind::Refund { taken_at });
+            }
+            End::Finished(CallOutcome::Done { usage: Some(usage) }) => charge = usage.into(),
+            End::Finished(CallOutcome::Overloaded { .. }) => charge = before,
+            End::Finished(CallOutcome::Throttled { wait }) => {
+                charge = Charge::default();
+                self.closed_until = self.closed_until.max(self.now + wait.unwrap_or_default());
+            }
+            _ => {}
+        }
+        let at = self.now;
+        self.books.push(Booked { at, charge, kind });
+        self.step(|turnstile, now, errands| {
+            turnstile.finish(now, held.grant, end, errands);
+        });
+    }
+
+    fn granted(&mut self, grant: Grant, place: Option<Place>, charge: Charge) {
+        // Collected later, where the caller was not polled at once.
+        let at = Duration::from_nanos(self.turnstile.granted_at(&grant));
+        let late = self.now - at;
+        assert!(late.is_zero() || self.ignores && late < Duration::from_secs(1));
+        assert!(
+            at >= self.closed_until || self.ignores,
+            "a grant through a closed gate"
+        );
+        self.held.push(Held {
+            grant,
+            place,
+            charge,
+            entry: self.books.len(),
+        });
+        self.books.push(Booked {
+            at,
+            charge: charge.on_admission(),
+            kind: Kind::Grant { unsent: false },
+        });
+    }
+
+    fn step(&mut self, step: impl FnOnce(&mut Turnstile<u64>, Nanos, &mut Errands<u64>)) {
+        let mut errands = Errands::default();
+        step(&mut self.turnstile, nanos(self.now), &mut errands);
+        errands.run(|id| self.awake.push_back(id));
+        self.settle();
+    }
+
+    /// When a timer looks next.
+    fn deadline(&self) -> Option<Duration> {
+        self.turnstile.deadline().map(Duration::from_nanos)
+    }
+
+    fn pass_until(&mut self, then: Duration) {
+        while let Some(at) = self.deadline().filter(|at| *at <= then) {
+            self.now = self.now.max(at);
+            self.step(|turnstile, now, errands| turnstile.tick(now, true, errands));
+            let next = self.deadline();
+            assert!(
+                next.is_none_or(|at| at > self.now),
+                "a deadline in the past"
+            );
+        }
+        self.now = then;
+    }
+
+    /// Everybody who is awake looks, until all sleep; then the lane must be in order.
+    fn settle(&mut self) {
+        let mut granted = Vec::new();
+        while let Some(id) = self.awake.pop_front() {
+            let Some(waiter) = self.waiting.get_mut(&id) else {
+                continue;
+            };
+            if self.ignored.contains(&id) {
+                continue;
+            }
+            let (key, need) = (waiter.key, waiter.need);
+            let charge = Charge::from(&need);
+            let mut errands = Errands::default();
+            let turn = self
+                .turnstile
+                .poll(nanos(self.now), key, &need, &id, &mut errands);
+            errands.run(|id| self.awake.push_back(id));
+            match turn {
+                Turn::Granted(grant) => {
+                    granted.push((key, charge));
+                    self.waiting.remove(&id);
+                    self.granted(grant, Some(key.place), charge);
+                }
+                Turn::Wait(key) => waiter.key = key,
+                Turn::Stopped(_) => {
+                    self.waiting.remove(&id);
+                }
+            }
+        }
+        let first_waiting = self.waiting.values().map(|waiter| waiter.key).min();
+        for (key, charge) in granted {
+            let in_order = first_waiting.is_none_or(|waiting| key < waiting);
+            // Who passes takes nothing of what the head waits for.
+            let passes = charge.input == 0 || charge.output == 0;
+            assert!(
+                in_order || passes || self.ignores,
+                "overtaken by {charge:?}"
+            );
+        }
+        let snapshot = self.turnstile.snapshot(nanos(self.now));
+        // What was offered and not collected is in flight.
+        let offered = snapshot.in_flight - self.held.len();
+        assert!(offered <= self.ignored.len());
+        assert_eq!(snapshot.waiting + offered, self.waiting.len());
+        if let Some(wait) = snapshot.head_wait {
+            let deadline = self.deadline();
+            assert!(
+                deadline.is_some_and(|at| at <= self.now + wait),
+                "nobody keeps the time"
+            );
+        }
+    }
+
+    /// Passes the time, in which each call is answered after `latency`: by as much as it
+    /// has reserved, or by so many hundredths of it.
+    fn live_until(&mut self, then: Duration, latency: Duration, exact: bool, part: u64) {
+        loop {
+            let ends = self.held.iter();
+            let ends = ends.map(|held| self.books[held.entry].at + latency);
+            let end = ends.enumerate().min_by_key(|(_, end)| *end);
+            let deadline = self.deadline();
+            match end {
+                // Who goes meanwhile may end before those that are under way now.
+                _ if deadline
+                    .is_some_and(|at| at <= then && end.is_none_or(|(_, end)| at < end)) =>
+                {
+                    self.pass_until(deadline.unwrap_or(then));
+                }
+                Some((i, end)) if end <= then => {
+                    self.pass_until(end);
+                    let held = self.held.remove(i);
+                    let reserved = held.charge.output;
+                    let output = if exact {
+                        reserved
+                    } else {
+                        reserved * part / 100
+                    };
+                    let usage = Some(Usage::new(held.charge.input, output));
+                    self.end(held, End::Finished(CallOutcome::Done { usage }));
+                }
+                _ => break,
+            }
+        }
+        self.pass_until(then);
+    }
+
+    /// Ends all calls and passes the time until no caller waits that is polled.
+    fn drain(&mut self) {
+        loop {
+            while let Some(held) = self.held.pop() {
+                self.end(held, End::Abandoned);
+            }
+            if self.waiting.len() == self.ignored.len() {
+                break;
+            }
+            let next = self
+                .deadline()
+                .expect("somebody waits and nobody will come");
+            self.pass_until(next);
+        }
+        let in_flight = self.turnstile.snapshot(nanos(self.now)).in_flight;
+        assert!(in_flight <= self.ignored.len());
+    }
+
+    /// In every window that ends with a grant: burst + rate · window, or one need
+    /// larger than the burst.
+    fn check_windows(&self) {
+        for resource in Resource::ALL {
+            let Some((rate, Burst { time: burst, .. })) = resource.limit(&self.pace) else {
+                continue;
+            };
+            let capacity = i128::from(nanos(burst).max(rate.time_for(1)));
+            let cost = |charge| i128::from(rate.time_for(resource.of(charge).min(rate.minute())));
+            let time = |time: Duration| i128::from(nanos(time));
+            // Tokens are booked when they are known; a request counts when it was sent.
+            let by_request = matches!(resource, Resource::Spacing | Resource::Requests);
+            let books = smaller_first(&self.books, cost);
+            let lines = books.into_iter().filter_map(|line| {
+                let full = cost(line.charge);
+                let booked = match line.kind {
+                    Kind::Grant { unsent } => (!(by_request && unsent)).then_some(full),
+                    _ if by_request => None,
+                    Kind::Refund { taken_at } => Some(-(full - time(line.at - taken_at)).max(0)),
+                    Kind::Settled { before } => Some(full - cost(before)),
+                };
+                Some((line, booked?))
+            });
+            let lines: Vec<_> = lines.collect();
+            for (i, (first, _)) in lines.iter().enumerate() {
+                let mut sum = 0;
+                for (line, booked) in &lines[i..] {
+                    sum += booked;
+                    if matches!(line.kind, Kind::Grant { .. }) {
+                        let window = time(line.at - first.at);
+                        let most = capacity.max(*booked) + window;
+                        assert!(sum <= most, "{resource:?}: {sum} ns in {window} ns");
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The books, and of those that were let in at one instant the smaller first: they are entered as they are polled.
+/// Any order in which all can go is as good for this one.
+fn smaller_first(books: &[Booked], cost: impl Fn(Charge) -> i128) -> Vec<&Booked> {
+    let is_grant = |line: &Booked| matches!(line.kind, Kind::Grant { .. });
+    let mut lines: Vec<_> = books.iter().collect();
+    for together in lines.chunk_by_mut(|a, b| a.at == b.at && is_grant(a) && is_grant(b)) {
+        together.sort_by_key(|line| cost(line.charge));
+    }
+    lines
+}
+
+/// A provider's bucket, as it keeps it: what a call takes when it is let in, and the rest
+/// when it ends. Below zero it lets nobody in.
+struct Provider {
+    resource: Resource,
+    rate: Rate,
+    capacity: i128,
+    level: i128,
+    at: Duration,
+}
+
+impl Provider {
+    fn of(resource: Resource, pace: &Pace) -> Option<Self> {
+        let (rate, burst) = resource.limit(pace)?;
+        let capacity = i128::from(nanos(burst.time).max(rate.time_for(1)));
+        Some(Self {
+            resource,
+            rate,
+            capacity,
+            level: capacity,
+            at: Duration::ZERO,
+        })
+    }
+
+    fn cost(&self, charge: Charge) -> i128 {
+        let units = self.resource.of(charge).min(self.rate.minute());
+        self.rate.time_for(units).into()
+    }
+
+    fn pass_until(&mut self, now: Duration) {
+        let passed = i128::from(nanos(now - self.at));
+        self.level = (self.level + passed).min(self.capacity);
+        self.at = now;
+    }
+
+    /// Reads the books, as far as calls were sent: none is refused. Says what was owed at most.
+    fn reads(mut self, books: &[Booked]) -> Duration {
+        let mut owed = 0;
+        for line in smaller_first(books, |charge| self.cost(charge)) {
+            self.pass_until(line.at);
+            let cost = self.cost(line.charge);
+            match line.kind {
+                Kind::Grant { unsent: false } => {
+                    let needed = cost.min(self.capacity);
+                    // The lane's time counts whole nanoseconds of a slower clock.
+                    let level = self.level + 1_000;
+                    assert!(level >= needed, "{:?} would be refused", self.resource);
+                    self.level -= cost;
+                }
+                Kind::Settled { before } => {
+                    let rest = cost - self.cost(before);
+                    self.level = (self.level - rest).min(self.capacity);
+                }
+                Kind::Grant { unsent: true } | Kind::Refund { .. } => {}
+            }
+            owed = owed.max(-self.level);
+        }
+        Duration::from_nanos(owed as u64)
+    }
+}
+
+fn pick(nth: usize, of: usize) -> Option<usize> {
+    nth.checked_rem(of)
+}
+
+fn charge() -> impl Strategy<Value = Charge> {
+    // Some are larger than any burst below.
+    let tokens = || prop_oneof![2 => Just(0), 8 => 0..300u64, 1 => 0..5_000u64];
+    (tokens(), tokens(), any::<bool>()).prop_map(|(input, output, in_arrears)| Charge {
+        input,
+        output,
+        in_arrears,
+    })
+}
+
+fn wait() -> impl Strategy<Value = Option<Duration>> {
+    proptest::option::of((0..20_000u64).prop_map(Duration::from_millis))
+}
+
+fn end() -> impl Strategy<Value = End> {
+    prop_oneof![
+        2 => Just(End::Unsent),
+        1 => Just(End::Abandoned),
+        1 => Just(End::Finished(CallOutcome::Failed { usage: None })),
+        1 => Just(End::Finished(CallOutcome::Done { usage: None })),
+        8 => (0..400u64, 0..400u64).prop_map(|(input, output)| {
+            End::Finished(CallOutcome::Done { usage: Some(Usage::new(input, output)) })
+        }),
+        1 => wait().prop_map(|wait| End::Finished(CallOutcome::Throttled { wait })),
+        1 => wait().prop_map(|wait| End::Finished(CallOutcome::Overloaded { wait })),
+    ]
+}
+
+fn pace() -> impl Strategy<Value = Pace> {
+    use proptest::option::of;
+    (
+        of(prop_oneof![1..20u64, 1..100_000u64]),
+        of(1..1_000_000u64),
+        of(1..1_000_000u64),
+        of(1..1_000_000u64),
+        of(1..6usize),
+        of(1..3_000u64),
+        0..3_000u64,
+    )
+        .prop_map(
+            |(requests, tokens, input, output, in_flight, spacing, burst)| {
+                let mut pace = requests.map_or_else(Pace::unlimited, Pace::per_minute);
+                pace = pace.burst(Duration::from_millis(burst));
+                pace = tokens.into_iter().fold(pace, Pace::tokens);
+                pace = input.into_iter().fold(pace, Pace::input_tokens);
+                pace = output.into_iter().fold(pace, Pace::output_tokens);
+                pace = in_flight.into_iter().fold(pace, Pace::in_flight);
+                let spacing = spacing.map(Duration::from_millis);
+                spacing.into_iter().fold(pace, Pace::spacing)
+            },
+        )
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    let time = prop_oneof![
+        Just(Duration::ZERO),
+        (0..50_000_000u64).prop_map(Duration::from_nanos),
+        (0..5_000u64).prop_map(Duration::from_millis),
+    ];
+    prop_oneof![
+        4 => time.prop_map(Op::Pass),
+        6 => charge().prop_map(Op::Arrive),
+        1 => (any::<usize>(), charge()).prop_map(|(nth, charge)| Op::Return(nth, charge)),
+        1 => any::<usize>().prop_map(Op::Leave),
+        4 => (any::<usize>(), end()).prop_map(|(nth, end)| Op::End(nth, end)),
+    ]
+}
+
+/// A thousand take seconds in a debug build.
+fn cases() -> u32 {
+    match std::env::var_os("THROUGHLINE_LONG") {
+        Some(_) => 10_000,
+        None => 1_000,
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(cases()))]
+
+    /// Order, limits, gate and deadlines hold at every step (see `World::settle`).
+    #[test]
+    fn whatever_happens_the_lane_is_in_order(
+        pace in pace(),
+        ops in proptest::collection::vec(op(), 1..60),
+    ) {
+        let most_in_flight = pace.in_flight.unwrap_or(usize::MAX);
+        let mut world = World::new(pace);
+        for op in ops {
+            world.apply(op);
+            prop_assert!(world.held.len() <= most_in_flight);
+        }
+        world.drain();
+        world.check_windows();
+        // Of a call that was never sent the provider knows nothing, so that what is credited
+        // meanwhile is lost at its brim and not at ours.
+        let unsent = |line: &Booked| line.kind == Kind::Grant { unsent: true };
+        if !world.books.iter().any(unsent) {
+            for resource in Resource::ALL {
+                let provider = Provider::of(resource, &world.pace);
+                provider.map(|provider| provider.reads(&world.books));
+            }
+        }
+    }
+
+    /// Answers that are charged when they are there: no call is refused; and where they cost
+    /// what was reserved, no more is owed than flows in while a call takes its time (or
+    /// than one call costs), and one standard deviation of what was in flight: that of
+    /// one call is half of the largest at most.
+    #[test]
+    fn what_is_charged_at_the_end_is_never_refused_nor_owed_for_long(
+        per_minute in 60..1_000_000u64,
+        burst in 0..3_000u64,
+        latency in 1..20_000u64,
+        exact: bool,
+        calls in proptest::collection::vec((0..4_000u64, 1..3_000u64, 0..300u64), 1..60),
+    ) {
+        let pace = Pace::unlimited().output_tokens(per_minute).burst(Duration::from_millis(burst));
+        let latency = Duration::from_millis(latency);
+        let mut world = World::new(pace);
+        let rate = Resource::OutputTokens.limit(&world.pace).unwrap().0;
+        let mut largest = Duration::ZERO;
+        for (gap, output, part) in calls {
+            world.live_until(world.now + Duration::from_millis(gap), latency, exact, part);
+            largest = largest.max(Duration::from_nanos(rate.time_for(output)));
+            world.carry_out(Op::Arrive(Charge { input: 0, output, in_arrears: true }));
+        }
+        while !world.waiting.is_empty() || !world.held.is_empty() {
+            world.live_until(world.now + latency, latency, exact, 100);
+        }
+        let provider = Provider::of(Resource::OutputTokens, &world.pace).unwrap();
+        let owed = provider.reads(&world.books);
+        if exact {
+            let spread = largest.mul_f64(0.5 * (world.books.len() as f64 / 2.0).sqrt());
+            let most = latency.max(largest) + spread + Duration::from_micros(1);
+            prop_assert!(owed <= most, "{owed:?} owed, not {most:?}");
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(2_000))]
+
+    /// Callers that are not polled hold up no other and take nothing with them, and they go
+    /// when they are polled again and it is their turn. No grant is collected much later than made.
+    #[test]
+    fn callers_that_are_not_polled_strand_nobody(
+        pace in pace(),
+        ops in proptest::collection::vec(
+            prop_oneof![
+                10 => op(),
+                2 => any::<usize>().prop_map(Op::Ignore),
+                1 => any::<usize>().prop_map(Op::Notice),
+            ],
+            1..100,
+        ),
+    ) {
+        let most_in_flight = pace.in_flight.unwrap_or(usize::MAX);
+        let mut world = World::new(pace);
+        world.ignores = true;
+        for op in ops {
+            world.apply(op);
+            prop_assert!(world.held.len() <= most_in_flight);
+        }
+        world.drain();
+        while let Some(id) = world.ignored.first().copied() {
+            world.notice(id);
+            world.drain();
+        }
+        prop_assert_eq!(world.turnstile.snapshot(nanos(world.now)).in_flight, 0);
+    }
+
+    #[test]
+    fn retuning_strands_nobody(
+        first in pace(),
+        ops in proptest::collection::vec(
+            prop_oneof![10 => op(), 1 => pace().prop_map(Op::Retune)],
+            1..200,
+        ),
+    ) {
+        let mut world = World::new(first);
+        for op in ops {
+            let before = world.held.len();
+            world.apply(op);
+            let most = world.pace.in_flight.unwrap_or(usize::MAX);
+            prop_assert!(world.held.len() <= most.max(before));
+        }
+        world.drain();
+    }
+}
+
+#[test]
+fn a_hundred_thousand_waiters_go_one_by_one() {
+    let mut world = Turnstile::<u64>::new(
+        &Pace::per_minute(60_000_000).burst(Duration::from_secs(1)),
+        0,
+    );
+    let mut now = 0;
+    let mut errands = Errands::default();
+    let need = Need::default();
+    let mut keys = VecDeque::new();
+    let mut granted = 0;
+    for id in 0..1_100_000 {
+        match world.enter(now, &need, &id, &mut errands) {
+            Turn::Granted(_) => granted += 1,
+            Turn::Wait(key) => keys.push_back((id, key)),
+            Turn::Stopped(_) => panic!("nobody stopped it"),
+        }
+    }
+    assert_eq!((granted, keys.len()), (1_000_000, 100_000));
+    while let Some((id, key)) = keys.pop_front() {
+        now += 1_000;
+        match world.poll(now, key, &need, &id, &mut errands) {
+            Turn::Granted(_) => granted += 1,
+            _ => panic!("its time has come"),
+        }
+    }
+    assert_eq!(granted, 1_100_000);
+}

@@ -1,0 +1,631 @@
+//! [`Turnstile`]: who may go, and when. The lane without its clock, its lock and its wakers.
+//!
+//! A pure state machine: every method is given the time (since the lane was made)
+//! and says whom to wake. It never waits itself: while callers wait, the shell must call
+//! [`Turnstile::tick`] at the [`Turnstile::deadline`] at the latest, and no caller needs to be
+//! polled for that. A grant to a caller that waits is an [offer](super::offers).
+
+mod ends;
+
+use std::time::Duration;
+
+use super::bucket::{Nanos, Rate, nanos};
+use super::buckets::{Buckets, Mark, Named};
+use super::gate::Gate;
+use super::limits::Pace;
+use super::meter::Burst;
+use super::offers::Offers;
+use super::queue::{Key, Queue};
+use super::refusals::Refusals;
+use super::slots::Slots;
+use super::words::{Binding, CallOutcome, Charge, LaneSnapshot, Need, Place};
+use crate::error::Error;
+use crate::request::RateSnapshot;
+
+/// How many of those behind the head are looked at for one that may pass.
+const BACKFILL_WINDOW: usize = 8;
+/// A probe that has not ended for so long lets another one go: it may belong to a future that is
+/// not polled, whose timeout does not end it.
+const LONGEST_PROBE: Nanos = 60_000_000_000;
+/// Over how long grants are counted, in case a rate must be guessed from them.
+const PULSE: Nanos = 60_000_000_000;
+
+/// Stands for a call that was let through; it must come back through [`Turnstile::finish`].
+#[derive(Debug)]
+#[must_use]
+pub(super) struct Grant(usize);
+
+/// What a call was let through with. It stays in the call's slot: who holds the grant are
+/// futures, which are moved about.
+#[derive(Debug)]
+struct Granted {
+    charge: Charge,
+    at: Nanos,
+    mark: Mark,
+    /// How many were in flight with it.
+    nth: usize,
+    /// Which limit the headers of its refusal name.
+    named: Option<Named>,
+    /// What the headers of its reply say, where part of its charge is not yet in what is
+    /// left here.
+    said: Option<Box<RateSnapshot>>,
+}
+
+/// What someone finds who arrives, or who waits and looks again.
+#[derive(Debug)]
+pub(super) enum Turn {
+    Granted(Grant),
+    /// Not yet: it is woken when it has been let through.
+    Wait(Key),
+    /// The lane is stopped, or was while it waited.
+    Stopped(Error),
+}
+
+/// What is left to do once the lock is released, because a waker runs code of others when it
+/// wakes, and may when it is dropped.
+#[derive(Debug)]
+pub(super) struct Errands<W> {
+    /// Whom to wake. Most often there is one, who costs no allocation.
+    first: Option<W>,
+    more: Vec<W>,
+    discard: Option<W>,
+}
+
+impl<W> Default for Errands<W> {
+    fn default() -> Self {
+        Self {
+            first: None,
+            more: Vec::new(),
+            discard: None,
+        }
+    }
+}
+
+impl<W> Errands<W> {
+    pub(super) fn wake(&mut self, waker: Option<W>) {
+        match self.first {
+            None => self.first = waker,
+            Some(_) => self.more.extend(waker),
+        }
+    }
+
+    pub(super) fn discard(&mut self, waker: Option<W>) {
+        self.discard = waker;
+    }
+
+    pub(super) fn run(self, mut wake: impl FnMut(W)) {
+        if let Some(first) = self.first {
+            wake(first);
+            self.more.into_iter().for_each(wake);
+        }
+    }
+}
+
+/// How a grant ends.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum End {
+    /// The call was never sent.
+    Unsent,
+    /// It was sent, and nobody waited for how it ended.
+    Abandoned,
+    Finished(CallOutcome),
+}
+
+/// What keeps a call from going.
+#[derive(Clone, Copy)]
+struct Obstacle {
+    binding: Binding,
+    /// When it is gone; `None` if that depends on a call in flight.
+    until: Option<Nanos>,
+}
+
+/// Why nothing goes, and until when; `None` is until somebody says otherwise.
+#[derive(Debug)]
+struct Stop {
+    why: Error,
+    until: Option<Nanos>,
+}
+
+/// One call at a time goes, because it is not known whether the provider answers any.
+#[derive(Debug)]
+struct Probing {
+    /// The success of a call that was granted since then ends the probing.
+    since: Nanos,
+    /// The slot of the probe that is under way, and until when others wait for it.
+    slot: Option<(usize, Nanos)>,
+}
+
+/// How many grants there were since when.
+#[derive(Debug, Default)]
+struct Pulse {
+    since: Nanos,
+    grants: u64,
+}
+
+impl Pulse {
+    fn beat(&mut self, now: Nanos) {
+        if now.saturating_sub(self.since) > PULSE {
+            *self = Self {
+                since: now,
+                grants: 0,
+            };
+        }
+        self.grants += 1;
+    }
+
+    /// What went through lately, as a rate.
+    fn rate(&self, now: Nanos) -> Rate {
+        let seconds = (now.saturating_sub(self.since) as f64 / 1e9).max(1.0);
+        Rate::per_minute((self.grants as f64 * 60.0 / seconds).ceil().max(1.0) as u64)
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct Turnstile<W> {
+    adaptive: bool,
+    burst: Burst,
+    buckets: Buckets,
+    gate: Gate,
+    slots: Slots<Granted>,
+    /// Refusals because the provider was overloaded.
+    overloads: Refusals,
+    /// Refusals by a rate limit that nothing explains.
+    throttles: Refusals,
+    queue: Queue<W>,
+    /// Granted out of the queue and not yet collected.
+    offers: Offers<(Key, Grant)>,
+    /// When the caller that is next can go, unless that depends on a call in flight.
+    head_ready_at: Option<Nanos>,
+    stop: Option<Stop>,
+    probing: Option<Probing>,
+    /// Why the lane was stopped last, for those who look when it goes again.
+    last_stop: Option<Error>,
+    /// When the call was granted whose headers were used last.
+    observed: Nanos,
+    pulse: Pulse,
+    next_place: u64,
+    next_ticket: u64,
+    granted: u64,
+    throttled: u64,
+    overloaded: u64,
+}
+
+impl<W: Clone> Turnstile<W> {
+    pub(super) fn new(pace: &Pace, seed: u64) -> Self {
+        Self {
+            adaptive: pace.adaptive,
+            burst: pace.burst_or_default(),
+            buckets: Buckets::new(pace, 0),
+            gate: Gate::new(seed),
+            slots: Slots::new(pace.in_flight),
+            overloads: Refusals::of_overload(),
+            throttles: Refusals::of_rate(),
+            queue: Queue::new(),
+            offers: Offers::new(),
+            head_ready_at: None,
+            stop: None,
+            probing: None,
+            last_stop: None,
+            observed: 0,
+            pulse: Pulse::default(),
+            next_place: 0,
+            next_ticket: 0,
+            granted: 0,
+            throttled: 0,
+            overloaded: 0,
+        }
+    }
+
+    pub(super) fn arrive(&mut self) -> Place {
+        self.next_place += 1;
+        Place(self.next_place)
+    }
+
+    /// Lets `charge` through now if nobody waits and nothing stands against it.
+    pub(super) fn try_enter(&mut self, now: Nanos, charge: Charge) -> Option<Grant> {
+        self.advance(now);
+        if self.stop.is_some() || !self.queue.is_empty() {
+            return None;
+        }
+        if self.obstacle(now, charge).is_some() {
+            // While no caller waits, nothing else takes back what was not collected.
+            let expired = self.expire(now);
+            if !expired || self.obstacle(now, charge).is_some() {
+                return None;
+            }
+        }
+        self.buckets.resize(now);
+        Some(self.grant(now, charge))
+    }
+
+    /// Lets `charge` through, or queues it with a clone of its waker. A caller in the queue must
+    /// [`poll`](Turnstile::poll) when it is woken, and in the end either collect its grant or
+    /// [`leave`](Turnstile::leave).
+    pub(super) fn enter(
+        &mut self,
+        now: Nanos,
+        need: &Need,
+        waker: &W,
+        errands: &mut Errands<W>,
+    ) -> Turn {
+        let charge = Charge::from(need);
+        if let Some(grant) = self.try_enter(now, charge) {
+            return Turn::Granted(grant);
+        }
+        if let Some(stop) = &self.stop {
+            return Turn::Stopped(stop.why.clone());
+        }
+        // First, as it is code of others: if it panics, nobody has come.
+        let waker = waker.clone();
+        let place = need.place.unwrap_or_else(|| self.arrive());
+        self.next_ticket += 1;
+        let key = self.queue.push(need.who, place, self.next_ticket, charge);
+        self.look(now, key, waker, errands)
+    }
+
+    /// A waiter looks whether it has been let through, and leaves its waker if not.
+    pub(super) fn poll(
+        &mut self,
+        now: Nanos,
+        key: Key,
+        need: &Need,
+        waker: &W,
+        errands: &mut Errands<W>,
+    ) -> Turn {
+        self.advance(now);
+        if self.queue.get_mut(key).is_some() {
+            // First, as it is code of others: if it panics, nothing has changed.
+            let waker = waker.clone();
+            return self.look(now, key, waker, errands);
+        }
+        if let Some(offer) = self.offers.expire_of(now, key.ticket) {
+            // It would be sent too late for the time at which it was charged.
+            self.take_back(now, offer);
+        }
+        if self.offers.come_back(now, key.ticket) && self.stop.is_none() {
+            let waker = waker.clone();
+            let charge = Charge::from(need);
+            let key = self.queue.push(need.who, key.place, key.ticket, charge);
+            return self.look(now, key, waker, errands);
+        }
+        // Whoever let it through has seen to the others.
+        self.collect(now, key)
+    }
+
+    /// One in the queue looks after itself and everybody else. Its waker is a clone of one
+    /// that is in use, so it can be dropped here.
+    fn look(&mut self, now: Nanos, key: Key, waker: W, errands: &mut Errands<W>) -> Turn {
+        // It must not be woken by what it does itself.
+        errands.discard = self
+            .queue
+            .get_mut(key)
+            .and_then(|waiter| waiter.waker.take());
+        self.pump(now, errands);
+        match self.queue.get_mut(key) {
+            Some(waiter) => {
+                waiter.waker = Some(waker);
+                Turn::Wait(key)
+            }
+            None => self.collect(now, key),
+        }
+    }
+
+    /// What is there for someone who no longer waits.
+    fn collect(&mut self, now: Nanos, key: Key) -> Turn {
+        match (self.offers.collect(now, key.ticket), &self.stop) {
+            (Some((_, grant)), None) => Turn::Granted(grant),
+            (offer, stop) => {
+                let why = stop.as_ref().map(|stop| &stop.why);
+                let why = why.or(self.last_stop.as_ref()).cloned();
+                if let Some((_, grant)) = offer {
+                    let Granted { charge, at, .. } = self.free_slot(grant.0);
+                    self.buckets.refund(now, charge, at);
+                }
+                Turn::Stopped(why.expect("a waiter is in the queue, has its grant, or was stopped"))
+            }
+        }
+    }
+
+    /// When [`tick`](Turnstile::tick) must be called at the latest. `None` while no caller waits,
+    /// or only the end of a call can change anything.
+    pub(super) fn deadline(&self) -> Option<Nanos> {
+        if self.queue.is_empty() {
+            return None;
+        }
+        let expiry = self.offers.next_expiry();
+        self.head_ready_at.into_iter().chain(expiry).min()
+    }
+
+    pub(super) fn head_ready_at(&self) -> Option<Nanos> {
+        self.head_ready_at
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.queue.is_empty()
+    }
+
+    /// Whether an offer has not been collected in time.
+    pub(super) fn has_expired(&self, now: Nanos) -> bool {
+        self.offers.next_expiry().is_some_and(|at| at <= now)
+    }
+
+    /// The time has come: takes back the offers that were not collected, if it is to `expire`
+    /// them, and lets everybody through who can go.
+    pub(super) fn tick(&mut self, now: Nanos, expire: bool, errands: &mut Errands<W>) {
+        self.advance(now);
+        if expire {
+            self.expire(now);
+        }
+        self.pump(now, errands);
+    }
+
+    /// Wakes the caller that is next.
+    pub(super) fn wake_head(&mut self, errands: &mut Errands<W>) {
+        if let Some((head, _)) = self.queue.head() {
+            let waiter = self.queue.get_mut(head);
+            errands.wake(waiter.and_then(|waiter| waiter.waker.take()));
+        }
+    }
+
+    /// Wakes all callers that wait.
+    pub(super) fn wake_all(&mut self, errands: &mut Errands<W>) {
+        for waiter in self.queue.iter_mut() {
+            errands.wake(waiter.waker.take());
+        }
+    }
+
+    /// Gives back what was offered and not collected in time. A caller that missed its offer
+    /// leaves the queue, so that it holds up no other, until it is polled again: then it is
+    /// back at its place. Says whether there was any.
+    fn expire(&mut self, now: Nanos) -> bool {
+        let mut any = false;
+        while let Some(offer) = self.offers.expire(now) {
+            self.take_back(now, offer);
+            any = true;
+        }
+        any
+    }
+
+    fn take_back(&mut self, now: Nanos, (key, grant): (Key, Grant)) {
+        let Granted { charge, at, .. } = self.free_slot(grant.0);
+        self.buckets.refund(now, charge, at);
+        self.queue.give_back(key, self.buckets.cost(charge));
+        self.granted -= 1;
+    }
+
+    /// When a call was let through.
+    #[cfg(test)]
+    pub(super) fn granted_at(&mut self, grant: &Grant) -> Nanos {
+        self.slots.get_mut(grant.0).at
+    }
+
+    /// A waiter goes away without its grant, or with one it never collected.
+    pub(super) fn leave(&mut self, now: Nanos, key: Key, errands: &mut Errands<W>) {
+        if let Some((_, grant)) = self.offers.forget(key.ticket) {
+            self.finish(now, grant, End::Unsent, errands);
+        } else if let Some(waiter) = self.queue.remove(key) {
+            self.advance(now);
+            errands.discard = waiter.waker;
+            self.pump(now, errands);
+        }
+    }
+
+    /// Changes the limits under those who wait and those in flight, and starts a lane
+    /// that was stopped.
+    pub(super) fn retune(&mut self, now: Nanos, pace: &Pace, errands: &mut Errands<W>) {
+        self.advance(now);
+        (self.adaptive, self.burst) = (pace.adaptive, pace.burst_or_default());
+        self.buckets.retune(now, pace, self.gate.opens_at());
+        self.slots.retune(pace.in_flight);
+        self.reopen(now, errands);
+    }
+
+    /// Sends everybody away who waits or comes, until [`reopen`](Turnstile::reopen).
+    pub(super) fn stop(&mut self, why: Error, until: Option<Nanos>, errands: &mut Errands<W>) {
+        for waiter in self.queue.clear() {
+            errands.wake(waiter.waker);
+        }
+        self.offers.forget_missed();
+        self.head_ready_at = None;
+        self.last_stop = Some(why.clone());
+        self.stop = Some(Stop { why, until });
+    }
+
+    /// Lets calls through again that a stop, a cooldown or probing kept. The limits are empty
+    /// and refill from now on; the rates that were learned stay.
+    pub(super) fn reopen(&mut self, now: Nanos, errands: &mut Errands<W>) {
+        self.advance(now);
+        self.stop = None;
+        self.gate.open();
+        self.buckets.reopen(now);
+        self.probing = None;
+        self.pump(now, errands);
+    }
+
+    /// Sends nothing for as long as `wait`, and then one call at a time until one succeeds.
+    pub(super) fn cool_down(&mut self, now: Nanos, wait: Duration, errands: &mut Errands<W>) {
+        self.advance(now);
+        self.gate.close_until(now.saturating_add(nanos(wait)));
+        self.buckets.close_until(now, self.gate.opens_at());
+        self.probe(now);
+        self.pump(now, errands);
+    }
+
+    /// The provider answers: calls go as usual.
+    pub(super) fn end_probing(&mut self, now: Nanos, errands: &mut Errands<W>) {
+        if self.probing.take().is_some() {
+            self.advance(now);
+            self.pump(now, errands);
+        }
+    }
+
+    fn probe(&mut self, now: Nanos) {
+        self.probing.get_or_insert(Probing {
+            since: now,
+            slot: None,
+        });
+    }
+
+    fn free_slot(&mut self, slot: usize) -> Granted {
+        if let Some(probing) = &mut self.probing {
+            probing.slot.take_if(|(probe, _)| *probe == slot);
+        }
+        self.slots.give_back(slot)
+    }
+
+    pub(super) fn stopped(&mut self, now: Nanos) -> Option<&Error> {
+        self.advance(now);
+        self.stop.as_ref().map(|stop| &stop.why)
+    }
+
+    pub(super) fn snapshot(&self, now: Nanos) -> LaneSnapshot {
+        let from_now = |at: Nanos| Duration::from_nanos(at.saturating_sub(now));
+        let closed_for = from_now(self.gate.opens_at());
+        let stop = self.stop.as_ref();
+        let (binding, head_wait) = match self.queue.head() {
+            _ if stop.is_some() => {
+                let until = stop.and_then(|stop| stop.until);
+                (Binding::Stopped, until.map(from_now))
+            }
+            Some((_, charge)) => match self.obstacle(now, charge) {
+                Some(Obstacle { binding, until }) => (binding, until.map(from_now)),
+                // Its time has come, and a timer is about to notice.
+                None => (Binding::Nothing, Some(Duration::ZERO)),
+            },
+            None if !closed_for.is_zero() => (Binding::Gate, None),
+            None => (Binding::Nothing, None),
+        };
+        LaneSnapshot {
+            requests_per_minute: self
+                .buckets
+                .requests_per_minute()
+                .map(|rate| rate.round() as u64),
+            scale: self.buckets.scale(),
+            most_in_flight: Some(self.slots.limit()).filter(|limit| *limit < usize::MAX),
+            in_flight: self.slots.used(),
+            waiting: self.queue.len() + self.offers.missed(),
+            unpolled: self.offers.missed(),
+            granted: self.granted,
+            throttled: self.throttled,
+            overloaded: self.overloaded,
+            closed_for: (!closed_for.is_zero()).then_some(closed_for),
+            binding,
+            head_wait,
+        }
+    }
+
+    /// Passes the time until `now`. What is learned of a limit fades only while somebody
+    /// waits whom a slot would not hold up.
+    fn advance(&mut self, now: Nanos) {
+        let waited = !self.queue.is_empty();
+        let slots = self.slots.free() == 0;
+        self.buckets.advance(now, waited && !slots);
+        let open_since = self.gate.opens_at();
+        self.slots
+            .advance(now, (waited && slots).then_some(open_since));
+        let over = |stop: &mut Stop| stop.until.is_some_and(|until| until <= now);
+        if self.stop.take_if(over).is_some() {
+            self.probe(now);
+        }
+    }
+
+    fn obstacle(&self, now: Nanos, charge: Charge) -> Option<Obstacle> {
+        let opens_at = self.gate.opens_at();
+        let probe = self.probing.as_ref().and_then(|probing| probing.slot);
+        if let Some((_, until)) = probe.filter(|(_, until)| *until > now) {
+            return Some(Obstacle {
+                binding: Binding::Gate,
+                until: Some(until),
+            });
+        }
+        if self.slots.free() == 0 {
+            let closed = opens_at > now;
+            return Some(Obstacle {
+                binding: if closed {
+                    Binding::Gate
+                } else {
+                    Binding::InFlight
+                },
+                until: None,
+            });
+        }
+        let (mut until, mut binding) = self.buckets.ready_at(now, charge);
+        if opens_at > now {
+            until = until.map(|until| until.max(opens_at));
+            binding = Binding::Gate;
+        }
+        (until != Some(now)).then_some(Obstacle { binding, until })
+    }
+
+    fn grant(&mut self, now: Nanos, charge: Charge) -> Grant {
+        let mark = self.buckets.take(now, charge);
+        self.pulse.beat(now);
+        self.granted += 1;
+        let slot = self.slots.take(Granted {
+            charge,
+            at: now,
+            mark,
+            nth: self.slots.used() + 1,
+            named: None,
+            said: None,
+        });
+        if let Some(probing) = &mut self.probing {
+            probing.slot = Some((slot, now.saturating_add(LONGEST_PROBE)));
+        }
+        Grant(slot)
+    }
+
+    /// After anything has changed: lets everybody through who can go.
+    fn pump(&mut self, now: Nanos, errands: &mut Errands<W>) {
+        self.head_ready_at = self.grant_all(now, errands);
+    }
+
+    /// Says when the caller that is next then can go: `None` if only a call in flight can
+    /// change anything.
+    fn grant_all(&mut self, now: Nanos, errands: &mut Errands<W>) -> Option<Nanos> {
+        loop {
+            let (head, charge) = self.queue.head()?;
+            match self.obstacle(now, charge) {
+                None => {
+                    self.let_through(now, head, charge, errands);
+                    // Bursts grow between two heads, so that none waits for a goal that moves.
+                    self.buckets.resize(now);
+                }
+                Some(obstacle) => match self.backfill(now, head, charge, obstacle) {
+                    Some((key, charge)) => self.let_through(now, key, charge, errands),
+                    None => return obstacle.until,
+                },
+            }
+        }
+    }
+
+    fn let_through(&mut self, now: Nanos, key: Key, charge: Charge, errands: &mut Errands<W>) {
+        let cost = self.buckets.cost(charge);
+        let waiter = self.queue.serve(key, cost);
+        errands.wake(waiter.and_then(|waiter| waiter.waker));
+        let grant = self.grant(now, charge);
+        self.offers.make(now, key.ticket, (key, grant));
+    }
+
+    /// One of those behind the head that can go now without making it wait any longer (EASY
+    /// backfill: Lifka, 1995). There is none where the head waits for requests, for
+    /// everybody takes one, nor while the next slot must be the head's.
+    fn backfill(
+        &self,
+        now: Nanos,
+        head: Key,
+        charge: Charge,
+        obstacle: Obstacle,
+    ) -> Option<(Key, Charge)> {
+        let until = obstacle.until?;
+        let tokens = matches!(
+            obstacle.binding,
+            Binding::Tokens | Binding::InputTokens | Binding::OutputTokens
+        );
+        if !tokens || self.slots.free() < 2 {
+            return None;
+        }
+        let mut behind = self.queue.behind(head).take(BACKFILL_WINDOW);
+        behind.find(|(_, first)| self.buckets.leaves_room(now, *first, charge, until))
+    }
+}

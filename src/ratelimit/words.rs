@@ -1,0 +1,345 @@
+//! The words of the lane: [`Need`], [`Place`], [`CallOutcome`], [`LaneSnapshot`], [`Binding`].
+
+use std::fmt;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::time::Duration;
+
+use crate::error::Error;
+use crate::request::Usage;
+
+/// What one call needs: a request, and its tokens as far as they can be foreseen.
+///
+/// ```
+/// use throughline::ratelimit::Need;
+///
+/// let need = Need::new(1_200, 400);
+/// assert_eq!((need.input_tokens, need.output_tokens), (1_200, 400));
+/// ```
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Need {
+    /// Tokens of the prompt, estimated.
+    pub input_tokens: u64,
+    /// Tokens of the answer, estimated; `max_tokens` where the provider charges that.
+    pub output_tokens: u64,
+    /// The answer is charged when it is there, not with the request.
+    pub(super) in_arrears: bool,
+    pub(super) place: Option<Place>,
+    pub(super) who: Who,
+}
+
+impl Need {
+    /// One request of so many tokens.
+    pub fn new(input_tokens: u64, output_tokens: u64) -> Self {
+        Self {
+            input_tokens,
+            output_tokens,
+            in_arrears: false,
+            place: None,
+            who: Who::default(),
+        }
+    }
+
+    /// Waits in the line of that priority. [`Priority::Normal`] unless set.
+    #[must_use]
+    pub fn priority(mut self, priority: Priority) -> Self {
+        self.who.priority = priority;
+        self
+    }
+
+    /// Waits in the line of that tenant. All calls without one are one tenant of weight 1.
+    #[must_use]
+    pub fn tenant(mut self, tenant: Tenant) -> Self {
+        self.who.tenant = Some(tenant);
+        self
+    }
+
+    /// The provider charges the answer when it is there, whatever the estimate.
+    pub(crate) fn in_arrears(mut self, in_arrears: bool) -> Self {
+        self.in_arrears = in_arrears;
+        self
+    }
+
+    pub(crate) fn of(mut self, who: Who) -> Self {
+        self.who = who;
+        self
+    }
+
+    /// Queues at `place` instead of at the end: how a retry keeps its turn.
+    #[must_use]
+    pub fn at(mut self, place: Place) -> Self {
+        self.place = Some(place);
+        self
+    }
+}
+
+/// How urgent a call is, against others that wait for the same lane.
+///
+/// While all of them wait, of 73 calls 64 are high, 8 normal and 1 low: urgent work
+/// goes first, and the rest still goes. Nobody waits behind a class that is empty.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Priority {
+    /// A person waits for it.
+    High,
+    /// Work like any other.
+    #[default]
+    Normal,
+    /// What can wait: backfills, evaluations.
+    Low,
+}
+
+impl Priority {
+    pub(super) const ALL: [Self; 3] = [Self::High, Self::Normal, Self::Low];
+
+    pub(super) fn weight(self) -> u32 {
+        match self {
+            Self::High => 64,
+            Self::Normal => 8,
+            Self::Low => 1,
+        }
+    }
+}
+
+/// Whose call it is, and how large a share of the lane that one gets while others wait.
+///
+/// A tenant with twice the weight gets twice as much of what is scarce, in requests or
+/// tokens; one that asks for a thousand times as much gets no more for it.
+///
+/// The name alone says which tenant it is. When calls of one tenant name different weights,
+/// the weight of the call that joined the queue last holds for all of them.
+///
+/// ```
+/// use throughline::ratelimit::{Need, Tenant};
+///
+/// let need = Need::new(1_000, 200).tenant(Tenant::new("acme", 2));
+/// # let _ = need;
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Tenant {
+    id: TenantId,
+    weight: u32,
+}
+
+/// A hash of the name of a tenant.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct TenantId(u64);
+
+impl Tenant {
+    /// The tenant of that name. Only a hash of the name is kept.
+    ///
+    /// # Panics
+    ///
+    /// If `weight` is zero: that tenant would never be served.
+    #[track_caller]
+    pub fn new(name: &str, weight: u32) -> Self {
+        assert!(weight > 0, "a tenant of weight zero would never be served");
+        let mut hasher = DefaultHasher::new();
+        name.hash(&mut hasher);
+        Self {
+            id: TenantId(hasher.finish()),
+            weight,
+        }
+    }
+
+    pub(super) fn id(self) -> TenantId {
+        self.id
+    }
+}
+
+/// The line that a call waits in.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+pub(crate) struct Who {
+    pub(crate) priority: Priority,
+    pub(crate) tenant: Option<Tenant>,
+}
+
+impl Who {
+    pub(super) fn weight(self) -> u32 {
+        self.tenant.map_or(1, |tenant| tenant.weight)
+    }
+}
+
+/// A place in the order of arrival of one lane ([`Lane::arrive`](crate::ratelimit::Lane::arrive)).
+///
+/// It is a number: it holds nothing up and need not be given back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Place(pub(super) u64);
+
+/// How a call ended, as far as the lane must know.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum CallOutcome {
+    /// A reply came.
+    Done {
+        /// What it used: the estimate is settled to its input and output tokens.
+        /// `None` leaves the charge as estimated, for a provider that does not
+        /// say, or does not give back what it reserved.
+        usage: Option<Usage>,
+    },
+    /// The provider refused the call for its rate limit (429).
+    Throttled {
+        /// How long it asks to wait.
+        wait: Option<Duration>,
+    },
+    /// The provider is overloaded (503, 529).
+    Overloaded {
+        /// How long it asks to wait.
+        wait: Option<Duration>,
+    },
+    /// The call failed in any other way.
+    Failed {
+        /// What the provider charged all the same, where that is known. `None`
+        /// leaves the charge as estimated.
+        usage: Option<Usage>,
+    },
+}
+
+/// What a lane looks like at one moment.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct LaneSnapshot {
+    /// The rate of requests per minute that the lane keeps now, if there is one: the
+    /// limit, less of it after a refusal, or twice of it where a provider has much left of a
+    /// limit that only it has named.
+    pub requests_per_minute: Option<u64>,
+    /// The smallest share of a limit that is used: 1.0, or less after a refusal or while others
+    /// use the account.
+    pub scale: f64,
+    /// The limit on calls in flight now, if there is one.
+    pub most_in_flight: Option<usize>,
+    /// Calls that hold a permit.
+    pub in_flight: usize,
+    /// Calls that wait for one.
+    pub waiting: usize,
+    /// Of those, the calls that were let through and did not come, because nothing polls their
+    /// futures: a buffered stream whose consumer is busy, a `select!` whose other branch runs, a
+    /// runtime that is blocked. They hold up no other call, and are next when they are polled.
+    pub unpolled: usize,
+    /// Permits granted so far, those given back unsent included.
+    pub granted: u64,
+    /// Calls that were refused for a rate limit so far.
+    pub throttled: u64,
+    /// Calls that met an overloaded provider so far.
+    pub overloaded: u64,
+    /// How long the lane stays closed because the provider refused a call.
+    pub closed_for: Option<Duration>,
+    /// What holds up the call that is next.
+    pub binding: Binding,
+    /// How long the call that is next must still wait. `None` if nobody waits, or
+    /// if that depends on when a call in flight ends.
+    pub head_wait: Option<Duration>,
+}
+
+/// What holds up the call that is next in a lane.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Binding {
+    /// Nothing: no call waits for the lane. The caller makes fewer calls at a time than the limits allow.
+    Nothing,
+    /// The number of items that a batch may have open (64 unless
+    /// [`buffer_unordered`](crate::Batch::buffer_unordered) or its like says otherwise): it has inputs left, and no call
+    /// waits for the lane. A lane does not know of it, only [`Context::snapshot`](crate::Context::snapshot).
+    OpenItems,
+    /// The limit on requests.
+    Requests,
+    /// The limit on input and output tokens together.
+    Tokens,
+    /// The limit on input tokens.
+    InputTokens,
+    /// The limit on output tokens.
+    OutputTokens,
+    /// The time between two calls.
+    Spacing,
+    /// The limit on calls in flight.
+    InFlight,
+    /// The provider refused a call; the lane is closed for a while.
+    Gate,
+    /// So many calls fail that the retries of a context wait
+    /// ([`Retry`](crate::Retry)). A lane does not know of it.
+    Budget,
+    /// The lane was stopped: no call can succeed until somebody acts, or for long.
+    Stopped,
+}
+
+impl Binding {
+    /// The binding as words for a person.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Nothing => "nothing",
+            Self::OpenItems => "open items",
+            Self::Requests => "requests",
+            Self::Tokens => "tokens",
+            Self::InputTokens => "input tokens",
+            Self::OutputTokens => "output tokens",
+            Self::Spacing => "spacing",
+            Self::InFlight => "calls in flight",
+            Self::Gate => "closed by the provider",
+            Self::Budget => "retry budget",
+            Self::Stopped => "stopped",
+        }
+    }
+}
+
+impl fmt::Display for Binding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// What one call's end changed for all calls of a lane.
+#[derive(Debug, Clone)]
+pub(crate) enum LaneChange {
+    /// The gate closed, or for longer than before.
+    Closed { wait: Duration },
+    /// A limit is used more slowly.
+    Slowed { limit: Binding, scale: f64 },
+    /// Fewer calls in flight are allowed.
+    Eased { in_flight: usize },
+    /// A limit that headers speak of is kept from now on.
+    Adopted { limit: Binding, per_minute: u64 },
+    /// One call was charged more than a minute of a limit.
+    Exceeded {
+        limit: Binding,
+        needed: u64,
+        per_minute: u64,
+    },
+    /// Nothing goes any more.
+    Stopped { why: Error },
+}
+
+/// The tokens a call is charged.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Charge {
+    pub(super) input: u64,
+    pub(super) output: u64,
+    /// The output is charged when the call ends: until then it is only reserved.
+    pub(super) in_arrears: bool,
+}
+
+impl Charge {
+    /// What the provider takes when it lets the call in.
+    pub(super) fn on_admission(self) -> Self {
+        let output = if self.in_arrears { 0 } else { self.output };
+        Self { output, ..self }
+    }
+}
+
+impl From<&Need> for Charge {
+    fn from(need: &Need) -> Self {
+        Self {
+            input: need.input_tokens,
+            output: need.output_tokens,
+            in_arrears: need.in_arrears,
+        }
+    }
+}
+
+impl From<Usage> for Charge {
+    fn from(usage: Usage) -> Self {
+        Self {
+            input: usage.input_tokens,
+            output: usage.output_tokens,
+            in_arrears: false,
+        }
+    }
+}

@@ -1,0 +1,159 @@
+//! [`ItemResult`]: what became of the items of a run, in pages or as a stream.
+
+use futures::stream::{self, BoxStream, StreamExt as _, TryStreamExt as _};
+use serde::de::DeserializeOwned;
+
+use super::Runner;
+use crate::error::{Error, ErrorKind, Result};
+use crate::store::{Item, RunId, Status};
+
+/// How many items a stream of results reads at a time.
+const PAGE: u32 = 256;
+
+/// An item of a run, with its output if it has one.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct ItemResult<O> {
+    /// Its place among the inputs, from 0.
+    pub index: u64,
+    /// Its name.
+    pub key: String,
+    /// Where it stands.
+    pub status: Status,
+    /// How often it was begun.
+    pub attempt: u32,
+    /// The output, or why there is none; `None` while it is not over, and when it was cancelled.
+    pub result: Option<Result<O>>,
+}
+
+impl<O> ItemResult<O> {
+    /// The output of an item that is completed.
+    pub fn output(&self) -> Option<&O> {
+        self.result.as_ref()?.as_ref().ok()
+    }
+
+    /// Why an item failed.
+    pub fn error(&self) -> Option<&Error> {
+        self.result.as_ref()?.as_ref().err()
+    }
+}
+
+impl<O: DeserializeOwned> From<Item> for ItemResult<O> {
+    fn from(item: Item) -> Self {
+        let result = match (item.status, item.output, item.error) {
+            (Status::Completed, Some(output), _) => {
+                Some(serde_json::from_str(&output).map_err(|error| {
+                    let message = format!(
+                        "the output of item {} is of another type: {error}",
+                        item.seq
+                    );
+                    Error::new(ErrorKind::Config, message)
+                }))
+            }
+            (Status::Failed, _, Some(error)) => Some(Err(error)),
+            _ => None,
+        };
+        Self {
+            index: item.seq,
+            key: item.key,
+            status: item.status,
+            attempt: item.attempt,
+            result,
+        }
+    }
+}
+
+impl Runner {
+    /// At most `limit` items of a run in input order, from the index `from` on, as they stand now.
+    ///
+    /// ```
+    /// # use throughline::{Context, Runner, pipeline, store::{Memory, Status}};
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> throughline::Result<()> {
+    /// # let double = pipeline("double", async |_cx: Context, n: u32| Ok(2 * n));
+    /// # let runner = Runner::new(Memory::new());
+    /// let run = runner.submit("double", &double, [1, 2, 3]).await?;
+    /// let page = runner.results::<u32>(run, 1, 10).await?;
+    /// assert_eq!(page.len(), 2);
+    /// assert_eq!((page[0].index, page[0].status), (1, Status::Pending));
+    /// # Ok(()) }
+    /// ```
+    ///
+    /// # Errors
+    /// The store's. An output of another type than `O` is an error of its item.
+    pub async fn results<O: DeserializeOwned>(
+        &self,
+        run: RunId,
+        from: u64,
+        limit: u32,
+    ) -> Result<Vec<ItemResult<O>>> {
+        if !self.sees(run).await? {
+            return Ok(Vec::new());
+        }
+        let items = self.store.items(run, from, limit).await?;
+        Ok(items.into_iter().map(ItemResult::from).collect())
+    }
+
+    /// All items of a run in input order, as they stand when they are read: 256 at a time, so memory
+    /// does not grow with the run.
+    ///
+    /// ```
+    /// use futures::TryStreamExt as _;
+    /// # use throughline::{Context, Runner, pipeline, store::Memory};
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> throughline::Result<()> {
+    /// # let double = pipeline("double", async |_cx: Context, n: u32| Ok(2 * n));
+    /// # let runner = Runner::new(Memory::new());
+    /// let run = runner.submit("double", &double, 0..600).await?;
+    /// let items: Vec<_> = runner.stream_results::<u32>(run).try_collect().await?;
+    /// assert_eq!(items.len(), 600);
+    /// # Ok(()) }
+    /// ```
+    pub fn stream_results<O: DeserializeOwned + Send + 'static>(
+        &self,
+        run: RunId,
+    ) -> BoxStream<'static, Result<ItemResult<O>>> {
+        let runner = self.clone();
+        let pages = stream::try_unfold((runner, 0), move |(runner, from)| async move {
+            let page = runner.results::<O>(run, from, PAGE).await?;
+            let next = from + page.len() as u64;
+            Ok::<_, Error>((!page.is_empty()).then_some((page, (runner, next))))
+        });
+        pages
+            .map_ok(|page| stream::iter(page.into_iter().map(Ok)))
+            .try_flatten()
+            .boxed()
+    }
+
+    /// The outputs of a run's completed items, in input order: what a next phase starts from.
+    ///
+    /// ```
+    /// # use std::{sync::Arc, time::Duration};
+    /// # use throughline::{Context, Runner, Worker, pipeline, testing::Scripted, store::Memory};
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> throughline::Result<()> {
+    /// # let double = pipeline("double", async |_cx: Context, n: u32| Ok(2 * n));
+    /// # let store = Arc::new(Memory::new());
+    /// # let runner = Runner::new(Arc::clone(&store));
+    /// # let worker = Worker::builder(store, Context::builder(Scripted::new()).build());
+    /// # let worker = worker.register("double", double.clone()).build();
+    /// let run = runner.submit("double", &double, [1, 2, 3]).await?;
+    /// worker.drive_run(run, Duration::from_secs(60)).await?;
+    /// let doubled: Vec<u32> = runner.outputs(run).await?;
+    /// assert_eq!(doubled, [2, 4, 6]);
+    /// # Ok(()) }
+    /// ```
+    ///
+    /// # Errors
+    /// The store's, and that of an output of another type than `O`.
+    pub async fn outputs<O: DeserializeOwned + Send + 'static>(
+        &self,
+        run: RunId,
+    ) -> Result<Vec<O>> {
+        let mut outputs = Vec::new();
+        let mut items = self.stream_results::<O>(run);
+        while let Some(item) = items.try_next().await? {
+            if item.status == Status::Completed {
+                outputs.extend(item.result.transpose()?);
+            }
+        }
+        Ok(outputs)
+    }
+}

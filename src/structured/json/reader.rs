@@ -1,0 +1,538 @@
+//! [`Reader`]: the elements of an array, each as soon as it closes.
+
+use super::nest::{MAX_DEPTH, Nest, SPECIAL, Stop};
+use crate::error::{Error, ErrorKind, Result};
+
+const MAX_ELEMENT: usize = 16 << 20;
+/// Fewer bytes that are not needed any more are not worth moving the rest for.
+const SWEEP: usize = 1 << 10;
+/// Models write in pieces of a few bytes, most of which mean nothing to us.
+const SHORT: usize = 32;
+/// No word that may stand for a value is longer ("-Infinity").
+const MAX_WORD: usize = 9;
+
+/// Finds the elements of one array in a reply that is still being written.
+///
+/// Text before the array is skipped (prose, code fences, a byte order mark), and so is all
+/// that comes after it. Elements are told apart by brackets, strings and commas alone, so one
+/// that is not JSON (`NaN`, single quotes) is handed out like any other and fails
+/// where it is parsed: one element, not the rest. A comma too many at the end is ignored, and so is
+/// one that is missing behind an object.
+///
+/// It takes time linear in the text however it is cut, and keeps at most the open element.
+///
+/// ```
+/// use throughline::structured::json::Reader;
+///
+/// let mut reader = Reader::field("rivers");
+/// reader.push(r#"Here you are: {"continent": "Europe", "rivers": [{"name": "Dan"#);
+/// assert!(reader.next_element().is_none());
+/// reader.push(r#"ube"}, {"name": "#);
+/// assert_eq!(reader.next_element().unwrap()?, r#"{"name": "Danube"}"#);
+/// assert!(reader.finish().unwrap_err().is_truncated()); // the second one is open
+/// # Ok::<(), throughline::Error>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct Reader {
+    target: Target,
+    max_depth: u32,
+    max_element: usize,
+    /// What may still be needed, and what has not been looked at.
+    buf: Vec<u8>,
+    /// All before it is looked at.
+    pos: usize,
+    /// All before it is not needed any more.
+    keep: usize,
+    state: State,
+    nest: Nest,
+    /// Elements handed out so far, invalid ones included.
+    elements: usize,
+    /// What was met that is not the array: told when there is none.
+    met: Met,
+    failed: Option<Error>,
+}
+
+#[derive(Debug, Clone)]
+enum Target {
+    Array,
+    Field(String),
+    First,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    /// Before the array, or the object that has it.
+    Seek,
+    /// After the bracket of an array that may be none ("see [below]").
+    Opened,
+    /// In the object, before a key. `sure`: it is an object, not a brace in prose.
+    Key { sure: bool },
+    /// In a key that began at `keep`.
+    InKey { sure: bool },
+    /// After a key, which is the array's.
+    Colon { sure: bool, ours: bool },
+    /// Before the value of a key.
+    Value { ours: bool },
+    /// In a value that is not ours.
+    Skip,
+    /// In the array, before an element.
+    Between { after_comma: bool },
+    /// In an element that began at `keep`.
+    Element,
+    /// In an element that is too large; its text is not kept.
+    TooLarge,
+    /// The array has ended.
+    Done,
+}
+
+#[derive(Debug, Clone, Default)]
+struct Met {
+    empty_array: bool,
+    object: bool,
+    other_value: bool,
+}
+
+impl Reader {
+    fn new(target: Target) -> Self {
+        Self {
+            target,
+            max_depth: MAX_DEPTH - 2,
+            max_element: MAX_ELEMENT,
+            buf: Vec::new(),
+            pos: 0,
+            keep: 0,
+            state: State::Seek,
+            nest: Nest::default(),
+            elements: 0,
+            met: Met::default(),
+            failed: None,
+        }
+    }
+
+    /// Reads the elements of the first array of the text.
+    pub fn array() -> Self {
+        Self::new(Target::Array)
+    }
+
+    /// Reads the elements of the array in this field of an object.
+    pub fn field(name: impl Into<String>) -> Self {
+        Self::new(Target::Field(name.into()))
+    }
+
+    /// Reads the elements of the first array that is either by itself or in a field of an
+    /// object by itself, whichever field that is.
+    pub fn first_array() -> Self {
+        Self::new(Target::First)
+    }
+
+    /// How many brackets an element may open inside one another; 126 unless set, which with the
+    /// array and its object makes the 128 that `serde_json` reads.
+    ///
+    /// # Panics
+    /// If it is above 128.
+    #[must_use]
+    #[track_caller]
+    pub fn max_depth(mut self, depth: u32) -> Self {
+        assert!(depth <= MAX_DEPTH, "Reader::max_depth is 128 at most");
+        self.max_depth = depth;
+        self
+    }
+
+    /// How many bytes one element may have; 16 MiB unless set. A larger one is not kept: it is one
+    /// failure, and the next one is read.
+    #[must_use]
+    pub fn max_element(mut self, bytes: usize) -> Self {
+        self.max_element = bytes;
+        self
+    }
+
+    /// Takes in more of the text. A piece may end anywhere, within a character too.
+    #[inline]
+    pub fn push(&mut self, piece: impl AsRef<[u8]>) {
+        if matches!(self.state, State::Done) {
+            return;
+        }
+        if self.keep == self.buf.len() {
+            self.buf.clear();
+            (self.pos, self.keep) = (0, 0);
+        } else if self.keep >= self.buf.len() / 2 && self.keep >= SWEEP {
+            self.buf.drain(..self.keep);
+            self.pos -= self.keep;
+            self.keep = 0;
+        }
+        match piece.as_ref() {
+            // Cheaper than a copy.
+            [byte] => self.buf.push(*byte),
+            piece => self.buf.extend_from_slice(piece),
+        }
+    }
+
+    /// The exact text of the next element that has closed; `None` until more is pushed, or for
+    /// ever once the array has ended.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidOutput`] for an element that is too large or not UTF-8, after which
+    /// the next one follows; and for brackets that do not match or are too deep, after which
+    /// nothing does.
+    #[inline]
+    pub fn next_element(&mut self) -> Option<Result<&str>> {
+        if self.is_quiet() {
+            return None;
+        }
+        self.take()
+    }
+
+    /// Whether a short piece within an element means nothing; then it is done with.
+    #[inline]
+    fn is_quiet(&mut self) -> bool {
+        let rest = &self.buf[self.pos..];
+        let within = matches!(self.state, State::Element) && !self.nest.escaped;
+        if !within || rest.len() > SHORT || self.pos - self.keep >= self.max_element {
+            return false;
+        }
+        let in_string = self.nest.in_string;
+        let special = |byte: &u8| match in_string {
+            true => matches!(byte, b'"' | b'\\'),
+            false => SPECIAL[*byte as usize],
+        };
+        let quiet = match rest {
+            [b'"'] => {
+                self.nest.in_string = !self.nest.in_string;
+                true
+            }
+            [byte] => !special(byte),
+            _ => !rest.iter().any(special),
+        };
+        if quiet {
+            self.pos = self.buf.len();
+        }
+        quiet
+    }
+
+    #[inline(never)]
+    fn take(&mut self) -> Option<Result<&str>> {
+        let found = self.advance()?;
+        self.elements += 1;
+        Some(found.and_then(|(start, end)| {
+            std::str::from_utf8(&self.buf[start..end])
+                .map(str::trim_end)
+                .map_err(|error| invalid(format!("element {}: {error}", self.elements)))
+        }))
+    }
+
+    /// How many elements were handed out, failed ones included.
+    pub fn elements(&self) -> usize {
+        self.elements
+    }
+
+    /// Whether the array has ended: what is pushed from now on is ignored.
+    pub fn is_done(&self) -> bool {
+        matches!(self.state, State::Done)
+    }
+
+    /// Says whether the text, now at its end, had the whole array. Take all elements first.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Truncated`] if the array is open; [`ErrorKind::InvalidOutput`] if there
+    /// was none, or its brackets did not match.
+    pub fn finish(&self) -> Result<()> {
+        if let Some(error) = &self.failed {
+            return Err(error.clone());
+        }
+        match self.state {
+            State::Done => Ok(()),
+            State::Seek | State::Opened | State::Key { sure: false } => self.none_found(),
+            State::InKey { sure: false } | State::Colon { sure: false, .. } => self.none_found(),
+            State::Between { .. } | State::Element | State::TooLarge => {
+                let n = self.elements;
+                Err(truncated(format!("the array is open after {n} elements")))
+            }
+            _ => Err(truncated("the object that should have the array is open")),
+        }
+    }
+
+    fn none_found(&self) -> Result<()> {
+        let sought = match &self.target {
+            Target::Field(name) => format!("an array in a field `{name}`"),
+            _ => "an array".to_owned(),
+        };
+        Err(invalid(match &self.met {
+            Met {
+                empty_array: true, ..
+            } => return Ok(()),
+            Met {
+                other_value: true, ..
+            } => format!("the field that should be {sought} holds something else"),
+            Met { object: true, .. } => format!("the reply's object does not have {sought}"),
+            _ => format!("the reply does not hold {sought}"),
+        }))
+    }
+
+    /// Goes on to the end of an element or of the text.
+    fn advance(&mut self) -> Option<Result<(usize, usize)>> {
+        loop {
+            match self.state {
+                State::Done => return None,
+                State::Seek => self.seek()?,
+                State::Opened => self.opened()?,
+                State::Key { .. } | State::Colon { .. } | State::Value { .. } => self.object()?,
+                State::InKey { sure } => self.in_key(sure)?,
+                State::Skip => {
+                    self.keep = self.pos;
+                    match self.nest.run(&self.buf, &mut self.pos, self.max_depth) {
+                        Stop::Open => {
+                            self.keep = self.pos;
+                            return None;
+                        }
+                        Stop::Closed => {}
+                        Stop::At(b',') => self.go(State::Key { sure: true }),
+                        Stop::At(b'}') => self.object_ended(),
+                        stop => return Some(Err(self.fail(stop))),
+                    }
+                }
+                State::Between { after_comma } => match self.non_space()? {
+                    b']' => {
+                        self.state = State::Done;
+                        self.buf = Vec::new();
+                        (self.pos, self.keep) = (0, 0);
+                    }
+                    b',' => {
+                        self.go(State::Between { after_comma: true });
+                        if after_comma || self.elements == 0 {
+                            let n = self.elements + 1;
+                            return Some(Err(invalid(format!("element {n} is missing"))));
+                        }
+                    }
+                    _ => {
+                        self.nest = Nest::default();
+                        self.keep = self.pos;
+                        self.state = State::Element;
+                    }
+                },
+                State::Element | State::TooLarge => return self.element(),
+            }
+        }
+    }
+
+    fn element(&mut self) -> Option<Result<(usize, usize)>> {
+        let stop = self.nest.run(&self.buf, &mut self.pos, self.max_depth);
+        let (start, end) = (self.keep, self.pos);
+        if matches!(self.state, State::Element) && end - start > self.max_element {
+            self.state = State::TooLarge;
+        }
+        let too_large = matches!(self.state, State::TooLarge);
+        if too_large {
+            self.keep = self.pos;
+        }
+        match stop {
+            Stop::Open => return None,
+            // `Between` looks at what comes next.
+            Stop::Closed | Stop::At(b']') => self.state = State::Between { after_comma: false },
+            Stop::At(b',') => self.go(State::Between { after_comma: true }),
+            stop => return Some(Err(self.fail(stop))),
+        }
+        self.keep = self.pos;
+        if too_large {
+            let (n, max) = (self.elements + 1, self.max_element);
+            let message = format!("element {n} has more than the {max} bytes allowed");
+            return Some(Err(invalid(message)));
+        }
+        Some(Ok((start, end)))
+    }
+
+    /// Looks for the bracket that may begin the array, or the object around it.
+    fn seek(&mut self) -> Option<()> {
+        let (array, object) = match self.target {
+            Target::Array => (true, false),
+            Target::Field(_) => (false, true),
+            Target::First => (true, true),
+        };
+        let rest = &self.buf[self.pos..];
+        let found = rest
+            .iter()
+            .position(|b| (array && *b == b'[') || (object && *b == b'{'));
+        let Some(found) = found else {
+            self.pos = self.buf.len();
+            self.keep = self.pos;
+            return None;
+        };
+        let brace = rest[found] == b'{';
+        self.pos += found + 1;
+        self.keep = self.pos;
+        self.state = if brace {
+            State::Key { sure: false }
+        } else {
+            State::Opened
+        };
+        Some(())
+    }
+
+    /// Tells an array from a bracket in prose by what comes first in it.
+    fn opened(&mut self) -> Option<()> {
+        let sure = match self.non_space()? {
+            b'{' | b'[' | b'"' | b'-' | b'0'..=b'9' => true,
+            b']' => {
+                // "[ ]" may be a box to tick.
+                self.met.empty_array = true;
+                false
+            }
+            _ => {
+                let rest = &self.buf[self.pos..];
+                let len = rest.iter().position(|b| !b.is_ascii_alphabetic());
+                let word = match len {
+                    Some(len) => &rest[..len],
+                    None if rest.len() <= MAX_WORD => return None,
+                    None => b"",
+                };
+                matches!(
+                    word,
+                    b"true"
+                        | b"false"
+                        | b"null"
+                        | b"NaN"
+                        | b"Infinity"
+                        | b"None"
+                        | b"True"
+                        | b"False"
+                )
+            }
+        };
+        if sure {
+            self.state = State::Between { after_comma: false };
+        } else {
+            self.again();
+        }
+        Some(())
+    }
+
+    fn object(&mut self) -> Option<()> {
+        let byte = self.non_space()?;
+        match self.state {
+            State::Key { sure } => match byte {
+                b'"' => {
+                    self.pos += 1;
+                    self.keep = self.pos;
+                    self.nest = Nest::in_string();
+                    self.state = State::InKey { sure };
+                }
+                b'}' => self.object_ended(),
+                b',' if sure => self.go(State::Key { sure }),
+                _ if sure => {
+                    // Not JSON: go on behind the next comma.
+                    self.nest = Nest::default();
+                    self.state = State::Skip;
+                }
+                _ => self.again(),
+            },
+            State::Colon { sure, ours } => match byte {
+                b':' => self.go(State::Value { ours }),
+                _ if sure => {
+                    self.nest = Nest::default();
+                    self.state = State::Skip;
+                }
+                _ => self.again(),
+            },
+            State::Value { ours: true } if byte == b'[' => {
+                self.go(State::Between { after_comma: false });
+            }
+            State::Value { ours } => {
+                // "First" takes any array and minds nothing else.
+                self.met.other_value |= ours && !matches!(self.target, Target::First);
+                self.nest = Nest::default();
+                self.state = State::Skip;
+            }
+            _ => unreachable!("only called in these states"),
+        }
+        Some(())
+    }
+
+    fn in_key(&mut self, sure: bool) -> Option<()> {
+        let rest = &self.buf[self.pos..];
+        // Keys are short; what is not is looked at once, byte by byte.
+        for (i, byte) in rest.iter().enumerate() {
+            match byte {
+                _ if self.nest.escaped => self.nest.escaped = false,
+                b'\\' => self.nest.escaped = true,
+                b'"' => {
+                    let key = &self.buf[self.keep..self.pos + i];
+                    let ours = match &self.target {
+                        Target::Field(name) => is_key(key, name),
+                        _ => true,
+                    };
+                    self.pos += i;
+                    self.go(State::Colon { sure, ours });
+                    return Some(());
+                }
+                _ => {}
+            }
+        }
+        self.pos = self.buf.len();
+        if self.pos - self.keep > self.max_element {
+            // Not ours, whatever it is.
+            self.keep = self.pos;
+        }
+        None
+    }
+
+    /// What looked like a beginning was none.
+    fn again(&mut self) {
+        self.pos = self.keep;
+        self.state = State::Seek;
+    }
+
+    fn object_ended(&mut self) {
+        self.met.object = true;
+        self.go(State::Seek);
+    }
+
+    /// Steps over the byte at hand.
+    fn go(&mut self, state: State) {
+        self.pos += 1;
+        // A doubtful object begins anew at its brace.
+        if !matches!(state, State::Colon { sure: false, .. }) {
+            self.keep = self.pos;
+        }
+        self.state = state;
+    }
+
+    /// The next byte that is no white space.
+    fn non_space(&mut self) -> Option<u8> {
+        let rest = &self.buf[self.pos..];
+        let spaces = rest
+            .iter()
+            .position(|b| !matches!(b, b' ' | b'\n' | b'\r' | b'\t'));
+        self.pos += spaces.unwrap_or(rest.len());
+        self.buf.get(self.pos).copied()
+    }
+
+    fn fail(&mut self, stop: Stop) -> Error {
+        let what = match stop {
+            Stop::TooDeep => format!("opens more than {} brackets", self.max_depth),
+            Stop::Mismatch(byte) | Stop::At(byte) => {
+                format!("has a `{}` that closes nothing", byte as char)
+            }
+            Stop::Open | Stop::Closed => "is open".to_owned(),
+        };
+        let n = self.elements + 1;
+        let error = invalid(format!("element {n} {what}: the rest cannot be read"));
+        self.failed = Some(error.clone());
+        self.state = State::Done;
+        error
+    }
+}
+
+fn is_key(raw: &[u8], name: &str) -> bool {
+    if !raw.contains(&b'\\') {
+        return raw == name.as_bytes();
+    }
+    let quoted = [b"\"", raw, b"\""].concat();
+    serde_json::from_slice::<String>(&quoted).is_ok_and(|key| key == name)
+}
+
+fn invalid(message: impl Into<String>) -> Error {
+    Error::new(ErrorKind::InvalidOutput, message)
+}
+
+fn truncated(message: impl Into<String>) -> Error {
+    Error::new(ErrorKind::Truncated, message)
+}
