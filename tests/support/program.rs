@@ -1,4 +1,5 @@
 //! The examples as programs.
+#![allow(dead_code)] // Not every set of features has a test that uses it.
 
 use std::path::PathBuf;
 

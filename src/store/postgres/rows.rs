@@ -1,5 +1,5 @@
 //! The statements. Each is one round trip whatever the number of rows, and each has its index:
-//! `tests/store_large.rs` holds them to it.
+//! `tests/stores/large.rs` holds them to it.
 
 use sqlx::postgres::PgRow;
 

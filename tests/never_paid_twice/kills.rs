@@ -10,15 +10,15 @@
     feature = "postgres"
 ))]
 
-#[path = "support/long.rs"]
+#[path = "../support/long.rs"]
 mod long;
-#[path = "support/postgres.rs"]
+#[path = "../support/postgres.rs"]
 mod postgres;
-#[path = "support/postgres_server.rs"]
+#[path = "../support/postgres_server.rs"]
 mod postgres_server;
-#[path = "support/program.rs"]
+#[path = "../support/program.rs"]
 mod program;
-#[path = "../examples/durable/store.rs"]
+#[path = "../../examples/durable/store.rs"]
 mod store;
 
 use std::collections::{BTreeMap, BTreeSet};

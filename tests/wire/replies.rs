@@ -1,8 +1,5 @@
 //! The HTTP providers against a real socket: what is sent, and what every reply and
 //! refusal of the providers' tables becomes.
-#![cfg(all(feature = "openai", feature = "anthropic"))]
-
-mod support;
 
 use std::time::Duration;
 
@@ -10,8 +7,8 @@ use serde_json::json;
 use throughline::ErrorKind::{self, *};
 use throughline::{OpenAi, Persistence, Provider, Request, request::FinishReason};
 
-use support::server::{Script, Server};
-use support::{ANTHROPIC_BODY, KEY, OPENAI_BODY, anthropic, both, openai, request};
+use crate::support::server::{Script, Server};
+use crate::support::{ANTHROPIC_BODY, KEY, OPENAI_BODY, anthropic, both, openai, request};
 
 const fn s(seconds: u64) -> Option<Duration> {
     Some(Duration::from_secs(seconds))
@@ -618,7 +615,12 @@ async fn settings_that_cannot_work_are_refused_at_once() {
 
 #[tokio::test]
 async fn connections_are_kept() {
-    let server = Server::fixed(support::server::reply(200, &[], OPENAI_BODY.as_bytes())).await;
+    let server = Server::fixed(crate::support::server::reply(
+        200,
+        &[],
+        OPENAI_BODY.as_bytes(),
+    ))
+    .await;
     let openai = openai(&server);
     for _ in 0..20 {
         assert_eq!(openai.generate(&request()).await.unwrap().text, "Rhône");

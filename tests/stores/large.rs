@@ -5,9 +5,6 @@
 //! are checked beside the statements (`src/store/sqlite/plans.rs`), and here their time.
 #![cfg(all(feature = "sqlite", feature = "postgres", feature = "testing"))]
 
-#[path = "support/postgres.rs"]
-mod server;
-
 use std::time::{Duration, Instant};
 
 use sqlx::{Connection as _, SqliteConnection};
@@ -15,7 +12,7 @@ use throughline::store::{
     Claim, Commit, Item, LeaseId, Postgres, Queue, RunId, Settlement, Sqlite,
 };
 
-use server::Schemas;
+use crate::server::Schemas;
 
 const ROWS: i64 = 1_000_000;
 const LONG: Duration = Duration::from_secs(3600);

@@ -1,13 +1,10 @@
 //! Streamed replies over a real socket: however the bytes are cut, and wherever they end.
-#![cfg(all(feature = "openai", feature = "anthropic"))]
-
-mod support;
 
 use throughline::ErrorKind::{self, *};
 use throughline::{OpenAi, Provider, request::FinishReason};
 
-use support::server::{Act, Script, Server};
-use support::{OPENAI_BODY, anthropic, both, collect, openai};
+use crate::support::server::{Act, Script, Server};
+use crate::support::{OPENAI_BODY, anthropic, both, collect, openai};
 
 /// A stream as OpenAI writes it.
 fn chat(words: &[&str]) -> String {
@@ -288,7 +285,7 @@ async fn a_stream_is_known_by_its_content() {
         for case in &cases {
             check_whole(provider.as_ref(), &format!("{} {case:?}", provider.name())).await;
             // A server that streams unasked is understood as well.
-            let reply = provider.generate(&support::request()).await.unwrap();
+            let reply = provider.generate(&crate::support::request()).await.unwrap();
             assert_eq!(reply.text, WORDS.concat(), "{case:?}");
             assert_eq!(reply.finish, FinishReason::Length, "{case:?}");
         }
@@ -302,7 +299,7 @@ async fn a_document_is_known_by_its_content() {
     let cases = DECLARED
         .map(|kind| pieces.map(|(size, start)| (kind, size, start)))
         .concat();
-    let scripts = [OPENAI_BODY, support::ANTHROPIC_BODY]
+    let scripts = [OPENAI_BODY, crate::support::ANTHROPIC_BODY]
         .into_iter()
         .flat_map(|body| {
             cases.iter().flat_map(move |(kind, size, start)| {
@@ -353,7 +350,10 @@ async fn a_compressed_reply_is_named_and_not_asked_for_again() {
         let headers = [("content-encoding", coding), ("retry-after", "2")];
         let server = Server::scripted([Script::reply(429, &headers, body)]).await;
         for provider in both(&server) {
-            let error = provider.generate(&support::request()).await.unwrap_err();
+            let error = provider
+                .generate(&crate::support::request())
+                .await
+                .unwrap_err();
             assert_eq!(error.kind(), Throttled);
             assert!(
                 error.wait().is_some() && error.message().contains("compressed"),
@@ -453,7 +453,10 @@ async fn text_comes_as_it_is_written() {
     use futures::StreamExt as _;
     let text = "data: {\"choices\":[{\"delta\":{\"content\":\"a\"}}]}\n\n";
     let server = Server::scripted([Script::event_head().send(text).then(Act::Hang)]).await;
-    let mut stream = openai(&server).stream(&support::request()).await.unwrap();
+    let mut stream = openai(&server)
+        .stream(&crate::support::request())
+        .await
+        .unwrap();
     assert_eq!(
         stream.next().await.unwrap().unwrap(),
         throughline::request::Delta::Text("a".into())

@@ -1,8 +1,5 @@
 //! What networks and servers do wrong, over a real socket: silence, resets, lies about
 //! lengths, too much of everything, and keys where they must not be.
-#![cfg(all(feature = "openai", feature = "anthropic"))]
-
-mod support;
 
 use std::error::Error as _;
 use std::sync::Arc;
@@ -11,8 +8,8 @@ use std::time::{Duration, Instant};
 use throughline::ErrorKind::*;
 use throughline::{Anthropic, Error, OpenAi, Provider};
 
-use support::server::{Act, Script, Server, reply};
-use support::{KEY, OPENAI_BODY, both, collect, openai, request};
+use crate::support::server::{Act, Script, Server, reply};
+use crate::support::{KEY, OPENAI_BODY, both, collect, openai, request};
 
 const SHORT: Duration = Duration::from_millis(60);
 

@@ -1,8 +1,5 @@
 //! Runs, workers and what becomes of items, under the paused clock.
 
-#[path = "support/durable.rs"]
-mod support;
-
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -18,7 +15,7 @@ use throughline::{
 };
 use tokio::time::{sleep, timeout};
 
-use self::support::{MINUTE, ask, check, sim, worker};
+use crate::support::{MINUTE, ask, check, sim, worker};
 
 #[tokio::test(start_paused = true)]
 async fn a_run_from_submit_to_results() {

@@ -1,5 +1,4 @@
 //! The store in memory, held to the contract of all stores.
-#![cfg(feature = "testing")]
 
 use std::sync::Arc;
 

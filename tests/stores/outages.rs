@@ -2,10 +2,8 @@
 //! acknowledged is there afterwards, and no call hangs.
 #![cfg(all(feature = "sqlite", feature = "postgres", feature = "testing"))]
 
-#[path = "support/postgres.rs"]
-mod postgres;
 #[cfg(unix)]
-#[path = "support/postgres_server.rs"]
+#[path = "../support/postgres_server.rs"]
 mod postgres_server;
 
 use std::sync::Arc;
@@ -26,7 +24,7 @@ use throughline::{
 };
 use tokio::time::{sleep, timeout};
 
-use self::postgres::Schemas;
+use crate::server::{self as postgres, Schemas};
 
 const LONG: Duration = Duration::from_secs(3600);
 /// Nothing here waits so long unless it hangs.

@@ -1,8 +1,5 @@
 //! The connections under the calls: how many there are, how long they last, and what it means
 //! for a call that one was closed, died or could not be opened.
-#![cfg(all(feature = "openai", feature = "anthropic"))]
-
-mod support;
 
 use std::time::{Duration, Instant};
 
@@ -10,9 +7,9 @@ use futures::future::join_all;
 use throughline::ErrorKind::*;
 use throughline::{Anthropic, Context, OpenAi, Provider, Result};
 
-use support::http2::{Fate, Http2Server, Plan};
-use support::server::{Act, Script, Server};
-use support::{OPENAI_BODY, openai, request};
+use crate::support::http2::{Fate, Http2Server, Plan};
+use crate::support::server::{Act, Script, Server};
+use crate::support::{OPENAI_BODY, openai, request};
 
 const PING: Duration = Duration::from_millis(150);
 
@@ -69,7 +66,7 @@ async fn all_at_once(provider: &OpenAi, calls: usize) -> Vec<Result<String>> {
 #[tokio::test]
 async fn calls_in_flight_are_not_bounded_by_the_streams_of_one_connection() {
     let script = Script::new().then(Act::Wait(Duration::from_secs(1)));
-    let reply = support::server::reply(200, &[], OPENAI_BODY.as_bytes());
+    let reply = crate::support::server::reply(200, &[], OPENAI_BODY.as_bytes());
     let server = Server::scripted([script.send(reply)]).await;
     let replies = all_at_once(&openai(&server), 256).await;
     assert!(replies.iter().all(Result::is_ok));
@@ -221,14 +218,14 @@ async fn a_request_that_is_never_begun_fails_unbilled() {
 fn running_out_of_file_descriptors_is_an_unbilled_error_that_names_the_limit() {
     const URL: &str = "THROUGHLINE_TEST_URL";
     const CALLS: usize = 100;
-    let runtime = support::server::runtime();
+    let runtime = crate::support::server::runtime();
     if let Ok(url) = std::env::var(URL) {
         runtime.block_on(few_descriptors(&url, CALLS));
         return;
     }
     let port = Server::apart(|| async {
         let script = Script::new().then(Act::Wait(Duration::from_millis(300)));
-        let reply = support::server::reply(200, &[], OPENAI_BODY.as_bytes());
+        let reply = crate::support::server::reply(200, &[], OPENAI_BODY.as_bytes());
         Server::scripted([script.send(reply)]).await
     });
     let port = port.rsplit(':').next().unwrap();
@@ -239,7 +236,7 @@ fn running_out_of_file_descriptors_is_an_unbilled_error_that_names_the_limit() {
             .arg(std::env::current_exe().unwrap())
             .args([
                 "--exact",
-                "running_out_of_file_descriptors_is_an_unbilled_error_that_names_the_limit",
+                "connections::running_out_of_file_descriptors_is_an_unbilled_error_that_names_the_limit",
             ])
             .env(URL, format!("http://{host}:{port}"))
             .output()

@@ -1,8 +1,5 @@
 //! Runs that are driven for a time, as where a platform cuts calls off: under the paused clock.
 
-#[path = "support/durable.rs"]
-mod support;
-
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,7 +8,7 @@ use throughline::testing::Counted;
 use throughline::{Context, Pace, Runner, Sim, Worker, pipeline, runs::Drive};
 use tokio::time::{Instant, sleep, timeout};
 
-use self::support::{MINUTE, ask, check, sim, worker};
+use crate::support::{MINUTE, ask, check, sim, worker};
 
 #[tokio::test(start_paused = true)]
 async fn a_budget_ends_in_time_and_charges_nothing() {

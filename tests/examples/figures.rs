@@ -1,10 +1,11 @@
 //! The figures of the examples, exact under the paused clock.
+#![cfg(all(feature = "sim", feature = "structured", feature = "stages"))]
 
-#[path = "../examples/quality_log/log.rs"]
+#[path = "../../examples/quality_log/log.rs"]
 mod log;
-#[path = "../examples/practice_routines/practice.rs"]
+#[path = "../../examples/practice_routines/practice.rs"]
 mod practice;
-#[path = "../examples/coach_conversation/turn.rs"]
+#[path = "../../examples/coach_conversation/turn.rs"]
 mod turn;
 
 use std::sync::atomic::{AtomicU64, Ordering};

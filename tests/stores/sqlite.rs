@@ -300,7 +300,7 @@ async fn four_processes_share_a_file_and_none_finds_it_locked() {
     // The file is not there yet: they race to make it, too.
     let start = |_| {
         let mut command = Command::new(std::env::current_exe().unwrap());
-        command.args(["process", "--exact", "--nocapture"]);
+        command.args(["sqlite::process", "--exact", "--nocapture"]);
         command
             .env("THROUGHLINE_TEST_FILE", &path)
             .env("RUST_BACKTRACE", "0");

@@ -1,16 +1,13 @@
 //! Refusals as real services word them: which concern one request and which the account, what
 //! is waited for, and what a person is told.
-#![cfg(all(feature = "openai", feature = "anthropic"))]
-
-mod support;
 
 use std::time::{Duration, Instant};
 
 use throughline::ErrorKind::{self, *};
 use throughline::{Context, Error, Pace, Provider};
 
-use support::server::{Recorded, Script, Server};
-use support::{ANTHROPIC_BODY, OPENAI_BODY, anthropic, both, collect, openai, request};
+use crate::support::server::{Recorded, Script, Server};
+use crate::support::{ANTHROPIC_BODY, OPENAI_BODY, anthropic, both, collect, openai, request};
 
 /// What both providers make of each answer, asked for whole and streamed.
 async fn refused(scripts: impl IntoIterator<Item = Script>) -> Vec<Vec<Error>> {

@@ -4,9 +4,6 @@
 //! unless `THROUGHLINE_REQUIRE_POSTGRES` is set.
 #![cfg(all(feature = "postgres", feature = "testing"))]
 
-#[path = "support/postgres.rs"]
-mod server;
-
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,7 +14,7 @@ use throughline::store::{
 };
 use throughline::testing::store;
 
-use server::Schemas;
+use crate::server::Schemas;
 
 const LONG: Duration = Duration::from_secs(3600);
 

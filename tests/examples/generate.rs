@@ -10,10 +10,6 @@
     feature = "anthropic"
 ))]
 
-#[path = "support/program.rs"]
-mod program;
-mod support;
-
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -25,9 +21,9 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 use throughline::provider::sim::{Ended, Ledger};
 
-use self::program::program;
-use support::server::{Script, Server};
-use support::{KEY, OPENAI_BODY};
+use crate::program::program;
+use crate::support::server::{Script, Server};
+use crate::support::{KEY, OPENAI_BODY};
 
 const RECORDS: usize = 1_707;
 

@@ -10,11 +10,6 @@
     feature = "structured"
 ))]
 
-#[path = "support/long.rs"]
-mod long;
-#[path = "support/program.rs"]
-mod program;
-
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
@@ -31,8 +26,8 @@ use throughline::provider::sim::Ledger;
 use throughline::store::{Commit, Sqlite};
 use throughline::{Runner, request::RequestDigest, store::Journal};
 
-use self::long::is_long;
-use self::program::program;
+use crate::long::is_long;
+use crate::program::program;
 
 /// None of the runs here takes longer by itself.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -508,7 +503,10 @@ fn what_was_acknowledged_is_there_after_kill_9() {
     let (store, mut least) = (dir.path().join("notes.db"), 0);
     for _ in 0..5 {
         let mut process = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "what_was_acknowledged_is_there_after_kill_9"])
+            .args([
+                "--exact",
+                "processes::what_was_acknowledged_is_there_after_kill_9",
+            ])
             .arg("--nocapture")
             .env("THROUGHLINE_NOTES", &store)
             .stdout(Stdio::piped())

@@ -1,0 +1,3 @@
+//! A slow caller never stalls the others, and no caller starves.
+
+mod unpolled;

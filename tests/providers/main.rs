@@ -1,0 +1,3 @@
+//! The providers that need no network: the simulator, which is the witness of other tests.
+
+mod simulator;
