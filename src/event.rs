@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use crate::error::Error;
-use crate::request::Usage;
+use crate::usage::Usage;
 
 /// Something that happened while work ran. `Display` gives one line for a person.
 ///

@@ -78,6 +78,7 @@ pub mod store;
 pub mod structured;
 #[cfg(feature = "testing")]
 pub mod testing;
+mod usage;
 
 #[cfg(all(feature = "sim", feature = "structured"))]
 #[doc = include_str!("tutorial.md")]

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 /// Each room with its layer; a room may import from its own layer and from those below.
 const LAYERS: &[(&str, u8)] = &[
+    ("usage", 0),
     ("error", 0),
     ("event", 0),
     ("request", 0),

@@ -18,7 +18,6 @@ use self::intake::{CutShort, yield_after};
 pub use self::settled::{Outcome, Settled};
 use crate::context::Context;
 use crate::error::Result;
-use crate::pipeline::Pipeline;
 use crate::ratelimit::Priority;
 
 /// How many items run at a time unless the batch says otherwise: enough that the lane,
@@ -61,11 +60,6 @@ impl Parallelism {
         }
     }
 }
-
-/// The work of [`PipelineExt::batch`](crate::PipelineExt::batch): a pipeline whose context comes
-/// with the collecting call.
-#[derive(Debug)]
-pub struct Over<P>(pub(crate) P);
 
 /// Many inputs through one piece of work: choose how many run at a time, then how to collect.
 ///
@@ -132,6 +126,20 @@ impl<W, S: Stream> Batch<W, S> {
             priority: None,
             on_progress: None,
         }
+    }
+
+    /// Takes the work out and puts `cx` in its place, for a fan-out of `cx` that is otherwise the same.
+    pub(crate) fn bind(self, cx: Context) -> (W, Batch<Context, S>) {
+        let batch = Batch {
+            work: cx,
+            label: self.label,
+            inputs: self.inputs,
+            parallelism: self.parallelism,
+            key: self.key,
+            priority: self.priority,
+            on_progress: self.on_progress,
+        };
+        (self.work, batch)
     }
 
     fn parallelism(mut self, parallelism: Parallelism) -> Self {
@@ -208,77 +216,6 @@ impl<W, S: Stream> Batch<W, S> {
     pub fn on_progress(mut self, f: impl Fn(&Progress) + Send + Sync + 'static) -> Self {
         self.on_progress = Some(Box::new(f));
         self
-    }
-}
-
-/// Collecting a batch of a pipeline.
-impl<P, S> Batch<Over<P>, S>
-where
-    P: Pipeline,
-    S: Stream<Item = P::Input> + Send,
-{
-    /// Runs every item and gives every outcome, in input order. Never fails.
-    ///
-    /// # Cancel safety
-    /// Dropping it drops the items: nothing more is sent, and what is in flight may be billed.
-    pub async fn settle(self, cx: &Context) -> Settled<P::Output> {
-        let (pipeline, batch) = self.split(cx);
-        let work = |cx: Context, input| {
-            let pipeline = &pipeline.0;
-            async move { pipeline.run(&cx, input).await }
-        };
-        batch.settle(work).await
-    }
-
-    /// All values in input order, or the first failure.
-    ///
-    /// # Errors
-    /// The first failure, with the item it comes from ([`Error::item`](crate::Error::item)). From then on nothing new is
-    /// sent; calls in flight are paid already, so they are waited for. Where the context drains, is
-    /// cancelled or meets its deadline before all inputs were taken, the error says so:
-    /// there are never fewer values than inputs.
-    ///
-    /// # Cancel safety
-    /// As [`settle`](Self::settle).
-    pub async fn try_all(self, cx: &Context) -> Result<Vec<P::Output>> {
-        let (pipeline, batch) = self.split(cx);
-        let work = |cx: Context, input| {
-            let pipeline = &pipeline.0;
-            async move { pipeline.run(&cx, input).await }
-        };
-        batch.try_all(work).await
-    }
-
-    /// The outcomes as they come. See [`Outcomes`].
-    ///
-    /// # Panics
-    /// Outside a Tokio runtime.
-    pub fn stream(self, cx: &Context) -> Outcomes<P::Output>
-    where
-        P: 'static,
-        S: 'static,
-        P::Input: 'static,
-        P::Output: 'static,
-    {
-        let (pipeline, batch) = self.split(cx);
-        let pipeline = Arc::new(pipeline.0);
-        batch.stream(move |cx, input| {
-            let pipeline = Arc::clone(&pipeline);
-            async move { pipeline.run(&cx, input).await }
-        })
-    }
-
-    fn split(self, cx: &Context) -> (Over<P>, Batch<Context, S>) {
-        let batch = Batch {
-            work: cx.clone(),
-            label: self.label,
-            inputs: self.inputs,
-            parallelism: self.parallelism,
-            key: self.key,
-            priority: self.priority,
-            on_progress: self.on_progress,
-        };
-        (self.work, batch)
     }
 }
 

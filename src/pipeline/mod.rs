@@ -1,6 +1,7 @@
 //! [`Pipeline`]: the one trait users implement, and the few adapters that earn their place.
 
 mod adapters;
+mod batch;
 
 use std::fmt;
 use std::sync::Arc;
@@ -9,7 +10,7 @@ use std::time::Duration;
 use futures::future::BoxFuture;
 
 pub use self::adapters::{Map, OrElse, Then, Timeout};
-use crate::batch::{Batch, IntoInputs, Over};
+use crate::batch::{Batch, IntoInputs};
 use crate::context::Context;
 use crate::error::Result;
 
@@ -109,12 +110,12 @@ pub trait PipelineExt: Pipeline + Sized {
     ///
     /// By value, as iterators do it: batch `&pipeline` to keep the pipeline, and
     /// `Arc<pipeline>` to keep it and still [`stream`](Batch::stream).
-    fn batch<M, I>(self, inputs: I) -> Batch<Over<Self>, I::Stream>
+    fn batch<M, I>(self, inputs: I) -> Batch<Self, I::Stream>
     where
         I: IntoInputs<M, Item = Self::Input>,
     {
         let label = self.name().into();
-        Batch::new(Over(self), label, inputs.into_inputs())
+        Batch::new(self, label, inputs.into_inputs())
     }
 
     /// Feeds the output into `next`. The name is `first>next`.

@@ -13,7 +13,7 @@ use jiff::fmt::rfc2822;
 use jiff::tz::TimeZone;
 use serde_json::Value;
 
-use crate::request::usage::{Quota, RateSnapshot};
+use crate::usage::{Quota, RateSnapshot};
 
 /// The longest wait or reset believed. What is longer is cut to it: a day is as
 /// long as any documented window, and a lane that waits so long is parked anyway.

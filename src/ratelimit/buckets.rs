@@ -7,7 +7,7 @@ use super::headers;
 use super::limits::Pace;
 use super::meter::{Burst, Meter, Share, Source};
 use super::words::{Binding, Charge};
-use crate::request::usage::{Quota, RateSnapshot};
+use crate::usage::{Quota, RateSnapshot};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Resource {

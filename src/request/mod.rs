@@ -4,11 +4,10 @@ pub(crate) mod digest;
 pub(crate) mod reply;
 #[cfg(any(feature = "http", feature = "structured"))]
 pub(crate) mod schema;
-pub(crate) mod usage;
 
 pub use self::digest::RequestDigest;
 pub use self::reply::{Delta, FinishReason, Reply, ReplyStream};
-pub use self::usage::{Quota, RateSnapshot, Usage};
+pub use crate::usage::{Quota, RateSnapshot, Usage};
 
 use std::sync::Arc;
 use std::time::Duration;

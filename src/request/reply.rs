@@ -8,7 +8,7 @@ use futures::Stream;
 use serde::{Deserialize, Serialize};
 
 use crate::error::Result;
-use crate::request::usage::{RateSnapshot, Usage};
+use crate::usage::{RateSnapshot, Usage};
 
 /// Why the model stopped.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]

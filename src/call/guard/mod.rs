@@ -31,7 +31,7 @@ use crate::provider::{OutputCharge, Provider};
 use crate::ratelimit::{CallOutcome, LaneChange, Need};
 use crate::request::Reply;
 use crate::request::Request;
-use crate::request::usage::{RateSnapshot, Usage};
+use crate::usage::{RateSnapshot, Usage};
 
 use self::evidence::{CallEnd, Profile, Signature, Watches};
 use self::health::Health;

@@ -12,7 +12,7 @@ use super::model::{Fault, Plan};
 use crate::error::{Error, ErrorKind, Result};
 use crate::request::RequestDigest;
 use crate::request::reply::{Delta, Reply, ReplyStream};
-use crate::request::usage::{RateSnapshot, Usage};
+use crate::usage::{RateSnapshot, Usage};
 
 /// A call in flight. Dropping it before it is settled is what a cancelled client does.
 pub(super) struct Call {

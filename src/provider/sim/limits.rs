@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use super::meter::{Bucket, Meter, Window};
-use crate::request::usage::{Quota, RateSnapshot};
+use crate::usage::{Quota, RateSnapshot};
 
 /// The limits of the simulated account. `None` is no limit; zero panics where it is set.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]

@@ -73,7 +73,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::request::Request;
 use crate::request::RequestDigest;
 use crate::request::reply::{Reply, ReplyStream};
-use crate::request::usage::{RateSnapshot, Usage};
+use crate::usage::{RateSnapshot, Usage};
 
 /// The simulated provider; see the [module](self). Clones share one account.
 #[derive(Clone)]
