@@ -25,7 +25,7 @@ use std::time::Duration;
 use throughline::store::Memory;
 use throughline::testing::Counted;
 use throughline::{
-    Context, Pace, Result, Runner, Sim, Worker, context::Switch, pipeline, runs::Drive,
+    Context, Pace, Result, Runner, Sim, Worker, context::ParallelToggle, pipeline, runs::Drive,
 };
 use tokio::time::Instant;
 
@@ -202,10 +202,10 @@ async fn conversation() -> Result<()> {
         ["", "", "3,892 ms"],
         ["", "", "3,442 ms"],
     ];
-    let parallel = Switch::new(true);
+    let parallel = ParallelToggle::new(true);
     let grace = Duration::from_millis(300);
     let cx = Context::builder(turn::model().build());
-    let cx = cx.parallel(&parallel).alongside_grace(grace).build();
+    let cx = cx.parallel(&parallel).best_effort_grace(grace).build();
     for ((name, message), [before, after, path]) in turn::MESSAGES.into_iter().zip(theirs) {
         let began = Instant::now();
         turn::turn(&cx, message).await?;

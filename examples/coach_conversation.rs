@@ -13,13 +13,13 @@ mod turn;
 use std::time::Duration;
 
 use throughline::observe::Stages;
-use throughline::{Context, ErrorKind, Result, context::Switch, observe::Timeline};
+use throughline::{Context, ErrorKind, Result, context::ParallelToggle, observe::Timeline};
 
 use crate::turn::{MESSAGES, Turn, model, turn};
 
 #[tokio::main(flavor = "current_thread", start_paused = true)]
 async fn main() -> Result<()> {
-    let (parallel, timeline, stages) = (Switch::new(true), Timeline::new(), Stages::new());
+    let (parallel, timeline, stages) = (ParallelToggle::new(true), Timeline::new(), Stages::new());
     let cx = Context::builder(model().build())
         .parallel(&parallel)
         .observer(timeline.clone())
@@ -50,7 +50,7 @@ async fn main() -> Result<()> {
         ("a slow update", slow("workout-update:")),
         ("a failed workout", failed("workout:")),
     ] {
-        let cx = Context::builder(model.build()).alongside_grace(grace);
+        let cx = Context::builder(model.build()).best_effort_grace(grace);
         let cx = cx.observer(stages.clone()).observer(timeline.clone());
         let (turn, took) = timed(&cx.build(), &timeline, MESSAGES[0].1).await?;
         let (seen, workout) = (turn.seen.len(), turn.workout.unwrap_or_default());

@@ -302,7 +302,7 @@ impl Operation {
                 let settled = outer.settle(async |cx, _| {
                     let update = cx.generate("update").map(|reply| reply.map(drop));
                     let inner = cx.fan_out("inner", 0..2).settle(ask);
-                    let (inner, _) = cx.alongside(update, inner).await;
+                    let (inner, _) = cx.join_best_effort(inner, update).await;
                     inner.all()
                 });
                 assert_eq!(settled.await.len(), 2);
@@ -395,7 +395,10 @@ impl World {
                     builder.fallback(deployment),
                     pool.fallback(index, lane.clone()),
                 ),
-                false => (builder.beside(deployment), pool.beside(index, lane.clone())),
+                false => (
+                    builder.deployment(deployment),
+                    pool.beside(index, lane.clone()),
+                ),
             };
         }
         if plan.has_store {

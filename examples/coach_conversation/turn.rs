@@ -57,11 +57,11 @@ pub struct Turn {
 /// What a branch has come to, and the update that was seen.
 type Branch = (Option<String>, Option<String>);
 
-/// The work of a branch with its update alongside, which can neither fail it nor delay it by more than the grace.
+/// Runs a branch and, as a best effort, its update, which can neither fail the branch nor delay it by more than the grace.
 async fn branch(cx: &Context, step: &str, found: &str, message: &str) -> Result<Branch> {
     let told = format!("{step}-update");
     let update = ask(cx, &told, message);
-    let (work, update) = cx.alongside(update, ask(cx, step, found)).await;
+    let (work, update) = cx.join_best_effort(ask(cx, step, found), update).await;
     Ok((Some(work?), update.ok()))
 }
 
@@ -89,9 +89,9 @@ pub async fn turn(cx: &Context, message: &str) -> Result<Turn> {
             false => Ok((None, None)),
         }
     };
-    let workout = cx.alongside(ask(cx, "pattern-update", message), workout);
+    let workout = cx.join_best_effort(workout, ask(cx, "pattern-update", message));
     let acknowledge = ask(cx, "acknowledgement", message);
-    let branches = cx.alongside(acknowledge, cx.join((workout, memory)));
+    let branches = cx.join_best_effort(cx.join((workout, memory)), acknowledge);
     let (((workout, pattern), memory), acknowledged) = branches.await;
 
     // A branch that failed is said to have failed, and takes nothing with it.
@@ -103,7 +103,7 @@ pub async fn turn(cx: &Context, message: &str) -> Result<Turn> {
     let prompt = format!("answer: {message} ({known}; {workout:?}, {memory:?})");
     let answer = cx.child("answer").stream(prompt).for_each_text(|_piece| {});
     let insights = ask(cx, "insights-update", message);
-    let (answer, insights) = cx.alongside(insights, answer).await;
+    let (answer, insights) = cx.join_best_effort(answer, insights).await;
     let told = [acknowledged.ok(), pattern.ok(), insights.ok()];
     let told = told.into_iter().chain([workout_update, memory_update]);
     let (answer, seen) = (answer?.text, told.flatten().collect());

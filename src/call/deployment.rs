@@ -8,7 +8,7 @@ use crate::ratelimit::{Lane, Pace};
 use crate::request::Request;
 
 /// A provider behind the limits of its own account, for a context that has several
-/// ([`ContextBuilder::beside`](crate::ContextBuilder::beside),
+/// ([`ContextBuilder::deployment`](crate::ContextBuilder::deployment),
 /// [`fallback`](crate::ContextBuilder::fallback)).
 ///
 /// ```
@@ -18,7 +18,7 @@ use crate::request::Request;
 /// # let (west, east, small) = (Scripted::new(), Scripted::new(), Scripted::new());
 /// let cx = Context::builder(west)
 ///     .pace(Pace::per_minute(600))
-///     .beside(Deployment::new(east).pace(Pace::per_minute(300)))
+///     .deployment(Deployment::new(east).pace(Pace::per_minute(300)))
 ///     .fallback(Deployment::new(small).model("small-model"))
 ///     .build();
 /// assert_eq!(cx.lanes().count(), 3);

@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::{Context, Items, Shared};
+use super::{Context, Items, ParallelToggle, Shared};
 use crate::call::deployment::Deployment;
 use crate::call::estimate::TokenCounter;
 use crate::call::guard::Guard;
@@ -14,7 +14,6 @@ use crate::call::memo::{Memo, Place};
 use crate::call::pool::Pool;
 use crate::call::retry::Retry;
 use crate::call::scope::{Bounds, Scope};
-use crate::context::Switch;
 use crate::event::{Event, Observer, Observers};
 use crate::provider::Provider;
 use crate::ratelimit::{Lane, Pace};
@@ -36,7 +35,7 @@ pub struct ContextBuilder {
     model: Option<Arc<str>>,
     call_timeout: Duration,
     grace: Duration,
-    parallel: Switch,
+    parallel: ParallelToggle,
     cancel: Option<CancellationToken>,
     deadline: Option<Instant>,
     observers: Observers,
@@ -54,7 +53,7 @@ impl ContextBuilder {
             model: None,
             call_timeout: Duration::from_secs(600),
             grace: Duration::from_secs(1),
-            parallel: Switch::new(true),
+            parallel: ParallelToggle::new(true),
             cancel: None,
             deadline: None,
             observers: Observers::default(),
@@ -79,7 +78,7 @@ impl ContextBuilder {
     /// Another deployment of what the context calls: an account, a region, a server. A call
     /// goes where it can start first; one that failed goes elsewhere next; one whose
     /// account is refused ([`Error::is_account_wide`](crate::Error::is_account_wide)) is left out. See [`Pool`].
-    pub fn beside(mut self, deployment: Deployment) -> Self {
+    pub fn deployment(mut self, deployment: Deployment) -> Self {
         self.others.push((deployment, false));
         self
     }
@@ -117,16 +116,15 @@ impl ContextBuilder {
         self
     }
 
-    /// How long a finished piece of work waits for the update beside it
-    /// ([`Context::alongside`]); 1 s unless set.
-    pub fn alongside_grace(mut self, grace: Duration) -> Self {
+    /// Sets how long [`Context::join_best_effort`] waits for an update after its work is done; 1 s unless set.
+    pub fn best_effort_grace(mut self, grace: Duration) -> Self {
         self.grace = grace;
         self
     }
 
-    /// A switch that turns the parallelism of this context off and on at run time.
-    pub fn parallel(mut self, switch: &Switch) -> Self {
-        self.parallel = switch.clone();
+    /// Sets a toggle that turns the parallelism of this context off and on at run time.
+    pub fn parallel(mut self, toggle: &ParallelToggle) -> Self {
+        self.parallel = toggle.clone();
         self
     }
 

@@ -1,11 +1,9 @@
-//! [`Context::join`], [`alongside`](Context::alongside) and [`stage`](Context::stage): steps with
-//! names, together or in turn.
+//! [`Context::join`], [`join_best_effort`](Context::join_best_effort) and [`stage`](Context::stage): several
+//! futures at the same time, and named steps.
 
-use std::fmt;
 use std::panic::AssertUnwindSafe;
 use std::pin::pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use futures::{FutureExt as _, future};
 use tokio::time::{Instant, timeout};
@@ -14,57 +12,16 @@ use crate::context::Context;
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::Event;
 
-/// A switch for parallelism, to be thrown while the service runs: without a deploy, and
-/// with the same results.
-///
-/// While it is off, the batches of its contexts run one item at a time in input order, and
-/// [`Context::join`] and [`Context::alongside`] await one thing after the other. What
-/// has started already goes on as it is. Clones are one switch.
-///
-/// ```
-/// use throughline::{Context, testing::Scripted, context::Switch};
-///
-/// let parallel = Switch::new(true);
-/// let cx = Context::builder(Scripted::new()).parallel(&parallel).build();
-/// parallel.set(false);
-/// assert!(!cx.is_parallel());
-/// ```
-#[derive(Clone)]
-pub struct Switch(Arc<AtomicBool>);
-
-impl Switch {
-    /// A switch that is on or off.
-    pub fn new(on: bool) -> Self {
-        Self(Arc::new(AtomicBool::new(on)))
-    }
-
-    /// Throws it.
-    pub fn set(&self, on: bool) {
-        self.0.store(on, Ordering::Relaxed);
-    }
-
-    /// Whether it is on.
-    pub fn is_on(&self) -> bool {
-        self.0.load(Ordering::Relaxed)
-    }
-}
-
-impl fmt::Debug for Switch {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Switch").field(&self.is_on()).finish()
-    }
-}
-
-/// Several futures in a tuple, of two to eight: what [`Context::join`] takes.
+/// A tuple of two to eight futures, the argument of [`Context::join`].
 pub trait Join: Send {
-    /// The tuple of what they give.
+    /// The tuple of the outputs.
     type Output;
 
-    /// All of them at the same time.
-    fn together(self) -> impl Future<Output = Self::Output> + Send;
+    /// Awaits all futures at the same time.
+    fn concurrently(self) -> impl Future<Output = Self::Output> + Send;
 
-    /// One after the other, in the order of the tuple.
-    fn in_turn(self) -> impl Future<Output = Self::Output> + Send;
+    /// Awaits one future after the other, in the order of the tuple.
+    fn sequentially(self) -> impl Future<Output = Self::Output> + Send;
 }
 
 macro_rules! join {
@@ -73,13 +30,13 @@ macro_rules! join {
             type Output = ($($future::Output,)+);
 
             #[allow(non_snake_case)]
-            async fn together(self) -> Self::Output {
+            async fn concurrently(self) -> Self::Output {
                 let ($($future,)+) = self;
                 tokio::join!($($future),+)
             }
 
             #[allow(non_snake_case)]
-            async fn in_turn(self) -> Self::Output {
+            async fn sequentially(self) -> Self::Output {
                 let ($($future,)+) = self;
                 ($($future.await,)+)
             }
@@ -95,11 +52,11 @@ join!(A B C D E F G);
 join!(A B C D E F G H);
 
 impl Context {
-    /// Awaits several futures at the same time, and all to their end; while the context's
-    /// [`Switch`] is off, one after the other in the order of the tuple.
+    /// Awaits several futures at the same time, each to its end. While the context's
+    /// [`ParallelToggle`](super::ParallelToggle) is off, awaits one after the other in the order of the tuple.
     ///
-    /// One that needs another's result is written as one future that awaits both, or as a
-    /// step after the join: the switch then changes how long it takes, and nothing else.
+    /// A step that needs the result of another belongs into the same future, or behind the join: then the toggle
+    /// changes how long the work takes, and nothing else.
     ///
     /// ```
     /// # use throughline::{Context, testing::Scripted};
@@ -113,45 +70,46 @@ impl Context {
     /// ```
     ///
     /// # Cancel safety
-    /// Dropping it drops them all.
+    /// Dropping it drops all the futures.
     pub async fn join<J: Join>(&self, futures: J) -> J::Output {
         // Boxed, because futures that hold futures by value triple with every level of a graph.
         if self.is_parallel() {
-            Box::pin(futures.together()).await
+            Box::pin(futures.concurrently()).await
         } else {
-            Box::pin(futures.in_turn()).await
+            Box::pin(futures.sequentially()).await
         }
     }
 
-    /// Runs `update` beside `work`, as "working on it" beside the work itself.
+    /// Awaits `work`, and `update` at the same time as far as that costs `work` nothing: a progress message to a
+    /// user, for example.
     ///
-    /// Both start together. The result of `work` is never failed by the update, not even
-    /// by a panic in it, and never delayed by more than a grace
-    /// ([`ContextBuilder::alongside_grace`](crate::ContextBuilder::alongside_grace), 1 s unless set): an update that is
-    /// not done by then is dropped and its result is an [`ErrorKind::Timeout`].
+    /// Both start together. An update that fails or panics does not fail the work. An update that takes longer than
+    /// the work delays the result by the grace period at most
+    /// ([`ContextBuilder::best_effort_grace`](crate::ContextBuilder::best_effort_grace), 1 s unless set); then it is
+    /// dropped, and its result is an [`ErrorKind::Timeout`].
     ///
-    /// While the context's [`Switch`] is off, the update starts behind the work and is given as long as
-    /// it would have had beside it.
+    /// While the context's [`ParallelToggle`](super::ParallelToggle) is off, the update starts after the work and gets
+    /// as much time as it would have had in parallel.
     ///
     /// ```
     /// # use throughline::{Context, Result, testing::Scripted};
     /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<()> {
     /// # let cx = Context::builder(Scripted::new().reply("hello")).build();
     /// let update = async { Err::<(), _>(throughline::Error::other("the socket is closed")) };
-    /// let (reply, update) = cx.alongside(update, cx.generate("hi")).await;
+    /// let (reply, update) = cx.join_best_effort(cx.generate("hi"), update).await;
     /// assert_eq!(reply?.text, "hello");
     /// assert!(update.is_err());
     /// # Ok(()) }
     /// ```
     ///
     /// # Cancel safety
-    /// Dropping it drops both.
-    pub async fn alongside<U, W>(
+    /// Dropping it drops both futures.
+    pub async fn join_best_effort<W, U>(
         &self,
-        update: impl Future<Output = Result<U>>,
         work: impl Future<Output = W>,
+        update: impl Future<Output = Result<U>>,
     ) -> (W, Result<U>) {
-        let grace = self.alongside_grace();
+        let grace = self.best_effort_grace();
         // Boxed, because futures that hold futures by value triple with every level of a graph.
         let work = Box::pin(work);
         let update = AssertUnwindSafe(Box::pin(update)).catch_unwind();
@@ -161,7 +119,7 @@ impl Context {
                 future::Either::Right((update, work)) => (work.await, Ok(update)),
             }
         } else {
-            // As long as it would have had beside the work, so that the results are the same.
+            // The same time as in parallel, so that the results are the same.
             let began = Instant::now();
             let work = work.await;
             (work, timeout(began.elapsed() + grace, update).await)
@@ -177,10 +135,10 @@ impl Context {
         (work, update)
     }
 
-    /// Runs a named step in a context of its own under `label`, be it a call or any other
-    /// work, and tells the observers how long it took ([`Event::StageEnded`]).
+    /// Runs a named step (a call, or any other work) in a child context with this label, and reports to the observers
+    /// how long it took ([`Event::StageEnded`]).
     ///
-    /// A panic in it is its failure.
+    /// A step that panics fails with the panic as its error.
     ///
     /// ```
     /// # use throughline::{Context, testing::Scripted};
@@ -194,10 +152,10 @@ impl Context {
     /// ```
     ///
     /// # Errors
-    /// Those of the step.
+    /// The error of the step.
     ///
     /// # Cancel safety
-    /// Dropping it drops the step; nobody is told of its end.
+    /// Dropping it drops the step, and no event is sent.
     pub async fn stage<T, F, Fut>(&self, label: impl Into<Arc<str>>, work: F) -> Result<T>
     where
         F: FnOnce(Self) -> Fut,

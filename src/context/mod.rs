@@ -5,6 +5,7 @@ mod join;
 #[cfg(feature = "signal")]
 mod signal;
 mod stream;
+mod toggle;
 
 use std::fmt;
 use std::sync::Arc;
@@ -15,10 +16,11 @@ use futures::FutureExt as _;
 use tokio::time::Instant;
 
 pub use self::builder::ContextBuilder;
-pub use self::join::{Join, Switch};
+pub use self::join::Join;
 #[cfg(feature = "signal")]
 pub use self::signal::stop_on_signal;
 pub use self::stream::Deltas;
+pub use self::toggle::ParallelToggle;
 use crate::call::deployment::Deployment;
 use crate::call::guard::{Guard, Sink, With};
 use crate::call::memo::{Asked, Place};
@@ -58,7 +60,7 @@ struct Shared {
     observers: Arc<Observers>,
     model: Option<Arc<str>>,
     grace: Duration,
-    parallel: Switch,
+    parallel: ParallelToggle,
     items: Items,
 }
 
@@ -467,7 +469,7 @@ impl Context {
     }
 
     /// How long a finished piece of work waits for the update beside it.
-    pub(crate) fn alongside_grace(&self) -> Duration {
+    pub(crate) fn best_effort_grace(&self) -> Duration {
         self.shared.grace
     }
 

@@ -67,7 +67,7 @@ async fn futures_are_send() {
     let pool = throughline::call::Pool::new("a", cx.lane().clone());
     let mut visit = pool.arrive();
     send(&pool.acquire(throughline::ratelimit::Need::new(1, 1), &mut visit));
-    send(&cx.alongside(async { Ok(()) }, cx.generate("a")));
+    send(&cx.join_best_effort(cx.generate("a"), async { Ok(()) }));
     let nested = cx.fan_out("a", [1]).settle(|cx, _| async move {
         let inner = cx
             .fan_out("b", [2])

@@ -16,7 +16,7 @@ use throughline::provider::sim::SimBuilder;
 use throughline::store::{Memory, Store as _};
 use throughline::testing::Counted;
 use throughline::{
-    Context, ErrorKind, Outcome, Settled, batch::Progress, context::Switch, observe::Event,
+    Context, ErrorKind, Outcome, Settled, batch::Progress, context::ParallelToggle, observe::Event,
 };
 use tokio::time::Instant;
 
@@ -29,8 +29,8 @@ const GRACE: Duration = Duration::from_millis(300);
 /// The turn and its milliseconds.
 async fn answered(message: &str, parallel: bool, model: SimBuilder) -> (Turn, u128) {
     let cx = Context::builder(model.build())
-        .parallel(&Switch::new(parallel))
-        .alongside_grace(GRACE)
+        .parallel(&ParallelToggle::new(parallel))
+        .best_effort_grace(GRACE)
         .build();
     let began = Instant::now();
     let turn = turn(&cx, message).await.unwrap();

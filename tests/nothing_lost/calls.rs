@@ -7,8 +7,8 @@ use std::time::Duration;
 use throughline::testing::Scripted;
 use throughline::{
     CancellationToken, Context, Error, ErrorKind, Pace, Persistence, Provider, Reply, Request,
-    Result, Retry, Sim, Usage, async_trait, context::Switch, observe::Event, ratelimit::Lane,
-    request::RateSnapshot,
+    Result, Retry, Sim, Usage, async_trait, context::ParallelToggle, observe::Event,
+    ratelimit::Lane, request::RateSnapshot,
 };
 use tokio::time::{Instant, sleep, timeout};
 
@@ -393,7 +393,7 @@ async fn events_tell_the_story_of_a_call_and_a_panic_in_an_observer_changes_noth
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_update_beside_the_work_never_fails_or_delays_it() {
+async fn a_best_effort_update_never_fails_the_work_and_delays_it_by_the_grace_at_most() {
     let cx = Context::builder(Scripted::new()).build();
     let work = || async {
         sleep(Duration::from_secs(2)).await;
@@ -403,24 +403,24 @@ async fn an_update_beside_the_work_never_fails_or_delays_it() {
         sleep(Duration::from_secs(seconds)).await;
         Ok(seconds)
     };
-    let ((done, update), took) = elapsed(cx.alongside(after(1), work())).await;
+    let ((done, update), took) = elapsed(cx.join_best_effort(work(), after(1))).await;
     assert_eq!((done, update.unwrap()), ("work", 1));
     assert_eq!(took, Duration::from_secs(2), "they start together");
 
-    let ((done, update), took) = elapsed(cx.alongside(after(9), work())).await;
+    let ((done, update), took) = elapsed(cx.join_best_effort(work(), after(9))).await;
     assert_eq!(done, "work");
     assert!(update.unwrap_err().is_timeout());
     assert_eq!(took, Duration::from_secs(3), "the work, and the grace");
 
     let failing = async { Err::<(), _>(Error::other("socket closed")) };
-    let (done, update) = cx.alongside(failing, work()).await;
+    let (done, update) = cx.join_best_effort(work(), failing).await;
     assert_eq!(
         (done, update.unwrap_err().message()),
         ("work", "socket closed")
     );
 
     let panicking = async { panic!("in the update") };
-    let (done, update) = cx.alongside::<(), _>(panicking, work()).await;
+    let (done, update) = cx.join_best_effort::<_, ()>(work(), panicking).await;
     assert_eq!(done, "work");
     assert!(update.unwrap_err().is_panic());
 }
@@ -620,9 +620,9 @@ async fn a_retry_that_could_not_be_answered_in_time_fails_now() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_switch_changes_how_long_things_take_and_nothing_else() {
+async fn the_parallel_toggle_changes_how_long_work_takes_and_not_its_results() {
     let second = Duration::from_secs(1);
-    let parallel = Switch::new(true);
+    let parallel = ParallelToggle::new(true);
     let mut told = Vec::new();
     for on in [true, false] {
         parallel.set(on);
@@ -645,7 +645,7 @@ async fn a_switch_changes_how_long_things_take_and_nothing_else() {
             sleep(second / 2).await;
             Ok(())
         };
-        let (work, update) = cx.alongside(update, ask("work")).await;
+        let (work, update) = cx.join_best_effort(ask("work"), update).await;
         assert!(update.is_ok());
         let beside = began.elapsed() - joined - fanned;
         told.push((a.unwrap(), b.unwrap(), c.unwrap(), items, work.unwrap()));

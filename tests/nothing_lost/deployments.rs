@@ -39,8 +39,8 @@ async fn three_accounts_are_as_fast_as_one_of_their_sum() {
     let sims = [sim(300), sim(200), sim(100)];
     let cx = Context::builder(sims[0].clone())
         .pace(pace(300))
-        .beside(Deployment::new(sims[1].clone()).pace(pace(200)))
-        .beside(Deployment::new(sims[2].clone()).pace(pace(100)))
+        .deployment(Deployment::new(sims[1].clone()).pace(pace(200)))
+        .deployment(Deployment::new(sims[2].clone()).pace(pace(100)))
         .build();
     let began = Instant::now();
     let settled = rivers(&cx, 300).await;
@@ -60,7 +60,7 @@ async fn nobody_notices_an_account_that_is_refused_while_another_is_there() {
     let stops = Arc::new(Mutex::new(0));
     let count = Arc::clone(&stops);
     let cx = Context::builder(refused.clone())
-        .beside(Deployment::new(sim(600)).pace(pace(600)))
+        .deployment(Deployment::new(sim(600)).pace(pace(600)))
         .on_event(move |event| {
             if matches!(event, Event::LaneStopped { .. }) {
                 *count.lock().unwrap() += 1;
@@ -86,7 +86,7 @@ async fn nobody_notices_an_account_that_is_refused_while_another_is_there() {
 async fn a_call_that_failed_at_one_goes_to_the_other_next() {
     let broken = || Error::new(ErrorKind::Connection, "reset");
     let cx = Context::builder(Scripted::new().error(broken()).error(broken()))
-        .beside(Deployment::new(Scripted::new().reply("east")))
+        .deployment(Deployment::new(Scripted::new().reply("east")))
         .build();
     assert_eq!(cx.generate("where?").await.unwrap().text, "east");
     assert_eq!(cx.tally().retries, 1);
