@@ -25,7 +25,8 @@ use std::time::Duration;
 use throughline::store::Memory;
 use throughline::testing::Counted;
 use throughline::{
-    Context, Pace, Result, Runner, Sim, Worker, context::ParallelToggle, pipeline, runs::Drive,
+    Context, Pace, Result, Runner, Sim, Worker, context::ParallelToggle, pipeline,
+    runs::DriveOutcome,
 };
 use tokio::time::Instant;
 
@@ -122,7 +123,7 @@ async fn background_programs() -> Result<()> {
         .register("program", program)
         .build();
     let began = Instant::now();
-    let done = worker.drive(Duration::from_secs(300)).await? == Drive::Done;
+    let done = worker.drive(Duration::from_secs(300)).await? == DriveOutcome::Done;
     assert!(
         done && worker.stats().completed == 200,
         "{:?}",
@@ -273,7 +274,7 @@ async fn card_stories() -> Result<()> {
             .register("story", story)
             .build();
         let (began, mut drives) = (Instant::now(), 1);
-        while worker.drive(Duration::from_secs(300)).await? == Drive::Continue {
+        while worker.drive(Duration::from_secs(300)).await? == DriveOutcome::Continue {
             drives += 1;
         }
         row([

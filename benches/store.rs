@@ -24,7 +24,9 @@ use throughline::store::{
     Claim, Commit, Generation, Item, MemoKey, NewItem, NewRun, Postgres, Queue, RunId, Settlement,
     Sqlite, Store as _,
 };
-use throughline::{Context, Provider, Reply, Request, Result, Runner, Usage, Worker, runs::Drive};
+use throughline::{
+    Context, Provider, Reply, Request, Result, Runner, Usage, Worker, runs::DriveOutcome,
+};
 use throughline::{async_trait, pipeline};
 
 const BATCH: u32 = 512;
@@ -252,7 +254,7 @@ async fn worker(store: &Arc<dyn Queue>, calls: bool, intents: bool) -> Duration 
     let began = Instant::now();
     let drive = worker.drive(LONG).await.expect("drive");
     let took = began.elapsed();
-    assert_eq!(drive, Drive::Done);
+    assert_eq!(drive, DriveOutcome::Done);
     let found = store.run(run).await.expect("run").expect("it is there");
     assert_eq!(found.completed, u64::from(ITEMS));
     took

@@ -18,7 +18,7 @@ use std::time::Duration;
 use throughline::observe::Stages;
 use throughline::provider::sim::{Sim, Tokens};
 use throughline::store::Sqlite;
-use throughline::{Context, Pace, Request, Result, Runner, Worker, pipeline, runs::Drive};
+use throughline::{Context, Pace, Request, Result, Runner, Worker, pipeline, runs::DriveOutcome};
 use tokio::time::Instant;
 
 const SECOND: Duration = Duration::from_millis(10);
@@ -56,11 +56,11 @@ fn provider() -> Sim {
 }
 
 /// What a platform would call again and again, in as many places as it likes, until it says that all is done.
-async fn call(name: &str) -> Result<Drive> {
+async fn call(name: &str) -> Result<DriveOutcome> {
     let end = Instant::now() + SECOND * 300;
     let store = Arc::new(Sqlite::open(STORE).await?);
     let (runner, stages) = (Runner::new(Arc::clone(&store)), Stages::new());
-    let (provider, mut drive) = (provider(), Drive::Done);
+    let (provider, mut drive) = (provider(), DriveOutcome::Done);
     let mut inputs: Vec<_> = (1..=CARDS).map(|n| format!("card {n}")).collect();
     for (phase, pace) in [
         ("stories", Pace::safe().spacing(SECOND * 2)),
@@ -84,7 +84,7 @@ async fn call(name: &str) -> Result<Drive> {
         drive = worker.drive_run(run, end - Instant::now()).await?;
         let (paid, refused) = (worker.stats().replies_paid, cx.tally().throttled);
         println!("{name}, {phase}: {drive:?}; {paid} calls paid, {refused} refused (429)");
-        if drive == Drive::Continue {
+        if drive == DriveOutcome::Continue {
             break;
         }
         inputs = runner.outputs::<Vec<String>>(run).await?.concat();
@@ -98,7 +98,11 @@ async fn call(name: &str) -> Result<Drive> {
 async fn main() -> Result<()> {
     if let Some(name) = std::env::args().nth(1) {
         let drive = call(&name).await?;
-        std::process::exit(if drive == Drive::Done { 0 } else { CONTINUE });
+        std::process::exit(if drive == DriveOutcome::Done {
+            0
+        } else {
+            CONTINUE
+        });
     }
     let dir = tempfile::tempdir()?;
     // The workers inherit it.

@@ -33,7 +33,7 @@ use serde_json::json;
 use throughline::store::{Queue, RunFilter, RunId};
 use throughline::{
     Context, Error, ErrorKind, Pace, Pipeline, Request, Result,
-    runs::{Ambiguous, Drive},
+    runs::{AmbiguousPolicy, DriveOutcome},
 };
 use throughline::{Runner, Worker, runs::RunSnapshot};
 
@@ -289,9 +289,9 @@ async fn work(store: Arc<dyn Queue>, args: WorkArgs) -> Result<ExitCode> {
         .model(chosen.model)
         .build();
     let policy = if args.fail_ambiguous {
-        Ambiguous::Fail
+        AmbiguousPolicy::Fail
     } else {
-        Ambiguous::Retry
+        AmbiguousPolicy::Retry
     };
     let worker = Worker::builder(Arc::clone(&store), cx.clone())
         .register(NAME, Describe)
@@ -316,9 +316,12 @@ async fn work(store: Arc<dyn Queue>, args: WorkArgs) -> Result<ExitCode> {
                     () = over => {}
                 }
             };
-            worker.run_until(until).await.map(|()| Drive::Done)
+            worker.run_until(until).await.map(|()| DriveOutcome::Done)
         }
-        None => worker.run_until(interrupted).await.map(|()| Drive::Done),
+        None => worker
+            .run_until(interrupted)
+            .await
+            .map(|()| DriveOutcome::Done),
     };
     let stats = worker.stats();
     eprintln!(
@@ -332,8 +335,8 @@ async fn work(store: Arc<dyn Queue>, args: WorkArgs) -> Result<ExitCode> {
         stats.journal.commits + stats.journal.intent_writes,
     );
     Ok(match ended? {
-        Drive::Done => ExitCode::SUCCESS,
-        Drive::Continue => {
+        DriveOutcome::Done => ExitCode::SUCCESS,
+        DriveOutcome::Continue => {
             eprintln!("the budget is used up: start again to go on");
             ExitCode::from(75)
         }

@@ -435,13 +435,13 @@ impl Actor {
             let kind = "note".to_owned();
             commit.notes.push(Note { run, kind, data });
         }
-        commit.over = items.iter().filter(|_| keep).map(intent_of).collect();
+        commit.ended_intents = items.iter().filter(|_| keep).map(intent_of).collect();
         {
             let mut books = self.history.books();
             books
                 .sent
                 .extend(outputs.iter().map(|(id, text)| (*id, text.clone())));
-            books.over.extend(&commit.over);
+            books.over.extend(&commit.ended_intents);
             for g in &commit.generations {
                 let bodies = books.bodies.entry((g.tenant.clone(), g.key)).or_default();
                 bodies.insert(g.body.clone());

@@ -19,7 +19,7 @@ pub use self::progress::RunSnapshot;
 pub use self::results::ItemResult;
 pub(crate) use self::submit::Spec;
 pub use self::submit::Submit;
-pub use self::worker::{Ambiguous, Drive, Worker, WorkerBuilder, WorkerStats};
+pub use self::worker::{AmbiguousPolicy, DriveOutcome, Worker, WorkerBuilder, WorkerStats};
 use crate::error::{Error, ErrorKind, Result};
 use crate::pipeline::Pipeline;
 use crate::store::{
@@ -303,7 +303,7 @@ impl Runner {
     /// The store's.
     pub async fn dismiss(&self, intents: impl IntoIterator<Item = IntentName>) -> Result<()> {
         self.sees_all("the list of ambiguous calls")?;
-        let commit = Commit::new().over(intents);
+        let commit = Commit::new().ended_intents(intents);
         self.store.commit(commit).await.map(drop)
     }
 }

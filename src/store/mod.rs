@@ -50,20 +50,20 @@
 //! is busy for longer than its timeout); [`ErrorKind::Config`](crate::ErrorKind::Config) for what no
 //! backend can keep; [`ErrorKind::LeaseLost`](crate::ErrorKind::LeaseLost) where said.
 
-mod change;
 #[cfg(any(feature = "sqlite", feature = "postgres"))]
 mod detached;
-mod given;
+mod inputs;
 pub(crate) mod journal;
 mod memory;
+mod model;
 #[cfg(feature = "postgres")]
 mod postgres;
-mod records;
 mod shared;
 #[cfg(any(feature = "sqlite", feature = "postgres"))]
 mod sql;
 #[cfg(feature = "sqlite")]
 mod sqlite;
+mod transaction;
 
 use std::time::Duration;
 
@@ -71,15 +71,15 @@ use async_trait::async_trait;
 
 use crate::error::Result;
 
-pub use self::given::{Claim, Commit, NewItem, NewRun, Note, RunFilter, Settlement};
+pub use self::inputs::{Claim, Commit, NewItem, NewRun, Note, RunFilter, Settlement};
 pub use self::journal::{Journal, JournalStats};
 pub use self::memory::Memory;
-#[cfg(feature = "postgres")]
-pub use self::postgres::{Postgres, PostgresBuilder};
-pub use self::records::{
+pub use self::model::{
     Committed, Created, FORMAT, Generation, Handling, Hold, Intent, IntentName, Item, ItemId,
     LeaseId, LogEntry, MemoKey, Purged, Reaped, Run, RunId, Status,
 };
+#[cfg(feature = "postgres")]
+pub use self::postgres::{Postgres, PostgresBuilder};
 #[cfg(feature = "sqlite")]
 pub use self::sqlite::{Durability, Sqlite, SqliteBuilder};
 

@@ -222,12 +222,12 @@ macro_rules! decode {
             sqlx::Error::Decode(Box::new(error))
         }
 
-        pub(super) fn run(row: &$row) -> sqlx::Result<$crate::store::records::Run> {
+        pub(super) fn run(row: &$row) -> sqlx::Result<$crate::store::model::Run> {
             use sqlx::Row as _;
-            use $crate::store::change::at_millis;
             use $crate::store::sql::{from_sql, read_error};
-            Ok($crate::store::records::Run {
-                id: $crate::store::records::RunId(row.try_get(0)?),
+            use $crate::store::transaction::at_millis;
+            Ok($crate::store::model::Run {
+                id: $crate::store::model::RunId(row.try_get(0)?),
                 tenant: row.try_get(1)?,
                 name: row.try_get(2)?,
                 status: row.try_get::<&str, _>(3)?.parse().map_err(wrong_word)?,
@@ -244,12 +244,12 @@ macro_rules! decode {
         }
 
         /// An item and its priority.
-        pub(super) fn item(row: &$row) -> sqlx::Result<($crate::store::records::Item, i32)> {
+        pub(super) fn item(row: &$row) -> sqlx::Result<($crate::store::model::Item, i32)> {
             use sqlx::Row as _;
             use $crate::store::sql::{from_small, from_sql, read_error};
-            let item = $crate::store::records::Item {
-                id: $crate::store::records::ItemId(row.try_get(0)?),
-                run: $crate::store::records::RunId(row.try_get(1)?),
+            let item = $crate::store::model::Item {
+                id: $crate::store::model::ItemId(row.try_get(0)?),
+                run: $crate::store::model::RunId(row.try_get(1)?),
                 seq: from_sql(row.try_get(2)?),
                 key: row.try_get(3)?,
                 tenant: row.try_get(4)?,
@@ -260,18 +260,18 @@ macro_rules! decode {
                 input: row.try_get(9)?,
                 output: row.try_get(10)?,
                 error: read_error(row.try_get(11)?),
-                handling: $crate::store::records::Handling::from_i32(row.try_get(13)?),
+                handling: $crate::store::model::Handling::from_i32(row.try_get(13)?),
             };
             Ok((item, row.try_get(12)?))
         }
 
-        pub(super) fn log_entry(row: &$row) -> sqlx::Result<$crate::store::records::LogEntry> {
+        pub(super) fn log_entry(row: &$row) -> sqlx::Result<$crate::store::model::LogEntry> {
             use sqlx::Row as _;
-            Ok($crate::store::records::LogEntry {
+            Ok($crate::store::model::LogEntry {
                 seq: $crate::store::sql::from_sql(row.try_get(0)?),
                 kind: row.try_get(1)?,
                 data: row.try_get(2)?,
-                at: $crate::store::change::at_millis(row.try_get(3)?),
+                at: $crate::store::transaction::at_millis(row.try_get(3)?),
             })
         }
 
@@ -279,16 +279,16 @@ macro_rules! decode {
         pub(super) fn generation(
             row: &$row,
             tenant: &str,
-        ) -> sqlx::Result<$crate::store::records::Generation> {
+        ) -> sqlx::Result<$crate::store::model::Generation> {
             use sqlx::Row as _;
             use $crate::store::sql::{bytes, from_sql};
             let mut usage =
                 $crate::request::Usage::new(from_sql(row.try_get(3)?), from_sql(row.try_get(4)?));
             usage.cached_input_tokens = from_sql(row.try_get(5)?);
             usage.reasoning_tokens = from_sql(row.try_get(6)?);
-            Ok($crate::store::records::Generation {
+            Ok($crate::store::model::Generation {
                 tenant: tenant.to_owned(),
-                key: $crate::store::records::MemoKey::new(bytes(row.try_get(0)?)?),
+                key: $crate::store::model::MemoKey::new(bytes(row.try_get(0)?)?),
                 request: $crate::request::RequestDigest::from_bytes(bytes(row.try_get(1)?)?),
                 body: row.try_get(2)?,
                 usage,
@@ -296,12 +296,12 @@ macro_rules! decode {
             })
         }
 
-        pub(super) fn intent(row: &$row) -> sqlx::Result<$crate::store::records::Intent> {
+        pub(super) fn intent(row: &$row) -> sqlx::Result<$crate::store::model::Intent> {
             use sqlx::Row as _;
-            Ok($crate::store::records::Intent {
-                item: $crate::store::records::ItemId(row.try_get(0)?),
+            Ok($crate::store::model::Intent {
+                item: $crate::store::model::ItemId(row.try_get(0)?),
                 attempt: $crate::store::sql::from_small(row.try_get::<$small, _>(1)?),
-                key: $crate::store::records::MemoKey::new($crate::store::sql::bytes(
+                key: $crate::store::model::MemoKey::new($crate::store::sql::bytes(
                     row.try_get(2)?,
                 )?),
                 provider_ref: row.try_get(3)?,
@@ -338,9 +338,9 @@ impl Cursor {
     /// dealt; moves on to the last.
     pub(super) fn deal(
         &self,
-        items: Vec<(super::records::Item, i32)>,
+        items: Vec<(super::model::Item, i32)>,
         cursor: &str,
-    ) -> Vec<super::records::Item> {
+    ) -> Vec<super::model::Item> {
         let items = dealt(items, cursor);
         if let Some(last) = items.last() {
             self.lock().clone_from(&last.tenant);
@@ -355,7 +355,7 @@ impl Cursor {
 
 /// `Item`s in the order in which they were dealt: rank by rank, and tenant by tenant from the one
 /// after `cursor`. See [`Queue::claim`](super::Queue::claim).
-fn dealt(mut items: Vec<(super::records::Item, i32)>, cursor: &str) -> Vec<super::records::Item> {
+fn dealt(mut items: Vec<(super::model::Item, i32)>, cursor: &str) -> Vec<super::model::Item> {
     items.sort_by(|(a, a_priority), (b, b_priority)| {
         let turn = |tenant: &str| tenant <= cursor;
         (turn(&a.tenant), &a.tenant, a_priority, a.id).cmp(&(
@@ -371,7 +371,7 @@ fn dealt(mut items: Vec<(super::records::Item, i32)>, cursor: &str) -> Vec<super
         let same =
             ranked
                 .last()
-                .is_some_and(|(_, _, last): &(usize, usize, super::records::Item)| {
+                .is_some_and(|(_, _, last): &(usize, usize, super::model::Item)| {
                     last.tenant == item.tenant
                 });
         rank = if same { rank + 1 } else { 0 };

@@ -186,7 +186,7 @@ counted!(Store {
     async fn commit(&self, commit: Commit) -> Result<Committed> {
         self.enter("commit").await?;
         let rows = commit.generations.len() + commit.settlements.len();
-        let rows = rows + commit.notes.len() + commit.over.len();
+        let rows = rows + commit.notes.len() + commit.ended_intents.len();
         self.largest_commit.fetch_max(rows as u64, Ordering::Relaxed);
         if self.stuck.load(Ordering::Relaxed) {
             std::future::pending::<()>().await;

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use throughline::store::{Claim, Memory, Queue as _, RunId};
 use throughline::testing::Counted;
-use throughline::{Context, Pace, Runner, Sim, Worker, pipeline, runs::Drive};
+use throughline::{Context, Pace, Runner, Sim, Worker, pipeline, runs::DriveOutcome};
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::support::{MINUTE, ask, check, sim, worker};
@@ -44,7 +44,7 @@ async fn a_budget_ends_in_time_and_charges_nothing() {
             began.elapsed()
         );
         drives += 1;
-        if drive == Drive::Done {
+        if drive == DriveOutcome::Done {
             break;
         }
         let record = runner.snapshot(run).await.unwrap().unwrap().run;
@@ -77,7 +77,7 @@ async fn a_slow_store_loses_nothing_when_the_budget_ends() {
             let late = began.elapsed().saturating_sub(budget);
             assert!(late < Duration::from_secs(4), "{late:?}");
             assert_eq!(worker.stats().journal.waiting, 0, "{drive:?}");
-            if drive.unwrap() == Drive::Done {
+            if drive.unwrap() == DriveOutcome::Done {
                 break;
             }
         }
@@ -118,7 +118,7 @@ async fn what_drains_does_not_end_in_a_fallback() {
         0
     );
     assert_eq!(sim.ledger().total.billed, 8);
-    assert_eq!(worker.drive(5 * MINUTE).await.unwrap(), Drive::Done);
+    assert_eq!(worker.drive(5 * MINUTE).await.unwrap(), DriveOutcome::Done);
     let results = runner.results::<Vec<String>>(run, 0, 10).await.unwrap();
     assert!(
         results
@@ -164,14 +164,17 @@ async fn a_run_is_driven_to_its_end_also_when_others_die_with_its_last_items() {
     let alive = worker(&store, &sim).lease(lease).build();
     // There is nothing to claim yet, which is no reason to say that it is done.
     let ended = alive.drive_run(run, Duration::from_secs(10)).await.unwrap();
-    assert_eq!((ended, alive.stats().claimed), (Drive::Continue, 0));
+    assert_eq!((ended, alive.stats().claimed), (DriveOutcome::Continue, 0));
     let ended = alive.drive_run(run, 5 * MINUTE).await.unwrap();
-    assert_eq!((ended, alive.stats().claimed), (Drive::Done, 4));
+    assert_eq!((ended, alive.stats().claimed), (DriveOutcome::Done, 4));
     assert_eq!(check(&store, run).await["completed"], 4);
     // Nothing to wait for: it is over, or not there.
     let before = Instant::now();
     for run in [run, RunId(99)] {
-        assert_eq!(alive.drive_run(run, MINUTE).await.unwrap(), Drive::Done);
+        assert_eq!(
+            alive.drive_run(run, MINUTE).await.unwrap(),
+            DriveOutcome::Done
+        );
     }
     assert_eq!(Instant::now(), before);
 }
@@ -188,7 +191,7 @@ async fn driving_a_run_ends_with_its_context() {
     let drive = tokio::spawn(async move { worker.drive_run(run, MINUTE).await });
     sleep(Duration::from_secs(1)).await;
     cx.cancel();
-    assert_eq!(drive.await.unwrap().unwrap(), Drive::Continue);
+    assert_eq!(drive.await.unwrap().unwrap(), DriveOutcome::Continue);
 }
 
 #[tokio::test(start_paused = true)]
@@ -212,7 +215,7 @@ async fn a_run_is_driven_to_its_end_though_the_store_is_away_for_a_while() {
     });
     let worker = worker(&store, &sim).build();
     let drive = worker.drive_run(run, 5 * MINUTE).await;
-    assert_eq!(drive.unwrap(), Drive::Done);
+    assert_eq!(drive.unwrap(), DriveOutcome::Done);
     assert_eq!(check(&store, run).await["completed"], 10);
 }
 
@@ -240,7 +243,7 @@ async fn a_drive_of_a_run_ends_with_the_run() {
     let worker = worker(&store, &sim).in_flight(10).build();
     let began = Instant::now();
     let drive = worker.drive_run(run, 5 * MINUTE).await.unwrap();
-    assert_eq!(drive, Drive::Done);
+    assert_eq!(drive, DriveOutcome::Done);
     assert!(
         began.elapsed() < Duration::from_secs(5),
         "{:?}",
@@ -280,11 +283,11 @@ async fn no_duration_is_too_long_or_too_short() {
         let again = runner.submit("ask", &ask(), [2]).await.unwrap();
         let drive = timeout(5 * MINUTE, build().drive(long)).await.unwrap();
         assert_eq!(
-            drive.is_ok_and(|drive| drive == Drive::Done),
+            drive.is_ok_and(|drive| drive == DriveOutcome::Done),
             !long.is_zero()
         );
         let drive = build().drive_run(again, long).await.unwrap();
-        assert_eq!(drive == Drive::Done, !long.is_zero());
+        assert_eq!(drive == DriveOutcome::Done, !long.is_zero());
         assert_eq!(
             runner.purge(long, 10).await.unwrap().generations > 0,
             long.is_zero()

@@ -9,7 +9,7 @@ use throughline::store::{Commit, Memory, RunFilter, RunId, Status, Store};
 use throughline::testing::Counted;
 use throughline::{
     Context, Error, ErrorKind, Pipeline, Result, Runner, Sim, Worker, pipeline,
-    runs::{Drive, RunSnapshot},
+    runs::{DriveOutcome, RunSnapshot},
 };
 
 const MINUTE: Duration = Duration::from_secs(60);
@@ -95,10 +95,13 @@ async fn a_run_out_of_time_fails_with_its_reason_and_keeps_what_it_has() {
     let run = submit.timeout(Duration::from_secs(25)).await.unwrap();
     let patient = runner.submit("page", &page(), [1]).fresh().await.unwrap();
     let worker = worker(&store);
-    assert_eq!(worker.drive_run(run, MINUTE).await.unwrap(), Drive::Done);
+    assert_eq!(
+        worker.drive_run(run, MINUTE).await.unwrap(),
+        DriveOutcome::Done
+    );
     assert_eq!(
         worker.drive_run(patient, MINUTE).await.unwrap(),
-        Drive::Done
+        DriveOutcome::Done
     );
 
     let snapshot = runner.snapshot(run).await.unwrap().unwrap();

@@ -11,7 +11,7 @@ use throughline::store::{
 use throughline::testing::Counted;
 use throughline::{
     Context, Error, ErrorKind, Runner, Sim, Worker, pipeline,
-    runs::{Ambiguous, Drive},
+    runs::{AmbiguousPolicy, DriveOutcome},
 };
 use tokio::time::{sleep, timeout};
 
@@ -30,7 +30,7 @@ async fn a_run_from_submit_to_results() {
     let watched = tokio::spawn(runner.watch(run).try_collect::<Vec<_>>());
 
     let worker = worker(&store, &sim).build();
-    assert_eq!(worker.drive(10 * MINUTE).await.unwrap(), Drive::Done);
+    assert_eq!(worker.drive(10 * MINUTE).await.unwrap(), DriveOutcome::Done);
     let snapshot = runner.snapshot(run).await.unwrap().unwrap();
     assert_eq!(
         (snapshot.run.status, snapshot.remaining()),
@@ -77,7 +77,7 @@ async fn writes_are_counted_in_batches() {
     runner.submit("ask", &ask(), 0..2048).await.unwrap();
     store.forget();
     let worker = worker(&store, &sim).in_flight(512).build();
-    assert_eq!(worker.drive(10 * MINUTE).await.unwrap(), Drive::Done);
+    assert_eq!(worker.drive(10 * MINUTE).await.unwrap(), DriveOutcome::Done);
     let calls = |method| store.calls(method);
     // Each item is a reply, an ended intent and a settlement: 6,144 entries by 512 are 12 commits, if all
     // come at once.
@@ -111,7 +111,7 @@ async fn a_second_run_replays_an_inserted_input_pays_for_itself_and_fresh_for_al
             .tenant("another"),
     ] {
         submit.await.unwrap();
-        assert_eq!(worker.drive(MINUTE).await.unwrap(), Drive::Done);
+        assert_eq!(worker.drive(MINUTE).await.unwrap(), DriveOutcome::Done);
         billed.push(sim.ledger().total.billed);
     }
     assert_eq!(billed, [4, 5, 9, 9, 11]);
@@ -141,7 +141,7 @@ async fn a_broken_parser_that_is_repaired_pays_nothing() {
     let worker = Worker::builder(Arc::clone(&store), cx)
         .register("parse", parse)
         .build();
-    assert_eq!(worker.drive(MINUTE).await.unwrap(), Drive::Done);
+    assert_eq!(worker.drive(MINUTE).await.unwrap(), DriveOutcome::Done);
     let record = runner.snapshot(run).await.unwrap().unwrap().run;
     assert_eq!((record.status, record.failed), (Status::Failed, 20));
     let results = runner.results::<usize>(run, 0, 100).await.unwrap();
@@ -151,7 +151,7 @@ async fn a_broken_parser_that_is_repaired_pays_nothing() {
 
     repaired.store(true, Ordering::Relaxed);
     assert_eq!(runner.retry_failed(run).await.unwrap(), 20);
-    assert_eq!(worker.drive(MINUTE).await.unwrap(), Drive::Done);
+    assert_eq!(worker.drive(MINUTE).await.unwrap(), DriveOutcome::Done);
     let record = runner.snapshot(run).await.unwrap().unwrap().run;
     assert_eq!((record.status, record.completed), (Status::Completed, 20));
     assert_eq!(sim.ledger().total.billed, 20);
@@ -194,12 +194,12 @@ async fn a_retry_asks_anew_for_the_reply_that_an_item_failed_on_and_for_no_other
     let worker = Worker::builder(Arc::clone(&store), cx)
         .register("two", two)
         .build();
-    assert_eq!(worker.drive(MINUTE).await.unwrap(), Drive::Done);
+    assert_eq!(worker.drive(MINUTE).await.unwrap(), DriveOutcome::Done);
     assert_eq!(runner.status(run).await.unwrap(), Some(Status::Failed));
     assert_eq!(calls.load(Ordering::Relaxed), 2);
     // The code is the same, so the reply is of no use again, and another one is asked for.
     assert_eq!(runner.retry_failed(run).await.unwrap(), 1);
-    assert_eq!(worker.drive(MINUTE).await.unwrap(), Drive::Done);
+    assert_eq!(worker.drive(MINUTE).await.unwrap(), DriveOutcome::Done);
     assert_eq!(
         runner.outputs::<(String, u32)>(run).await.unwrap(),
         [("0".to_owned(), 2)]
@@ -209,7 +209,7 @@ async fn a_retry_asks_anew_for_the_reply_that_an_item_failed_on_and_for_no_other
     for (least_wanted, number) in [(2, 2), (1, 1)] {
         least.store(least_wanted, Ordering::Relaxed);
         let again = runner.submit("two", &ask_two(), [7]).await.unwrap();
-        assert_eq!(worker.drive(MINUTE).await.unwrap(), Drive::Done);
+        assert_eq!(worker.drive(MINUTE).await.unwrap(), DriveOutcome::Done);
         assert_eq!(
             runner.outputs::<(String, u32)>(again).await.unwrap()[0].1,
             number
@@ -219,12 +219,12 @@ async fn a_retry_asks_anew_for_the_reply_that_an_item_failed_on_and_for_no_other
     least.store(5, Ordering::Relaxed);
     let again = runner.submit("two", &ask_two(), [7]).await.unwrap();
     for paid in [4, 5] {
-        assert_eq!(worker.drive(MINUTE).await.unwrap(), Drive::Done);
+        assert_eq!(worker.drive(MINUTE).await.unwrap(), DriveOutcome::Done);
         assert_eq!(calls.load(Ordering::Relaxed), paid);
         assert_eq!(runner.status(again).await.unwrap(), Some(Status::Failed));
         runner.retry_failed(again).await.unwrap();
     }
-    assert_eq!(worker.drive(MINUTE).await.unwrap(), Drive::Done);
+    assert_eq!(worker.drive(MINUTE).await.unwrap(), DriveOutcome::Done);
     assert_eq!(runner.status(again).await.unwrap(), Some(Status::Completed));
     assert!(runner.ambiguous(None, 10).await.unwrap().is_empty());
     check(&store, again).await;
@@ -262,11 +262,11 @@ async fn a_retry_asks_anew_for_the_reply_of_the_branch_that_failed() {
     let worker = Worker::builder(Arc::clone(&store), cx)
         .register("branches", branches)
         .build();
-    assert_eq!(worker.drive(MINUTE).await.unwrap(), Drive::Done);
+    assert_eq!(worker.drive(MINUTE).await.unwrap(), DriveOutcome::Done);
     assert_eq!(runner.status(run).await.unwrap(), Some(Status::Failed));
     let before = calls.load(Ordering::Relaxed);
     runner.retry_failed(run).await.unwrap();
-    assert_eq!(worker.drive(MINUTE).await.unwrap(), Drive::Done);
+    assert_eq!(worker.drive(MINUTE).await.unwrap(), DriveOutcome::Done);
     let record = runner.snapshot(run).await.unwrap().unwrap().run;
     assert_eq!(record.status, Status::Completed, "{:?}", record.error);
     // Of the branch, and of what comes after.
@@ -325,7 +325,7 @@ async fn an_item_that_its_workers_died_with_alone_fails_and_can_be_tried_again()
     assert!(error.message().contains("alone"), "{error}");
     assert_eq!(sim.ledger().total.billed, 0);
     assert_eq!(runner.retry_failed(run).await.unwrap(), 1);
-    assert_eq!(worker.drive(MINUTE).await.unwrap(), Drive::Done);
+    assert_eq!(worker.drive(MINUTE).await.unwrap(), DriveOutcome::Done);
     assert_eq!(runner.status(run).await.unwrap(), Some(Status::Completed));
 }
 
@@ -360,7 +360,7 @@ async fn die_of(
             .build();
         tokio::select! {
             done = worker.drive(120 * MINUTE) => {
-                assert_eq!(done.unwrap(), Drive::Done);
+                assert_eq!(done.unwrap(), DriveOutcome::Done);
                 return deaths;
             }
             () = dead.notified() => deaths.push(began.elapsed()),
@@ -430,7 +430,7 @@ async fn an_item_that_workers_died_with_twice_is_run_with_nothing_beside_it() {
     let worker = Worker::builder(Arc::clone(&store), cx).register("ask", work);
     let worker = worker.in_flight(16).build();
     let began = tokio::time::Instant::now();
-    assert_eq!(worker.drive(60 * MINUTE).await.unwrap(), Drive::Done);
+    assert_eq!(worker.drive(60 * MINUTE).await.unwrap(), DriveOutcome::Done);
     for run in [run, others] {
         assert_eq!(runner.status(run).await.unwrap(), Some(Status::Completed));
         check(&store, run).await;
@@ -461,7 +461,7 @@ async fn no_item_fails_in_a_crash_loop() {
     let record = runner.snapshot(run).await.unwrap().unwrap().run;
     assert_eq!(
         (ended, record.completed, record.failed),
-        (Drive::Done, 400, 0)
+        (DriveOutcome::Done, 400, 0)
     );
     check(&store, run).await;
 }
@@ -551,7 +551,7 @@ async fn a_store_that_is_away_for_a_while_costs_nothing() {
     };
     let work = worker.drive(10 * MINUTE);
     tokio::select! {
-        done = work => assert_eq!(done.unwrap(), Drive::Done),
+        done = work => assert_eq!(done.unwrap(), DriveOutcome::Done),
         () = outages => {}
     }
     let record = runner.snapshot(run).await.unwrap().unwrap().run;
@@ -572,7 +572,7 @@ async fn a_worker_leaves_items_of_other_pipelines_to_workers_that_have_them() {
         .unwrap();
     let known = runner.submit("ask", &ask(), 0..3).await.unwrap();
     let here = worker(&store, &sim).build();
-    assert_eq!(here.drive(MINUTE).await.unwrap(), Drive::Done);
+    assert_eq!(here.drive(MINUTE).await.unwrap(), DriveOutcome::Done);
     assert_eq!(here.stats().claimed, 3);
     assert_eq!(runner.status(known).await.unwrap(), Some(Status::Completed));
     let record = runner.snapshot(unknown).await.unwrap().unwrap().run;
@@ -583,7 +583,7 @@ async fn a_worker_leaves_items_of_other_pipelines_to_workers_that_have_them() {
         .register("unheard", ask())
         .build();
     let began = tokio::time::Instant::now();
-    assert_eq!(there.drive(MINUTE).await.unwrap(), Drive::Done);
+    assert_eq!(there.drive(MINUTE).await.unwrap(), DriveOutcome::Done);
     // At once: the other worker has not touched them.
     assert_eq!(began.elapsed(), Duration::from_secs(1));
     assert_eq!(
@@ -606,7 +606,10 @@ async fn a_worker_without_the_pipeline_does_not_slow_the_one_with_it() {
     let run = runner.submit("ask", &ask(), 0..500).await.unwrap();
     let began = tokio::time::Instant::now();
     let new = worker(&store, &sim).in_flight(16).build();
-    assert_eq!(new.drive_run(run, 60 * MINUTE).await.unwrap(), Drive::Done);
+    assert_eq!(
+        new.drive_run(run, 60 * MINUTE).await.unwrap(),
+        DriveOutcome::Done
+    );
     // 500 items of 1 s by 16.
     let took = began.elapsed();
     assert!(took < Duration::from_secs(34), "{took:?}");
@@ -635,7 +638,7 @@ async fn a_refused_account_stops_the_worker_and_fails_nothing() {
     let paid = self::sim(1);
     assert_eq!(
         worker(&store, &paid).build().drive(MINUTE).await.unwrap(),
-        Drive::Done
+        DriveOutcome::Done
     );
     let record = runner.snapshot(run).await.unwrap().unwrap().run;
     assert_eq!((record.completed, record.failed), (50, 0));
@@ -716,7 +719,7 @@ async fn a_pipeline_that_cancels_itself_has_an_end() {
     let worker = Worker::builder(Arc::clone(&store), cx)
         .register("gives-up", gives_up)
         .build();
-    assert_eq!(worker.drive(MINUTE).await.unwrap(), Drive::Done);
+    assert_eq!(worker.drive(MINUTE).await.unwrap(), DriveOutcome::Done);
     assert_eq!(runner.status(run).await.unwrap(), Some(Status::Failed));
     assert_eq!(
         (attempts.load(Ordering::Relaxed), sim.ledger().total.billed),
@@ -731,7 +734,7 @@ async fn an_input_of_another_type_fails_and_says_so() {
     let run = store.create_run(new).await.unwrap().run;
     assert_eq!(
         worker(&store, &sim).build().drive(MINUTE).await.unwrap(),
-        Drive::Done
+        DriveOutcome::Done
     );
     let result = Runner::new(store)
         .results::<String>(run, 0, 1)
@@ -747,7 +750,7 @@ async fn an_input_of_another_type_fails_and_says_so() {
 
 #[tokio::test(start_paused = true)]
 async fn the_policy_for_calls_in_flight_at_a_crash_is_kept() {
-    for policy in [Ambiguous::Retry, Ambiguous::Fail] {
+    for policy in [AmbiguousPolicy::Retry, AmbiguousPolicy::Fail] {
         let (store, sim) = (Arc::new(Memory::new()), sim(10));
         let runner = Runner::new(Arc::clone(&store));
         let run = runner.submit("ask", &ask(), 0..6).await.unwrap();
@@ -761,16 +764,20 @@ async fn the_policy_for_calls_in_flight_at_a_crash_is_kept() {
         assert_eq!(ambiguous.len(), 2);
 
         let next = worker(&store, &sim).on_ambiguous(policy).build();
-        assert_eq!(next.drive(5 * MINUTE).await.unwrap(), Drive::Done);
+        assert_eq!(next.drive(5 * MINUTE).await.unwrap(), DriveOutcome::Done);
         let record = runner.snapshot(run).await.unwrap().unwrap().run;
-        let failed = if policy == Ambiguous::Fail { 2 } else { 0 };
+        let failed = if policy == AmbiguousPolicy::Fail {
+            2
+        } else {
+            0
+        };
         assert_eq!((record.completed, record.failed), (6 - failed, failed));
         if failed > 0 {
             let results = runner.results::<String>(run, 0, 10).await.unwrap();
             let mut errors = results.iter().filter_map(|result| result.error());
             assert!(errors.all(|error| error.message().contains("may have been paid for")));
             assert_eq!(runner.retry_failed(run).await.unwrap(), 2);
-            assert_eq!(next.drive(5 * MINUTE).await.unwrap(), Drive::Done);
+            assert_eq!(next.drive(5 * MINUTE).await.unwrap(), DriveOutcome::Done);
             assert_eq!(runner.status(run).await.unwrap(), Some(Status::Completed));
         }
         // They stay on the list until somebody has dealt with them, as by trying again what failed for them.
@@ -790,18 +797,24 @@ async fn a_call_that_a_stop_dropped_is_not_sent_again_where_the_policy_is_to_fai
     let patience = Duration::from_secs(5);
     let build = || {
         let worker = worker(&store, &sim).drain_for(patience);
-        worker.on_ambiguous(Ambiguous::Fail).build()
+        worker.on_ambiguous(AmbiguousPolicy::Fail).build()
     };
     build().run_until(sleep(2 * patience)).await.unwrap();
     assert_eq!(sim.ledger().total.admitted, 1);
     assert_eq!(runner.ambiguous(None, 10).await.unwrap().len(), 1);
-    assert_eq!(build().drive(10 * MINUTE).await.unwrap(), Drive::Done);
+    assert_eq!(
+        build().drive(10 * MINUTE).await.unwrap(),
+        DriveOutcome::Done
+    );
     assert_eq!(sim.ledger().total.admitted, 1, "it was sent again");
     assert_eq!(runner.status(run).await.unwrap(), Some(Status::Failed));
     // Whoever tries it again has decided about it: it is sent, and no longer listed.
     assert_eq!(runner.retry_failed(run).await.unwrap(), 1);
     assert!(runner.ambiguous(None, 10).await.unwrap().is_empty());
-    assert_eq!(build().drive(10 * MINUTE).await.unwrap(), Drive::Done);
+    assert_eq!(
+        build().drive(10 * MINUTE).await.unwrap(),
+        DriveOutcome::Done
+    );
     assert_eq!(runner.status(run).await.unwrap(), Some(Status::Completed));
 }
 
@@ -824,7 +837,10 @@ async fn many_small_runs_start_together() {
     let worker = worker.register("answer", answer).build();
     let began = tokio::time::Instant::now();
     let drive = worker.drive(Duration::from_secs(300)).await.unwrap();
-    assert_eq!((drive, sim.ledger().total.billed), (Drive::Done, 200));
+    assert_eq!(
+        (drive, sim.ledger().total.billed),
+        (DriveOutcome::Done, 200)
+    );
     // A round trip for each run, one after the other, would be a second.
     let extra = began.elapsed() - Duration::from_secs(10);
     assert!(extra < Duration::from_millis(250), "{extra:?}");
@@ -891,7 +907,7 @@ async fn a_shortened_batch_is_never_committed() {
         let late = runner.submit("pages", &Pages(how), 10..11);
         let late = late.timeout(Duration::from_secs(5)).await.unwrap();
         let drive = worker().drive_run(late, MINUTE).await.unwrap();
-        assert_eq!(drive, Drive::Done);
+        assert_eq!(drive, DriveOutcome::Done);
         let record = runner.snapshot(late).await.unwrap().unwrap().run;
         assert_eq!((record.status, record.failed), (Status::Failed, 1), "{how}");
         // With `settle`, the pipeline itself says that there were too few.
@@ -933,7 +949,7 @@ async fn a_dropped_call_stays_listed_and_the_next_one_is_replayed() {
     let worker = Worker::builder(Arc::clone(&store), cx)
         .register("patient", patient)
         .build();
-    assert_eq!(worker.drive(MINUTE).await.unwrap(), Drive::Done);
+    assert_eq!(worker.drive(MINUTE).await.unwrap(), DriveOutcome::Done);
     assert_eq!(runner.status(run).await.unwrap(), Some(Status::Failed));
     let calls_made = sim.ledger().total.admitted;
     assert_eq!(calls_made, 2);
@@ -941,7 +957,7 @@ async fn a_dropped_call_stays_listed_and_the_next_one_is_replayed() {
     assert_eq!(runner.ambiguous(None, 10).await.unwrap().len(), 1);
     broken.store(false, Ordering::Relaxed);
     runner.retry_failed(run).await.unwrap();
-    assert_eq!(worker.drive(MINUTE).await.unwrap(), Drive::Done);
+    assert_eq!(worker.drive(MINUTE).await.unwrap(), DriveOutcome::Done);
     assert_eq!(runner.status(run).await.unwrap(), Some(Status::Completed));
     assert_eq!(sim.ledger().total.admitted, calls_made);
     assert_eq!(runner.ambiguous(None, 10).await.unwrap().len(), 1);

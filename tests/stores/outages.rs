@@ -20,7 +20,7 @@ use throughline::store::{
 use throughline::testing::{Counted, store};
 use throughline::{
     Context, Error, ErrorKind, Runner, Sim, Usage, Worker, pipeline, request::RequestDigest,
-    runs::Drive, store::Journal,
+    runs::DriveOutcome, store::Journal,
 };
 use tokio::time::{sleep, timeout};
 
@@ -200,7 +200,7 @@ async fn a_disk_that_is_full_for_a_while_costs_nothing() {
         disk.free();
     }
     let driven = timeout(PATIENCE, working).await.expect("it hangs");
-    assert_eq!(driven.unwrap().unwrap(), Drive::Done);
+    assert_eq!(driven.unwrap().unwrap(), DriveOutcome::Done);
     all_is_there(&runner, run, &worker, &sim, items.into()).await;
     store.close().await;
 }
@@ -250,7 +250,7 @@ async fn a_postgres_that_is_killed_and_comes_back_costs_nothing() {
         store.cancel(acknowledged).await.unwrap();
     }
     let driven = timeout(PATIENCE * 3, working).await.expect("it hangs");
-    assert_eq!(driven.unwrap().unwrap(), Drive::Done);
+    assert_eq!(driven.unwrap().unwrap(), DriveOutcome::Done);
     all_is_there(&runner, run, &worker, &sim, items.into()).await;
     store.close().await;
     tokio::task::spawn_blocking(move || drop(server))

@@ -132,8 +132,8 @@ impl Asked {
     /// The reply that the store has, counted as replayed.
     pub(crate) async fn lookup(&self, scope: &Scope) -> Result<Option<Reply>> {
         let memo = &self.place.memo;
-        scope.bounds.before_send(memo.journal.room()).await?;
-        let found = match memo.journal.unwritten(&self.key) {
+        scope.bounds.before_send(memo.journal.capacity()).await?;
+        let found = match memo.journal.unwritten_reply(&self.key) {
             Some(found) => Some(found),
             None => scope.bounds.before_send(self.patiently()).await??,
         };
@@ -178,7 +178,7 @@ impl Asked {
     /// Hands a reply over to be stored, and ends the intent of its call.
     pub(crate) fn keep(&self, result: Result<Reply>) -> Result<Reply> {
         let ended = self.end_intent(result.as_ref().err());
-        let mut commit = Commit::new().over(ended.map(Intent::name));
+        let mut commit = Commit::new().ended_intents(ended.map(Intent::name));
         if let Ok(reply) = &result {
             commit.generations.push(Generation {
                 tenant: self.place.tenant.to_string(),
@@ -235,7 +235,7 @@ impl Asked {
             if intents.left(&self.key) == Some(LeftIntent::Ended) {
                 while journal.flush().await.is_err() {}
             }
-            journal.intend([intent.clone()]).await;
+            journal.put_intents([intent.clone()]).await;
             self.intended.store(true, Ordering::Relaxed);
         }
     }

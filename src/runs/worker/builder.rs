@@ -9,7 +9,7 @@ use serde::de::DeserializeOwned;
 use tokio::time::Instant;
 
 use super::registry::Registry;
-use super::{Ambiguous, Counters, FOREVER, Inner, Worker};
+use super::{AmbiguousPolicy, Counters, FOREVER, Inner, Worker};
 use crate::call::memo::Memo;
 use crate::context::Context;
 use crate::pipeline::Pipeline;
@@ -17,7 +17,7 @@ use crate::ratelimit::{Priority, Tenant};
 use crate::store::Queue;
 use crate::store::journal::Journal;
 
-pub(super) type InLine = Box<dyn Fn(&str) -> (Priority, Option<Tenant>) + Send + Sync>;
+pub(super) type QueueOfTenant = Box<dyn Fn(&str) -> (Priority, Option<Tenant>) + Send + Sync>;
 
 /// How a worker works.
 pub(super) struct Options {
@@ -27,8 +27,8 @@ pub(super) struct Options {
     pub(super) poll: Duration,
     pub(super) drain: Duration,
     pub(super) intents: bool,
-    pub(super) ambiguous: Ambiguous,
-    pub(super) in_line: InLine,
+    pub(super) ambiguous: AmbiguousPolicy,
+    pub(super) queue_of: QueueOfTenant,
 }
 
 /// Builds a [`Worker`].
@@ -42,7 +42,7 @@ pub struct WorkerBuilder {
 
 impl WorkerBuilder {
     pub(super) fn new(queue: Arc<dyn Queue>, cx: Context) -> Self {
-        let in_line = |tenant: &str| {
+        let queue_of = |tenant: &str| {
             let tenant = (!tenant.is_empty()).then(|| Tenant::new(tenant, 1));
             (Priority::default(), tenant)
         };
@@ -57,8 +57,8 @@ impl WorkerBuilder {
                 poll: Duration::from_millis(500),
                 drain: Duration::from_secs(30),
                 intents: true,
-                ambiguous: Ambiguous::default(),
-                in_line: Box::new(in_line),
+                ambiguous: AmbiguousPolicy::default(),
+                queue_of: Box::new(queue_of),
             },
         }
     }
@@ -135,8 +135,8 @@ impl WorkerBuilder {
         self
     }
 
-    /// What to do with an item whose last worker died, or was stopped, with a call in flight; [`Ambiguous::Retry`] unless set.
-    pub fn on_ambiguous(mut self, policy: Ambiguous) -> Self {
+    /// What to do with an item whose last worker died, or was stopped, with a call in flight; [`AmbiguousPolicy::Retry`] unless set.
+    pub fn on_ambiguous(mut self, policy: AmbiguousPolicy) -> Self {
         self.options.ambiguous = policy;
         self
     }
@@ -160,9 +160,9 @@ impl WorkerBuilder {
     /// ```
     pub fn tenants(
         mut self,
-        in_line: impl Fn(&str) -> (Priority, Option<Tenant>) + Send + Sync + 'static,
+        queue_of: impl Fn(&str) -> (Priority, Option<Tenant>) + Send + Sync + 'static,
     ) -> Self {
-        self.options.in_line = Box::new(in_line);
+        self.options.queue_of = Box::new(queue_of);
         self
     }
 
@@ -176,7 +176,7 @@ impl WorkerBuilder {
             registry: self.registry,
             options: self.options,
             memo: Arc::new(Memo::new(journal)),
-            born: Instant::now(),
+            created_at: Instant::now(),
             unknown: Mutex::default(),
             runs: Mutex::default(),
             counters: Counters::default(),

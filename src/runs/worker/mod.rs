@@ -1,8 +1,8 @@
 //! [`Worker`]: claims the items of durable runs, works on them and commits what came of it.
 
 mod builder;
-mod item;
 mod registry;
+mod run_item;
 mod session;
 mod suspects;
 
@@ -19,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 use self::builder::Options;
 pub use self::builder::WorkerBuilder;
 use self::registry::Registry;
-use self::session::{Ended, Hands, LOOK, Session, Until};
+use self::session::{InFlight, LOST_ITEMS_INTERVAL, Session, SessionEnd, StopCondition};
 use crate::call::memo::Memo;
 use crate::context::Context;
 use crate::error::{Error, Result};
@@ -49,7 +49,7 @@ use crate::store::{Queue, RunFilter, RunId, Status};
 /// use std::sync::Arc;
 /// use std::time::Duration;
 /// use throughline::store::Memory;
-/// use throughline::{Context, Pace, Runner, Sim, Worker, pipeline, runs::Drive};
+/// use throughline::{Context, Pace, Runner, Sim, Worker, pipeline, runs::DriveOutcome};
 ///
 /// #[tokio::main(flavor = "current_thread", start_paused = true)]
 /// async fn main() -> throughline::Result<()> {
@@ -67,7 +67,7 @@ use crate::store::{Queue, RunFilter, RunId, Status};
 ///
 ///     // Where a call is cut off after five minutes, as in a serverless function.
 ///     let mut calls = 1;
-///     while worker.drive(Duration::from_secs(300)).await? == Drive::Continue {
+///     while worker.drive(Duration::from_secs(300)).await? == DriveOutcome::Continue {
 ///         calls += 1;
 ///     }
 ///     assert_eq!(calls, 3);
@@ -83,7 +83,7 @@ pub struct Worker(Arc<Inner>);
 /// How a [`drive`](Worker::drive) ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[must_use = "there may be more to do"]
-pub enum Drive {
+pub enum DriveOutcome {
     /// There was nothing left that this worker could claim, now or when it has lived for longer. Others may still be
     /// at work.
     Done,
@@ -95,7 +95,7 @@ pub enum Drive {
 /// the call was paid for.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
-pub enum Ambiguous {
+pub enum AmbiguousPolicy {
     /// Sends it again. It may be paid for twice, and is listed.
     #[default]
     Retry,
@@ -134,7 +134,7 @@ struct Inner {
     options: Options,
     memo: Arc<Memo>,
     /// When it was built. A worker that has lived for a while is not in a crash loop.
-    born: Instant,
+    created_at: Instant,
     /// Names of pipelines that it does not have and has warned of.
     unknown: Mutex<HashSet<String>>,
     /// What there is to know of runs whose items were claimed.
@@ -207,12 +207,12 @@ impl Worker {
     /// # Ok(()) }
     /// ```
     pub async fn run_until(&self, shutdown: impl Future<Output = ()>) -> Result<()> {
-        let until = Until {
+        let stop_at = StopCondition {
             end: None,
             idle: false,
             drain: self.0.options.drain,
         };
-        self.work(shutdown, until).await.map(drop)
+        self.work(shutdown, stop_at).await.map(drop)
     }
 
     /// Works until there is nothing left to claim or the budget is used up: it stops claiming early enough that
@@ -227,14 +227,14 @@ impl Worker {
     ///
     /// # Cancel safety
     /// As [`run_until`](Self::run_until).
-    pub async fn drive(&self, budget: Duration) -> Result<Drive> {
-        let until = self.within(budget, true);
-        self.work(future::pending(), until).await
+    pub async fn drive(&self, budget: Duration) -> Result<DriveOutcome> {
+        let stop_at = self.within(budget, true);
+        self.work(future::pending(), stop_at).await
     }
 
-    /// Until a budget is used up. One that is longer than a clock can show never is.
-    fn within(&self, budget: Duration, idle: bool) -> Until {
-        Until {
+    /// StopCondition a budget is used up. One that is longer than a clock can show never is.
+    fn within(&self, budget: Duration, idle: bool) -> StopCondition {
+        StopCondition {
             end: Instant::now().checked_add(budget),
             idle,
             drain: self.0.options.drain.min(budget / 4),
@@ -245,7 +245,7 @@ impl Worker {
     /// die with them. The next phase of some work can start from its results then.
     ///
     /// Meanwhile it works on whatever it can claim, and when the run is over it lets what is in flight
-    /// finish ([`drain_for`](WorkerBuilder::drain_for)) and gives the rest back. With [`Drive::Continue`] the run is not over, because the
+    /// finish ([`drain_for`](WorkerBuilder::drain_for)) and gives the rest back. With [`DriveOutcome::Continue`] the run is not over, because the
     /// budget is used up or the context was drained or cancelled. A run that is not there is over.
     ///
     /// # Errors
@@ -257,7 +257,7 @@ impl Worker {
     /// ```
     /// # use std::{sync::Arc, time::Duration};
     /// # use throughline::{
-    /// #     Context, Runner, Worker, pipeline, testing::Scripted, runs::Drive, store::Memory,
+    /// #     Context, Runner, Worker, pipeline, testing::Scripted, runs::DriveOutcome, store::Memory,
     /// # };
     /// # #[tokio::main(flavor = "current_thread")] async fn main() -> throughline::Result<()> {
     /// # let double = pipeline("double", async |_cx: Context, n: u32| Ok(2 * n));
@@ -266,30 +266,30 @@ impl Worker {
     /// # let run = runner.submit("double", &double, [1, 2, 3]).await?;
     /// # let cx = Context::builder(Scripted::new()).build();
     /// # let worker = Worker::builder(store, cx).register("double", double).build();
-    /// if worker.drive_run(run, Duration::from_secs(300)).await? == Drive::Done {
+    /// if worker.drive_run(run, Duration::from_secs(300)).await? == DriveOutcome::Done {
     ///     println!("{}", runner.results::<u32>(run, 0, 100).await?.len());
     /// }
     /// # Ok(()) }
     /// ```
-    pub async fn drive_run(&self, run: RunId, budget: Duration) -> Result<Drive> {
-        let until = self.within(budget, false);
-        if self.is_over(run, until.end).await? {
-            return Ok(Drive::Done);
+    pub async fn drive_run(&self, run: RunId, budget: Duration) -> Result<DriveOutcome> {
+        let stop_at = self.within(budget, false);
+        if self.is_over(run, stop_at.end).await? {
+            return Ok(DriveOutcome::Done);
         }
         let over = async {
             loop {
-                sleep(self.0.options.poll.min(LOOK)).await;
+                sleep(self.0.options.poll.min(LOST_ITEMS_INTERVAL)).await;
                 // A store that does not answer is asked again, and an error that stays is met elsewhere.
-                if let Ok(true) = self.is_over(run, until.end).await {
+                if let Ok(true) = self.is_over(run, stop_at.end).await {
                     return;
                 }
             }
         };
-        let _ = self.work(over, until).await?;
+        let _ = self.work(over, stop_at).await?;
         // The last item may have ended in the drain; and where the context was drained, the run is not over.
-        Ok(match self.is_over(run, until.end).await? {
-            true => Drive::Done,
-            false => Drive::Continue,
+        Ok(match self.is_over(run, stop_at.end).await? {
+            true => DriveOutcome::Done,
+            false => DriveOutcome::Continue,
         })
     }
 
@@ -328,7 +328,11 @@ impl Worker {
         }
     }
 
-    async fn work(&self, shutdown: impl Future<Output = ()>, until: Until) -> Result<Drive> {
+    async fn work(
+        &self,
+        shutdown: impl Future<Output = ()>,
+        stop_at: StopCondition,
+    ) -> Result<DriveOutcome> {
         let stop = CancellationToken::new();
         let signal = async {
             shutdown.await;
@@ -337,30 +341,34 @@ impl Worker {
         };
         tokio::select! {
             never = signal => never,
-            ended = self.0.sessions(&stop, until) => ended,
+            ended = self.0.sessions(&stop, stop_at) => ended,
         }
     }
 }
 
 impl Inner {
     /// One session after the other: a lost lease is followed by a new one.
-    async fn sessions(self: &Arc<Self>, stop: &CancellationToken, until: Until) -> Result<Drive> {
-        let mut hands = Hands::default();
+    async fn sessions(
+        self: &Arc<Self>,
+        stop: &CancellationToken,
+        stop_at: StopCondition,
+    ) -> Result<DriveOutcome> {
+        let mut in_flight = InFlight::default();
         loop {
-            let Some(lease) = self.register(stop, until.end).await? else {
-                return Ok(if until.idle {
-                    Drive::Continue
+            let Some(lease) = self.register(stop, stop_at.end).await? else {
+                return Ok(if stop_at.idle {
+                    DriveOutcome::Continue
                 } else {
-                    Drive::Done
+                    DriveOutcome::Done
                 });
             };
             match Session::new(Arc::clone(self), lease)
-                .work(&mut hands, stop, until)
+                .work(&mut in_flight, stop, stop_at)
                 .await?
             {
-                Ended::Idle | Ended::Stopped => return Ok(Drive::Done),
-                Ended::OutOfTime => return Ok(Drive::Continue),
-                Ended::LeaseLost => {
+                SessionEnd::Idle | SessionEnd::Stopped => return Ok(DriveOutcome::Done),
+                SessionEnd::OutOfTime => return Ok(DriveOutcome::Continue),
+                SessionEnd::LeaseLost => {
                     count(&self.counters.leases_lost, 1);
                     tracing::warn!(%lease, worker = self.options.name, "lease lost: others have its items");
                 }
@@ -426,7 +434,7 @@ impl Inner {
 
     /// What there is to know of a run; `None` if it is gone.
     async fn run_info(&self, run: RunId) -> Result<Option<Arc<RunInfo>>> {
-        /// Runs are few beside their items; what is forgotten is read again.
+        /// Runs are few beside their items; what is orphans is read again.
         const KNOWN: usize = 1024;
         let known = || self.runs.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(info) = known().get(&run) {

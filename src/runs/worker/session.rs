@@ -9,30 +9,30 @@ use tokio::task::{JoinError, JoinSet};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 
-use super::item::{End, Ready, sent_before, too_late};
-use super::suspects::Suspects;
+use super::run_item::{ItemEnd, ReadyItem, sent_before, too_late};
+use super::suspects::SuspectPolicy;
 use super::{Inner, count, later};
 use crate::context::Context;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::{Claim, Handling, Hold, Item, ItemId, LeaseId, RunId};
 
 /// As many are claimed at a time at most.
-const CLAIM: usize = 512;
+const MAX_CLAIM: usize = 512;
 /// As many runs are read at a time: no more than a pool has connections for.
-const READS: usize = 16;
+const MAX_RUN_READS: usize = 16;
 /// Between two claims that only fill a few places.
-const BREATH: Duration = Duration::from_millis(20);
+const MIN_CLAIM_INTERVAL: Duration = Duration::from_millis(20);
 /// How often a worker asks whether somebody took its items away, and whether the run that it is driven for is over.
-pub(super) const LOOK: Duration = Duration::from_secs(1);
+pub(super) const LOST_ITEMS_INTERVAL: Duration = Duration::from_secs(1);
 /// How much later than its time a worker may stop for a store that is slow or away: what is not written is
 /// lost with the process.
-const LATE: Duration = Duration::from_secs(10);
+const STORE_GRACE: Duration = Duration::from_secs(10);
 /// How often a worker without work looks for runs of pipelines that it does not have, to warn of them.
-const UNKNOWN: Duration = Duration::from_secs(30);
+const UNKNOWN_PIPELINE_INTERVAL: Duration = Duration::from_secs(30);
 
 /// When to stop.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Until {
+pub(super) struct StopCondition {
     /// When everything must be over.
     pub(super) end: Option<Instant>,
     /// Whether to stop where there is nothing to do.
@@ -41,7 +41,7 @@ pub(super) struct Until {
     pub(super) drain: Duration,
 }
 
-impl Until {
+impl StopCondition {
     /// When nothing more is claimed.
     fn last_claim(&self) -> Option<Instant> {
         self.end.map(|end| end - self.drain)
@@ -50,7 +50,7 @@ impl Until {
 
 /// Why a session ended.
 #[derive(Debug)]
-pub(super) enum Ended {
+pub(super) enum SessionEnd {
     Idle,
     Stopped,
     OutOfTime,
@@ -76,28 +76,28 @@ struct Running {
 /// The items under way, also those of leases that were lost: their calls are paid for already, so they
 /// go on to their end, and their replies are kept.
 #[derive(Default)]
-pub(super) struct Hands {
-    tasks: JoinSet<Done>,
+pub(super) struct InFlight {
+    tasks: JoinSet<FinishedTask>,
     /// Items to give back, each with the time that others leave it alone. They stay here until the store has them.
     release: Vec<(Hold, Duration)>,
-    hopeless: Option<Error>,
+    account_error: Option<Error>,
 }
 
 /// What a worker looks for in the store.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Wanted {
+enum Lookup {
     /// What it may have been given without knowing.
-    Forgotten,
+    Orphans,
     /// Items that workers have died with.
     Suspects,
     /// All other items.
     Normal,
 }
 
-struct Done {
+struct FinishedTask {
     lease: LeaseId,
     item: ItemId,
-    end: End,
+    end: ItemEnd,
 }
 
 impl Session {
@@ -116,29 +116,29 @@ impl Session {
 
     pub(super) async fn work(
         self,
-        hands: &mut Hands,
+        in_flight: &mut InFlight,
         stop: &CancellationToken,
-        until: Until,
-    ) -> Result<Ended> {
+        stop_at: StopCondition,
+    ) -> Result<SessionEnd> {
         let ended = {
             let life = async {
-                let ended = self.claim_and_run(hands, stop, until).await;
-                if !matches!(ended, Ended::LeaseLost) {
-                    self.wind_up(hands, until).await?;
+                let ended = self.claim_and_run(in_flight, stop, stop_at).await;
+                if !matches!(ended, SessionEnd::LeaseLost) {
+                    self.shut_down(in_flight, stop_at).await?;
                 }
                 Ok::<_, Error>(ended)
             };
             tokio::select! {
                 ended = life => ended?,
-                () = self.keep_lease() => Ended::LeaseLost,
-                () = self.keep_reaping() => Ended::LeaseLost,
+                () = self.keep_lease() => SessionEnd::LeaseLost,
+                () = self.reap_regularly() => SessionEnd::LeaseLost,
             }
         };
-        if matches!(ended, Ended::LeaseLost) {
+        if matches!(ended, SessionEnd::LeaseLost) {
             self.cx.drain();
-            hands.release.clear();
+            in_flight.release.clear();
         }
-        match hands.hopeless.take() {
+        match in_flight.account_error.take() {
             Some(error) => Err(error),
             None => Ok(ended),
         }
@@ -147,57 +147,63 @@ impl Session {
     /// Claims and runs until there is a reason not to.
     async fn claim_and_run(
         &self,
-        hands: &mut Hands,
+        in_flight: &mut InFlight,
         stop: &CancellationToken,
-        until: Until,
-    ) -> Ended {
+        stop_at: StopCondition,
+    ) -> SessionEnd {
         let worker = &self.worker;
-        let last_claim = until.last_claim();
+        let last_claim = stop_at.last_claim();
         let most = worker.options.in_flight;
-        let enough = (most / 4).clamp(1, CLAIM);
+        let enough = (most / 4).clamp(1, MAX_CLAIM);
         let names = worker.registry.names();
         let now = Instant::now();
-        let mut suspects = Suspects::new(most, worker.options.lease, worker.born, now, last_claim);
+        let mut suspects = SuspectPolicy::new(
+            most,
+            worker.options.lease,
+            worker.created_at,
+            now,
+            last_claim,
+        );
         let (mut claim_at, mut release_at, mut unknown_at) = (now, now, now);
         // Whether an answer got lost that may have given us items.
         let mut in_doubt = false;
         self.reap().await;
         let ended = loop {
-            self.collect(hands, &mut suspects);
-            if release_at <= Instant::now() && !self.release(hands).await {
+            self.collect(in_flight, &mut suspects);
+            if release_at <= Instant::now() && !self.release(in_flight).await {
                 release_at = later(Instant::now(), worker.options.poll);
             }
-            if hands.hopeless.is_some() || stop.is_cancelled() || self.cx.is_draining() {
-                break Ended::Stopped;
+            if in_flight.account_error.is_some() || stop.is_cancelled() || self.cx.is_draining() {
+                break SessionEnd::Stopped;
             }
             let now = Instant::now();
             if last_claim.is_some_and(|last| last <= now) {
-                break Ended::OutOfTime;
+                break SessionEnd::OutOfTime;
             }
-            if hands.tasks.is_empty()
+            if in_flight.tasks.is_empty()
                 && let Some(item) = suspects.begin_isolated()
             {
-                self.run_alone(hands, &mut suspects, item).await;
+                self.run_alone(in_flight, &mut suspects, item).await;
                 continue;
             }
-            let free = most - hands.tasks.len().min(most);
-            let has_room = worker.memo.journal().room().now_or_never().is_some();
+            let free = most - in_flight.tasks.len().min(most);
+            let has_room = worker.memo.journal().capacity().now_or_never().is_some();
             let may_claim = has_room && free > 0 && !suspects.is_isolating();
             let wanted = match may_claim {
-                true if in_doubt => (claim_at <= now).then_some(Wanted::Forgotten),
-                true if suspects.look_at() <= now => Some(Wanted::Suspects),
-                true => (free >= enough || claim_at <= now).then_some(Wanted::Normal),
+                true if in_doubt => (claim_at <= now).then_some(Lookup::Orphans),
+                true if suspects.look_at() <= now => Some(Lookup::Suspects),
+                true => (free >= enough || claim_at <= now).then_some(Lookup::Normal),
                 false => None,
             };
             let look = async {
                 match wanted {
                     None => Ok(Vec::new()),
-                    Some(Wanted::Forgotten) => self.forgotten(hands, &suspects).await,
-                    Some(Wanted::Suspects) => {
+                    Some(Lookup::Orphans) => self.orphans(in_flight, &suspects).await,
+                    Some(Lookup::Suspects) => {
                         self.claim_suspects(&mut suspects, &names, free).await
                     }
-                    Some(Wanted::Normal) => {
-                        let claim = Claim::new(&names, free.min(CLAIM) as u32);
+                    Some(Lookup::Normal) => {
+                        let claim = Claim::new(&names, free.min(MAX_CLAIM) as u32);
                         worker.queue.claim(self.lease, claim).await
                     }
                 }
@@ -212,7 +218,7 @@ impl Session {
             };
             let found = match found {
                 Ok(found) => found,
-                Err(error) if error.kind() == ErrorKind::LeaseLost => break Ended::LeaseLost,
+                Err(error) if error.kind() == ErrorKind::LeaseLost => break SessionEnd::LeaseLost,
                 Err(error) => {
                     tracing::warn!(%error, "the worker cannot claim, and tries again");
                     in_doubt = true;
@@ -222,28 +228,28 @@ impl Session {
             };
             if !found.is_empty() {
                 in_doubt = false;
-                if wanted == Some(Wanted::Normal) {
-                    claim_at = now + BREATH;
+                if wanted == Some(Lookup::Normal) {
+                    claim_at = now + MIN_CLAIM_INTERVAL;
                     suspects.nothing_else = false;
                 }
-                self.take(hands, &mut suspects, found).await;
+                self.take(in_flight, &mut suspects, found).await;
                 continue;
             }
             match wanted {
-                Some(Wanted::Forgotten) if claim_at <= now => {
+                Some(Lookup::Orphans) if claim_at <= now => {
                     in_doubt = false;
                     continue;
                 }
-                Some(Wanted::Suspects) if !in_doubt => continue,
-                Some(Wanted::Normal) if !in_doubt => {
+                Some(Lookup::Suspects) if !in_doubt => continue,
+                Some(Lookup::Normal) if !in_doubt => {
                     suspects.nothing_else = true;
                     if unknown_at <= now {
-                        unknown_at = now + UNKNOWN;
+                        unknown_at = now + UNKNOWN_PIPELINE_INTERVAL;
                         worker.warn_of_unknown_pipelines(&names).await;
                     }
-                    if until.idle && hands.tasks.is_empty() && hands.release.is_empty() {
+                    if stop_at.idle && in_flight.tasks.is_empty() && in_flight.release.is_empty() {
                         match worker.queue.has_suspects(&names).await {
-                            Ok(false) => break Ended::Idle,
+                            Ok(false) => break SessionEnd::Idle,
                             Ok(true) => {}
                             Err(error) => tracing::warn!(%error, "the worker looks again"),
                         }
@@ -259,19 +265,19 @@ impl Session {
             tokio::select! {
                 () = stop.cancelled() => {}
                 () = self.cx.bounds().drained() => {}
-                Some(done) = hands.tasks.join_next() => self.ended(hands, &mut suspects, done),
-                () = worker.memo.journal().room(), if !has_room => {}
+                Some(done) = in_flight.tasks.join_next() => self.ended(in_flight, &mut suspects, done),
+                () = worker.memo.journal().capacity(), if !has_room => {}
                 () = sleep_until(next), if may_claim => {}
-                () = sleep_until(release_at), if !hands.release.is_empty() => {}
+                () = sleep_until(release_at), if !in_flight.release.is_empty() => {}
                 () = sleep_until(last_claim.unwrap_or(now)), if last_claim.is_some() => {}
             }
             // Room for many is worth a look, unless the last one found nothing.
-            if hands.tasks.is_empty() && until.idle && !in_doubt {
+            if in_flight.tasks.is_empty() && stop_at.idle && !in_doubt {
                 claim_at = Instant::now();
             }
         };
         let waiting = suspects.waiting().map(Item::hold);
-        hands
+        in_flight
             .release
             .extend(waiting.map(|hold| (hold, Duration::ZERO)));
         ended
@@ -280,7 +286,7 @@ impl Session {
     /// Claims items that workers have died with, as many as may be run now.
     async fn claim_suspects(
         &self,
-        suspects: &mut Suspects,
+        suspects: &mut SuspectPolicy,
         names: &[&str],
         free: usize,
     ) -> Result<Vec<Item>> {
@@ -303,7 +309,7 @@ impl Session {
     }
 
     /// Starts what was claimed, or puts it aside where it is to be run alone.
-    async fn take(&self, hands: &mut Hands, suspects: &mut Suspects, items: Vec<Item>) {
+    async fn take(&self, in_flight: &mut InFlight, suspects: &mut SuspectPolicy, items: Vec<Item>) {
         count(&self.worker.counters.claimed, items.len() as u64);
         let mut others = Vec::with_capacity(items.len());
         for item in items {
@@ -315,15 +321,15 @@ impl Session {
                 Handling::Alone | Handling::LastAttempt => suspects.isolate(item, Instant::now()),
             };
             let back = back.map(|item| (item.hold(), Duration::ZERO));
-            hands.release.extend(back);
+            in_flight.release.extend(back);
         }
         if !others.is_empty() {
-            self.start(hands, suspects, others).await;
+            self.start(in_flight, suspects, others).await;
         }
     }
 
     /// Starts an item that is to be run with nothing beside it.
-    async fn run_alone(&self, hands: &mut Hands, suspects: &mut Suspects, item: Item) {
+    async fn run_alone(&self, in_flight: &mut InFlight, suspects: &mut SuspectPolicy, item: Item) {
         // What has ended and is not written yet is still held by this lease, and then a death does not count.
         // So it is written first; a store that is away is not waited for.
         let written = self.worker.memo.journal().flush();
@@ -333,7 +339,7 @@ impl Session {
             "workers have died with this item: it is run alone"
         );
         let id = item.id;
-        self.start(hands, suspects, vec![item]).await;
+        self.start(in_flight, suspects, vec![item]).await;
         if !self.running().contains_key(&id) {
             // It has ended, or went back, before it began.
             suspects.end_isolation(Instant::now());
@@ -341,21 +347,26 @@ impl Session {
     }
 
     /// Starts items. What must not be begun ends here, and what nobody here can do goes back.
-    async fn start(&self, hands: &mut Hands, suspects: &mut Suspects, items: Vec<Item>) {
+    async fn start(
+        &self,
+        in_flight: &mut InFlight,
+        suspects: &mut SuspectPolicy,
+        items: Vec<Item>,
+    ) {
         let poll = self.worker.options.poll;
         let ambiguous = match self.worker.ambiguous(&items).await {
             Ok(ambiguous) => ambiguous,
             Err(error) => {
                 tracing::warn!(%error, "intents cannot be read: the items go back");
                 let back = items.iter().map(|item| (item.hold(), poll));
-                hands.release.extend(back);
+                in_flight.release.extend(back);
                 return;
             }
         };
         // Several at a time: else the last of many small runs starts a round trip for each later.
         let runs: HashSet<RunId> = items.iter().map(|item| item.run).collect();
         let read = |run| async move { (run, self.worker.run_info(run).await) };
-        let runs = stream::iter(runs).map(read).buffer_unordered(READS);
+        let runs = stream::iter(runs).map(read).buffer_unordered(MAX_RUN_READS);
         let runs: HashMap<_, _> = runs.collect().await;
         for item in items {
             let hold = item.hold();
@@ -369,7 +380,7 @@ impl Session {
                     if let Some(Err(error)) = gone {
                         tracing::warn!(%error, run = %item.run, "a run cannot be read: its item goes back");
                     }
-                    hands.release.push((hold, poll));
+                    in_flight.release.push((hold, poll));
                     continue;
                 }
             };
@@ -378,20 +389,20 @@ impl Session {
                 Some(_) if info.is_late() => self.worker.settle(hold, Err(too_late())),
                 Some(ready) => {
                     suspects.started(handling);
-                    self.spawn(hands, ready);
+                    self.spawn(in_flight, ready);
                 }
                 None => {
                     tracing::error!(
                         pipeline = info.name,
                         "the store gave an item of a pipeline that was not asked for: it goes back"
                     );
-                    hands.release.push((hold, UNKNOWN));
+                    in_flight.release.push((hold, UNKNOWN_PIPELINE_INTERVAL));
                 }
             }
         }
     }
 
-    fn spawn(&self, hands: &mut Hands, ready: Ready) {
+    fn spawn(&self, in_flight: &mut InFlight, ready: ReadyItem) {
         let id = ready.item.id;
         let running = Running {
             hold: ready.item.hold(),
@@ -401,9 +412,9 @@ impl Session {
         };
         self.running().insert(id, running);
         let (worker, lease) = (Arc::clone(&self.worker), self.lease);
-        hands.tasks.spawn(async move {
+        in_flight.tasks.spawn(async move {
             let end = worker.run_item(ready).await;
-            Done {
+            FinishedTask {
                 lease,
                 item: id,
                 end,
@@ -411,25 +422,34 @@ impl Session {
         });
     }
 
-    fn collect(&self, hands: &mut Hands, suspects: &mut Suspects) {
-        while let Some(done) = hands.tasks.try_join_next() {
-            self.ended(hands, suspects, done);
+    fn collect(&self, in_flight: &mut InFlight, suspects: &mut SuspectPolicy) {
+        while let Some(done) = in_flight.tasks.try_join_next() {
+            self.ended(in_flight, suspects, done);
         }
     }
 
-    fn ended(&self, hands: &mut Hands, suspects: &mut Suspects, done: Result<Done, JoinError>) {
-        if let Some(handling) = self.end(hands, done) {
+    fn ended(
+        &self,
+        in_flight: &mut InFlight,
+        suspects: &mut SuspectPolicy,
+        done: Result<FinishedTask, JoinError>,
+    ) {
+        if let Some(handling) = self.end(in_flight, done) {
             suspects.ended(handling, Instant::now());
         }
     }
 
     /// Gives the handling of the item that has ended, if it is one of this lease.
-    fn end(&self, hands: &mut Hands, done: Result<Done, JoinError>) -> Option<Handling> {
+    fn end(
+        &self,
+        in_flight: &mut InFlight,
+        done: Result<FinishedTask, JoinError>,
+    ) -> Option<Handling> {
         // Panics of pipelines are caught where they are run.
         let done = done.ok()?;
         if done.lease != self.lease {
             // Of a lease that was lost: others have it.
-            if !matches!(done.end, End::Settled) {
+            if !matches!(done.end, ItemEnd::Settled) {
                 count(&self.worker.counters.unfinished, 1);
             }
             return None;
@@ -437,8 +457,8 @@ impl Session {
         let running = self.running().remove(&done.item);
         let handling = running.as_ref().map(|running| running.handling);
         match done.end {
-            End::Settled => {}
-            End::Cut(hold, result) => {
+            ItemEnd::Settled => {}
+            ItemEnd::Interrupted(hold, result) => {
                 let lost = running.is_some_and(|running| running.lost);
                 if lost || self.cx.is_draining() {
                     // Somebody else's by now, or given back with the lease.
@@ -448,14 +468,14 @@ impl Session {
                     self.worker.settle(hold, result);
                 }
             }
-            End::Release(hold, delay) => {
+            ItemEnd::Release(hold, delay) => {
                 count(&self.worker.counters.unfinished, 1);
-                hands.release.push((hold, delay));
+                in_flight.release.push((hold, delay));
             }
-            End::Hopeless(hold, error) => {
+            ItemEnd::AccountFailed(hold, error) => {
                 count(&self.worker.counters.unfinished, 1);
-                hands.release.push((hold, Duration::ZERO));
-                hands.hopeless.get_or_insert(error);
+                in_flight.release.push((hold, Duration::ZERO));
+                in_flight.account_error.get_or_insert(error);
             }
         }
         handling
@@ -463,15 +483,15 @@ impl Session {
 
     /// Gives back what is not to be kept; false if the store did not take all of it. What it did not take stays in
     /// hand, for the next time.
-    async fn release(&self, hands: &mut Hands) -> bool {
+    async fn release(&self, in_flight: &mut InFlight) -> bool {
         let mut delays = HashMap::<Duration, Vec<Hold>>::new();
-        for (hold, delay) in &hands.release {
+        for (hold, delay) in &in_flight.release {
             delays.entry(*delay).or_default().push(*hold);
         }
         for (delay, holds) in delays {
             match self.worker.queue.release(&holds, delay, false).await {
                 // Of those that it did not find somebody else has decided.
-                Ok(_) => hands.release.retain(|(_, other)| *other != delay),
+                Ok(_) => in_flight.release.retain(|(_, other)| *other != delay),
                 Err(error) => {
                     tracing::warn!(%error, items = holds.len(), "items could not be given back");
                     return false;
@@ -482,12 +502,12 @@ impl Session {
     }
 
     /// What this lease holds and nobody works on.
-    async fn forgotten(&self, hands: &Hands, suspects: &Suspects) -> Result<Vec<Item>> {
+    async fn orphans(&self, in_flight: &InFlight, suspects: &SuspectPolicy) -> Result<Vec<Item>> {
         // What has ended and is not written yet is held too.
         self.worker.memo.journal().flush().await?;
         let held = self.worker.queue.held(self.lease).await?;
         let mut known: HashSet<_> = self.running().keys().copied().collect();
-        known.extend(hands.release.iter().map(|(hold, _)| hold.item));
+        known.extend(in_flight.release.iter().map(|(hold, _)| hold.item));
         known.extend(suspects.waiting().map(|item| item.id));
         Ok(held
             .into_iter()
@@ -496,19 +516,19 @@ impl Session {
     }
 
     /// Lets calls in flight finish, writes everything and gives the rest back.
-    async fn wind_up(&self, hands: &mut Hands, until: Until) -> Result<()> {
+    async fn shut_down(&self, in_flight: &mut InFlight, stop_at: StopCondition) -> Result<()> {
         self.cx.drain();
         let now = Instant::now();
         // The last fifth of the drain is for the store.
-        let finish = match until.end {
-            Some(end) => end - until.drain / 5,
-            None => later(now, until.drain),
+        let finish = match stop_at.end {
+            Some(end) => end - stop_at.drain / 5,
+            None => later(now, stop_at.drain),
         };
-        self.finish(hands, finish).await;
-        let written = later(until.end.unwrap_or(finish).max(now), LATE);
+        self.finish(in_flight, finish).await;
+        let written = later(stop_at.end.unwrap_or(finish).max(now), STORE_GRACE);
         let flushed = timeout_at(written, self.flush()).await;
         let flushed = flushed.unwrap_or_else(|_| Err(self.unwritten()));
-        self.release(hands).await;
+        self.release(in_flight).await;
         let retired = self.worker.queue.retire(self.lease).await;
         flushed.and(retired.map(drop))
     }
@@ -523,7 +543,7 @@ impl Session {
         }
     }
 
-    /// Until it succeeds: the caller bounds it.
+    /// StopCondition it succeeds: the caller bounds it.
     async fn flush(&self) -> Result<()> {
         loop {
             match self.worker.memo.journal().flush().await {
@@ -536,18 +556,18 @@ impl Session {
     }
 
     /// Waits for all items, and drops their calls when it is time.
-    async fn finish(&self, hands: &mut Hands, at: Instant) {
-        let all = async |hands: &mut Hands| {
-            while let Some(done) = hands.tasks.join_next().await {
-                self.end(hands, done);
+    async fn finish(&self, in_flight: &mut InFlight, at: Instant) {
+        let all = async |in_flight: &mut InFlight| {
+            while let Some(done) = in_flight.tasks.join_next().await {
+                self.end(in_flight, done);
             }
         };
-        if timeout_at(at, all(hands)).await.is_err() {
+        if timeout_at(at, all(in_flight)).await.is_err() {
             self.cx.cancel();
             // Who does not listen is not waited for.
-            let _ = timeout_at(later(at, Duration::from_secs(1)), all(hands)).await;
-            hands.tasks.abort_all();
-            all(hands).await;
+            let _ = timeout_at(later(at, Duration::from_secs(1)), all(in_flight)).await;
+            in_flight.tasks.abort_all();
+            all(in_flight).await;
         }
     }
 
@@ -560,7 +580,7 @@ impl Session {
             interval
         };
         let mut beat = tick((worker.options.lease / 3).max(Duration::from_millis(1)));
-        let mut look = tick(LOOK.min(worker.options.lease));
+        let mut look = tick(LOST_ITEMS_INTERVAL.min(worker.options.lease));
         loop {
             tokio::select! {
                 biased;
@@ -571,12 +591,12 @@ impl Session {
                         Err(error) => tracing::warn!(%error, "no heartbeat"),
                     }
                 }
-                _ = look.tick() => self.look().await,
+                _ = look.tick() => self.cancel_lost_items().await,
             }
         }
     }
 
-    async fn look(&self) {
+    async fn cancel_lost_items(&self) {
         let holds: Vec<_> = self.running().values().map(|item| item.hold).collect();
         if holds.is_empty() {
             return;
@@ -595,7 +615,7 @@ impl Session {
         }
     }
 
-    async fn keep_reaping(&self) {
+    async fn reap_regularly(&self) {
         let every = (self.worker.options.lease / 2)
             .clamp(Duration::from_millis(10), Duration::from_secs(5));
         loop {

@@ -1,4 +1,4 @@
-//! [`Suspects`]: when a worker takes items that workers have died with, and how many of them.
+//! [`SuspectPolicy`]: when a worker takes items that workers have died with, and how many of them.
 //!
 //! A death says nothing by itself: the worker may have been killed from outside. So a worker takes such items only when it
 //! has lived for a while, which one in a crash loop never does; then few at a time, so that the next
@@ -11,12 +11,12 @@ use tokio::time::Instant;
 use crate::store::{Handling, Item};
 
 /// The last attempt of an item is made by a worker that has lived for this many leases.
-const PROVEN: u32 = 16;
+const LEASES_BEFORE_LAST_ATTEMPT: u32 = 16;
 /// The longest time between two looks for suspects.
-const LOOK: Duration = Duration::from_secs(1);
+const MAX_LOOK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Which suspects a worker takes, and when. It is told the time.
-pub(super) struct Suspects {
+pub(super) struct SuspectPolicy {
     /// How many of those that are run a few at a time. With the square root of n of n items, as many rounds are
     /// needed to run n suspects as there are items to run alone after a death in one of the rounds.
     few: usize,
@@ -40,19 +40,19 @@ enum Isolation {
     Running(Instant),
 }
 
-impl Suspects {
-    /// For a worker that lives since `born` and may claim from `now` until `last_claim`. Who has little time
+impl SuspectPolicy {
+    /// For a worker that lives since `created_at` and may claim from `now` until `last_claim`. Who has little time
     /// takes suspects in the second half of it.
     pub(super) fn new(
         in_flight: usize,
         lease: Duration,
-        born: Instant,
+        created_at: Instant,
         now: Instant,
         last_claim: Option<Instant>,
     ) -> Self {
         let half = last_claim.map(|last| now + last.saturating_duration_since(now) / 2);
         let after = |age: Duration| {
-            let at = super::later(born, age).max(now);
+            let at = super::later(created_at, age).max(now);
             half.map_or(at, |half| at.min(half))
         };
         let from = after(lease);
@@ -60,8 +60,8 @@ impl Suspects {
             few: in_flight.isqrt().max(1),
             few_running: 0,
             from,
-            last_from: after(lease.saturating_mul(PROVEN)),
-            every: LOOK.min(lease / 4),
+            last_from: after(lease.saturating_mul(LEASES_BEFORE_LAST_ATTEMPT)),
+            every: MAX_LOOK_INTERVAL.min(lease / 4),
             look_at: from,
             isolation: Isolation::None,
             isolate_from: now,
@@ -168,46 +168,49 @@ mod tests {
 
     #[test]
     fn a_young_worker_takes_no_suspects_and_an_older_one_a_few() {
-        let born = Instant::now();
-        let mut suspects = Suspects::new(64, LEASE, born, born, None);
-        assert_eq!(suspects.look_at(), born + LEASE);
-        assert!(suspects.wanted(born + LEASE - SECOND, 64).is_empty());
-        let wanted = suspects.wanted(born + LEASE, 64);
+        let created_at = Instant::now();
+        let mut suspects = SuspectPolicy::new(64, LEASE, created_at, created_at, None);
+        assert_eq!(suspects.look_at(), created_at + LEASE);
+        assert!(suspects.wanted(created_at + LEASE - SECOND, 64).is_empty());
+        let wanted = suspects.wanted(created_at + LEASE, 64);
         assert_eq!(wanted, [(Handling::Few, 8), (Handling::Alone, 1)]);
         (0..8).for_each(|_| suspects.started(Handling::Few));
-        suspects.ended(Handling::Few, born + LEASE);
+        suspects.ended(Handling::Few, created_at + LEASE);
         assert_eq!(
             suspects.look_at(),
-            born + LEASE,
+            created_at + LEASE,
             "there is room for another"
         );
-        let wanted = suspects.wanted(born + PROVEN * LEASE, 64);
+        let wanted = suspects.wanted(created_at + LEASES_BEFORE_LAST_ATTEMPT * LEASE, 64);
         let few = (Handling::Few, 1);
         assert_eq!(
             wanted,
             [few, (Handling::Alone, 1), (Handling::LastAttempt, 1)]
         );
-        assert_eq!(suspects.wanted(born + LEASE, 0), [(Handling::Alone, 1)]);
+        assert_eq!(
+            suspects.wanted(created_at + LEASE, 0),
+            [(Handling::Alone, 1)]
+        );
     }
 
     #[test]
     fn a_worker_with_little_time_takes_them_in_the_second_half_of_it() {
         let now = Instant::now();
         let last_claim = Some(now + 20 * SECOND);
-        let mut suspects = Suspects::new(1, LEASE, now, now, last_claim);
+        let mut suspects = SuspectPolicy::new(1, LEASE, now, now, last_claim);
         assert!(suspects.wanted(now + 9 * SECOND, 1).is_empty());
         assert_eq!(suspects.wanted(now + 10 * SECOND, 1).len(), 3);
-        // It was born earlier and is old enough.
-        let born = now;
+        // It was created_at earlier and is old enough.
+        let created_at = now;
         let now = now + LEASE;
-        let suspects = Suspects::new(1, LEASE, born, now, Some(now + 20 * SECOND));
+        let suspects = SuspectPolicy::new(1, LEASE, created_at, now, Some(now + 20 * SECOND));
         assert_eq!(suspects.look_at(), now);
     }
 
     #[test]
     fn one_item_at_a_time_is_run_alone_for_half_of_the_time() {
         let now = Instant::now();
-        let mut suspects = Suspects::new(4, Duration::ZERO, now, now, None);
+        let mut suspects = SuspectPolicy::new(4, Duration::ZERO, now, now, None);
         assert!(suspects.isolate(item(), now).is_none());
         assert!(suspects.isolate(item(), now).is_some());
         assert!(suspects.is_isolating() && suspects.waiting().is_some());

@@ -1,6 +1,6 @@
 //! [`Journal`]: results on their way into a store, written in batches behind the work.
 
-mod pending;
+mod buffer;
 
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -11,7 +11,7 @@ use tokio::runtime;
 use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, sleep, sleep_until};
 
-use self::pending::{Batch, Entry, Limits, Marks, Next, Pending, commit_of};
+use self::buffer::{Batch, Entry, Limits, Next, Positions, WriteBuffer, commit_of};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::{Event, Observers};
 use crate::store::{Commit, Generation, Intent, MemoKey, Store};
@@ -21,16 +21,16 @@ use crate::store::{Commit, Generation, Intent, MemoKey, Store};
 const LIMITS: Limits = Limits {
     batch: 512,
     batch_bytes: 16 << 20,
-    room: 8 * 512,
-    room_bytes: 16 * (16 << 20),
+    max_waiting: 8 * 512,
+    max_waiting_bytes: 16 * (16 << 20),
     linger: Duration::from_millis(5),
 };
 /// The longest wait between two tries.
 const LONGEST_DELAY: Duration = Duration::from_secs(2);
 /// How many entries are refused, each alone and with nothing taken, before it must be the store.
-const SUSPECTS: usize = 32;
+const MAX_REJECTED: usize = 32;
 /// How long a journal that nobody holds any more goes on trying.
-const PATIENCE: Duration = Duration::from_secs(10);
+const CLOSED_RETRY_TIME: Duration = Duration::from_secs(10);
 
 /// Results on their way into a store: handing them over costs no round trip, and N of them are
 /// written in ⌈N / 512⌉.
@@ -95,7 +95,7 @@ struct Handle(Arc<Core>);
 
 impl Drop for Handle {
     fn drop(&mut self) {
-        self.0.lock().pending.close();
+        self.0.lock().buffer.close();
         self.0.wake.notify_one();
     }
 }
@@ -109,7 +109,7 @@ struct Core {
 }
 
 struct State {
-    pending: Pending,
+    buffer: WriteBuffer,
     stats: JournalStats,
     /// Whether there is a writer.
     running: bool,
@@ -122,7 +122,7 @@ struct State {
 /// What those who wait are told.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 struct Progress {
-    reached: Marks,
+    reached: Positions,
     failures: u64,
     given_up: u64,
     /// How often the writer has stopped, by itself or with its runtime.
@@ -140,7 +140,7 @@ impl Journal {
             store,
             observers,
             state: Mutex::new(State {
-                pending: Pending::new(LIMITS),
+                buffer: WriteBuffer::new(LIMITS),
                 stats: JournalStats::default(),
                 running: false,
                 failing_since: None,
@@ -165,10 +165,10 @@ impl Journal {
     /// Outside of a runtime it is kept until somebody calls [`flush`](Self::flush) or writes inside of one.
     pub fn write(&self, commit: Commit) {
         let mut state = self.core().lock();
-        let first = state.pending.waiting() == 0;
-        state.pending.push(commit, Instant::now());
-        let wake = first || state.pending.is_due();
-        self.core().work(state, wake);
+        let first = state.buffer.waiting() == 0;
+        state.buffer.push(commit, Instant::now());
+        let wake = first || state.buffer.is_due();
+        self.core().ensure_writer(state, wake);
     }
 
     /// Writes down calls that are about to be sent, and returns when they are: many that come at a
@@ -176,8 +176,8 @@ impl Journal {
     ///
     /// # Cancel safety
     /// What is dropped may be written still.
-    pub async fn intend(&self, intents: impl IntoIterator<Item = Intent>) {
-        let until = self.core().enter(|pending| pending.push_intents(intents));
+    pub async fn put_intents(&self, intents: impl IntoIterator<Item = Intent>) {
+        let until = self.core().change(|buffer| buffer.push_intents(intents));
         self.wait_for(|progress| progress.reached.intents >= until)
             .await;
     }
@@ -190,7 +190,7 @@ impl Journal {
             if reached(&now) {
                 return now;
             }
-            self.core().work(self.core().lock(), false);
+            self.core().ensure_writer(self.core().lock(), false);
             // The sender lives as long as we do.
             let _ = progress.changed().await;
         }
@@ -206,7 +206,7 @@ impl Journal {
     /// Dropping it loses nothing.
     pub async fn flush(&self) -> Result<()> {
         let before = *self.core().progress.borrow();
-        let until = self.core().enter(Pending::hurry);
+        let until = self.core().change(WriteBuffer::flush_until);
         let over = |now: &Progress| {
             now.reached.entries >= until
                 || (now.failures, now.given_up) != (before.failures, before.given_up)
@@ -220,32 +220,32 @@ impl Journal {
     }
 
     /// Returns when not too many results wait for the store: to be asked before making more.
-    pub(crate) async fn room(&self) {
-        let has_room = |_: &Progress| self.core().lock().pending.has_room();
-        self.wait_for(has_room).await;
+    pub(crate) async fn capacity(&self) {
+        let has_capacity = |_: &Progress| self.core().lock().buffer.has_capacity();
+        self.wait_for(has_capacity).await;
     }
 
     /// A reply that is not in the store yet.
-    pub(crate) fn unwritten(&self, key: &MemoKey) -> Option<Generation> {
-        self.core().lock().pending.reply(key).cloned()
+    pub(crate) fn unwritten_reply(&self, key: &MemoKey) -> Option<Generation> {
+        self.core().lock().buffer.reply(key).cloned()
     }
 
     /// What it has done so far.
     pub fn stats(&self) -> JournalStats {
         let state = self.core().lock();
         JournalStats {
-            waiting: state.pending.waiting(),
+            waiting: state.buffer.waiting(),
             ..state.stats.clone()
         }
     }
 }
 
 /// Why something could not be written.
-enum Failed {
+enum WriteFailure {
     /// The store says that it can never keep this.
-    Data(Error),
+    Rejected(Error),
     /// The store refuses it for good, and does not say that the data is to blame.
-    Refused(Error),
+    Permanent(Error),
     /// The journal was closed and its store did not come back.
     TooLate(Error),
 }
@@ -266,35 +266,35 @@ fn delay(tries: u32) -> Duration {
 
 /// What is being written, the next part last. It goes back if the runtime stops in the middle: whoever
 /// waits for it or touches the journal in another runtime writes it.
-struct Parts<'a> {
+struct UnwrittenEntries<'a> {
     core: &'a Core,
     stack: Vec<Vec<Entry>>,
     /// Entries that were refused alone, while nothing else tells whether that is the fault of the store.
-    suspects: Vec<Entry>,
+    rejected_entries: Vec<Entry>,
 }
 
-impl Drop for Parts<'_> {
+impl Drop for UnwrittenEntries<'_> {
     fn drop(&mut self) {
-        if !(self.stack.is_empty() && self.suspects.is_empty()) {
-            let suspects = std::mem::take(&mut self.suspects).into_iter();
-            let entries = suspects.chain(self.stack.drain(..).rev().flatten());
+        if !(self.stack.is_empty() && self.rejected_entries.is_empty()) {
+            let rejected_entries = std::mem::take(&mut self.rejected_entries).into_iter();
+            let entries = rejected_entries.chain(self.stack.drain(..).rev().flatten());
             let entries = entries.collect();
-            self.core.lock().pending.give_back(entries, Instant::now());
+            self.core.lock().buffer.give_back(entries, Instant::now());
         }
     }
 }
 
 /// The same of intents.
-struct IntentParts<'a> {
+struct UnwrittenIntents<'a> {
     core: &'a Core,
     stack: Vec<Vec<Intent>>,
 }
 
-impl Drop for IntentParts<'_> {
+impl Drop for UnwrittenIntents<'_> {
     fn drop(&mut self) {
         if !self.stack.is_empty() {
             let intents = self.stack.drain(..).rev().flatten().collect();
-            self.core.lock().pending.give_back_intents(intents);
+            self.core.lock().buffer.give_back_intents(intents);
         }
     }
 }
@@ -324,17 +324,17 @@ impl Core {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Changes what is pending so that there is something to do at once.
-    fn enter(self: &Arc<Self>, change: impl FnOnce(&mut Pending) -> u64) -> u64 {
+    /// Changes what is buffer so that there is something to do at once.
+    fn change(self: &Arc<Self>, change: impl FnOnce(&mut WriteBuffer) -> u64) -> u64 {
         let mut state = self.lock();
-        let until = change(&mut state.pending);
-        self.work(state, true);
+        let until = change(&mut state.buffer);
+        self.ensure_writer(state, true);
         until
     }
 
     /// Makes sure that somebody writes, and tells it if there is something new to do.
-    fn work(self: &Arc<Self>, mut state: MutexGuard<'_, State>, wake: bool) {
-        let idle = !state.running && state.pending.waiting() > 0;
+    fn ensure_writer(self: &Arc<Self>, mut state: MutexGuard<'_, State>, wake: bool) {
+        let idle = !state.running && state.buffer.waiting() > 0;
         let runtime = idle.then(runtime::Handle::try_current).and_then(Result::ok);
         state.running |= runtime.is_some();
         // A runtime that is being shut down drops what it is to spawn, and the guard takes the lock.
@@ -350,7 +350,7 @@ impl Core {
 
     async fn run(&self) {
         loop {
-            let next = self.lock().pending.next(Instant::now());
+            let next = self.lock().buffer.next(Instant::now());
             match next {
                 Next::Write(batch) => self.write(batch).await,
                 Next::Wait(Some(due)) => tokio::select! {
@@ -370,7 +370,7 @@ impl Core {
     }
 
     async fn write_intents(&self, intents: Vec<Intent>) {
-        let mut parts = IntentParts {
+        let mut parts = UnwrittenIntents {
             core: self,
             stack: vec![intents],
         };
@@ -380,39 +380,41 @@ impl Core {
                 continue;
             }
             let many = intents.len();
-            let done = self.persist(|| self.store.put_intents(intents)).await;
+            let done = self
+                .write_with_retries(|| self.store.put_intents(intents))
+                .await;
             let error = match done {
                 Ok(()) => None,
-                Err(Failed::TooLate(error)) => Some(error),
+                Err(WriteFailure::TooLate(error)) => Some(error),
                 Err(_) if many > 1 => {
                     halve(&mut parts.stack);
                     continue;
                 }
-                Err(Failed::Data(error)) => Some(error),
-                Err(Failed::Refused(error)) => {
-                    if self.pause(&error).await {
+                Err(WriteFailure::Rejected(error)) => Some(error),
+                Err(WriteFailure::Permanent(error)) => {
+                    if self.pause_after_refusal(&error).await {
                         continue;
                     }
                     Some(error)
                 }
             };
             let mut state = self.lock();
-            state.pending.done(&[], many);
+            state.buffer.done(&[], many);
             match error {
                 None => state.stats.intent_writes += 1,
                 Some(error) => self.give_up(&mut state, many, error),
             }
-            self.tell(state);
+            self.publish(state);
             parts.stack.pop();
         }
     }
 
     async fn write_entries(&self, entries: Vec<Entry>) {
         // Halves of what was refused as a whole: who is to blame is found, and the others are written.
-        let mut parts = Parts {
+        let mut parts = UnwrittenEntries {
             core: self,
             stack: vec![entries],
-            suspects: Vec::new(),
+            rejected_entries: Vec::new(),
         };
         // The kinds of which the store has taken an entry since the batch was begun.
         let mut taken = [false; Entry::KINDS];
@@ -422,28 +424,32 @@ impl Core {
                 parts.stack.pop();
                 continue;
             }
-            let done = self.persist(|| self.store.commit(commit_of(entries))).await;
+            let done = self
+                .write_with_retries(|| self.store.commit(commit_of(entries)))
+                .await;
             let result = match done {
                 Ok(committed) => Ok(committed.items.len() as u64),
-                Err(Failed::TooLate(error)) => Err(error),
+                Err(WriteFailure::TooLate(error)) => Err(error),
                 Err(_) if entries.len() > 1 => {
                     halve(&mut parts.stack);
                     continue;
                 }
-                Err(Failed::Data(error)) => Err(error),
-                Err(Failed::Refused(error)) => {
+                Err(WriteFailure::Rejected(error)) => Err(error),
+                Err(WriteFailure::Permanent(error)) => {
                     parts
-                        .suspects
+                        .rejected_entries
                         .extend(parts.stack.pop().into_iter().flatten());
                     refused = Some(error);
-                    if parts.suspects.len() >= SUSPECTS && taken == [false; Entry::KINDS] {
+                    if parts.rejected_entries.len() >= MAX_REJECTED
+                        && taken == [false; Entry::KINDS]
+                    {
                         break;
                     }
                     continue;
                 }
             };
             let mut state = self.lock();
-            state.pending.done(entries, 0);
+            state.buffer.done(entries, 0);
             match result {
                 Ok(settled) => {
                     let settlements = entries.iter();
@@ -457,40 +463,46 @@ impl Core {
                 }
                 Err(error) => self.give_up(&mut state, entries.len(), error),
             }
-            self.tell(state);
+            self.publish(state);
             parts.stack.pop();
         }
         if let Some(error) = refused {
-            self.judge(&mut parts.suspects, taken, error).await;
+            self.drop_rejected(&mut parts.rejected_entries, taken, error)
+                .await;
             // Those that are left go back, and next time what has come meanwhile goes with them.
         }
     }
 
-    /// Gives up those suspects that the store has refused while it took others of their kind. For the rest
+    /// Gives up those rejected_entries that the store has refused while it took others of their kind. For the rest
     /// waits: then it may be the store, and no paid reply is given up for that.
-    async fn judge(&self, suspects: &mut Vec<Entry>, taken: [bool; Entry::KINDS], error: Error) {
-        let blamed = |entry: &mut Entry| taken[entry.kind()];
-        let blamed: Vec<_> = suspects.extract_if(.., blamed).collect();
-        if !blamed.is_empty() {
+    async fn drop_rejected(
+        &self,
+        rejected_entries: &mut Vec<Entry>,
+        taken: [bool; Entry::KINDS],
+        error: Error,
+    ) {
+        let rejected = |entry: &mut Entry| taken[entry.kind()];
+        let rejected: Vec<_> = rejected_entries.extract_if(.., rejected).collect();
+        if !rejected.is_empty() {
             let mut state = self.lock();
-            state.pending.done(&blamed, 0);
-            self.give_up(&mut state, blamed.len(), error.clone());
-            self.tell(state);
+            state.buffer.done(&rejected, 0);
+            self.give_up(&mut state, rejected.len(), error.clone());
+            self.publish(state);
         }
-        if !suspects.is_empty() && !self.pause(&error).await {
+        if !rejected_entries.is_empty() && !self.pause_after_refusal(&error).await {
             let mut state = self.lock();
-            state.pending.done(suspects, 0);
-            self.give_up(&mut state, suspects.len(), error);
-            self.tell(state);
-            suspects.clear();
+            state.buffer.done(rejected_entries, 0);
+            self.give_up(&mut state, rejected_entries.len(), error);
+            self.publish(state);
+            rejected_entries.clear();
         }
     }
 
     /// Tries until it succeeds, is refused, or has been closed for too long.
-    async fn persist<T, F: Future<Output = Result<T>>>(
+    async fn write_with_retries<T, F: Future<Output = Result<T>>>(
         &self,
         write: impl Fn() -> F,
-    ) -> Result<T, Failed> {
+    ) -> Result<T, WriteFailure> {
         let mut tries = 0;
         loop {
             let error = match write().await {
@@ -499,12 +511,14 @@ impl Core {
                     (state.failing_since, state.refusals) = (None, 0);
                     return Ok(done);
                 }
-                Err(error) if error.kind() == ErrorKind::Config => return Err(Failed::Data(error)),
-                Err(error) if !error.is_temporary() => return Err(Failed::Refused(error)),
+                Err(error) if error.kind() == ErrorKind::Config => {
+                    return Err(WriteFailure::Rejected(error));
+                }
+                Err(error) if !error.is_temporary() => return Err(WriteFailure::Permanent(error)),
                 Err(error) => error,
             };
-            if !self.goes_on(&error) {
-                return Err(Failed::TooLate(error));
+            if !self.may_retry(&error) {
+                return Err(WriteFailure::TooLate(error));
             }
             sleep(delay(tries)).await;
             tries += 1;
@@ -513,36 +527,36 @@ impl Core {
 
     /// Waits after a write that the store has refused for good, longer each time in a row. False if it is
     /// not to be tried again.
-    async fn pause(&self, error: &Error) -> bool {
-        let goes_on = self.goes_on(error);
+    async fn pause_after_refusal(&self, error: &Error) -> bool {
+        let may_retry = self.may_retry(error);
         let refusals = {
             let mut state = self.lock();
             state.refusals = state.refusals.saturating_add(1);
             state.refusals
         };
-        if goes_on {
+        if may_retry {
             sleep(delay(refusals)).await;
         }
-        goes_on
+        may_retry
     }
 
     /// Counts and tells a failure. Says whether to try again: a journal that is closed does not for ever.
-    fn goes_on(&self, error: &Error) -> bool {
+    fn may_retry(&self, error: &Error) -> bool {
         let mut state = self.lock();
         state.stats.failures += 1;
         state.stats.last_error = Some(error.clone());
-        let waiting = state.pending.waiting();
-        let goes_on = !state.pending.is_closed() || {
+        let waiting = state.buffer.waiting();
+        let may_retry = !state.buffer.is_closed() || {
             let since = *state.failing_since.get_or_insert_with(Instant::now);
-            since.elapsed() < PATIENCE
+            since.elapsed() < CLOSED_RETRY_TIME
         };
-        self.tell(state);
+        self.publish(state);
         tracing::warn!(%error, waiting, "results wait for the store");
         self.observers.tell(|| Event::StoreFailed {
             error: error.clone(),
             waiting,
         });
-        goes_on
+        may_retry
     }
 
     fn give_up(&self, state: &mut State, entries: usize, error: Error) {
@@ -551,9 +565,9 @@ impl Core {
         state.stats.last_error = Some(error);
     }
 
-    fn tell(&self, state: MutexGuard<'_, State>) {
+    fn publish(&self, state: MutexGuard<'_, State>) {
         let progress = Progress {
-            reached: state.pending.reached(),
+            reached: state.buffer.reached(),
             failures: state.stats.failures,
             given_up: state.stats.given_up,
             stops: self.progress.borrow().stops,

@@ -12,13 +12,13 @@ use serde_json::json;
 use tokio::time::Instant;
 
 use self::state::{Row, State, ready};
-use super::change::{
-    Changes, at_millis, duration_millis, ended_entry, lease_lost, millis, worker_died,
-};
-use super::given::{Claim, Commit, NewRun, RunFilter, Settlement};
-use super::records::{
+use super::inputs::{Claim, Commit, NewRun, RunFilter, Settlement};
+use super::model::{
     Committed, Created, Generation, Handling, Hold, Intent, IntentName, Item, ItemId, LeaseId,
     LogEntry, MemoKey, Purged, Reaped, Run, RunId, Status,
+};
+use super::transaction::{
+    RunChanges, at_millis, duration_millis, ended_entry, lease_lost, millis, worker_died,
 };
 use super::{Queue, Store};
 use crate::error::{Error, ErrorKind, Result};
@@ -193,10 +193,10 @@ impl Store for Memory {
                 (now, generation)
             });
         }
-        for name in commit.over {
+        for name in commit.ended_intents {
             state.intents.remove(&name);
         }
-        let mut changes = Changes::new();
+        let mut changes = RunChanges::new();
         for note in commit.notes {
             let notes = &mut changes.entry(note.run).or_default().notes;
             notes.push((note.kind, note.data));
@@ -503,7 +503,7 @@ impl Queue for Memory {
                 dead.entry(lease).or_default().push(row.item.id);
             }
         }
-        let mut changes = Changes::new();
+        let mut changes = RunChanges::new();
         for held in dead.into_values() {
             let alone = held.len() == 1;
             for id in held {

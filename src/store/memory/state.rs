@@ -4,11 +4,11 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use crate::error::Result;
-use crate::store::change::{Changes, at_millis};
-use crate::store::records::{
+use crate::store::model::{
     Generation, Handling, Hold, Intent, IntentName, Item, ItemId, LeaseId, LogEntry, MemoKey, Run,
     RunId, Status,
 };
+use crate::store::transaction::{RunChanges, at_millis};
 
 /// Pending items that can be claimed: of each pipeline and handling that has any, of each tenant, by priority
 /// and number.
@@ -121,7 +121,7 @@ impl State {
     }
 
     /// Ends an item and says so among the `changes`.
-    pub(super) fn settle(&mut self, id: ItemId, result: Result<String>, changes: &mut Changes) {
+    pub(super) fn settle(&mut self, id: ItemId, result: Result<String>, changes: &mut RunChanges) {
         let status = if result.is_ok() {
             Status::Completed
         } else {
@@ -146,7 +146,7 @@ impl State {
     }
 
     /// Writes the logs of what changed, and ends runs whose last item ended.
-    pub(super) fn apply(&mut self, changes: Changes, now: i64) {
+    pub(super) fn apply(&mut self, changes: RunChanges, now: i64) {
         for (id, change) in changes {
             let Some(run) = self.runs.get_mut(&id) else {
                 continue;

@@ -15,16 +15,16 @@ use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions};
 use sqlx::{ConnectOptions as _, Connection as _, Postgres as Db, Row as _};
 
 use super::Store;
-use super::change::duration_millis;
 use super::detached::detached_calls;
-use super::given::{Commit, NewItem, NewRun, RunFilter};
-use super::records::{
+use super::inputs::{Commit, NewItem, NewRun, RunFilter};
+use super::model::{
     Committed, Created, Generation, Intent, IntentName, Item, ItemId, LogEntry, MemoKey, Purged,
     Run, RunId,
 };
 use super::sql::{
     Cursor, Transaction, each, failed, from_sql, retrying, small, to_sql, write_error,
 };
+use super::transaction::duration_millis;
 use crate::error::{Error, ErrorKind, Result};
 
 /// Items in one statement: what more would gain is lost in the size of the message.
@@ -249,7 +249,7 @@ impl Inner {
         let Commit {
             generations,
             settlements,
-            over,
+            ended_intents,
             notes,
         } = commit;
         let usage = |of: fn(&Generation) -> u64| -> Vec<i64> {
@@ -293,14 +293,21 @@ impl Inner {
                     .map(|g| g.cost_micros.map(to_sql))
                     .collect::<Vec<_>>(),
             )
-            .bind(over.iter().map(|name| name.item.0).collect::<Vec<_>>())
             .bind(
-                over.iter()
+                ended_intents
+                    .iter()
+                    .map(|name| name.item.0)
+                    .collect::<Vec<_>>(),
+            )
+            .bind(
+                ended_intents
+                    .iter()
                     .map(|name| small(name.attempt))
                     .collect::<Vec<_>>(),
             )
             .bind(
-                over.iter()
+                ended_intents
+                    .iter()
                     .map(|name| &name.key.as_bytes()[..])
                     .collect::<Vec<_>>(),
             )

@@ -8,9 +8,9 @@ use sqlx::Row as _;
 
 use super::{Inner, is_conflict, rows};
 use crate::error::Result;
-use crate::store::change::{duration_millis, lease_lost, worker_died};
-use crate::store::records::{Hold, Item, ItemId, LeaseId, Reaped};
+use crate::store::model::{Hold, Item, ItemId, LeaseId, Reaped};
 use crate::store::sql::{each, failed, from_sql, retrying, write_error};
+use crate::store::transaction::{duration_millis, lease_lost, worker_died};
 use crate::store::{Claim, Queue};
 
 fn columns(holds: &[Hold]) -> (Vec<i64>, Vec<i64>) {
@@ -102,7 +102,7 @@ impl Queue for Inner {
         if !anything.await.map_err(failed)? {
             return Ok(Reaped::default());
         }
-        retrying!(is_conflict, self.bury())
+        retrying!(is_conflict, self.reap_expired())
     }
 }
 
@@ -120,7 +120,7 @@ impl Inner {
         Ok(released.rows_affected())
     }
 
-    async fn bury(&self) -> sqlx::Result<Reaped> {
+    async fn reap_expired(&self) -> sqlx::Result<Reaped> {
         let mut reaped = Reaped::default();
         let mut transaction = self.begin().await?;
         let dead = sqlx::query_scalar::<_, i64>(rows::REAP_LEASES);
@@ -128,12 +128,12 @@ impl Inner {
         if !dead.is_empty() {
             reaped.leases = dead.len() as u64;
             self.round_trips.fetch_add(1, Ordering::Relaxed);
-            let bury = sqlx::query(rows::REAP_ITEMS)
+            let reap_expired = sqlx::query(rows::REAP_ITEMS)
                 .bind(dead)
                 .bind(write_error(&worker_died()));
-            let buried = bury.fetch_one(&mut *transaction).await?;
-            reaped.requeued = from_sql(buried.try_get(0)?);
-            reaped.failed = from_sql(buried.try_get(1)?);
+            let counted = reap_expired.fetch_one(&mut *transaction).await?;
+            reaped.requeued = from_sql(counted.try_get(0)?);
+            reaped.failed = from_sql(counted.try_get(1)?);
         }
         self.round_trips.fetch_add(1, Ordering::Relaxed);
         let due = sqlx::query(rows::LET_IN).execute(&mut *transaction).await?;

@@ -21,14 +21,14 @@ use sqlx::sqlite::{SqliteConnectOptions, SqlitePool, SqlitePoolOptions, SqliteSy
 use sqlx::{ConnectOptions as _, Connection as _, Row as _, Sqlite as Db};
 
 use super::Store;
-use super::change::millis;
 use super::detached::detached_calls;
-use super::given::{Commit, NewRun, RunFilter};
-use super::records::{
+use super::inputs::{Commit, NewRun, RunFilter};
+use super::model::{
     Committed, Created, Generation, Intent, IntentName, Item, ItemId, LogEntry, MemoKey, Purged,
     Run, RunId,
 };
 use super::sql::{Cursor, Transaction, each, failed, own_error, retrying, small, to_sql};
+use super::transaction::millis;
 use crate::error::{Error, ErrorKind, Persistence, Result};
 
 /// What a commit survives.
@@ -468,7 +468,7 @@ impl Store for Inner {
     }
 
     async fn purge(&self, older_than: Duration, limit: u32) -> Result<Purged> {
-        let before = now() - super::change::duration_millis(older_than);
+        let before = now() - super::transaction::duration_millis(older_than);
         let write = async || {
             let mut transaction = self.begin().await?;
             let mut removed = [0; 2];

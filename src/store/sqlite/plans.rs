@@ -5,8 +5,8 @@ use sqlx::{AssertSqlSafe, Connection as _, Row as _, SqliteConnection};
 use super::Sqlite;
 use super::rows::*;
 use super::write::settle_statement;
-use crate::store::given::Settlement;
-use crate::store::records::{Hold, ItemId};
+use crate::store::inputs::Settlement;
+use crate::store::model::{Hold, ItemId};
 
 /// What the planner says of a statement, step by step.
 async fn plan(connection: &mut SqliteConnection, sql: &str) -> Vec<String> {

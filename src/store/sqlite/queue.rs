@@ -9,9 +9,9 @@ use serde_json::json;
 use super::write::{add_log, apply};
 use super::{Inner, first, now, rows};
 use crate::error::Result;
-use crate::store::change::{Changes, duration_millis, lease_lost, worker_died};
-use crate::store::records::{Hold, Item, ItemId, LeaseId, Reaped, RunId};
+use crate::store::model::{Hold, Item, ItemId, LeaseId, Reaped, RunId};
 use crate::store::sql::{each, retrying, write_error};
+use crate::store::transaction::{RunChanges, duration_millis, lease_lost, worker_died};
 use crate::store::{Claim, Queue};
 
 fn holds_json(holds: &[Hold]) -> String {
@@ -135,7 +135,7 @@ impl Queue for Inner {
         if !anything {
             return Ok(Reaped::default());
         }
-        retrying!(self.is_busy(), self.bury())
+        retrying!(self.is_busy(), self.reap_expired())
     }
 }
 
@@ -183,7 +183,7 @@ impl Inner {
         Ok(Some(items))
     }
 
-    async fn bury(&self) -> sqlx::Result<Reaped> {
+    async fn reap_expired(&self) -> sqlx::Result<Reaped> {
         let mut transaction = self.begin().await?;
         let now = now();
         let mut reaped = Reaped::default();
@@ -200,7 +200,7 @@ impl Inner {
             let give_up = sqlx::query(rows::GIVE_UP)
                 .bind(&alone)
                 .bind(write_error(&error));
-            let mut changes = Changes::new();
+            let mut changes = RunChanges::new();
             for row in give_up.fetch_all(&mut *transaction).await? {
                 use sqlx::Row as _;
                 let seq: i64 = row.try_get(2)?;

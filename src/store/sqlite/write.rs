@@ -6,10 +6,10 @@ use serde_json::json;
 use sqlx::{QueryBuilder, Sqlite as Db, SqliteConnection};
 
 use super::{Inner, first, now, rows};
-use crate::store::change::{Changes, ended_entry};
-use crate::store::given::{Commit, NewItem, NewRun, Settlement};
-use crate::store::records::{Committed, Created, Generation, ItemId, RunId, Status};
+use crate::store::inputs::{Commit, NewItem, NewRun, Settlement};
+use crate::store::model::{Committed, Created, Generation, ItemId, RunId, Status};
 use crate::store::sql::{small, to_sql, write_error};
+use crate::store::transaction::{RunChanges, ended_entry};
 
 /// Rows in one statement: more gain nothing, and SQLite takes 32,766 parameters at most.
 const ROWS: usize = 500;
@@ -74,7 +74,7 @@ impl Inner {
     pub(super) async fn write_commit(&self, commit: &Commit) -> sqlx::Result<Committed> {
         let now = now();
         let mut committed = Committed::default();
-        let mut changes = Changes::new();
+        let mut changes = RunChanges::new();
         for note in &commit.notes {
             let notes = &mut changes.entry(note.run).or_default().notes;
             notes.push((note.kind.clone(), note.data.clone()));
@@ -83,8 +83,8 @@ impl Inner {
         for generations in commit.generations.chunks(ROWS) {
             committed.generations += add_generations(generations, now, &mut transaction).await?;
         }
-        if !commit.over.is_empty() {
-            let names = commit.over.iter();
+        if !commit.ended_intents.is_empty() {
+            let names = commit.ended_intents.iter();
             let names: Vec<_> = names
                 .map(|n| (n.item.0, small(n.attempt), n.key.to_string()))
                 .collect();
@@ -255,7 +255,7 @@ pub(super) fn settle_statement(settlements: &[Settlement]) -> QueryBuilder<Db> {
 
 /// Counters and logs of what changed.
 pub(super) async fn apply(
-    mut changes: Changes,
+    mut changes: RunChanges,
     now: i64,
     connection: &mut SqliteConnection,
 ) -> sqlx::Result<()> {

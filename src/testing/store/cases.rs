@@ -610,7 +610,9 @@ pub(super) async fn numbers_without_end_stop_nobody(store: Store) {
         cost_micros: Some(u64::MAX),
         ..generation("a", 1, "1")
     };
-    let over = Commit::new().over([intent.name()]).generations([huge]);
+    let over = Commit::new()
+        .ended_intents([intent.name()])
+        .generations([huge]);
     assert_eq!(store.commit(over).await.unwrap().generations, 1);
     assert!(store.intents(&[claimed[0].id]).await.unwrap().is_empty());
     let kept = store.generations("a", &[key(1)]).await.unwrap();

@@ -320,7 +320,7 @@ pub(super) async fn intents_of_items_that_nobody_holds_are_ambiguous(store: Stor
 
     let ended = Commit::new()
         .generations(vec![generation("a", 1, "1")])
-        .over(vec![intents[0].name(), open[0].name(), open[2].name()]);
+        .ended_intents(vec![intents[0].name(), open[0].name(), open[2].name()]);
     store.commit(ended).await.unwrap();
     assert_eq!(store.ambiguous(None, 10).await.unwrap(), open[1..2]);
 

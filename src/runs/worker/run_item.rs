@@ -5,14 +5,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::registry::Work;
-use super::{Ambiguous, Inner, RunInfo, count};
+use super::{AmbiguousPolicy, Inner, RunInfo, count};
 use crate::call::memo::Place;
 use crate::context::Context;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::{Commit, Hold, Item, ItemId, Settlement};
 
 /// How long an item rests that the store did not answer.
-const NO_STORE: Duration = Duration::from_secs(5);
+const STORE_RETRY_DELAY: Duration = Duration::from_secs(5);
 
 /// What its intents are numbered by. Not the attempt: that is given back with an item, and an intent of before
 /// would end with one of after.
@@ -41,20 +41,20 @@ fn cut_by_deadline() -> Error {
 }
 
 /// What an item came to for who claimed it.
-pub(super) enum End {
+pub(super) enum ItemEnd {
     /// It has its outcome, which is on its way into the store.
     Settled,
     /// It has none, and others may have it after a while.
     Release(Hold, Duration),
     /// A part of it was refused or cut short, so what came of it may be a fallback: not even
     /// an output is to be trusted.
-    Cut(Hold, Result<String>),
+    Interrupted(Hold, Result<String>),
     /// Nobody's calls can succeed any more: it goes back, and the worker stops.
-    Hopeless(Hold, Error),
+    AccountFailed(Hold, Error),
 }
 
 /// An item that can be run.
-pub(super) struct Ready {
+pub(super) struct ReadyItem {
     pub(super) item: Item,
     /// Above the contexts of its runs: cancelled with the item.
     pub(super) cx: Context,
@@ -66,7 +66,12 @@ pub(super) struct Ready {
 
 impl Inner {
     /// The item with its pipeline and its context; `None` if there is no such pipeline here.
-    pub(super) fn ready(&self, parent: &Context, run: &Arc<RunInfo>, item: Item) -> Option<Ready> {
+    pub(super) fn ready(
+        &self,
+        parent: &Context,
+        run: &Arc<RunInfo>,
+        item: Item,
+    ) -> Option<ReadyItem> {
         let (name, work) = self.registry.find(&run.name)?;
         let mut place = Place::durable(
             Arc::clone(&self.memo),
@@ -80,7 +85,7 @@ impl Inner {
         if self.options.intents {
             place = place.with_intents(item.id, number(&item));
         }
-        Some(Ready {
+        Some(ReadyItem {
             cx: parent.child(""),
             run: Arc::clone(run),
             name,
@@ -92,12 +97,12 @@ impl Inner {
 
     /// Runs it to its end. An item that fails on a reply which was kept is run again and asks for another one: as it
     /// is, it could never succeed. Once it has failed on a reply that is new, it has failed.
-    pub(super) async fn run_item(&self, mut ready: Ready) -> End {
+    pub(super) async fn run_item(&self, mut ready: ReadyItem) -> ItemEnd {
         loop {
             let (cx, result) = self.run_once(&ready).await;
             let hold = ready.item.hold();
             if cx.bounds().was_cut() {
-                return End::Cut(hold, result);
+                return ItemEnd::Interrupted(hold, result);
             }
             // An output made of the inputs that a batch had taken when the time was up is not the item's.
             let result = result.and_then(|output| match cx.bounds().was_late() {
@@ -114,27 +119,27 @@ impl Inner {
                 continue;
             }
             return match result {
-                Err(error) if error.is_account_wide() => End::Hopeless(hold, error),
+                Err(error) if error.is_account_wide() => ItemEnd::AccountFailed(hold, error),
                 Err(error) if error.kind() == ErrorKind::Store && error.is_temporary() => {
-                    End::Release(hold, NO_STORE)
+                    ItemEnd::Release(hold, STORE_RETRY_DELAY)
                 }
                 result => {
                     self.settle(hold, result);
-                    End::Settled
+                    ItemEnd::Settled
                 }
             };
         }
     }
 
-    async fn run_once(&self, ready: &Ready) -> (Context, Result<String>) {
-        let Ready {
+    async fn run_once(&self, ready: &ReadyItem) -> (Context, Result<String>) {
+        let ReadyItem {
             item,
             run,
             name,
             place,
             ..
         } = ready;
-        let (priority, tenant) = (self.options.in_line)(&item.tenant);
+        let (priority, tenant) = (self.options.queue_of)(&item.tenant);
         let (key, place) = (item.key.as_str().into(), Arc::clone(place));
         let cx = ready
             .cx
@@ -154,7 +159,7 @@ impl Inner {
     /// such an item is not to be done again.
     pub(super) async fn ambiguous(&self, items: &[Item]) -> Result<HashSet<ItemId>> {
         let mut ambiguous = HashSet::new();
-        if self.options.ambiguous == Ambiguous::Retry {
+        if self.options.ambiguous == AmbiguousPolicy::Retry {
             return Ok(ambiguous);
         }
         // Of all of them: a worker that stopped with a call in flight has given its item back without charge.

@@ -4,12 +4,12 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde_json::json;
 
-use super::records::{RunId, Status};
+use super::model::{RunId, Status};
 use crate::error::{Error, ErrorKind};
 
 /// What one transaction did to one run.
 #[derive(Debug, Default)]
-pub(super) struct Change {
+pub(super) struct RunChange {
     /// Kind and data of the notes, in order.
     pub(super) notes: Vec<(String, String)>,
     /// The `seq`s of items that are completed now.
@@ -20,7 +20,7 @@ pub(super) struct Change {
     pub(super) error: Option<Error>,
 }
 
-impl Change {
+impl RunChange {
     /// An item of the run ended.
     pub(super) fn settle(&mut self, seq: u64, error: Option<&Error>) {
         match error {
@@ -86,4 +86,4 @@ pub(super) fn at_millis(millis: i64) -> SystemTime {
 }
 
 /// Adds `item` to the changes of `run`, which are few: in the order of the runs' numbers.
-pub(super) type Changes = std::collections::BTreeMap<RunId, Change>;
+pub(super) type RunChanges = std::collections::BTreeMap<RunId, RunChange>;

@@ -12,7 +12,7 @@ use crate::store::{Commit, Generation, Intent, IntentName, MemoKey, Note, Settle
 pub(super) enum Entry {
     Generation(Generation),
     Settlement(Settlement),
-    Over(IntentName),
+    EndedIntent(IntentName),
     Note(Note),
 }
 
@@ -27,7 +27,7 @@ impl Entry {
                 Ok(output) => output.len(),
                 Err(error) => error.message().len(),
             },
-            Self::Over(_) => 0,
+            Self::EndedIntent(_) => 0,
             Self::Note(note) => note.kind.len() + note.data.len(),
         };
         FIXED + texts
@@ -38,7 +38,7 @@ impl Entry {
         match self {
             Self::Generation(_) => 0,
             Self::Settlement(_) => 1,
-            Self::Over(_) => 2,
+            Self::EndedIntent(_) => 2,
             Self::Note(_) => 3,
         }
     }
@@ -54,9 +54,9 @@ pub(super) struct Limits {
     /// Bytes in one commit, unless a single entry has more.
     pub(super) batch_bytes: usize,
     /// Entries and intents that wait, beyond which there is no room for more.
-    pub(super) room: usize,
+    pub(super) max_waiting: usize,
     /// Bytes that wait, beyond which there is no room for more.
-    pub(super) room_bytes: usize,
+    pub(super) max_waiting_bytes: usize,
     /// How long an entry may wait for others.
     pub(super) linger: Duration,
 }
@@ -80,7 +80,7 @@ pub(super) enum Next {
 /// Entries in the order in which they came. An entry leaves in a batch and counts as waiting
 /// until [`done`](Self::done) says that the batch is written.
 #[derive(Debug)]
-pub(super) struct Pending {
+pub(super) struct WriteBuffer {
     limits: Limits,
     entries: VecDeque<Entry>,
     /// The bytes of `entries`, and those of all entries that are not done.
@@ -94,21 +94,21 @@ pub(super) struct Pending {
     /// When the oldest entry came.
     since: Option<Instant>,
     /// How many entries there have been, and how many are done.
-    entered: Marks,
-    done: Marks,
+    entered: Positions,
+    done: Positions,
     /// Everything up to here is to be written at once.
-    hurry: u64,
+    flush_until: u64,
     closed: bool,
 }
 
 /// How far the two lines have come.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(super) struct Marks {
+pub(super) struct Positions {
     pub(super) entries: u64,
     pub(super) intents: u64,
 }
 
-impl Pending {
+impl WriteBuffer {
     pub(super) fn new(limits: Limits) -> Self {
         Self {
             limits,
@@ -119,9 +119,9 @@ impl Pending {
             ends: VecDeque::new(),
             replies: HashMap::new(),
             since: None,
-            entered: Marks::default(),
-            done: Marks::default(),
-            hurry: 0,
+            entered: Positions::default(),
+            done: Positions::default(),
+            flush_until: 0,
             closed: false,
         }
     }
@@ -135,7 +135,7 @@ impl Pending {
             self.entries.push_back(Entry::Generation(generation));
         }
         self.entries
-            .extend(commit.over.into_iter().map(Entry::Over));
+            .extend(commit.ended_intents.into_iter().map(Entry::EndedIntent));
         self.entries
             .extend(commit.notes.into_iter().map(Entry::Note));
         let settlements = commit.settlements.into_iter();
@@ -174,14 +174,15 @@ impl Pending {
     }
 
     /// Whether more results may be made.
-    pub(super) fn has_room(&self) -> bool {
-        self.waiting() < self.limits.room && self.waiting_bytes < self.limits.room_bytes
+    pub(super) fn has_capacity(&self) -> bool {
+        self.waiting() < self.limits.max_waiting
+            && self.waiting_bytes < self.limits.max_waiting_bytes
     }
 
     /// Lets nothing wait that is there now, and gives the mark it reaches up to.
-    pub(super) fn hurry(&mut self) -> u64 {
-        self.hurry = self.entered.entries;
-        self.hurry
+    pub(super) fn flush_until(&mut self) -> u64 {
+        self.flush_until = self.entered.entries;
+        self.flush_until
     }
 
     pub(super) fn close(&mut self) {
@@ -194,9 +195,9 @@ impl Pending {
 
     pub(super) fn next(&mut self, now: Instant) -> Next {
         let due = self.since.map(|since| since + self.limits.linger);
-        let hurried = self.hurry > self.done.entries || self.closed;
+        let flushing = self.flush_until > self.done.entries || self.closed;
         let write = !self.entries.is_empty()
-            && (hurried || self.is_batch() || due.is_some_and(|due| due <= now));
+            && (flushing || self.is_batch() || due.is_some_and(|due| due <= now));
         if !write && self.intents.is_empty() {
             return match (self.closed, self.entries.is_empty()) {
                 (true, true) => Next::End,
@@ -279,7 +280,7 @@ impl Pending {
         self.done.intents += intents as u64;
     }
 
-    pub(super) fn reached(&self) -> Marks {
+    pub(super) fn reached(&self) -> Positions {
         self.done
     }
 
@@ -300,7 +301,7 @@ pub(super) fn commit_of(entries: &[Entry]) -> Commit {
         match entry {
             Entry::Generation(generation) => commit.generations.push(generation),
             Entry::Settlement(settlement) => commit.settlements.push(settlement),
-            Entry::Over(name) => commit.over.push(name),
+            Entry::EndedIntent(name) => commit.ended_intents.push(name),
             Entry::Note(note) => commit.notes.push(note),
         }
     }
@@ -331,12 +332,12 @@ mod tests {
         Commit::new().notes(vec![note; n])
     }
 
-    fn pending(batch: usize, linger: Duration) -> Pending {
-        Pending::new(Limits {
+    fn buffer(batch: usize, linger: Duration) -> WriteBuffer {
+        WriteBuffer::new(Limits {
             batch,
             batch_bytes: 10_000,
-            room: 100,
-            room_bytes: 100_000,
+            max_waiting: 100,
+            max_waiting_bytes: 100_000,
             linger,
         })
     }
@@ -352,73 +353,73 @@ mod tests {
     fn by_size_at_once_and_by_time_in_the_end() {
         let now = Instant::now();
         let linger = Duration::from_millis(5);
-        let mut pending = pending(4, linger);
-        assert!(matches!(pending.next(now), Next::Wait(None)));
-        pending.push(notes(6), now);
-        assert_eq!(written(pending.next(now)), 4);
-        let Next::Wait(Some(due)) = pending.next(now) else {
+        let mut buffer = buffer(4, linger);
+        assert!(matches!(buffer.next(now), Next::Wait(None)));
+        buffer.push(notes(6), now);
+        assert_eq!(written(buffer.next(now)), 4);
+        let Next::Wait(Some(due)) = buffer.next(now) else {
             panic!("two are left, and not due");
         };
         assert_eq!(due, now + linger);
-        assert_eq!(written(pending.next(due)), 2);
-        assert_eq!(pending.waiting(), 6);
-        pending.done(&[], 0);
-        assert_eq!(pending.waiting(), 6);
+        assert_eq!(written(buffer.next(due)), 2);
+        assert_eq!(buffer.waiting(), 6);
+        buffer.done(&[], 0);
+        assert_eq!(buffer.waiting(), 6);
     }
 
     #[test]
     fn what_comes_together_is_written_together_unless_it_is_too_much() {
         let now = Instant::now();
-        let mut pending = pending(4, Duration::ZERO);
+        let mut buffer = buffer(4, Duration::ZERO);
         for n in [3, 3, 1, 9, 1] {
-            pending.push(notes(n), now);
+            buffer.push(notes(n), now);
         }
         let mut sizes = Vec::new();
-        while let Next::Write(batch) = pending.next(now) {
+        while let Next::Write(batch) = buffer.next(now) {
             // One is under way while the next is chosen.
             sizes.push(batch.entries.len());
             if sizes.len() == 2 {
-                pending.give_back(batch.entries, now);
+                buffer.give_back(batch.entries, now);
             } else {
-                pending.done(&batch.entries, 0);
+                buffer.done(&batch.entries, 0);
             }
         }
         assert_eq!(sizes, [3, 4, 4, 4, 4, 2]);
-        assert!(pending.ends.is_empty());
+        assert!(buffer.ends.is_empty());
     }
 
     #[test]
     fn who_flushes_does_not_wait_and_what_came_later_does() {
         let now = Instant::now();
-        let mut pending = pending(4, Duration::from_secs(1));
-        pending.push(notes(1), now);
-        assert_eq!(pending.hurry(), 1);
-        let Next::Write(batch) = pending.next(now) else {
+        let mut buffer = buffer(4, Duration::from_secs(1));
+        buffer.push(notes(1), now);
+        assert_eq!(buffer.flush_until(), 1);
+        let Next::Write(batch) = buffer.next(now) else {
             panic!("somebody waits");
         };
-        pending.done(&batch.entries, 0);
-        pending.push(notes(1), now);
-        assert!(matches!(pending.next(now), Next::Wait(Some(_))));
-        pending.close();
-        assert_eq!(written(pending.next(now)), 1);
-        assert!(matches!(pending.next(now), Next::End));
+        buffer.done(&batch.entries, 0);
+        buffer.push(notes(1), now);
+        assert!(matches!(buffer.next(now), Next::Wait(Some(_))));
+        buffer.close();
+        assert_eq!(written(buffer.next(now)), 1);
+        assert!(matches!(buffer.next(now), Next::End));
     }
 
     #[test]
     fn an_item_settled_twice_is_so_in_two_batches() {
         let now = Instant::now();
-        let mut pending = pending(8, Duration::ZERO);
+        let mut buffer = buffer(8, Duration::ZERO);
         for item in [1, 2, 1] {
-            pending.push(settled(item), now);
+            buffer.push(settled(item), now);
         }
-        assert_eq!(written(pending.next(now)), 2);
-        assert_eq!(written(pending.next(now)), 1);
+        assert_eq!(written(buffer.next(now)), 2);
+        assert_eq!(written(buffer.next(now)), 1);
     }
 
     #[test]
     fn a_commit_is_bounded_in_bytes_and_an_entry_that_is_larger_goes_alone() {
         let now = Instant::now();
-        let mut pending = pending(512, Duration::from_secs(1));
+        let mut buffer = buffer(512, Duration::from_secs(1));
         let note = |bytes: usize| {
             Commit::new().notes([Note {
                 run: RunId(1),
@@ -427,25 +428,25 @@ mod tests {
             }])
         };
         for bytes in [4_000, 4_000, 4_000, 50_000, 4_000] {
-            pending.push(note(bytes), now);
+            buffer.push(note(bytes), now);
         }
         // There is more than one commit may hold, so nothing lingers but the rest.
-        assert!(pending.has_room());
+        assert!(buffer.has_capacity());
         let mut sizes = Vec::new();
-        while let Next::Write(batch) = pending.next(now) {
+        while let Next::Write(batch) = buffer.next(now) {
             sizes.push(batch.entries.len());
-            pending.done(&batch.entries, 0);
+            buffer.done(&batch.entries, 0);
         }
         assert_eq!(sizes, [2, 1, 1]);
-        assert_eq!(pending.waiting(), 1);
+        assert_eq!(buffer.waiting(), 1);
         for _ in 0..3 {
-            pending.push(note(40_000), now);
+            buffer.push(note(40_000), now);
         }
-        assert!(!pending.has_room());
-        while let Next::Write(batch) = pending.next(now) {
-            pending.done(&batch.entries, 0);
+        assert!(!buffer.has_capacity());
+        while let Next::Write(batch) = buffer.next(now) {
+            buffer.done(&batch.entries, 0);
         }
-        assert!(pending.has_room());
-        assert_eq!((pending.queued_bytes, pending.waiting_bytes), (0, 0));
+        assert!(buffer.has_capacity());
+        assert_eq!((buffer.queued_bytes, buffer.waiting_bytes), (0, 0));
     }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use super::records::{Generation, Handling, Hold, IntentName, RunId, Status};
+use super::model::{Generation, Handling, Hold, IntentName, RunId, Status};
 use crate::error::{Error, ErrorKind, Result};
 
 /// The longest text that is in an index: Postgres takes 2,704 bytes for a row of one, and two of
@@ -192,7 +192,7 @@ pub struct Commit {
     /// Items that ended.
     pub settlements: Vec<Settlement>,
     /// Intents that are none any more.
-    pub over: Vec<IntentName>,
+    pub ended_intents: Vec<IntentName>,
     /// Entries for logs, in front of those that the settlements make.
     pub notes: Vec<Note>,
 }
@@ -219,8 +219,8 @@ impl Commit {
 
     /// Adds intents that are none any more.
     #[must_use]
-    pub fn over(mut self, over: impl IntoIterator<Item = IntentName>) -> Self {
-        self.over.extend(over);
+    pub fn ended_intents(mut self, names: impl IntoIterator<Item = IntentName>) -> Self {
+        self.ended_intents.extend(names);
         self
     }
 
@@ -235,7 +235,7 @@ impl Commit {
     pub fn is_empty(&self) -> bool {
         self.generations.is_empty()
             && self.settlements.is_empty()
-            && self.over.is_empty()
+            && self.ended_intents.is_empty()
             && self.notes.is_empty()
     }
 
