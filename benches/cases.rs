@@ -149,7 +149,7 @@ async fn quality_log() -> Result<()> {
     let added = |began: Instant| format!("{} ms", began.elapsed().as_millis() - 8_000);
 
     let began = Instant::now();
-    log::as_it_was(&cx, &log, &*store).await?;
+    log::class_row_by_row(&cx, &log, &*store).await?;
     row([
         "  as it was, added to a class",
         "510 to 1,520 ms",

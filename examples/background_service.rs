@@ -1,12 +1,12 @@
-//! Training programs in the background, behind HTTP: submit and go on, look, follow, cancel. Killed and started
-//! again, the service finishes what it was asked for.
+//! An HTTP service that generates training programs in the background: clients submit a program, then list, follow or
+//! cancel it. If the service is killed and started again, it finishes the programs that were submitted.
 //!
 //! ```sh
 //! cargo run --release --example background_service --features full,sqlite
 //! curl -H 'authorization: Bearer ada-secret' --json '{"goal":"a 10 km run"}' localhost:3000/programs
 //! ```
 //!
-//! Or open <http://localhost:3000>. It runs on the simulated provider.
+//! The page at <http://localhost:3000> does the same. The service runs on the simulated provider.
 
 #[path = "background_service/program.rs"]
 mod program;
@@ -32,26 +32,27 @@ use crate::program::{Plan, Program, plan_week, provider};
 /// Serves training programs.
 #[derive(Parser)]
 struct Cli {
+    /// Address to listen on
     #[arg(long, default_value = "127.0.0.1:3000")]
     listen: String,
-    /// The simulated provider keeps its bills beside it
+    /// SQLite file of the runs; the simulated provider writes its bills to a file next to it
     #[arg(long, default_value = "programs.db")]
     store: PathBuf,
-    /// Milliseconds until the simulated provider answers
+    /// Latency of the simulated provider in milliseconds
     #[arg(long, default_value = "800")]
     latency: u64,
 }
 
-/// Users by their tokens. A real service looks a digest of the token up somewhere.
+/// The tokens and names of the users. A real service would look up a digest of the token.
 const USERS: [(&str, &str); 2] = [("ada-secret", "ada"), ("bob-secret", "bob")];
 
-/// The programs of who asks, and when the service stops. Those of others are not there.
-struct Theirs(Runner, CancellationToken);
+/// A runner that sees only the programs of the authenticated user, and the token that stops the service.
+struct UserRunner(Runner, CancellationToken);
 
 type Service = (Runner, CancellationToken);
 type Answer<T> = Result<T, (StatusCode, String)>;
 
-impl FromRequestParts<Service> for Theirs {
+impl FromRequestParts<Service> for UserRunner {
     type Rejection = Response;
 
     async fn from_request_parts(parts: &mut Parts, service: &Service) -> Result<Self, Response> {
@@ -59,8 +60,8 @@ impl FromRequestParts<Service> for Theirs {
         let token = header.and_then(|value| value.to_str().ok()?.strip_prefix("Bearer "));
         let user = USERS.iter().find(|(secret, _)| Some(*secret) == token);
         let challenge = [(header::WWW_AUTHENTICATE, "Bearer")];
-        let stranger = (StatusCode::UNAUTHORIZED, challenge);
-        let (_, name) = user.ok_or_else(|| stranger.into_response())?;
+        let unauthorized = (StatusCode::UNAUTHORIZED, challenge);
+        let (_, name) = user.ok_or_else(|| unauthorized.into_response())?;
         Ok(Self(service.0.for_tenant(*name), service.1.clone()))
     }
 }
@@ -74,29 +75,32 @@ async fn find(runner: &Runner, id: RunId) -> Answer<RunSnapshot> {
     found.ok_or((StatusCode::NOT_FOUND, format!("there is no program {id}")))
 }
 
-async fn submit(Theirs(runner, _): Theirs, Json(ask): Json<Program>) -> Answer<impl IntoResponse> {
-    let weeks = ask.weeks.unwrap_or(4);
-    if ask.goal.trim().is_empty() || !(1..=52).contains(&weeks) {
-        let why = "a program has a goal and 1 to 52 weeks".to_owned();
-        return Err((StatusCode::UNPROCESSABLE_ENTITY, why));
+async fn submit(
+    UserRunner(runner, _): UserRunner,
+    Json(order): Json<Program>,
+) -> Answer<impl IntoResponse> {
+    let weeks = order.weeks.unwrap_or(4);
+    if order.goal.trim().is_empty() || !(1..=52).contains(&weeks) {
+        let message = "a program needs a goal and 1 to 52 weeks".to_owned();
+        return Err((StatusCode::UNPROCESSABLE_ENTITY, message));
     }
-    let weeks = (1..=weeks).map(|week| (ask.goal.clone(), week));
-    let timeout = Duration::from_millis(ask.timeout_ms.unwrap_or(600_000));
-    // Fresh, because who asks twice wants two programs. What is paid for is still never paid for again.
+    let weeks = (1..=weeks).map(|week| (order.goal.clone(), week));
+    let timeout = Duration::from_millis(order.timeout_ms.unwrap_or(600_000));
+    // `fresh`, because the same program submitted twice must give two results. A restart still pays for no reply again.
     let program = runner.submit("plan-week", &pipeline("", plan_week), weeks);
     let program = program.key(|(goal, _)| goal.clone());
     let run = program.timeout(timeout).fresh().await.map_err(failed)?;
-    let place = [(header::LOCATION, format!("/programs/{run}"))];
-    Ok((StatusCode::ACCEPTED, place, Json(json!({ "id": run }))))
+    let location = [(header::LOCATION, format!("/programs/{run}"))];
+    Ok((StatusCode::ACCEPTED, location, Json(json!({ "id": run }))))
 }
 
-async fn list(Theirs(runner, _): Theirs) -> Answer<Json<Vec<RunSnapshot>>> {
+async fn list(UserRunner(runner, _): UserRunner) -> Answer<Json<Vec<RunSnapshot>>> {
     let runs = runner.list(RunFilter::new(), 500).await.map_err(failed)?;
     Ok(Json(runs.into_iter().map(RunSnapshot::from).collect()))
 }
 
-/// A program with its goal, which is the key of its first week, and with what there is of its weeks.
-async fn show(Theirs(runner, _): Theirs, Path(id): Path<RunId>) -> Answer<Json<Value>> {
+/// Returns a program with its goal, which is the key of its first week, and with the weeks that are complete.
+async fn show(UserRunner(runner, _): UserRunner, Path(id): Path<RunId>) -> Answer<Json<Value>> {
     let mut program = json!(find(&runner, id).await?);
     let weeks = runner.results::<Plan>(id, 0, 52).await.map_err(failed)?;
     program["goal"] = json!(weeks[0].key);
@@ -104,17 +108,20 @@ async fn show(Theirs(runner, _): Theirs, Path(id): Path<RunId>) -> Answer<Json<V
     Ok(Json(program))
 }
 
-async fn cancel(Theirs(runner, _): Theirs, Path(id): Path<RunId>) -> Answer<Json<Value>> {
+async fn cancel(UserRunner(runner, _): UserRunner, Path(id): Path<RunId>) -> Answer<Json<Value>> {
     find(&runner, id).await?;
     let stopped = runner.cancel(id).await.map_err(failed)?;
     Ok(Json(json!({ "stopped": stopped })))
 }
 
-async fn events(Theirs(runner, stop): Theirs, Path(id): Path<RunId>) -> Answer<impl IntoResponse> {
+async fn events(
+    UserRunner(runner, stop): UserRunner,
+    Path(id): Path<RunId>,
+) -> Answer<impl IntoResponse> {
     find(&runner, id).await?;
-    let seen = runner.watch(id).take_until(stop.cancelled_owned());
-    let event = |seen| Ok::<_, BoxError>(Event::default().json_data(seen?)?);
-    Ok(Sse::new(seen.map(event)))
+    let snapshots = runner.watch(id).take_until(stop.cancelled_owned());
+    let event = |snapshot| Ok::<_, BoxError>(Event::default().json_data(snapshot?)?);
+    Ok(Sse::new(snapshots.map(event)))
 }
 
 #[tokio::main]
@@ -126,7 +133,7 @@ async fn main() -> Result<()> {
     let store = Arc::new(Sqlite::open(&cli.store).await?);
     let worker = Worker::builder(Arc::clone(&store), cx)
         .register("plan-week", pipeline("plan-week", plan_week))
-        // Paying users come first.
+        // ada is a paying user.
         .tenants(|user| match user {
             "ada" => (Priority::High, Some(Tenant::new(user, 1))),
             _ => (Priority::Normal, Some(Tenant::new(user, 1))),
@@ -145,7 +152,7 @@ async fn main() -> Result<()> {
     println!("listening on http://{}", listener.local_addr()?);
 
     let serve = axum::serve(listener, app).with_graceful_shutdown(stop.clone().cancelled_owned());
-    // The worker lets calls in flight finish, writes what came of them and gives the rest back.
+    // When stopped, the worker lets calls in flight finish, commits their results and releases the other items.
     tokio::try_join!(
         async { Ok(serve.await?) },
         worker.run_until(stop.cancelled())

@@ -1,13 +1,14 @@
-//! Cards become stories, stories become subtasks, subtasks get an estimate: three phases, each over the rows of the
-//! one before, in two worker processes that are cut off when their time is up. One of them is killed.
+//! Splits cards into stories, stories into subtasks, and estimates each subtask: three phases, each over the outputs of
+//! the one before. Two worker processes do the work. Each stops when its time budget is used up and is then started
+//! again; one of them is killed.
 //!
 //! ```sh
 //! cargo run --release --example card_stories --features sim,sqlite,stages
 //! ```
 //!
-//! A second of the case takes 10 ms here, so its budget of 300 s for each call is one of 3 s. The two workers share
-//! an account of 40,000 tokens a minute and 10 calls in flight, half of it each, because a simulated
-//! account lives in one process. Store, leases and processes are real and not scaled.
+//! The example runs a hundred times as fast as the real system, so a time budget of 300 s is one of 3 s. The workers
+//! share an account of 40,000 tokens a minute and 10 calls in flight. Each has half of it, because a simulated account
+//! is local to a process. The store, the leases and the processes are real.
 
 #[path = "card_stories/witness.rs"]
 mod witness;
@@ -21,23 +22,24 @@ use throughline::store::Sqlite;
 use throughline::{Context, Pace, Request, Result, Runner, Worker, pipeline, runs::DriveOutcome};
 use tokio::time::Instant;
 
+/// A second of the real system.
 const SECOND: Duration = Duration::from_millis(10);
-/// A worker's half of the account, a hundred times as fast.
+/// Half of the account, a hundred times as fast.
 const TOKENS_PER_MINUTE: u64 = 20_000 * 100;
 const CARDS: usize = 24;
 const ITEMS: usize = CARDS + CARDS * 5 + CARDS * 5 * 6;
 const STORE: &str = "cards.db";
 const LEDGER: &str = "ledger.jsonl";
-/// How a process says that there is more to do.
+/// Exit status of a worker process whose time budget is used up.
 const CONTINUE: i32 = 75;
 
-/// Splits a text into parts. All three phases do that.
+/// Splits a text into parts, in all three phases.
 async fn split(cx: Context, whole: String) -> Result<Vec<String>> {
     let reply = cx.generate(Request::new(whole).max_tokens(500)).await?;
     Ok(reply.text.lines().map(str::to_owned).collect())
 }
 
-/// 4 s a call; a card has five stories, a story six subtasks, a subtask an estimate.
+/// Returns the simulated provider. A card has five stories, a story six subtasks, a subtask one estimate; a call takes 4 s.
 fn provider() -> Sim {
     let parts = |whole: &str| match whole.matches('/').count() {
         0 => (1..=5).map(|n| format!("{whole}/story {n}")).collect(),
@@ -55,8 +57,9 @@ fn provider() -> Sim {
         .build()
 }
 
-/// What a platform would call again and again, in as many places as it likes, until it says that all is done.
-async fn call(name: &str) -> Result<DriveOutcome> {
+/// Works on the three phases for at most 300 s. A platform would start this repeatedly, in any number of processes, until
+/// it returns that all is done.
+async fn work(name: &str) -> Result<DriveOutcome> {
     let end = Instant::now() + SECOND * 300;
     let store = Arc::new(Sqlite::open(STORE).await?);
     let (runner, stages) = (Runner::new(Arc::clone(&store)), Stages::new());
@@ -72,7 +75,7 @@ async fn call(name: &str) -> Result<DriveOutcome> {
             .observer(stages.clone())
             .build();
         let split = pipeline(phase, split);
-        // All rows of the phase in one transaction. Whoever comes second finds the run of the first.
+        // Submits all inputs in one transaction. The idempotency key makes the second worker find the run of the first.
         let submit = runner.submit(phase, &split, inputs).key(String::clone);
         let run = submit.idempotency_key(phase).await?;
         let worker = Worker::builder(Arc::clone(&store), cx.clone())
@@ -97,7 +100,7 @@ async fn call(name: &str) -> Result<DriveOutcome> {
 #[tokio::main]
 async fn main() -> Result<()> {
     if let Some(name) = std::env::args().nth(1) {
-        let drive = call(&name).await?;
+        let drive = work(&name).await?;
         std::process::exit(if drive == DriveOutcome::Done {
             0
         } else {
@@ -105,10 +108,10 @@ async fn main() -> Result<()> {
         });
     }
     let dir = tempfile::tempdir()?;
-    // The workers inherit it.
+    // The worker processes inherit the current directory.
     std::env::set_current_dir(&dir)?;
     let runner = Runner::new(Sqlite::open(STORE).await?);
-    let keep_going = |name, victim| witness::supervise(&runner, name, victim);
-    let (_, kept) = tokio::try_join!(keep_going("a", false), keep_going("b", true))?;
+    let supervise = |name, victim| witness::supervise(&runner, name, victim);
+    let (_, kept) = tokio::try_join!(supervise("a", false), supervise("b", true))?;
     witness::verify(&runner, kept).await
 }

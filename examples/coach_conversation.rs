@@ -1,11 +1,11 @@
-//! A coach answers a message: fifteen steps, most of which need not wait for each other.
+//! Answers a message to a coach in fifteen steps, most of which do not depend on each other.
 //!
 //! ```sh
 //! cargo run --example coach_conversation --features full,stages
 //! ```
 //!
-//! `turn.rs` is the graph. Here it is run with the switch off and on, for each kind of message, and with
-//! trouble. The clock is paused, so the times are exact and nobody waits.
+//! `turn.rs` has the graph of steps. The example runs it sequentially and in parallel for each kind of message, and then
+//! with failing and slow steps. Tokio's clock is paused, so the times are exact and the example ends at once.
 
 #[path = "coach_conversation/turn.rs"]
 mod turn;
@@ -26,20 +26,20 @@ async fn main() -> Result<()> {
         .observer(stages.clone())
         .build();
 
-    let mut table = String::from("message        in turn  parallel  saved  same result\n");
+    let mut table = String::from("message        sequential  parallel  saved  same result\n");
     for (name, message) in MESSAGES {
         parallel.set(false);
-        let (theirs, slow) = timed(&cx, &timeline, message).await?;
-        println!("{name}, in turn: {slow} ms\n{timeline}");
+        let (sequential_turn, slow) = timed(&cx, &timeline, message).await?;
+        println!("{name}, sequential: {slow} ms\n{timeline}");
 
         parallel.set(true);
-        let (ours, fast) = timed(&cx, &timeline, message).await?;
+        let (parallel_turn, fast) = timed(&cx, &timeline, message).await?;
         println!("{name}, in parallel: {fast} ms\n{timeline}");
 
-        let (saved, same) = (100 * (slow - fast) / slow, ours == theirs);
-        table += &format!("{name:13}  {slow:7}  {fast:8}  {saved:3} %  {same}\n");
+        let (saved, same) = (100 * (slow - fast) / slow, parallel_turn == sequential_turn);
+        table += &format!("{name:13}  {slow:10}  {fast:8}  {saved:3} %  {same}\n");
     }
-    println!("{table}\ntrouble                 ms  seen of 5  workout");
+    println!("{table}\nfault                   ms  updates of 5  workout");
 
     let grace = Duration::from_millis(300);
     let failed = |step| model().fail_when(step, ErrorKind::InvalidRequest);
@@ -54,14 +54,14 @@ async fn main() -> Result<()> {
         let cx = cx.observer(stages.clone()).observer(timeline.clone());
         let (turn, took) = timed(&cx.build(), &timeline, MESSAGES[0].1).await?;
         let (seen, workout) = (turn.seen.len(), turn.workout.unwrap_or_default());
-        println!("{name:18}  {took:6}  {seen:9}  {workout}");
+        println!("{name:18}  {took:6}  {seen:12}  {workout}");
     }
     let calls = cx.tally().calls;
     println!("\n{stages}\n{calls} calls in the first context");
     Ok(())
 }
 
-/// A turn on a timeline of its own, and the milliseconds it took.
+/// Runs a turn on an empty timeline and returns it with its duration in milliseconds.
 async fn timed(cx: &Context, timeline: &Timeline, message: &str) -> Result<(Turn, u128)> {
     timeline.clear();
     let turn = turn(cx, message).await?;

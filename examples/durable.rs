@@ -1,18 +1,18 @@
-//! Durable runs: submitted by one process, worked on by others, killed and carried on.
+//! Durable runs: one process submits them, others work on them, may be killed, and continue.
 //!
 //! ```sh
 //! alias durable='cargo run --release --example durable --features full,sqlite,postgres --'
-//! durable submit examples/data/earthquakes.jsonl   # prints the run's number, at once
-//! durable work --until-idle &                      # as many of these as you like
+//! durable submit examples/data/earthquakes.jsonl   # prints the id of the run
+//! durable work --until-idle &                      # start any number of workers
 //! durable work --until-idle &
 //! durable status 1 --watch
 //! durable results 1 > texts.jsonl
 //! ```
 //!
-//! The store is an SQLite file, or a Postgres by its URL (`--store postgres://…`), and the workers may be on several
-//! machines then. Offline it runs on the simulated provider; with `OPENAI_API_KEY` or `ANTHROPIC_API_KEY` in
-//! the environment, on the real one. Ctrl-C lets the calls in flight finish and gives the rest back; a worker
-//! that is killed has its items taken over when its lease is over.
+//! The store is an SQLite file or a Postgres database (`--store postgres://…`), which workers on several machines can
+//! share. It runs offline on the simulated provider; with `OPENAI_API_KEY` or `ANTHROPIC_API_KEY` in the environment it
+//! runs on the real provider. Ctrl-C lets the calls in flight finish and releases the other items. When a worker is killed,
+//! other workers take over its items after its lease expires.
 
 #[path = "generate/providers.rs"]
 mod providers;
@@ -42,7 +42,7 @@ use crate::providers::ProviderArgs;
 #[derive(Parser)]
 #[command(about = "A sentence about each earthquake, as a durable run.")]
 struct Cli {
-    /// Where the runs are: an SQLite file, or the URL of a Postgres
+    /// The store: an SQLite file or the URL of a Postgres database
     #[arg(long, global = true, default_value = "runs.db")]
     store: String,
 
@@ -52,44 +52,46 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Submits a run over the records of a JSON-lines file and prints its number
+    /// Submits a run over the records of a JSON-lines file and prints its id
     Submit(SubmitArgs),
-    /// Works on what was submitted
+    /// Works on the submitted runs
     Work(Box<WorkArgs>),
-    /// How a run stands, or the newest runs
+    /// Shows the progress of a run, or of the newest runs
     Status {
         run: Option<RunId>,
-        /// Goes on until the run is over
+        /// Follow the run until it ends
         #[arg(long)]
         watch: bool,
     },
-    /// The outcome of each item as a line of JSON
+    /// Prints the outcome of each item as a line of JSON
     Results { run: RunId },
-    /// The run's log as lines of JSON
+    /// Prints the log of a run as lines of JSON
     Log { run: RunId },
-    /// Stops a run
+    /// Cancels a run
     Cancel { run: RunId },
     /// Makes the failed items of a run pending again
     Retry { run: RunId },
-    /// Calls that may have been paid for in vain, because their worker died
+    /// Lists the calls that may have been paid for without a result, because their worker died
     Ambiguous,
 }
 
 #[derive(Args)]
 struct SubmitArgs {
+    /// Input file with one JSON object per line
     input: PathBuf,
+    /// Tenant to which the run belongs
     #[arg(long, default_value = "")]
     tenant: String,
-    /// Submitting twice with the same one makes one run
+    /// A second submission with the same key returns the run of the first
     #[arg(long)]
     idempotency_key: Option<String>,
-    /// Lower goes first
+    /// Priority of the run; lower runs first
     #[arg(long, default_value = "0", allow_negative_numbers = true)]
     priority: i32,
-    /// How often an item may be begun before the death of its worker fails it
+    /// Number of attempts after which an item fails when its worker dies
     #[arg(long, default_value = "3", value_parser = clap::value_parser!(u32).range(1..))]
     max_attempts: u32,
-    /// Does not use what earlier runs have paid for
+    /// Do not reuse the replies of earlier runs
     #[arg(long)]
     fresh: bool,
 }
@@ -99,21 +101,22 @@ struct WorkArgs {
     /// Requests per minute, for this worker
     #[arg(long, default_value = "6000", value_parser = clap::value_parser!(u64).range(1..))]
     rpm: u64,
-    /// Items at a time
+    /// Maximum number of items at a time
     #[arg(long, default_value = "64", value_parser = clap::value_parser!(u32).range(1..))]
     in_flight: u32,
-    /// Milliseconds until others take the items of a worker that is not heard of
+    /// Milliseconds without a heartbeat until other workers take over the items
     #[arg(long, default_value = "30000", value_parser = clap::value_parser!(u64).range(1..))]
     lease: u64,
-    /// Seconds after which it must be over, as where a platform cuts calls off
+    /// Time budget in seconds, for platforms that limit the time of a process
     #[arg(long)]
     budget: Option<u64>,
-    /// Stops when every run is over
+    /// Stop when every run has ended
     #[arg(long)]
     until_idle: bool,
-    /// Fails items whose last worker died with a call in flight, and does not send it again
+    /// Fail items whose last worker died with a call in flight, instead of sending the call again
     #[arg(long)]
     fail_ambiguous: bool,
+    /// Name of the worker, for logs
     #[arg(long, default_value = "worker")]
     name: String,
     #[command(flatten)]
@@ -130,7 +133,7 @@ struct Quake {
     time: Option<String>,
 }
 
-/// What workers know the pipeline by.
+/// The name under which workers register the pipeline.
 const NAME: &str = "describe-earthquake";
 
 struct Describe;
@@ -220,7 +223,7 @@ async fn run(cli: Cli) -> Result<ExitCode> {
                 }
             }
         }
-        Command::Cancel { run } => println!("{} items stopped", runner.cancel(run).await?),
+        Command::Cancel { run } => println!("{} items cancelled", runner.cancel(run).await?),
         Command::Retry { run } => println!(
             "{} items are pending again",
             runner.retry_failed(run).await?
@@ -243,8 +246,8 @@ async fn run(cli: Cli) -> Result<ExitCode> {
 }
 
 async fn submit(runner: &Runner, args: SubmitArgs) -> Result<()> {
-    let unusable = |line: usize, why: String| {
-        let message = format!("{}:{}: {why}", args.input.display(), line + 1);
+    let unusable = |line: usize, reason: String| {
+        let message = format!("{}:{}: {reason}", args.input.display(), line + 1);
         Error::new(ErrorKind::Config, message)
     };
     let file = File::open(&args.input).map_err(|error| {
@@ -309,11 +312,11 @@ async fn work(store: Arc<dyn Queue>, args: WorkArgs) -> Result<ExitCode> {
         Some(seconds) => worker.drive(Duration::from_secs(seconds)).await,
         None if args.until_idle => {
             let runner = Runner::new(store);
-            let over = all_over(&runner);
+            let idle = until_idle(&runner);
             let until = async {
                 tokio::select! {
                     () = interrupted => {}
-                    () = over => {}
+                    () = idle => {}
                 }
             };
             worker.run_until(until).await.map(|()| DriveOutcome::Done)
@@ -325,7 +328,7 @@ async fn work(store: Arc<dyn Queue>, args: WorkArgs) -> Result<ExitCode> {
     };
     let stats = worker.stats();
     eprintln!(
-        "{} completed, {} failed, {} given back, {} too late; {} replies paid, {} out of the store; {} writes",
+        "{} completed, {} failed, {} released, {} too late; {} replies paid, {} replies from the store; {} writes",
         stats.completed,
         stats.failed,
         stats.unfinished,
@@ -337,14 +340,14 @@ async fn work(store: Arc<dyn Queue>, args: WorkArgs) -> Result<ExitCode> {
     Ok(match ended? {
         DriveOutcome::Done => ExitCode::SUCCESS,
         DriveOutcome::Continue => {
-            eprintln!("the budget is used up: start again to go on");
+            eprintln!("the time budget is used up: start again to continue");
             ExitCode::from(75)
         }
     })
 }
 
-/// Ready when no run waits or is worked on: also those of others, because a worker may die.
-async fn all_over(runner: &Runner) {
+/// Waits until no run is pending or processing. This includes items of other workers, because those may die.
+async fn until_idle(runner: &Runner) {
     use throughline::store::Status::{Pending, Processing};
     loop {
         let mut open = false;
@@ -375,7 +378,7 @@ async fn results(runner: &Runner, run: RunId) -> Result<()> {
     Ok(())
 }
 
-/// Not `println`: who reads us may have read enough.
+/// Writes a line. Unlike `println!`, it returns an error when the reader has closed the pipe.
 fn write_line(line: &serde_json::Value) -> Result<()> {
     writeln!(std::io::stdout(), "{line}").map_err(Error::from)
 }

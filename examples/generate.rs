@@ -1,17 +1,17 @@
-//! The main job: JSON lines in, a prompt for each record, generated text out.
+//! Generates a text for each record of a JSON-lines file.
 //!
 //! ```sh
 //! cargo run --release --example generate --features full -- examples/data/earthquakes.jsonl
 //! ```
 //!
-//! Offline it runs on the simulated provider. With `OPENAI_API_KEY` (and `OPENAI_BASE_URL`) or
-//! `ANTHROPIC_API_KEY` in the environment, the same command runs on the real one.
+//! It runs offline on the simulated provider. With `OPENAI_API_KEY` (and `OPENAI_BASE_URL`) or
+//! `ANTHROPIC_API_KEY` in the environment, the same command runs on the real provider.
 //!
-//! Each line of the output carries a record's id, and the text or the failure. Ctrl-C stops
-//! sending and keeps what is paid; starting again does only what is missing, also after kill -9.
+//! Each line of the output has the id of a record and its text or its failure. Ctrl-C stops sending and waits for the
+//! calls in flight. The next start does only the records that are missing, also after `kill -9`.
 //!
-//! Exit status: 0 everything has its text; 1 something failed or a line was unusable, each
-//! named; 2 it could not run; 130 it was stopped, and starting it again goes on.
+//! Exit status: 0 if every record has its text; 1 if a record failed or a line could not be used (each is named on
+//! standard error); 2 if the job could not run; 130 if it was interrupted.
 
 #[path = "generate/output.rs"]
 mod output;
@@ -42,14 +42,14 @@ use crate::report::Report;
 #[derive(Parser)]
 #[command(about = "Generate a text for each record of a JSON-lines file.")]
 struct Args {
-    /// The records: one JSON object a line
+    /// Input file with one JSON object per line
     input: PathBuf,
 
-    /// Where the results go, one JSON object a line; what is there already is kept
+    /// Output file with one JSON object per line; results that it already has are kept
     #[arg(long, short, default_value = "generated.jsonl")]
     output: PathBuf,
 
-    /// The prompt; {name} stands for a field of the record
+    /// Prompt template; {name} stands for a field of the record
     #[arg(
         long,
         default_value = "Write one plain sentence about the earthquake near {place} on {time}: \
@@ -57,15 +57,15 @@ struct Args {
     )]
     prompt: Template,
 
-    /// The field that names a record
+    /// Field with the id of a record
     #[arg(long, default_value = "id")]
     id: String,
 
-    /// Do only the first so many of the missing records
+    /// Maximum number of missing records to do
     #[arg(long)]
     limit: Option<usize>,
 
-    /// Requests per minute; 6,000 on the simulated provider, else 60
+    /// Requests per minute [default: 6000 on the simulated provider, else 60]
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
     rpm: Option<u64>,
 
@@ -73,15 +73,15 @@ struct Args {
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
     tpm: Option<u64>,
 
-    /// Calls in flight at one time
+    /// Maximum number of calls in flight
     #[arg(long, default_value = "64", value_parser = clap::value_parser!(u32).range(1..))]
     in_flight: u32,
 
-    /// The most tokens of an answer
+    /// Maximum number of tokens of a reply
     #[arg(long, default_value = "200", value_parser = clap::value_parser!(u64).range(1..))]
     max_tokens: u64,
 
-    /// Seconds that one call may take
+    /// Timeout of a call in seconds
     #[arg(long, default_value = "120", value_parser = clap::value_parser!(u64).range(1..))]
     timeout: u64,
 
@@ -104,7 +104,7 @@ async fn run(args: Args) -> Result<ExitCode, Error> {
     let open = || Records::open(&args.input, &args.id, &args.prompt);
     let limit = args.limit.unwrap_or(usize::MAX);
 
-    // The first pass names what is wrong with the input before anything is paid.
+    // The first pass reports unusable lines before any call is paid for.
     let mut unusable = 0;
     let mut ids = Vec::new();
     for record in open()? {
@@ -130,7 +130,7 @@ async fn run(args: Args) -> Result<ExitCode, Error> {
         pace = pace.tokens(tpm);
     }
     eprintln!(
-        "{missing} records on {} ({}), {done_before} done before, at {rpm} requests a minute -> {}",
+        "{missing} records on {} ({}), {done_before} done before, at {rpm} requests per minute -> {}",
         chosen.provider.name(),
         chosen.model,
         args.output.display()
@@ -152,7 +152,7 @@ async fn run(args: Args) -> Result<ExitCode, Error> {
     let todo = todo
         .filter(move |record| !finished.contains(&record.id))
         .take(limit);
-    // The items of a stream run in a task of their own: their closure owns what it uses, and is no async closure.
+    // The items of a stream run in a task of their own, so the closure must own what it uses.
     let mut outcomes = cx
         .fan_out("record", todo)
         .key(|record: &Record| record.id.clone())
@@ -173,7 +173,7 @@ async fn run(args: Args) -> Result<ExitCode, Error> {
                 let Some(outcome) = outcome else { break };
                 if let Some(error) = outcome.error() {
                     if error.is_cancelled() {
-                        continue; // Never sent: it is missing, and the next start does it.
+                        continue; // It was never sent. The next start does it.
                     }
                     if error.is_account_wide() && stopped.is_none() {
                         stopped = Some(format!("no call can succeed any more: {error}"));
@@ -189,7 +189,7 @@ async fn run(args: Args) -> Result<ExitCode, Error> {
             }
             Some(()) = interrupts.recv() => {
                 if stopped.is_none() {
-                    bar.println("stopping: waiting for the calls in flight (again: drop them)");
+                    bar.println("stopping: waiting for the calls in flight (interrupt again to drop them)");
                     stopped = Some("interrupted".to_owned());
                     cx.drain();
                 } else {
@@ -205,7 +205,7 @@ async fn run(args: Args) -> Result<ExitCode, Error> {
     let failed = report.print(&cx, &args.output, unusable, done_before);
     Ok(match stopped {
         Some(reason) => {
-            eprintln!("stopped: {reason}; start again to go on with what is missing");
+            eprintln!("stopped: {reason}; start again to continue with the missing records");
             ExitCode::from(if reason == "interrupted" { 130 } else { 1 })
         }
         None if failed + unusable > 0 => ExitCode::FAILURE,
@@ -213,14 +213,14 @@ async fn run(args: Args) -> Result<ExitCode, Error> {
     })
 }
 
-/// The record's id, for messages.
+/// Returns the id of the record, for messages.
 fn name(outcome: &Outcome<(usize, Reply)>) -> &str {
     outcome.key.as_deref().unwrap_or("?")
 }
 
-/// Ctrl-C, or the polite kill of a process manager, as often as it comes.
+/// Receives every SIGINT (Ctrl-C) and SIGTERM.
 fn interrupts() -> std::io::Result<mpsc::UnboundedReceiver<()>> {
-    let (tell, interrupts) = mpsc::unbounded_channel();
+    let (sender, interrupts) = mpsc::unbounded_channel();
     #[cfg(unix)]
     {
         use tokio::signal::unix::{SignalKind, signal};
@@ -232,14 +232,14 @@ fn interrupts() -> std::io::Result<mpsc::UnboundedReceiver<()>> {
                     _ = ctrl_c.recv() => {}
                     _ = terminate.recv() => {}
                 }
-                let _ = tell.send(());
+                let _ = sender.send(());
             }
         });
     }
     #[cfg(not(unix))]
     tokio::spawn(async move {
         while tokio::signal::ctrl_c().await.is_ok() {
-            let _ = tell.send(());
+            let _ = sender.send(());
         }
     });
     Ok(interrupts)

@@ -1,15 +1,13 @@
-//! A limit nobody was told of: the lane is configured with twice the true limit, and in
-//! the middle of the run the true limit falls to a quarter.
+//! Configures a lane with twice the true rate limit. In the middle of the run the true limit falls to a quarter.
 //!
 //! ```sh
 //! cargo run --example hidden_limit --features sim
 //! cargo run --example hidden_limit --features sim -- --svg hidden_limit.svg
 //! ```
 //!
-//! Everything runs on Tokio's paused clock against the simulated provider: ten minutes
-//! pass in a second. The chart shows what the lane granted, second by second, as what the
-//! provider accepted and what it rejected; the bound is when the last reply could have
-//! come if the client had known the limit all along.
+//! The example runs on Tokio's paused clock against the simulated provider, so ten minutes pass in a second. The chart shows
+//! the calls per second that the provider accepted and rejected. The bound is the time of the last reply for a client that
+//! knows the true limit all the time.
 
 #[path = "../tests/support/bound.rs"]
 mod bound;
@@ -30,11 +28,11 @@ use crate::run::Run;
 #[derive(Parser)]
 #[command(about = "Configured with twice the limit, which then falls to a quarter.")]
 struct Args {
-    /// Write the chart there too
+    /// Also write the chart to this SVG file
     #[arg(long)]
     svg: Option<PathBuf>,
 
-    /// Seeds the latencies and the jitter of the lane
+    /// Seed of the latencies and of the lane's jitter
     #[arg(long, default_value = "1")]
     seed: u64,
 }

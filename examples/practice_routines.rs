@@ -1,11 +1,12 @@
-//! A week of practice: a plan of four routines, and an etude for each of their twelve exercises.
+//! Generates a week of practice: a plan of four routines, and an etude for each of their twelve exercises.
 //!
 //! ```sh
 //! cargo run --example practice_routines --features full
 //! ```
 //!
-//! Thirteen calls of 3 to 5 s: one after the other, in batches, all together, and streamed, where the etudes of a routine
-//! start while the rest of the plan is being written. The clock is paused: times are exact and nobody waits.
+//! That is thirteen calls of 3 to 5 s. The example runs them one after the other, in batches, in parallel, and streamed:
+//! then the etudes of a routine start while the rest of the plan is being written. Tokio's clock is paused, so the times
+//! are exact and the example ends at once.
 
 #[path = "practice_routines/practice.rs"]
 mod practice;
@@ -33,12 +34,12 @@ async fn main() -> Result<()> {
     }
     println!("{table}");
 
-    println!("Streamed, with one exercise that the model refuses:");
+    println!("Streamed, with one exercise that fails:");
     let model = model().fail_when("chords quickly", ErrorKind::InvalidRequest);
     let cx = Context::builder(model.build()).build();
     for routine in week(&cx, Way::Streamed, |_| {}).await.all()? {
         let (etudes, missing) = (routine.etudes.len(), routine.missing);
-        println!("  {:14} {etudes} etudes, without {missing:?}", routine.name);
+        println!("  {:14} {etudes} etudes, missing {missing:?}", routine.name);
     }
     Ok(())
 }

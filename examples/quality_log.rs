@@ -1,11 +1,11 @@
-//! A log of every class that was generated, for which no user waits.
+//! Logs every generated class in a store without making users wait for the store.
 //!
 //! ```sh
 //! cargo run --example quality_log --features full,testing,stages
 //! ```
 //!
-//! Each class leaves 9 movements and a line in a store that takes 75 ms for a round trip. Round trips
-//! are counted; the clock is paused, so the times are exact too.
+//! Each class writes ten rows, nine movements and a summary, into a store that takes 75 ms for a round trip. The example
+//! counts the round trips. Tokio's clock is paused, so the times are exact.
 
 #[path = "quality_log/log.rs"]
 mod log;
@@ -19,7 +19,7 @@ use throughline::testing::Counted;
 use throughline::{Context, Result};
 use tokio::time::Instant;
 
-use crate::log::{QualityLog, as_it_was, class, model};
+use crate::log::{QualityLog, class, class_row_by_row, model};
 
 #[tokio::main(flavor = "current_thread", start_paused = true)]
 async fn main() -> Result<()> {
@@ -30,11 +30,14 @@ async fn main() -> Result<()> {
 
     store.forget();
     let began = Instant::now();
-    as_it_was(&cx, log, &*store).await?;
+    class_row_by_row(&cx, log, &*store).await?;
     let (took, waited) = (began.elapsed(), store.trips());
-    println!("one class, as it was   {took:>7.3?}, {waited} round trips waited for");
+    println!("one class, row by row  {took:>7.3?}, {waited} round trips before the result");
 
-    for (what, classes) in [("one class, ours", 2..3), ("100 classes at once", 3..103)] {
+    for (what, classes) in [
+        ("one class, journal", 2..3),
+        ("100 classes at once", 3..103),
+    ] {
         store.forget();
         let classes = cx.fan_out("class", classes).join_all();
         let ended = classes.settle(async |cx, number| class(&cx, log, number).await);
@@ -42,7 +45,9 @@ async fn main() -> Result<()> {
         let (took, waited) = (ended.elapsed(), store.trips());
         log.journal.flush().await?;
         let written = store.trips();
-        println!("{what:22} {took:>7.3?}, {waited} waited for, {written} behind them");
+        println!(
+            "{what:22} {took:>7.3?}, {waited} round trips before the result, {written} after it"
+        );
         ended.all()?;
     }
 
@@ -54,12 +59,14 @@ async fn main() -> Result<()> {
     let began = Instant::now();
     class(&cx, log, 103).await?;
     let (took, shutdown) = (began.elapsed(), log.journal.flush().await.unwrap_err());
-    println!("\nstore down: a class    {took:>7.3?}, and the flush says: {shutdown}");
+    println!("\nstore down: a class    {took:>7.3?}; flush returns: {shutdown}");
     store.set_down(false);
     log.journal.flush().await?;
     let stats = log.journal.stats();
     let (written, lost, failures) = (stats.written, stats.given_up, stats.failures);
-    println!("store up again: {written} rows written, {lost} lost; {failures} writes had failed\n");
+    println!(
+        "store up again: {written} rows written, {lost} lost, after {failures} failed writes\n"
+    );
 
     println!("{stages}");
     Ok(())

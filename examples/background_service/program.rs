@@ -1,4 +1,4 @@
-//! What is asked for, what is done for a week of it, and the simulated provider it is done on.
+//! The pipeline that plans a week of a program, its input and output, and the simulated provider.
 
 use std::path::Path;
 use std::time::Duration;
@@ -7,7 +7,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use throughline::{Context, Result, Sim};
 
-/// What is asked for.
+/// A program as submitted.
 #[derive(Deserialize)]
 pub struct Program {
     pub goal: String,
@@ -15,13 +15,14 @@ pub struct Program {
     pub timeout_ms: Option<u64>,
 }
 
+/// The plan of a week.
 #[derive(Serialize, Deserialize, JsonSchema)]
 pub struct Plan {
     focus: String,
     sessions: Vec<String>,
 }
 
-/// Plans a week of a program: an item of its run.
+/// Plans a week of a program. Each week is an item of the run.
 pub async fn plan_week(cx: Context, (goal, week): (String, u32)) -> Result<Plan> {
     let about = format!("week {week} of a program towards {goal}");
     let analyse = format!("Analyse what is needed in {about}.");
@@ -31,7 +32,7 @@ pub async fn plan_week(cx: Context, (goal, week): (String, u32)) -> Result<Plan>
         .await
 }
 
-/// It keeps its bills beside the store.
+/// Returns the simulated provider, which writes its bills to a file next to the store.
 pub fn provider(latency: Duration, store: &Path) -> Sim {
     const WEEK: &str = r#"{"focus":"endurance","sessions":["40 min easy","6 x 400 m"]}"#;
     Sim::builder()

@@ -1,4 +1,4 @@
-//! What shows that it holds: workers that are called again and again, one of them killed, and a look at all that they left.
+//! Starts the worker processes, kills one of them, and verifies the results, the logs and the provider's bills.
 
 use std::collections::HashSet;
 
@@ -10,11 +10,11 @@ use tokio::time::sleep;
 
 use super::{CONTINUE, ITEMS, LEDGER, SECOND};
 
-/// The items that were completed at some time, and how many bills there were by then.
+/// The keys of the items that were completed at some time, and the number of bills at that time.
 type Kept = (HashSet<String>, usize);
 
-/// Calls a worker until it says that all is done. The victim is killed in the middle of the last phase; what was
-/// completed by then is given.
+/// Starts a worker again and again until all is done. Kills the victim in the middle of the last phase and returns the items
+/// that were completed by then.
 pub async fn supervise(runner: &Runner, worker: &str, victim: bool) -> Result<Kept> {
     let mut kept = Kept::default();
     for call in 1.. {
@@ -24,7 +24,7 @@ pub async fn supervise(runner: &Runner, worker: &str, victim: bool) -> Result<Ke
         let ended = tokio::select! {
             ended = process.wait() => ended?,
             middle = half_way(runner), if victim && kept.0.is_empty() => {
-                // On Unix that is SIGKILL: nothing is flushed and nobody says goodbye.
+                // On Unix this sends SIGKILL.
                 process.kill().await?;
                 println!("{name}: killed");
                 kept = middle?;
@@ -34,13 +34,13 @@ pub async fn supervise(runner: &Runner, worker: &str, victim: bool) -> Result<Ke
         match ended.code() {
             Some(0) => break,
             Some(CONTINUE) => {}
-            code => return Err(Error::other(format!("{name} has failed: {code:?}"))),
+            code => return Err(Error::other(format!("{name} failed: {code:?}"))),
         }
     }
     Ok(kept)
 }
 
-/// What is completed when half of all calls have their bill: that is in the last phase.
+/// Waits until half of all calls are billed, which is in the last phase, and returns the completed items.
 async fn half_way(runner: &Runner) -> Result<Kept> {
     while Ledger::read(LEDGER)?.bills.len() < ITEMS / 2 {
         sleep(SECOND).await;
@@ -54,11 +54,11 @@ async fn half_way(runner: &Runner) -> Result<Kept> {
     Ok((keys, Ledger::read(LEDGER)?.bills.len()))
 }
 
-/// Looks at the rows, the logs and the provider's bills, and says what it finds.
+/// Checks the items, the logs and the provider's bills, and prints the findings.
 pub async fn verify(runner: &Runner, (kept, bills): Kept) -> Result<()> {
     let mut completed = 0;
     for run in runner.list(RunFilter::new(), 3).await?.into_iter().rev() {
-        let audit = runner.audit(run.id).await?.expect("it is there");
+        let audit = runner.audit(run.id).await?.expect("the run exists");
         assert!(audit.is_sound(), "{audit}");
         completed += audit.completed;
         let run = RunSnapshot::from(run);

@@ -1,4 +1,4 @@
-//! One turn of the conversation: a graph of steps that wait only for what they need.
+//! One turn of the conversation: a graph of steps, each of which waits only for its own inputs.
 
 use std::time::Duration;
 
@@ -9,7 +9,7 @@ use throughline::provider::sim::SimBuilder;
 use throughline::{Context, Result, Sim};
 use tokio::time::sleep;
 
-/// The simulated model. A prompt begins with the name of its step.
+/// Returns the simulated model. A prompt begins with the name of its step.
 pub fn model() -> SimBuilder {
     Sim::builder()
         .latency(Duration::from_millis(300))
@@ -24,7 +24,7 @@ pub fn model() -> SimBuilder {
         })
 }
 
-/// A read from the database, simulated.
+/// Simulates a read from the database.
 async fn read(cx: &Context, step: &str, millis: u64) -> Result<String> {
     let read = sleep(Duration::from_millis(millis));
     cx.stage(step, |_| read.map(Ok)).await?;
@@ -36,36 +36,37 @@ async fn ask(cx: &Context, step: &str, about: &str) -> Result<String> {
     Ok(reply.text)
 }
 
-/// What the router says of a message.
+/// The router's decision about a message.
 #[derive(Deserialize, JsonSchema)]
 struct Verdict {
     workout: bool,
     memory: bool,
 }
 
-/// What a turn has come to.
+/// The result of a turn.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Turn {
     pub answer: String,
-    /// `None` where the router saw no need.
+    /// The workout, or `None` if the router decided against one.
     pub workout: Option<String>,
+    /// The memory, or `None` if the router decided against one.
     pub memory: Option<String>,
-    /// The updates that the user has seen while the work went on.
+    /// The updates that the user saw during the work.
     pub seen: Vec<String>,
 }
 
-/// What a branch has come to, and the update that was seen.
+/// The result of a branch and the update that the user saw.
 type Branch = (Option<String>, Option<String>);
 
-/// Runs a branch and, as a best effort, its update, which can neither fail the branch nor delay it by more than the grace.
+/// Runs the work of a branch and sends an update meanwhile. The update is best effort: if it fails, the work continues.
 async fn branch(cx: &Context, step: &str, found: &str, message: &str) -> Result<Branch> {
-    let told = format!("{step}-update");
-    let update = ask(cx, &told, message);
+    let update_step = format!("{step}-update");
+    let update = ask(cx, &update_step, message);
     let (work, update) = cx.join_best_effort(ask(cx, step, found), update).await;
     Ok((Some(work?), update.ok()))
 }
 
-/// One message, answered.
+/// Answers one message.
 pub async fn turn(cx: &Context, message: &str) -> Result<Turn> {
     let profile = read(cx, "profile", 292).await?;
     let router = cx.child("router");
@@ -94,19 +95,19 @@ pub async fn turn(cx: &Context, message: &str) -> Result<Turn> {
     let branches = cx.join_best_effort(cx.join((workout, memory)), acknowledge);
     let (((workout, pattern), memory), acknowledged) = branches.await;
 
-    // A branch that failed is said to have failed, and takes nothing with it.
-    let sorry = |_| (Some("not available now".to_owned()), None);
-    let (workout, workout_update) = workout.unwrap_or_else(sorry);
-    let (memory, memory_update) = memory.unwrap_or_else(sorry);
+    // A failed branch is reported in the answer and does not affect the other branch.
+    let unavailable = |_| (Some("not available now".to_owned()), None);
+    let (workout, workout_update) = workout.unwrap_or_else(unavailable);
+    let (memory, memory_update) = memory.unwrap_or_else(unavailable);
 
-    // As it is written: a service would pass each piece on to its user.
+    // A service would pass each piece on to its user.
     let prompt = format!("answer: {message} ({known}; {workout:?}, {memory:?})");
     let answer = cx.child("answer").stream(prompt).for_each_text(|_piece| {});
     let insights = ask(cx, "insights-update", message);
     let (answer, insights) = cx.join_best_effort(answer, insights).await;
-    let told = [acknowledged.ok(), pattern.ok(), insights.ok()];
-    let told = told.into_iter().chain([workout_update, memory_update]);
-    let (answer, seen) = (answer?.text, told.flatten().collect());
+    let updates = [acknowledged.ok(), pattern.ok(), insights.ok()];
+    let updates = updates.into_iter().chain([workout_update, memory_update]);
+    let (answer, seen) = (answer?.text, updates.flatten().collect());
     Ok(Turn {
         answer,
         workout,

@@ -1,4 +1,4 @@
-//! Which store: an SQLite file, or a Postgres by its URL.
+//! Opens the store: an SQLite file, or a Postgres database by its URL.
 
 use std::sync::Arc;
 
@@ -12,7 +12,7 @@ pub async fn open(place: &str) -> Result<Arc<dyn Queue>> {
     Ok(Arc::new(Sqlite::open(place).await?))
 }
 
-/// `…#name` at the end of the URL is the schema.
+/// Connects to Postgres. The URL may end with `#name`, which names the schema.
 #[cfg(feature = "postgres")]
 async fn postgres(url: &str) -> Result<Arc<dyn Queue>> {
     use throughline::store::Postgres;
@@ -26,7 +26,7 @@ async fn postgres(url: &str) -> Result<Arc<dyn Queue>> {
 
 #[cfg(not(feature = "postgres"))]
 async fn postgres(_url: &str) -> Result<Arc<dyn Queue>> {
-    let message = "this build has no postgres: run it with `--features postgres`";
+    let message = "this build does not include Postgres: add `--features postgres`";
     Err(throughline::Error::new(
         throughline::ErrorKind::Config,
         message,

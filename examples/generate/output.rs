@@ -1,4 +1,4 @@
-//! The output: a line for each result, and what a restart finds of it.
+//! The output file: writes a line for each result and reads the results of earlier runs.
 
 use std::collections::HashSet;
 use std::fs::{File, OpenOptions};
@@ -10,7 +10,7 @@ use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 use throughline::{Error, ErrorKind, Outcome, Reply, request::FinishReason};
 
-/// A result as it is written.
+/// A line of the output file.
 #[derive(Serialize)]
 struct Line<'a> {
     id: &'a str,
@@ -27,15 +27,15 @@ struct Line<'a> {
     output_tokens: u64,
 }
 
-/// What of a result says whether its record is done.
+/// The fields of a line that say whether its record is done.
 #[derive(Deserialize)]
-struct Found {
+struct EarlierLine {
     id: String,
     text: Option<IgnoredAny>,
     error: Option<IgnoredAny>,
 }
 
-/// The results file. Each result is one write, so a crash can cut the last line only.
+/// The output file. Each result is one write, so a crash can cut only the last line.
 pub struct Output {
     file: File,
     path: PathBuf,
@@ -43,22 +43,25 @@ pub struct Output {
 }
 
 impl Output {
-    /// Opens the file and keeps what it holds of whole results with a text. Failures and a line
-    /// that was cut in half are taken out, so that their records are done again. A file of
-    /// something else is refused and left as it is.
+    /// Opens the file and keeps its results that have a text. Failures and a line that was cut off are
+    /// removed, so that their records are done again.
+    ///
+    /// # Errors
+    ///
+    /// If the file has other lines, it is left unchanged.
     pub fn resume(path: &Path) -> Result<Self, Error> {
-        let failed = |error: std::io::Error| unwritable(path, error);
+        let failed = |error: std::io::Error| cannot_write(path, error);
         let mut finished = HashSet::new();
         match File::open(path) {
             Err(error) if error.kind() == IoKind::NotFound => {}
             Err(error) => return Err(failed(error)),
             Ok(old) if old.metadata().map_err(failed)?.is_file() => {
-                // The kept lines go into a new file that takes the old one's place in one step.
-                let beside = path.with_extension("jsonl.resuming");
-                let mut kept = BufWriter::new(File::create(&beside).map_err(failed)?);
+                // The kept lines go into a new file that then replaces the old one atomically.
+                let temporary = path.with_extension("jsonl.resuming");
+                let mut kept = BufWriter::new(File::create(&temporary).map_err(failed)?);
                 for (number, line) in BufReader::new(old).split(b'\n').enumerate() {
                     let line = line.map_err(failed)?;
-                    match serde_json::from_slice::<Found>(&line) {
+                    match serde_json::from_slice::<EarlierLine>(&line) {
                         Ok(found) if found.text.is_some() => {
                             if finished.insert(found.id) {
                                 kept.write_all(&line).map_err(failed)?;
@@ -66,10 +69,10 @@ impl Output {
                             }
                         }
                         Ok(found) if found.error.is_some() => {}
-                        Err(_) if cut(&line) => {}
+                        Err(_) if is_cut_off(&line) => {}
                         _ => {
-                            let _ = std::fs::remove_file(&beside);
-                            return Err(foreign(path, number + 1));
+                            let _ = std::fs::remove_file(&temporary);
+                            return Err(not_a_result(path, number + 1));
                         }
                     }
                 }
@@ -77,7 +80,7 @@ impl Output {
                     .into_inner()
                     .map_err(|error| failed(error.into_error()))?;
                 kept.sync_all().map_err(failed)?;
-                std::fs::rename(&beside, path).map_err(failed)?;
+                std::fs::rename(&temporary, path).map_err(failed)?;
             }
             Ok(_) => {}
         }
@@ -89,12 +92,12 @@ impl Output {
         })
     }
 
-    /// Whether a record had its text when the file was opened.
+    /// Returns whether the record had its text when the file was opened.
     pub fn has(&self, id: &str) -> bool {
         self.finished.contains(id)
     }
 
-    /// The ids that had their text when the file was opened.
+    /// Returns the ids that had their text when the file was opened.
     pub fn finished(&self) -> Arc<HashSet<String>> {
         Arc::clone(&self.finished)
     }
@@ -113,18 +116,18 @@ impl Output {
         })?;
         line.push(b'\n');
         let written = self.file.write_all(&line);
-        written.map_err(|error| unwritable(&self.path, error))
+        written.map_err(|error| cannot_write(&self.path, error))
     }
 }
 
-/// Whether a line that is no result is a part of one: its beginning.
-fn cut(line: &[u8]) -> bool {
+/// Returns whether the line is the beginning of a result.
+fn is_cut_off(line: &[u8]) -> bool {
     let beginning = br#"{"id":""#;
     let known = line.len().min(beginning.len());
     line[..known] == beginning[..known] && serde_json::from_slice::<IgnoredAny>(line).is_err()
 }
 
-fn foreign(path: &Path, line: usize) -> Error {
+fn not_a_result(path: &Path, line: usize) -> Error {
     let message = format!(
         "{}:{line}: not a result of this program; give it another --output",
         path.display()
@@ -132,9 +135,9 @@ fn foreign(path: &Path, line: usize) -> Error {
     Error::new(ErrorKind::Config, message)
 }
 
-fn unwritable(path: &Path, error: std::io::Error) -> Error {
+fn cannot_write(path: &Path, error: std::io::Error) -> Error {
     let message = format!(
-        "cannot write {}: {error}; what it holds is kept, and starting again goes on from there",
+        "cannot write {}: {error}; the results in it are kept, and the next start continues from there",
         path.display()
     );
     Error::new(ErrorKind::Io, message).with_source(error)

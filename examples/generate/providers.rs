@@ -1,4 +1,4 @@
-//! Which provider it runs on: what is asked for, else what the environment has a key for.
+//! Chooses the provider: by `--provider`, or else by the API key in the environment.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -16,31 +16,31 @@ enum Kind {
 
 #[derive(Args)]
 pub struct ProviderArgs {
-    /// Where to ask; without it, the one whose key is in the environment, else `sim`
+    /// Provider [default: the one whose key is in the environment, else sim]
     #[arg(long, value_enum)]
     provider: Option<Kind>,
 
-    /// The model [sim: sim-1, openai: gpt-4.1-mini, anthropic: claude-haiku-4-5]
+    /// Model [default: sim: sim-1, openai: gpt-4.1-mini, anthropic: claude-haiku-4-5]
     #[arg(long)]
     model: Option<String>,
 
-    /// Simulated: requests per minute that the provider really allows
+    /// Simulated provider: requests per minute that it allows
     #[arg(long, default_value = "6000", value_parser = clap::value_parser!(u64).range(1..))]
     sim_rpm: u64,
 
-    /// Simulated: milliseconds until an answer
+    /// Simulated provider: latency in milliseconds
     #[arg(long, default_value = "300")]
     sim_latency: u64,
 
-    /// Simulated: part of the calls that fail with a 500, 0 to 1
+    /// Simulated provider: share of the calls that fail with HTTP 500, from 0 to 1
     #[arg(long, default_value = "0")]
     sim_errors: f64,
 
-    /// Simulated: the seed of answers, jitter and faults
+    /// Simulated provider: seed of replies, latencies and failures
     #[arg(long, default_value = "0")]
     sim_seed: u64,
 
-    /// Simulated: a file that the provider keeps its bills in, a line for each
+    /// Simulated provider: file to which it appends a line for each billed call
     #[arg(long)]
     ledger: Option<PathBuf>,
 }
@@ -77,7 +77,7 @@ impl ProviderArgs {
 
     fn simulated(&self) -> Result<Box<dyn Provider>, Error> {
         if !(0.0..=1.0).contains(&self.sim_errors) {
-            let message = format!("--sim-errors is a part of 1, not {}", self.sim_errors);
+            let message = format!("--sim-errors must be from 0 to 1, not {}", self.sim_errors);
             return Err(Error::new(ErrorKind::Config, message));
         }
         let mut sim = Sim::builder()
@@ -105,18 +105,18 @@ fn anthropic() -> Result<Box<dyn Provider>, Error> {
 
 #[cfg(not(feature = "openai"))]
 fn openai() -> Result<Box<dyn Provider>, Error> {
-    Err(not_built("openai"))
+    Err(not_included("openai"))
 }
 
 #[cfg(not(feature = "anthropic"))]
 fn anthropic() -> Result<Box<dyn Provider>, Error> {
-    Err(not_built("anthropic"))
+    Err(not_included("anthropic"))
 }
 
 #[cfg(not(all(feature = "openai", feature = "anthropic")))]
-fn not_built(feature: &str) -> Error {
+fn not_included(feature: &str) -> Error {
     let message = format!(
-        "this build has no {feature}: run it with `--features full`, or ask for `--provider sim`"
+        "this build does not include {feature}: add `--features full`, or use `--provider sim`"
     );
     Error::new(ErrorKind::Config, message)
 }

@@ -1,4 +1,4 @@
-//! The input: records, their ids, and the prompt made of their fields.
+//! Reads the input: the records, their ids, and the prompts made of their fields.
 
 use std::collections::HashSet;
 use std::fmt;
@@ -10,28 +10,28 @@ use std::str::FromStr;
 use serde_json::{Map, Value};
 use throughline::{Error, ErrorKind};
 
-/// A record that can be asked about.
+/// A record of the input.
 pub struct Record {
-    /// Its line in the input, from 1.
+    /// The line number in the input, from 1.
     pub line: usize,
     pub id: String,
     pub prompt: String,
 }
 
-/// Why a line is no use.
+/// Why a line cannot be used.
 #[derive(Debug)]
 pub struct Problem {
     line: usize,
-    what: String,
+    reason: String,
 }
 
 impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}", self.line, self.what)
+        write!(f, "{}: {}", self.line, self.reason)
     }
 }
 
-/// The records of a file in turn, in memory O(ids).
+/// An iterator over the records of a file. It keeps only the ids in memory.
 pub struct Records {
     lines: Option<std::io::Split<BufReader<File>>>,
     line: usize,
@@ -44,7 +44,7 @@ impl Records {
     pub fn open(path: &Path, id_field: &str, template: &Template) -> Result<Self, Error> {
         let open = || {
             let mut file = BufReader::new(File::open(path)?);
-            file.fill_buf()?; // A directory opens well and cannot be read.
+            file.fill_buf()?; // A directory can be opened but not read.
             Ok(file)
         };
         let file = open().map_err(|error: std::io::Error| {
@@ -62,26 +62,24 @@ impl Records {
 
     fn record(&mut self, line: &str) -> Result<Record, String> {
         let record: Map<String, Value> = serde_json::from_str(line).map_err(|error| {
-            // Its line is always the first: ours is named in front of the message.
+            // The message always says line 1, because each line is parsed by itself.
             let error = error.to_string().replace("line 1 column", "column");
             format!("not a JSON object: {error}")
         })?;
         let id = match record.get(&self.id_field) {
             Some(Value::String(id)) if !id.is_empty() => id.clone(),
             Some(Value::Number(id)) => id.to_string(),
-            Some(other) => return Err(format!("{:?} is no id: {other}", self.id_field)),
+            Some(other) => return Err(format!("field {:?} is not an id: {other}", self.id_field)),
             None => {
                 return Err(format!(
-                    "no field {:?} to name the record by",
+                    "no field {:?}, which should have the id",
                     self.id_field
                 ));
             }
         };
         let prompt = self.template.render(&record)?;
         if !self.seen.insert(id.clone()) {
-            return Err(format!(
-                "{id:?} was there before: a second record of the same id"
-            ));
+            return Err(format!("a second record with the id {id:?}"));
         }
         Ok(Record {
             line: self.line,
@@ -103,17 +101,17 @@ impl Iterator for Records {
                 Ok(Ok(line)) => self.record(line.trim_start_matches('\u{feff}')),
                 Ok(Err(error)) => Err(format!("not UTF-8: {error}")),
                 Err(error) => {
-                    self.lines = None; // It would fail again, without end.
+                    self.lines = None; // Reading on would fail again and again.
                     Err(format!("the rest cannot be read: {error}"))
                 }
             };
             let line = self.line;
-            return Some(result.map_err(|what| Problem { line, what }));
+            return Some(result.map_err(|reason| Problem { line, reason }));
         }
     }
 }
 
-/// A prompt with `{field}`s in it; `{{` and `}}` stand for the braces themselves.
+/// A prompt with placeholders `{field}`. `{{` and `}}` stand for braces.
 #[derive(Debug, Clone)]
 pub struct Template(Vec<Part>);
 
@@ -141,17 +139,17 @@ impl FromStr for Template {
                     loop {
                         match chars.next() {
                             Some('}') => break,
-                            Some('{') | None => return Err("a `{` without its `}`".into()),
+                            Some('{') | None => return Err("a `{` without a `}`".into()),
                             Some(c) => field.push(c),
                         }
                     }
                     if field.is_empty() {
-                        return Err("`{}` names no field; `{{` is a brace".into());
+                        return Err("`{}` names no field; write `{{` for a brace".into());
                     }
                     parts.push(Part::Text(std::mem::take(&mut text)));
                     parts.push(Part::Field(field));
                 }
-                '}' => return Err("a `}` without its `{`; `}}` is a brace".into()),
+                '}' => return Err("a `}` without a `{`; write `}}` for a brace".into()),
                 c => text.push(c),
             }
         }
@@ -167,9 +165,9 @@ impl Template {
             match part {
                 Part::Text(text) => prompt.push_str(text),
                 Part::Field(field) => match record.get(field) {
-                    None => return Err(format!("no field {field:?}, which the prompt names")),
+                    None => return Err(format!("no field {field:?}, which the prompt uses")),
                     Some(Value::Null) => {
-                        return Err(format!("field {field:?} is null, and the prompt names it"));
+                        return Err(format!("field {field:?} is null, and the prompt uses it"));
                     }
                     Some(Value::String(text)) => prompt.push_str(text),
                     Some(other) => prompt.push_str(&other.to_string()),

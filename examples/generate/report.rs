@@ -1,4 +1,4 @@
-//! What a person wants to know at the end.
+//! Prints the summary at the end.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -47,7 +47,7 @@ impl Report {
         }
     }
 
-    /// Prints the summary; gives the number of failures.
+    /// Prints the summary and returns the number of failures.
     pub fn print(&self, cx: &Context, output: &Path, unusable: usize, done_before: usize) -> usize {
         let mut counts = self.counts();
         let took = self.began.elapsed();
@@ -72,7 +72,7 @@ impl Report {
             println!("failed    {failed}: {}", kinds.join(", "));
         }
         if unusable > 0 {
-            println!("unusable  {unusable} lines of the input, named above");
+            println!("unusable  {unusable} lines of the input, listed above");
         }
         println!(
             "tokens    {} in, {} out",
@@ -84,7 +84,7 @@ impl Report {
         );
         let rate = tally.attempts as f64 / took.as_secs_f64() * 60.0;
         println!(
-            "rate      {rate:.0} of {} requests a minute ({:.0} %; the lane starts with a second of burst)",
+            "rate      {rate:.0} of {} requests per minute ({:.0} %)",
             self.limit,
             100.0 * rate / self.limit as f64
         );

@@ -1,4 +1,4 @@
-//! The run itself, and what was measured of it.
+//! Runs the calls and measures them.
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -10,7 +10,7 @@ use tokio::time::Instant;
 use crate::bound::{Calls, Curve, Limit, lower_bound};
 
 pub const CALLS: usize = 2_400;
-/// Calls per minute: what the lane is told, what is true, and what is true after the fall.
+/// Calls per minute: the configured limit, the true limit, and the true limit after it falls.
 pub const CONFIGURED: u64 = 1_200;
 pub const TRUE: u64 = 600;
 pub const FALLEN: u64 = 150;
@@ -19,9 +19,9 @@ pub const FALLS_AT: Duration = Duration::from_secs(120);
 const BURST: Duration = Duration::from_secs(1);
 
 pub struct Run {
-    /// What the lane granted, second by second.
+    /// The number of granted calls for each second.
     granted: Vec<u32>,
-    /// What became of it at the provider.
+    /// The provider's own counts for each second.
     seconds: Vec<Second>,
     pub makespan: Duration,
     pub bound: Duration,
@@ -30,7 +30,7 @@ pub struct Run {
     pub rejected: u64,
 }
 
-/// A column of the chart; rates are calls per second.
+/// A column of the chart. Rates are in calls per second.
 pub struct Bin {
     pub from: f64,
     pub to: f64,
@@ -39,7 +39,7 @@ pub struct Bin {
     pub rejected: f64,
 }
 
-/// What observers are told.
+/// Measurements from events.
 #[derive(Default)]
 struct Seen {
     granted: Vec<u32>,
@@ -70,7 +70,7 @@ impl Seen {
 }
 
 impl Run {
-    /// Runs it on the clock of the current runtime.
+    /// Runs the calls on the clock of the current runtime.
     pub async fn new(seed: u64) -> Self {
         let sim = Sim::builder()
             .requests_per_minute(TRUE)
@@ -82,10 +82,10 @@ impl Run {
             .build();
         let began = Instant::now();
         let seen = Arc::new(Mutex::new(Seen::default()));
-        let told = Arc::clone(&seen);
+        let observed = Arc::clone(&seen);
         let cx = Context::builder(sim.clone())
             .lane(Lane::seeded(Pace::per_minute(CONFIGURED), seed))
-            .on_event(move |event| told.lock().unwrap().observe(began.elapsed(), event))
+            .on_event(move |event| observed.lock().unwrap().observe(began.elapsed(), event))
             .build();
 
         let settled = cx
@@ -97,8 +97,8 @@ impl Run {
         let makespan = began.elapsed();
         let Seen { granted, calls } = std::mem::take(&mut *seen.lock().unwrap());
         let truth = Curve::bucket(TRUE, BURST).then(FALLS_AT, FALLEN);
-        let told = Curve::bucket(CONFIGURED, BURST);
-        let limit = Limit::new(vec![truth, told], std::iter::repeat_n(1, CALLS));
+        let configured = Curve::bucket(CONFIGURED, BURST);
+        let limit = Limit::new(vec![truth, configured], std::iter::repeat_n(1, CALLS));
         let ledger = sim.ledger();
         Self {
             granted,
@@ -119,7 +119,7 @@ impl Run {
         self.rejected as f64 / (self.accepted + self.rejected).max(1) as f64
     }
 
-    /// The run in `columns` columns at most, each of a whole number of seconds.
+    /// Returns at most `columns` columns, each of a whole number of seconds.
     pub fn bins(&self, columns: usize) -> Vec<Bin> {
         let seconds = self.makespan.as_secs_f64().ceil() as usize;
         let width = seconds.div_ceil(columns).max(1);
@@ -143,7 +143,7 @@ impl Run {
     }
 }
 
-/// The true limit then, in calls per second.
+/// Returns the true limit at a time, in calls per second.
 pub fn limit_at(second: f64) -> f64 {
     let fallen = second >= FALLS_AT.as_secs_f64();
     per_second(if fallen { FALLEN } else { TRUE })

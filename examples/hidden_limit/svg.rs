@@ -1,4 +1,4 @@
-//! The chart as SVG, drawn by hand: a few shapes need no library.
+//! Draws the chart as SVG.
 
 use std::fmt::Write as _;
 
@@ -18,7 +18,7 @@ const ACCEPTED: &str = "#3b82c4";
 const REJECTED: &str = "#e0533d";
 const LIMIT: &str = "#1f2933";
 
-/// From seconds and calls per second to the paper.
+/// Converts seconds and calls per second to coordinates.
 struct Paper {
     seconds: f64,
     top: f64,
@@ -33,7 +33,7 @@ impl Paper {
         HEIGHT - BOTTOM - rate / self.top * (HEIGHT - TOP - BOTTOM)
     }
 
-    /// A path along the tops of `bins`.
+    /// Returns a path along the tops of `bins`.
     fn steps(&self, bins: &[Bin], value: impl Fn(&Bin) -> f64) -> String {
         let mut path = String::new();
         for bin in bins {
@@ -50,7 +50,7 @@ impl Paper {
     }
 }
 
-/// The whole file.
+/// Returns the whole file.
 pub fn chart(run: &Run) -> String {
     let bins = run.bins(150);
     let peak = bins.iter().map(|bin| bin.granted).fold(0.0, f64::max);
@@ -65,7 +65,7 @@ pub fn chart(run: &Run) -> String {
     );
     svg += &heading(run);
     svg += &grid(&paper);
-    // What the lane granted is accepted or rejected: the one in front of the other.
+    // A granted call is accepted or rejected, so the accepted area covers part of the granted one.
     svg += &paper.area(&bins, |bin| bin.granted, REJECTED);
     svg += &paper.area(&bins, |bin| bin.accepted, ACCEPTED);
     svg += &limits(&paper);
@@ -141,7 +141,7 @@ fn grid(paper: &Paper) -> String {
     svg
 }
 
-/// The true limit as a line with a step, the configured one as a thin one.
+/// Draws the true limit as a line with a step and the configured limit as a thin line.
 fn limits(paper: &Paper) -> String {
     let falls = paper.x(FALLS_AT.as_secs_f64());
     let (left, right) = (paper.x(0.0), paper.x(paper.seconds));
@@ -160,7 +160,7 @@ fn limits(paper: &Paper) -> String {
     svg + &text(falls + 8.0, before + 4.0, "start", name, "true limit")
 }
 
-/// Where the run could have ended, and where it did.
+/// Marks the bound and the end of the run.
 fn ends(paper: &Paper, run: &Run) -> String {
     let (bound, end) = (run.bound.as_secs_f64(), run.makespan.as_secs_f64());
     let (top, floor) = (paper.y(per_second(TRUE)), paper.y(0.0));

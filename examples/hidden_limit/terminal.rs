@@ -1,4 +1,4 @@
-//! The chart for a terminal, in about a hundred columns.
+//! Draws the chart for a terminal, about a hundred columns wide.
 
 use std::fmt::{self, Write as _};
 use std::io::IsTerminal as _;
@@ -6,7 +6,7 @@ use std::io::IsTerminal as _;
 use crate::run::{Bin, CONFIGURED, FALLEN, Run, limit_at, per_second};
 
 const COLUMNS: usize = 96;
-/// Calls per second that a row stands for: every limit ends at the edge of a row.
+/// Calls per second of a row, chosen so that every limit is at the edge of a row.
 const ROW: f64 = FALLEN as f64 / 60.0 / 2.0;
 const EIGHTHS: [char; 8] = [' ', '▁', '▂', '▃', '▄', '▅', '▆', '▇'];
 
@@ -44,7 +44,7 @@ impl fmt::Display for Chart<'_> {
         write!(f, "      ")?;
         for (color, glyph, what) in [
             (ACCEPTED, '█', "accepted"),
-            (REJECTED, '▒', "rejected, so both: granted"),
+            (REJECTED, '▒', "rejected (granted = both)"),
             (LIMIT, '▁', "true limit"),
             (QUIET, '▁', "configured"),
         ] {
@@ -55,7 +55,7 @@ impl fmt::Display for Chart<'_> {
     }
 }
 
-/// What stands in the column of `bin`, `row` rows above the axis.
+/// Returns the colour and character in the column of `bin`, `row` rows above the axis.
 fn cell(bin: &Bin, row: usize) -> (&'static str, char) {
     let floor = row as f64 * ROW;
     let filled = |value: f64| ((value - floor) / ROW).clamp(0.0, 1.0);
@@ -79,7 +79,7 @@ fn cell(bin: &Bin, row: usize) -> (&'static str, char) {
     }
 }
 
-/// The time, and where the bound lies in it.
+/// Draws the time axis with the bound.
 fn axis(f: &mut fmt::Formatter<'_>, bins: &[Bin], run: &Run) -> fmt::Result {
     let mut line = String::from("   0 ┼");
     let mut times = String::new();
@@ -100,7 +100,7 @@ fn axis(f: &mut fmt::Formatter<'_>, bins: &[Bin], run: &Run) -> fmt::Result {
     writeln!(f, "{line}\n{times}")
 }
 
-/// Colours, where somebody sees them.
+/// Writes colours if the output is a terminal.
 struct Paint(bool);
 
 impl Paint {

@@ -1,4 +1,4 @@
-//! A week of practice: a plan of routines, and an etude for each exercise of each routine.
+//! The pipeline: a plan of routines, and an etude for each exercise of each routine.
 
 use std::time::Duration;
 
@@ -9,46 +9,46 @@ use serde_json::json;
 use throughline::provider::sim::SimBuilder;
 use throughline::{Context, Outcome, Request, Result, Settled, Sim, batch::Progress};
 
-/// A routine as the plan has it.
+/// A routine in the plan.
 #[derive(Deserialize, JsonSchema)]
 pub struct Sketch {
     pub name: String,
     pub exercises: Vec<String>,
 }
 
-/// A routine to be practised.
+/// A routine with its etudes.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Routine {
     pub name: String,
     pub etudes: Vec<String>,
-    /// Exercises whose etude could not be had.
+    /// The exercises whose etude failed.
     pub missing: Vec<String>,
 }
 
-/// How much runs at the same time.
+/// Which calls run at the same time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Way {
     /// One call after the other.
     Sequential,
-    /// The etudes of a routine together, one routine after the other.
+    /// The etudes of one routine, one routine after the other.
     Batched,
-    /// All etudes together, when the plan is there.
+    /// All etudes, after the whole plan.
     Parallel,
-    /// The etudes of a routine as soon as it stands in the plan that is still being written.
+    /// The etudes of a routine as soon as the routine is complete in the plan, while the rest is being written.
     Streamed,
 }
 
 pub const WAYS: [Way; 4] = [Way::Sequential, Way::Batched, Way::Parallel, Way::Streamed];
 
-/// Plans a week and writes its etudes. `tell` hears of each routine as it is complete.
+/// Plans a week and writes its etudes. Calls `on_progress` for each complete routine.
 pub async fn week(
     cx: &Context,
     way: Way,
-    tell: impl Fn(&Progress) + Send + Sync + 'static,
+    on_progress: impl Fn(&Progress) + Send + Sync + 'static,
 ) -> Settled<Routine> {
     let plan = cx.child("plan").generate_items::<Sketch>("Plan my week.");
     let plan = plan.field("routines");
-    // While it is being written, or whole before the first etude: the rest is the same.
+    // The other ways collect the whole plan before the first etude.
     let plan = match way {
         Way::Streamed => plan.left_stream(),
         _ => stream::once(plan.try_collect::<Vec<_>>())
@@ -63,12 +63,12 @@ pub async fn week(
     };
     routines
         .key(|sketch: &Result<Sketch>| sketch.as_ref().map_or("?".into(), |s| s.name.clone()))
-        .on_progress(tell)
+        .on_progress(on_progress)
         .settle(async |cx, sketch| Ok(routine(&cx, way, sketch?).await))
         .await
 }
 
-/// An etude that fails leaves the routine the others.
+/// Writes the etudes of a routine. If one fails, the routine keeps the others.
 async fn routine(cx: &Context, way: Way, sketch: Sketch) -> Routine {
     let etudes = cx.fan_out("etude", sketch.exercises.clone());
     let etudes = match way {
@@ -89,7 +89,7 @@ async fn routine(cx: &Context, way: Way, sketch: Sketch) -> Routine {
     }
 }
 
-/// The simulated model: 4 s for the plan; 3, 4 and 5 s for the etudes of a routine.
+/// Returns the simulated model. The plan takes 4 s, the etudes of a routine 3, 4 and 5 s.
 pub fn model() -> SimBuilder {
     let exercises = |name| ["slowly", "evenly", "quickly"].map(|how| format!("{name} {how}"));
     let routine = |name| json!({ "name": name, "exercises": exercises(name) });

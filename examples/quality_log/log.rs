@@ -1,4 +1,4 @@
-//! A log of the classes that were generated: 9 movements and a line for each class.
+//! The log of generated classes: nine movements and a summary for each class.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,16 +16,16 @@ pub struct Class {
     pub movements: Vec<String>,
 }
 
-/// Where classes are noted.
+/// The log in a store.
 pub struct QualityLog {
-    /// To be flushed before the process ends, and asked how it stands.
+    /// Writes the rows in the background. Must be flushed before the process ends.
     pub journal: Journal,
     pub movements: Notes<String>,
     pub classes: Notes<Class>,
 }
 
 impl QualityLog {
-    /// Opens the log; the observers of `cx` hear of the store's failures.
+    /// Opens the log. Failures of the store are reported to the observers of `cx`.
     pub async fn open<S: Store>(cx: &Context, store: &Arc<S>) -> Result<Self> {
         let studio = Runner::new(Arc::clone(store)).for_tenant("studio");
         Ok(Self {
@@ -35,19 +35,19 @@ impl QualityLog {
         })
     }
 
-    /// Ten rows, one commit.
+    /// Returns the ten rows of a class as one commit.
     fn rows(&self, class: &Class) -> Result<Commit> {
         let movements = self.movements.add(Commit::new(), &class.movements)?;
         self.classes.add(movements, [class])
     }
 }
 
-/// The simulated model: 8 s for a class.
+/// Returns the simulated model, which takes 8 s for a class.
 pub fn model() -> Sim {
     Sim::builder().latency(Duration::from_secs(8)).build()
 }
 
-/// Generates a class and notes it. What its caller waits for is the class alone, whatever the store does.
+/// Generates a class and hands its rows to the journal. The caller does not wait for the store.
 pub async fn class(cx: &Context, log: &QualityLog, number: usize) -> Result<Class> {
     let class = generate(cx, number).await?;
     cx.stage("note", |_| async {
@@ -58,8 +58,8 @@ pub async fn class(cx: &Context, log: &QualityLog, number: usize) -> Result<Clas
     Ok(class)
 }
 
-/// Class 1 as it was: the history, a row at a time, and the log row, each awaited.
-pub async fn as_it_was(cx: &Context, log: &QualityLog, store: &impl Store) -> Result<Class> {
+/// Generates class 1, reads the history and writes the rows one by one, and waits for each round trip.
+pub async fn class_row_by_row(cx: &Context, log: &QualityLog, store: &impl Store) -> Result<Class> {
     let class = generate(cx, 1).await?;
     let history = log.classes.run();
     cx.stage("history", |_| store.log(history, 0, u32::MAX))

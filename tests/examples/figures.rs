@@ -20,7 +20,7 @@ use throughline::{
 };
 use tokio::time::Instant;
 
-use self::log::{QualityLog, as_it_was, class};
+use self::log::{QualityLog, class, class_row_by_row};
 use self::practice::{Routine, Way, week};
 use self::turn::{MESSAGES, Turn, model, turn};
 
@@ -191,7 +191,7 @@ async fn quality_log() -> (Context, Arc<AtomicU64>, Arc<Counted>, QualityLog) {
 async fn a_class_is_noted_in_one_round_trip_that_nobody_waits_for() {
     let (cx, _, store, log) = quality_log().await;
     let began = Instant::now();
-    as_it_was(&cx, &log, &*store).await.unwrap();
+    class_row_by_row(&cx, &log, &*store).await.unwrap();
     assert_eq!((began.elapsed().as_millis(), store.trips()), (8_825, 11));
 
     store.forget();

@@ -421,15 +421,15 @@ fn unusable_lines_are_named_and_the_rest_goes_on() {
         ),
         (b"[1, 2]", "not a JSON object: "),
         (b"", ""),
-        (b"{\"id\": \"c\"}", "no field \"x\", which the prompt names"),
-        (b"{\"x\": 5}", "no field \"id\" to name the record by"),
+        (b"{\"id\": \"c\"}", "no field \"x\", which the prompt uses"),
+        (b"{\"x\": 5}", "no field \"id\", which should have the id"),
         (
             b"{\"id\": \"d\", \"x\": null}",
-            "field \"x\" is null, and the prompt names it",
+            "field \"x\" is null, and the prompt uses it",
         ),
         (
             b"{\"id\": \"a\", \"x\": 2}",
-            "\"a\" was there before: a second record of the same id",
+            "a second record with the id \"a\"",
         ),
         (b"{\"id\": \"\xff\", \"x\": 3}", "not UTF-8: "),
         (b"  \t\r", ""),
@@ -449,7 +449,7 @@ fn unusable_lines_are_named_and_the_rest_goes_on() {
         }
     }
     ran.sums_up("results 2 in")
-        .sums_up("unusable 7 lines of the input, named above");
+        .sums_up("unusable 7 lines of the input, listed above");
     assert_eq!(job.ids(), BTreeSet::from(["7".to_owned(), "a".to_owned()]));
 }
 
@@ -460,12 +460,12 @@ fn what_cannot_run_at_all_says_why_and_exits_with_2() {
         job.run(arguments).exits(2).says(why);
         assert_eq!(job.ledger().total.billed, 0);
     };
-    refuses("--prompt a{b", "a `{` without its `}`");
-    refuses("--prompt a}b", "a `}` without its `{`");
+    refuses("--prompt a{b", "a `{` without a `}`");
+    refuses("--prompt a}b", "a `}` without a `{`");
     refuses("--prompt {}", "names no field");
     refuses("--rpm 0", "0 is not in 1..");
     refuses("--in-flight 0", "0 is not in 1..");
-    refuses("--sim-errors 2", "--sim-errors is a part of 1, not 2");
+    refuses("--sim-errors 2", "--sim-errors must be from 0 to 1, not 2");
     refuses("--model", "--model");
 
     // A directory is no output, and no input either.
@@ -487,7 +487,7 @@ fn what_cannot_run_at_all_says_why_and_exits_with_2() {
 
     let full = job.run("--output /dev/full").exits(2);
     full.says("cannot write /dev/full: No space left")
-        .says("starting again goes on");
+        .says("the next start continues");
 }
 
 /// `--output` given by mistake a file that somebody needs.
