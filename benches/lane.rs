@@ -55,7 +55,7 @@ fn need() -> Need {
 
 fn done(mut permit: Permit) {
     permit.mark_sent();
-    permit.finish(CallOutcome::Done {
+    permit.finish(CallOutcome::Succeeded {
         usage: Some(Usage::new(990, 120)),
     });
 }

@@ -74,24 +74,24 @@ pub enum Event {
         /// What is wrong with it.
         error: Error,
     },
-    /// The lane closed, for everybody, because the provider refused a call.
+    /// The lane sends nothing for a while, because the provider refused a call.
     #[non_exhaustive]
-    LaneClosed {
+    LaneCoolingDown {
         /// For how long.
         wait: Duration,
     },
-    /// A limit was refused although it was kept: the lane uses less of it for a while.
+    /// The provider refused a call although the lane kept to the limit: the lane uses less of it for a while.
     #[non_exhaustive]
     LaneSlowed {
         /// Which limit, as [`Binding`](crate::ratelimit::Binding) names it.
         limit: &'static str,
-        /// The share of it that is used now. Above 1 where the limit itself is a guess.
-        scale: f64,
+        /// The part of the limit that is used now. Above 1 where the limit itself is an estimate.
+        factor: f64,
     },
-    /// The provider is overloaded: fewer calls in flight for a while.
+    /// The provider refused calls for their number: the lane allows fewer in flight for a while.
     #[non_exhaustive]
-    LaneEased {
-        /// How many there may be now.
+    LaneConcurrencyReduced {
+        /// The number of calls that may be in flight now.
         in_flight: usize,
     },
     /// A limit of the lane is new or has changed: by the headers of a reply, or by
@@ -117,8 +117,8 @@ pub enum Event {
         /// How much flows in within a minute.
         per_minute: u64,
     },
-    /// The lane stopped: nothing is sent until somebody acts
-    /// ([`Lane::reopen`](crate::ratelimit::Lane::reopen)), or until a long wait is over.
+    /// The lane stopped: nothing is sent until [`Lane::resume`](crate::ratelimit::Lane::resume) is called, or until
+    /// a wait of more than ten minutes is over.
     #[non_exhaustive]
     LaneStopped {
         /// Why.
@@ -200,8 +200,8 @@ impl fmt::Display for Event {
             Self::ReplyRejected { path, ask, error } => {
                 write!(f, "{}reply {ask} is asked for again: {error}", At(path))
             }
-            Self::LaneClosed { wait } => write!(f, "the lane is closed for {wait:.1?}"),
-            Self::LaneSlowed { limit, scale } => match scale * 100.0 {
+            Self::LaneCoolingDown { wait } => write!(f, "the lane cools down for {wait:.1?}"),
+            Self::LaneSlowed { limit, factor } => match factor * 100.0 {
                 percent if percent < 99.5 => {
                     write!(
                         f,
@@ -212,10 +212,10 @@ impl fmt::Display for Event {
                 // Neither the user nor the provider has named that limit: it was estimated.
                 _ => write!(
                     f,
-                    "the lane slows to {scale:.1} times the estimated limit on {limit}"
+                    "the lane slows to {factor:.1} times the estimated limit on {limit}"
                 ),
             },
-            Self::LaneEased { in_flight } => {
+            Self::LaneConcurrencyReduced { in_flight } => {
                 write!(f, "the lane allows {in_flight} calls in flight")
             }
             Self::LaneRetuned { limit, per_minute } => {
@@ -348,9 +348,9 @@ mod tests {
 
     #[test]
     fn a_slower_lane_is_announced_as_slower() {
-        let line = |scale| {
+        let line = |factor| {
             let limit = "requests";
-            Event::LaneSlowed { limit, scale }.to_string()
+            Event::LaneSlowed { limit, factor }.to_string()
         };
         assert_eq!(
             line(0.784),

@@ -332,7 +332,7 @@ impl Operation {
                     sleep(latency).await;
                     permit.mark_sent();
                     sleep(latency).await;
-                    permit.finish(CallOutcome::Done { usage: None });
+                    permit.finish(CallOutcome::Succeeded { usage: None });
                 }
             }
             .boxed(),
@@ -342,7 +342,7 @@ impl Operation {
                     sleep(latency).await;
                     turn.mark_sent();
                     sleep(latency).await;
-                    turn.finish(CallOutcome::Done { usage: None });
+                    turn.finish(CallOutcome::Succeeded { usage: None });
                 }
             }
             .boxed(),
@@ -432,7 +432,7 @@ impl World {
                         1 => {
                             if let Ok(permit) = lane.acquire(Need::new(5, 5)).await {
                                 sleep(latency).await;
-                                permit.finish(CallOutcome::Done { usage: None });
+                                permit.finish(CallOutcome::Succeeded { usage: None });
                             }
                         }
                         _ => {
@@ -504,8 +504,8 @@ impl World {
             let fresh = Lane::new(pace.clone());
             // Long enough for every limit to be unused.
             sleep(Duration::from_secs(3600)).await;
-            let most = fresh.snapshot().most_in_flight;
-            assert_eq!(lane.snapshot().most_in_flight, most, "{what:?}");
+            let most = fresh.snapshot().max_in_flight;
+            assert_eq!(lane.snapshot().max_in_flight, most, "{what:?}");
             let mut took = Vec::new();
             for lane in [lane, &fresh] {
                 let began = Instant::now();
@@ -514,7 +514,9 @@ impl World {
                     let permits = join_all((0..slots).map(|_| lane.acquire(Need::new(5, 5))));
                     let permits = timeout(FOR_EVER, permits).await;
                     for permit in permits.unwrap_or_else(|_| panic!("{what:?}: a slot is lost")) {
-                        permit.unwrap().finish(CallOutcome::Done { usage: None });
+                        permit
+                            .unwrap()
+                            .finish(CallOutcome::Succeeded { usage: None });
                     }
                 }
                 took.push(began.elapsed());
@@ -627,7 +629,7 @@ fn five_permits_beside(operation: Option<(Operation, usize, Interruption)>) -> O
         let lane = world.cx.lane();
         let took = Instant::now();
         let first = lane.acquire(Need::new(5, 5)).await.unwrap();
-        first.finish(CallOutcome::Done { usage: None });
+        first.finish(CallOutcome::Succeeded { usage: None });
         let was_sent = Arc::new(AtomicU64::new(0));
         let victim = operation.map(|(operation, polls, how)| {
             let future = operation.start(&world, 1);
@@ -640,7 +642,7 @@ fn five_permits_beside(operation: Option<(Operation, usize, Interruption)>) -> O
         tokio::task::yield_now().await;
         for _ in 0..5 {
             let permit = lane.acquire(Need::new(5, 5)).await.unwrap();
-            permit.finish(CallOutcome::Done { usage: None });
+            permit.finish(CallOutcome::Succeeded { usage: None });
         }
         let took = took.elapsed();
         if let Some(victim) = victim {
@@ -682,7 +684,7 @@ fn calls_behind_a_large_one_that_is_dropped_go_as_soon_as_they_fit() {
         let lane = Lane::new(Pace::unlimited().tokens(600).burst(60 * SECOND));
         let began = Instant::now();
         let all = lane.acquire(Need::new(300, 300)).await.unwrap();
-        all.finish(CallOutcome::Done { usage: None });
+        all.finish(CallOutcome::Succeeded { usage: None });
         for polls in 1..3 {
             let large = lane.acquire(Need::new(300, 300));
             let large = interrupt(large, polls, Interruption::HeldAndDropped, 10 * SECOND);
@@ -861,7 +863,7 @@ fn run_random(seed: u64) {
                     sleep(latency).await;
                     lane.stop(Error::new(ErrorKind::Unauthorized, "stopped"));
                     sleep(latency).await;
-                    lane.reopen();
+                    lane.resume();
                 }
             }
         });

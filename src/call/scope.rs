@@ -16,7 +16,7 @@ use tokio_util::sync::{CancellationToken, WaitForCancellationFuture};
 
 use crate::call::memo::Place;
 use crate::error::{Error, ErrorKind, Result};
-use crate::ratelimit::Who;
+use crate::ratelimit::QueueKey;
 use crate::request::Usage;
 
 /// What some work has cost so far.
@@ -472,7 +472,7 @@ pub(crate) struct Scope {
     pub(crate) key: Option<Arc<str>>,
     pub(crate) bounds: Arc<Bounds>,
     /// In which line its calls wait.
-    pub(crate) who: Who,
+    pub(crate) who: QueueKey,
     /// What replies are remembered under here, where there is a store.
     pub(crate) place: Option<Arc<Place>>,
     meter: Meter,
@@ -487,7 +487,7 @@ impl Scope {
             index: None,
             key: None,
             bounds,
-            who: Who::default(),
+            who: QueueKey::default(),
             place: None,
             meter: Meter::default(),
         }

@@ -28,8 +28,6 @@ pub struct ContextBuilder {
     first: Deployment,
     /// Those after it, and whether each begins the next group.
     others: Vec<(Deployment, bool)>,
-    /// The retries that the pace brings.
-    retries: Option<u32>,
     counter: Option<Box<dyn TokenCounter>>,
     retry: Option<Retry>,
     model: Option<Arc<str>>,
@@ -47,7 +45,6 @@ impl ContextBuilder {
         Self {
             first: Deployment::new(provider),
             others: Vec::new(),
-            retries: None,
             counter: None,
             retry: None,
             model: None,
@@ -62,10 +59,7 @@ impl ContextBuilder {
     }
 
     /// The limits of the account; the context gets a lane of its own. Unlimited unless set.
-    /// A pace that brings a number of retries ([`Pace::safe`]) sets them, unless
-    /// [`retry`](Self::retry) does.
-    pub fn pace(mut self, pace: Pace) -> Self {
-        self.retries = pace.retries();
+    pub fn pace(self, pace: Pace) -> Self {
         self.lane(Lane::new(pace))
     }
 
@@ -194,10 +188,7 @@ impl ContextBuilder {
 
     /// The context.
     pub fn build(self) -> Context {
-        let retry = self.retry.unwrap_or_else(|| match self.retries {
-            Some(retries) => Retry::default().attempts(retries + 1),
-            None => Retry::default(),
-        });
+        let retry = self.retry.unwrap_or_default();
         let lane = |deployment: &Deployment| deployment.lane.clone();
         let mut pool = Pool::new(self.first.clone(), lane(&self.first));
         for (deployment, is_fallback) in self.others {

@@ -28,7 +28,7 @@ use crate::call::scope::{Bounds, Scope, Tally};
 use crate::error::{Error, Result};
 use crate::event::{Event, Observers};
 use crate::provider::Provider;
-use crate::ratelimit::{Binding, Lane, LaneSnapshot, Pace, Priority, Tenant, Who};
+use crate::ratelimit::{Binding, Lane, LaneSnapshot, Pace, Priority, QueueKey, Tenant};
 use crate::request::Reply;
 use crate::request::Request;
 use crate::store::Store;
@@ -268,7 +268,7 @@ impl Context {
         self.in_line(|who| who.priority = priority)
     }
 
-    fn in_line(&self, change: impl FnOnce(&mut Who)) -> Self {
+    fn in_line(&self, change: impl FnOnce(&mut QueueKey)) -> Self {
         self.at(|scope| change(&mut scope.who))
     }
 
@@ -310,7 +310,7 @@ impl Context {
         key: Arc<str>,
         place: Arc<Place>,
         deadline: Option<Instant>,
-        who: impl FnOnce(&mut Who),
+        who: impl FnOnce(&mut QueueKey),
     ) -> Self {
         let bounds = match deadline {
             Some(deadline) => self.scope.bounds.until(deadline),

@@ -111,8 +111,8 @@ impl Bar {
         if snapshot.lane.unpolled > 0 {
             let _ = write!(message, "  {} not polled", snapshot.lane.unpolled);
         }
-        if let Some(closed_for) = snapshot.lane.closed_for {
-            let _ = write!(message, " for {closed_for:.1?}");
+        if let Some(cooldown) = snapshot.lane.cooldown {
+            let _ = write!(message, " for {cooldown:.1?}");
         }
         if let Some(speed) = per_minute(ended.saturating_sub(ended_then)).filter(|s| *s > 0.0) {
             let left = self.total.saturating_sub(ended) as f64 / speed * 60.0;

@@ -1,4 +1,4 @@
-//! [`Lane`] and [`Permit`]: the asynchronous shell around the turnstile.
+//! [`Lane`] and [`Permit`]: the asynchronous shell around the scheduler.
 
 use std::fmt;
 use std::future::Future;
@@ -11,13 +11,13 @@ use tokio::runtime::Handle;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
-use super::bucket::{Nanos, nanos};
-use super::limits::Pace;
-use super::queue::Key;
-use super::timer::{TimerId, TimerTask, Timers};
-use super::turnstile::{End, Errands, Grant, Turn, Turnstile};
-use super::words::{CallOutcome, Charge, LaneChange, LaneSnapshot, Need, Place};
 use crate::error::{Error, Result};
+use crate::ratelimit::bucket::{Nanos, nanos};
+use crate::ratelimit::pace::Pace;
+use crate::ratelimit::queue::WaiterKey;
+use crate::ratelimit::scheduler::{Admission, End, Grant, Scheduler, Wakeups};
+use crate::ratelimit::timer::{TimerId, TimerTask, Timers};
+use crate::ratelimit::types::{CallOutcome, Charge, LaneChange, LaneSnapshot, Need, QueuePosition};
 use crate::request::RateSnapshot;
 
 /// The queue in front of one provider account and group of models, and its limits.
@@ -59,7 +59,7 @@ use crate::request::RateSnapshot;
 ///     let mut permit = lane.acquire(Need::new(1_000, 500)).await?;
 ///     permit.mark_sent();
 ///     // ... the call ...
-///     permit.finish(CallOutcome::Done { usage: Some(Usage::new(990, 120)) });
+///     permit.finish(CallOutcome::Succeeded { usage: Some(Usage::new(990, 120)) });
 /// }
 /// // The first goes at once, then one goes every second.
 /// assert_eq!(start.elapsed(), Duration::from_secs(2));
@@ -77,7 +77,7 @@ use crate::request::RateSnapshot;
 /// let lane = Lane::new(Pace::per_minute(60));
 /// let permit = lane.acquire(Need::new(100, 100)).await?;
 /// permit.finish(CallOutcome::Throttled { wait: Some(Duration::from_secs(20)) });
-/// assert_eq!(lane.snapshot().binding, Binding::Gate);
+/// assert_eq!(lane.snapshot().binding, Binding::Cooldown);
 ///
 /// let start = Instant::now();
 /// let _permit = lane.acquire(Need::new(100, 100)).await?;
@@ -99,7 +99,7 @@ pub(super) struct Shared {
 
 /// What the lock of a lane guards.
 pub(super) struct State {
-    pub(super) turnstile: Turnstile<Waker>,
+    pub(super) scheduler: Scheduler<Waker>,
     pub(super) timers: Timers,
     /// Whom to tell that the lane was stopped or started by hand.
     watchers: Vec<Weak<Notify>>,
@@ -117,7 +117,7 @@ impl Lane {
             shared: Arc::new(Shared {
                 start: Instant::now(),
                 state: Mutex::new(State {
-                    turnstile: Turnstile::new(&pace, seed),
+                    scheduler: Scheduler::new(&pace, seed),
                     timers: Timers::default(),
                     watchers: Vec::new(),
                 }),
@@ -140,7 +140,7 @@ impl Lane {
     ///
     /// Dropping the future leaves the queue and gives back whatever it had been
     /// granted. Nothing is lost but the place, and that only if it was not from
-    /// [`arrive`](Lane::arrive).
+    /// [`next_position`](Lane::next_position).
     ///
     /// # Errors
     ///
@@ -165,10 +165,10 @@ impl Lane {
     /// A permit if one is to be had at once, and nobody waits for it.
     pub fn try_acquire(&self, need: &Need) -> Option<Permit> {
         let charge = Charge::from(need);
-        self.shared.step(|turnstile, now, _| {
-            let grant = turnstile.try_enter(now, charge)?;
-            let place = need.place.unwrap_or_else(|| turnstile.arrive());
-            Some(self.permit(grant, place))
+        self.shared.step(|scheduler, now, _| {
+            let grant = scheduler.try_enter(now, charge)?;
+            let position = need.position.unwrap_or_else(|| scheduler.next_position());
+            Some(self.permit(grant, position))
         })
     }
 
@@ -183,16 +183,16 @@ impl Lane {
     /// # #[tokio::main(flavor = "current_thread", start_paused = true)]
     /// # async fn main() -> throughline::Result<()> {
     /// let lane = Lane::new(Pace::normal());
-    /// let place = lane.arrive();
+    /// let position = lane.next_position();
     /// for _attempt in 0..3 {
-    ///     let permit = lane.acquire(Need::new(100, 100).at(place)).await?;
+    ///     let permit = lane.acquire(Need::new(100, 100).at(position)).await?;
     /// #   drop(permit);
     ///     // ... the call; leave the loop when it succeeds ...
     /// }
     /// # Ok(()) }
     /// ```
-    pub fn arrive(&self) -> Place {
-        self.shared.lock().turnstile.arrive()
+    pub fn next_position(&self) -> QueuePosition {
+        self.shared.lock().scheduler.next_position()
     }
 
     /// Changes the limits, for those who wait already too.
@@ -201,10 +201,10 @@ impl Lane {
     /// at the new rate; a limit that was not there before starts unused. If there
     /// are more calls in flight than now allowed, they end in their own time. What
     /// was learned of a limit whose rate changes is forgotten. A lane that is stopped, parked or closed
-    /// starts again, as by [`reopen`](Lane::reopen).
+    /// starts again, as by [`resume`](Lane::resume).
     pub fn retune(&self, pace: Pace) {
         self.shared
-            .step(|turnstile, now, errands| turnstile.retune(now, &pace, errands));
+            .step(|scheduler, now, wakeups| scheduler.retune(now, &pace, wakeups));
         self.shared.tell_watchers();
     }
 
@@ -212,20 +212,20 @@ impl Lane {
     /// and nothing is sent. A [`Context`](crate::Context) does so by itself when the
     /// provider refuses the whole account (credentials, quota).
     ///
-    /// Calls in flight end in their own time. [`reopen`](Lane::reopen) or
+    /// Calls in flight end in their own time. [`resume`](Lane::resume) or
     /// [`retune`](Lane::retune) start it again.
     pub fn stop(&self, why: Error) {
         self.shared
-            .step(|turnstile, _, errands| turnstile.stop(why, None, errands));
+            .step(|scheduler, _, wakeups| scheduler.stop(why, None, wakeups));
         self.shared.tell_watchers();
     }
 
     /// As [`stop`](Lane::stop), for as long as `time`. Then one call at a time is let through, until
     /// one succeeds.
     pub(crate) fn stop_for(&self, why: Error, time: Duration) {
-        self.shared.step(|turnstile, now, errands| {
+        self.shared.step(|scheduler, now, wakeups| {
             let until = now.saturating_add(nanos(time));
-            turnstile.stop(why, Some(until), errands);
+            scheduler.stop(why, Some(until), wakeups);
         });
         self.shared.tell_watchers();
     }
@@ -234,28 +234,28 @@ impl Lane {
     /// that wait go on waiting.
     pub(crate) fn cool_down(&self, wait: Duration) {
         self.shared
-            .step(|turnstile, now, errands| turnstile.cool_down(now, wait, errands));
+            .step(|scheduler, now, wakeups| scheduler.cool_down(now, wait, wakeups));
         self.shared.tell_watchers();
     }
 
     /// Lets calls through as usual after [`cool_down`](Lane::cool_down): the provider answers.
     pub(crate) fn end_probing(&self) {
         self.shared
-            .step(|turnstile, now, errands| turnstile.end_probing(now, errands));
+            .step(|scheduler, now, wakeups| scheduler.end_probing(now, wakeups));
     }
 
     /// Starts a lane again that was stopped or parked, or that is closed because the provider
     /// refused a call. The wait that the provider asked for is forgotten; the lane resumes empty, at
     /// its rate, and closes again when the provider refuses again.
-    pub fn reopen(&self) {
+    pub fn resume(&self) {
         self.shared
-            .step(|turnstile, now, errands| turnstile.reopen(now, errands));
+            .step(|scheduler, now, wakeups| scheduler.resume(now, wakeups));
         self.shared.tell_watchers();
     }
 
     /// Tells `watcher` from now on when the lane is stopped, started, closed or retuned by other means
     /// than the end of a call.
-    pub(crate) fn tell(&self, watcher: &Arc<Notify>) {
+    pub(crate) fn notify_on_change(&self, watcher: &Arc<Notify>) {
         let mut state = self.shared.lock();
         state.watchers.retain(|watcher| watcher.strong_count() > 0);
         state.watchers.push(Arc::downgrade(watcher));
@@ -264,25 +264,25 @@ impl Lane {
     /// Why the lane is stopped, if it is.
     pub fn stopped(&self) -> Option<Error> {
         self.shared
-            .step(|turnstile, now, _| turnstile.stopped(now).cloned())
+            .step(|scheduler, now, _| scheduler.stopped(now).cloned())
     }
 
     /// What the lane looks like now.
     pub fn snapshot(&self) -> LaneSnapshot {
         self.shared
-            .step(|turnstile, now, _| turnstile.snapshot(now))
+            .step(|scheduler, now, _| scheduler.snapshot(now))
     }
 
     fn finish(&self, grant: Grant, end: End) -> Vec<LaneChange> {
         self.shared
-            .step(|turnstile, now, errands| turnstile.finish(now, grant, end, errands))
+            .step(|scheduler, now, wakeups| scheduler.finish(now, grant, end, wakeups))
     }
 
-    fn permit(&self, grant: Grant, place: Place) -> Permit {
+    fn permit(&self, grant: Grant, position: QueuePosition) -> Permit {
         Permit {
             lane: self.clone(),
             grant: Some(grant),
-            place,
+            position,
             sent: false,
         }
     }
@@ -295,34 +295,34 @@ impl fmt::Debug for Lane {
 }
 
 impl Shared {
-    /// A panic cannot leave the turnstile half changed: nothing it does between
+    /// A panic cannot leave the scheduler half changed: nothing it does between
     /// two changes can fail. So whoever poisoned the lock, the lane goes on.
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// One step of the turnstile.
+    /// One step of the scheduler.
     fn step<R>(
         &self,
-        step: impl FnOnce(&mut Turnstile<Waker>, Nanos, &mut Errands<Waker>) -> R,
+        step: impl FnOnce(&mut Scheduler<Waker>, Nanos, &mut Wakeups<Waker>) -> R,
     ) -> R {
-        self.step_with_timers(|state, now, errands| step(&mut state.turnstile, now, errands))
+        self.step_with_timers(|state, now, wakeups| step(&mut state.scheduler, now, wakeups))
     }
 
-    /// One step of the turnstile and of those who keep its time. The clock is read under the lock, so that
-    /// the turnstile's time never runs backwards; who is woken is woken outside it.
+    /// One step of the scheduler and of those who keep its time. The clock is read under the lock, so that
+    /// the scheduler's time never runs backwards; who is woken is woken outside it.
     pub(super) fn step_with_timers<R>(
         &self,
-        step: impl FnOnce(&mut State, Nanos, &mut Errands<Waker>) -> R,
+        step: impl FnOnce(&mut State, Nanos, &mut Wakeups<Waker>) -> R,
     ) -> R {
-        let mut errands = Errands::default();
+        let mut wakeups = Wakeups::default();
         let result = {
             let state = &mut *self.lock();
-            let result = step(state, nanos(self.start.elapsed()), &mut errands);
-            state.keep_time(&mut errands);
+            let result = step(state, nanos(self.start.elapsed()), &mut wakeups);
+            state.keep_time(&mut wakeups);
             result
         };
-        errands.run(Waker::wake);
+        wakeups.run(Waker::wake);
         result
     }
 
@@ -336,7 +336,7 @@ impl Shared {
         }
     }
 
-    /// The moment that the turnstile calls `at`, or one that is as good as never.
+    /// The moment that the scheduler calls `at`, or one that is as good as never.
     pub(super) fn instant(&self, at: Nanos) -> Instant {
         const DECADES: Duration = Duration::from_secs(30 * 365 * 86_400);
         let instant = self.start.checked_add(Duration::from_nanos(at));
@@ -346,14 +346,14 @@ impl Shared {
 
 impl State {
     /// After each step: sees to it that a timer looks at the deadline.
-    fn keep_time(&mut self, errands: &mut Errands<Waker>) {
+    fn keep_time(&mut self, wakeups: &mut Wakeups<Waker>) {
         if !self.timers.is_empty() {
-            let waiting = !self.turnstile.is_empty();
+            let waiting = !self.scheduler.is_empty();
             self.timers
-                .notify(self.turnstile.deadline(), waiting, errands);
-        } else if self.turnstile.head_ready_at().is_some() {
+                .notify(self.scheduler.deadline(), waiting, wakeups);
+        } else if self.scheduler.head_ready_at().is_some() {
             // It waits outside any runtime, and must say that it cannot.
-            self.turnstile.wake_head(errands);
+            self.scheduler.wake_head(wakeups);
         }
     }
 }
@@ -371,7 +371,7 @@ struct Acquire<'a> {
 #[derive(Clone, Copy)]
 enum Stage {
     Arriving,
-    Waiting(Key),
+    Waiting(WaiterKey),
     Done,
 }
 
@@ -382,24 +382,27 @@ impl Future for Acquire<'_> {
         let this = &mut *self;
         let shared = &this.lane.shared;
         let mut needs_timer = Ok(None);
-        let turn = shared.step_with_timers(|state, now, errands| {
+        let turn = shared.step_with_timers(|state, now, wakeups| {
             let State {
-                turnstile, timers, ..
+                scheduler, timers, ..
             } = state;
             let turn = match this.stage {
                 Stage::Arriving => {
-                    let place = this.need.place.unwrap_or_else(|| turnstile.arrive());
-                    this.need.place = Some(place);
-                    turnstile.enter(now, &this.need, cx.waker(), errands)
+                    let position = this
+                        .need
+                        .position
+                        .unwrap_or_else(|| scheduler.next_position());
+                    this.need.position = Some(position);
+                    scheduler.enter(now, &this.need, cx.waker(), wakeups)
                 }
-                Stage::Waiting(key) => turnstile.poll(now, key, &this.need, cx.waker(), errands),
+                Stage::Waiting(key) => scheduler.poll(now, key, &this.need, cx.waker(), wakeups),
                 Stage::Done => panic!("polled after it was ready"),
             };
-            if let Turn::Wait(key) = turn {
+            if let Admission::Queued(key) = turn {
                 this.stage = Stage::Waiting(key);
                 needs_timer = match Handle::try_current() {
                     Ok(runtime) => Ok(timers.join(runtime, &mut this.timer)),
-                    Err(_) if timers.is_empty() && turnstile.head_ready_at().is_some() => Err(()),
+                    Err(_) if timers.is_empty() && scheduler.head_ready_at().is_some() => Err(()),
                     Err(_) => Ok(None),
                 };
             } else {
@@ -414,12 +417,12 @@ impl Future for Acquire<'_> {
             Err(()) => panic!("a call must wait for its lane outside a Tokio runtime"),
         }
         match turn {
-            Turn::Granted(grant) => {
-                let place = this.need.place.expect("it has come");
-                Poll::Ready(Ok(this.lane.permit(grant, place)))
+            Admission::Granted(grant) => {
+                let position = this.need.position.expect("it has come");
+                Poll::Ready(Ok(this.lane.permit(grant, position)))
             }
-            Turn::Stopped(why) => Poll::Ready(Err(why)),
-            Turn::Wait(_) => Poll::Pending,
+            Admission::Stopped(why) => Poll::Ready(Err(why)),
+            Admission::Queued(_) => Poll::Pending,
         }
     }
 }
@@ -428,9 +431,9 @@ impl Drop for Acquire<'_> {
     fn drop(&mut self) {
         if let Stage::Waiting(key) = self.stage {
             let timer = self.timer.take();
-            self.lane.shared.step_with_timers(|state, now, errands| {
+            self.lane.shared.step_with_timers(|state, now, wakeups| {
                 state.timers.leave(timer);
-                state.turnstile.leave(now, key, errands);
+                state.scheduler.leave(now, key, wakeups);
             });
         }
     }
@@ -454,15 +457,15 @@ pub struct Permit {
     lane: Lane,
     /// `None` once it has ended.
     grant: Option<Grant>,
-    place: Place,
+    position: QueuePosition,
     sent: bool,
 }
 
 impl Permit {
     /// Where its call stood in the queue: with [`Need::at`], a retry stands there again
     /// and comes before all that arrived since.
-    pub fn place(&self) -> Place {
-        self.place
+    pub fn position(&self) -> QueuePosition {
+        self.position
     }
 
     /// Says that the call is on its way, so that from here on a drop does not
@@ -473,7 +476,7 @@ impl Permit {
 
     /// Says how the call ended.
     ///
-    /// - [`Done`](CallOutcome::Done): the tokens are settled to what was used. What was
+    /// - [`Done`](CallOutcome::Succeeded): the tokens are settled to what was used. What was
     ///   too much is free again; what was too little becomes a debt.
     /// - [`Throttled`](CallOutcome::Throttled): the tokens are given back, the request
     ///   stays charged, for providers count it. The lane closes for everybody.
@@ -496,11 +499,11 @@ impl Permit {
             return Vec::new();
         };
         // Apart from `end`, which most permits of a bare lane come to: joining what both say costs it 8 %.
-        self.lane.shared.step(|turnstile, now, errands| {
+        self.lane.shared.step(|scheduler, now, wakeups| {
             let mut changes = said.map_or_else(Vec::new, |said| {
-                turnstile.observe(now, &grant, said, errands)
+                scheduler.observe(now, &grant, said, wakeups)
             });
-            changes.extend(turnstile.finish(now, grant, End::Finished(outcome), errands));
+            changes.extend(scheduler.finish(now, grant, End::Finished(outcome), wakeups));
             changes
         })
     }
@@ -517,7 +520,7 @@ impl Permit {
         if let Some(grant) = &self.grant {
             self.lane
                 .shared
-                .step(|turnstile, now, errands| turnstile.observe(now, grant, said, errands));
+                .step(|scheduler, now, wakeups| scheduler.observe(now, grant, said, wakeups));
         }
     }
 
@@ -588,7 +591,7 @@ mod tests {
         drop(probe);
         let [next, last] = others;
         let probe = next.await.unwrap();
-        probe.finish(CallOutcome::Done { usage: None });
+        probe.finish(CallOutcome::Succeeded { usage: None });
         let _both = (last.await.unwrap(), lane.acquire(need).await.unwrap());
         assert_eq!(lane.snapshot().in_flight, 2);
     }
@@ -604,7 +607,7 @@ mod tests {
         assert_eq!(lane.shared.start.elapsed(), Duration::from_secs(63));
         drop(stuck);
         assert!(lane.try_acquire(&need).is_none(), "the other is under way");
-        probe.finish(CallOutcome::Done { usage: None });
+        probe.finish(CallOutcome::Succeeded { usage: None });
         assert!(lane.try_acquire(&need).is_some());
     }
 
@@ -622,7 +625,7 @@ mod tests {
         lane.stop_for(why(), Duration::from_secs(300));
         drop(probe);
         assert!(waiting.await.is_err());
-        lane.reopen();
+        lane.resume();
         let _both = [lane.try_acquire(&need), lane.try_acquire(&need)].map(Option::unwrap);
     }
 

@@ -1,309 +1,468 @@
-//! [`Pace`]: the limits a lane keeps.
+//! [`LimitSet`]: every rate limit of a lane, taken from all at once or not at all.
 
 use std::time::Duration;
 
-use super::bucket::Rate;
-use super::meter::Burst;
-use super::words::Binding;
+use crate::ratelimit::adaptive::headers;
+use crate::ratelimit::bucket::{Nanos, Rate};
+use crate::ratelimit::limit::{Burst, Cost, Limit, Source};
+use crate::ratelimit::pace::Pace;
+use crate::ratelimit::types::{Binding, Charge};
+use crate::usage::{Quota, RateSnapshot};
 
-/// The limits of one provider account and group of models.
-///
-/// Token limits are per minute and count what the provider counts: either input
-/// and output together ([`tokens`](Pace::tokens)) or each on its own
-/// ([`input_tokens`](Pace::input_tokens), [`output_tokens`](Pace::output_tokens)).
-/// What is not limited here is limited by what the provider says and refuses
-/// ([`adaptive`](Pace::adaptive)), and by nothing else: there are no hidden defaults, and
-/// no number means unlimited.
-///
-/// # Example: a tier as its provider prints it
-///
-/// ```
-/// use throughline::Pace;
-///
-/// let pace = Pace::per_minute(500).tokens(200_000).in_flight(32);
-/// # let _ = pace;
-/// ```
-///
-/// # Example: limits unknown
-///
-/// ```
-/// use throughline::Pace;
-///
-/// // One call a second, and at most four at a time.
-/// let pace = Pace::normal().in_flight(4);
-/// assert_eq!(pace.retries(), Some(2));
-/// ```
-#[doc(alias = "rate limit")]
-#[doc(alias = "throttle")]
-#[derive(Debug, Clone, PartialEq)]
-#[must_use]
-pub struct Pace {
-    pub(super) spacing: Option<Rate>,
-    pub(super) requests: Option<Rate>,
-    pub(super) tokens: Option<Rate>,
-    pub(super) input_tokens: Option<Rate>,
-    pub(super) output_tokens: Option<Rate>,
-    pub(super) in_flight: Option<usize>,
-    burst: Option<Duration>,
-    pub(super) adaptive: bool,
-    retries: Option<u32>,
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Resource {
+    Spacing,
+    Requests,
+    Tokens,
+    InputTokens,
+    OutputTokens,
 }
 
-impl Pace {
-    /// No limits, until one is added or the provider tells one: limits that replies
-    /// speak of are kept from then on, and a refusal leaves a rate that is learned
-    /// ([`adaptive`](Pace::adaptive)).
-    pub fn unlimited() -> Self {
-        Self {
-            spacing: None,
-            requests: None,
-            tokens: None,
-            input_tokens: None,
-            output_tokens: None,
-            in_flight: None,
-            burst: None,
-            adaptive: true,
-            retries: None,
+impl Resource {
+    pub(super) const ALL: [Self; 5] = [
+        Self::Spacing,
+        Self::Requests,
+        Self::Tokens,
+        Self::InputTokens,
+        Self::OutputTokens,
+    ];
+
+    /// How much of this resource a call takes.
+    #[inline]
+    pub(super) fn of(self, charge: Charge) -> u64 {
+        match self {
+            Self::Spacing | Self::Requests => 1,
+            Self::Tokens => charge.input.saturating_add(charge.output),
+            Self::InputTokens => charge.input,
+            Self::OutputTokens => charge.output,
         }
     }
 
-    /// At most `requests` in a minute.
-    ///
-    /// # Panics
-    ///
-    /// If `requests` is zero: a lane that lets nothing through is a mistake.
-    #[track_caller]
-    pub fn per_minute(requests: u64) -> Self {
-        Self {
-            requests: Some(rate("requests", requests)),
-            ..Self::unlimited()
+    /// The same, by when it is charged.
+    #[inline]
+    fn share(self, charge: Charge) -> Cost {
+        if !charge.output_deferred {
+            let due = self.of(charge);
+            return Cost { due, later: 0 };
+        }
+        let due = self.of(charge.on_admission());
+        Cost {
+            due,
+            later: self.of(charge) - due,
         }
     }
 
-    /// At most `requests` in a second: the same limit as 60 times that in a minute, which is how
-    /// events and [`LaneSnapshot`](crate::ratelimit::LaneSnapshot) name it.
-    ///
-    /// # Panics
-    ///
-    /// If `requests` is zero.
-    ///
-    /// ```
-    /// use throughline::Pace;
-    ///
-    /// assert_eq!(Pace::per_second(10), Pace::per_minute(600));
-    /// ```
-    #[track_caller]
-    pub fn per_second(requests: u64) -> Self {
-        Self::per_minute(requests.saturating_mul(60))
-    }
-
-    /// Two seconds between calls and three retries: for an account whose limits
-    /// nobody knows.
-    pub fn safe() -> Self {
-        Self::mode(2_000, 3)
-    }
-
-    /// One second between calls and two retries.
-    pub fn normal() -> Self {
-        Self::mode(1_000, 2)
-    }
-
-    /// Half a second between calls and two retries.
-    pub fn fast() -> Self {
-        Self::mode(500, 2)
-    }
-
-    fn mode(spacing_ms: u64, retries: u32) -> Self {
-        Self {
-            retries: Some(retries),
-            ..Self::unlimited().spacing(Duration::from_millis(spacing_ms))
+    pub(super) fn binding(self) -> Binding {
+        match self {
+            Self::Spacing => Binding::Spacing,
+            Self::Requests => Binding::Requests,
+            Self::Tokens => Binding::Tokens,
+            Self::InputTokens => Binding::InputTokens,
+            Self::OutputTokens => Binding::OutputTokens,
         }
     }
 
-    /// At most `tokens` in a minute, input and output together.
-    ///
-    /// # Panics
-    ///
-    /// If `tokens` is zero.
-    #[track_caller]
-    pub fn tokens(mut self, tokens: u64) -> Self {
-        self.tokens = Some(rate("tokens", tokens));
-        self
+    /// What `pace` says of this resource: its rate, and the burst that goes with it.
+    pub(super) fn limit(self, pace: &Pace) -> Option<(Rate, Burst)> {
+        let rate = match self {
+            Self::Spacing => {
+                let burst = Burst {
+                    time: Duration::ZERO,
+                    full_at_start: true,
+                };
+                return Some((pace.spacing?, burst));
+            }
+            Self::Requests => pace.requests,
+            Self::Tokens => pace.tokens,
+            Self::InputTokens => pace.input_tokens,
+            Self::OutputTokens => pace.output_tokens,
+        };
+        Some((rate?, pace.burst_or_default()))
     }
 
-    /// At most `tokens` of input in a minute.
-    ///
-    /// # Panics
-    ///
-    /// If `tokens` is zero.
-    #[track_caller]
-    pub fn input_tokens(mut self, tokens: u64) -> Self {
-        self.input_tokens = Some(rate("input tokens", tokens));
-        self
+    /// What the headers say of it.
+    fn quota(self, said: &RateSnapshot) -> Option<&Quota> {
+        match self {
+            Self::Spacing => None,
+            Self::Requests => Some(&said.requests),
+            Self::Tokens => Some(&said.tokens),
+            Self::InputTokens => Some(&said.input_tokens),
+            Self::OutputTokens => Some(&said.output_tokens),
+        }
+    }
+}
+
+/// What the headers of a refusal say of why.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct ThrottledResource {
+    resource: Resource,
+    rate: Option<Rate>,
+}
+
+impl ThrottledResource {
+    /// The resource of which less is left than `charge` takes; of several the emptiest.
+    pub(super) fn of(said: &RateSnapshot, charge: Charge) -> Option<Self> {
+        let short = |resource: &Resource| {
+            let quota = resource.quota(said)?;
+            let left = quota.remaining?;
+            let part = left as f64 / quota.limit.unwrap_or(1).max(1) as f64;
+            (left < resource.of(charge.on_admission()).max(1)).then_some((*resource, part))
+        };
+        let (resource, _) = Resource::ALL
+            .iter()
+            .filter_map(short)
+            .min_by(|(_, a), (_, b)| a.total_cmp(b))?;
+        let rate = resource.quota(said).and_then(headers::per_minute);
+        Some(Self { resource, rate })
+    }
+}
+
+/// A limit that is used more slowly since a refusal.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Slowed {
+    pub(super) resource: Resource,
+    /// The share of it that was used before.
+    pub(super) tried: f64,
+    /// The share that is used now.
+    pub(super) scale: f64,
+}
+
+/// A charge that is more than a minute of its limit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Exceeded {
+    pub(super) resource: Resource,
+    pub(super) needed: u64,
+    pub(super) per_minute: u64,
+}
+
+impl Exceeded {
+    fn of(resource: Resource, needed: u64, limit: &Limit) -> Self {
+        Self {
+            resource,
+            needed,
+            per_minute: limit.rate().minute(),
+        }
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct LimitSet {
+    /// One limit for each limited resource, in the order of [`Resource::ALL`].
+    limits: Vec<(Resource, Limit)>,
+    /// Charges that exceeded their limit since they were last asked for.
+    exceeded: Vec<Exceeded>,
+}
+
+/// How much was left of each limit when a call had been granted, as time of its rate.
+pub(super) type Levels = [Nanos; Resource::ALL.len()];
+
+impl LimitSet {
+    pub(super) fn new(pace: &Pace, now: Nanos) -> Self {
+        let limits = Resource::ALL.into_iter().filter_map(|resource| {
+            let (rate, burst) = resource.limit(pace)?;
+            let limit = Limit::new(Source::Configured, rate, burst, now);
+            Some((resource, limit))
+        });
+        Self {
+            limits: limits.collect(),
+            exceeded: Vec::new(),
+        }
     }
 
-    /// At most `tokens` of output in a minute.
-    ///
-    /// # Panics
-    ///
-    /// If `tokens` is zero.
-    #[track_caller]
-    pub fn output_tokens(mut self, tokens: u64) -> Self {
-        self.output_tokens = Some(rate("output tokens", tokens));
-        self
+    /// Passes the time until `now`, in which somebody waited or nobody did.
+    #[inline]
+    pub(super) fn advance(&mut self, now: Nanos, waited: bool) {
+        for (_, limit) in &mut self.limits {
+            limit.advance(now, waited);
+        }
     }
 
-    /// At most `calls` between permit and reply.
-    ///
-    /// # Panics
-    ///
-    /// If `calls` is zero.
-    #[track_caller]
-    #[doc(alias = "concurrency")]
-    #[doc(alias = "semaphore")]
-    pub fn in_flight(mut self, calls: usize) -> Self {
-        assert!(
-            calls > 0,
-            "a pace of zero calls in flight lets nothing through"
+    /// When all of `charge` can be taken, and which resource comes last: `now` and
+    /// nothing, or later; `None` is when a call in flight has ended.
+    #[inline]
+    pub(super) fn ready_at(&self, now: Nanos, charge: Charge) -> (Option<Nanos>, Binding) {
+        let mut last = (now, Binding::Nothing);
+        for (resource, limit) in &self.limits {
+            let share = limit.capped(resource.share(charge));
+            let Some(ready_at) = limit.ready_at(now, share) else {
+                return (None, resource.binding());
+            };
+            if ready_at > last.0 {
+                last = (ready_at, resource.binding());
+            }
+        }
+        (Some(last.0), last.1)
+    }
+
+    /// Whether `first` could be taken now without keeping `head` beyond `until`. What is
+    /// charged later nobody passes: it is not known when that will be.
+    pub(super) fn leaves_room(
+        &self,
+        now: Nanos,
+        first: Charge,
+        head: Charge,
+        until: Nanos,
+    ) -> bool {
+        self.limits.iter().all(|(resource, limit)| {
+            let [first, head] = [first, head].map(|charge| limit.capped(resource.share(charge)));
+            first.later == 0
+                && head.later == 0
+                && limit.ready_at(now, first).is_some_and(|at| at <= now)
+                && limit.ready_after(now, first.due, head.due) <= until
+        })
+    }
+
+    /// What `charge` takes of the scarcest limit: nanoseconds of its rate.
+    pub(super) fn cost(&self, charge: Charge) -> u64 {
+        let costs = self
+            .limits
+            .iter()
+            .map(|(resource, limit)| limit.rate().time_for(limit.most(resource.of(charge))));
+        // An hour is as good as for ever, and sums of hours overflow nothing.
+        costs.fold(1, u64::max).min(3_600_000_000_000)
+    }
+
+    /// Says what it leaves.
+    #[inline]
+    pub(super) fn take(&mut self, now: Nanos, charge: Charge) -> Levels {
+        let mut levels = Levels::default();
+        for (resource, limit) in &mut self.limits {
+            let whole = resource.share(charge);
+            let share = limit.capped(whole);
+            if share != whole {
+                let needed = resource.of(charge);
+                self.exceeded.push(Exceeded::of(*resource, needed, limit));
+            }
+            limit.take(now, share);
+            levels[*resource as usize] = limit.filled(now);
+        }
+        levels
+    }
+
+    /// Lets every bucket hold as much as goes with what was learned of its limit.
+    pub(super) fn resize(&mut self, now: Nanos) {
+        for (_, limit) in &mut self.limits {
+            limit.resize(now);
+        }
+    }
+
+    /// Takes everything back, for a call that was never sent.
+    pub(super) fn refund(&mut self, now: Nanos, charge: Charge, taken_at: Nanos) {
+        for (resource, limit) in self
+            .limits
+            .iter_mut()
+            .filter(|(_, m)| m.existed_at(taken_at))
+        {
+            limit.refund(now, limit.capped(resource.share(charge)), taken_at);
+        }
+    }
+
+    /// Settles tokens to what was used. The request itself stays charged.
+    #[inline]
+    pub(super) fn settle(&mut self, now: Nanos, charge: Charge, actual: Charge, taken_at: Nanos) {
+        for (resource, limit) in self
+            .limits
+            .iter_mut()
+            .filter(|(_, m)| m.existed_at(taken_at))
+        {
+            let (whole, used) = (resource.share(charge), resource.of(actual));
+            let (share, charged) = (limit.capped(whole), limit.most(used));
+            if charged != used && share == whole {
+                // Otherwise it was noted when it was granted.
+                self.exceeded.push(Exceeded::of(*resource, used, limit));
+            }
+            limit.settle(now, share, charged);
+        }
+    }
+
+    /// An answer came: what such calls cost, where that is charged only then.
+    pub(super) fn learn(&mut self, now: Nanos, charge: Charge, actual: Charge, taken_at: Nanos) {
+        for (resource, limit) in &mut self.limits {
+            let share = limit.capped(resource.share(charge));
+            let actual = limit.most(resource.of(actual));
+            limit.learn(now, share, actual, taken_at);
+        }
+    }
+
+    /// The charges that exceeded a minute of their limit since this was last called.
+    pub(super) fn take_exceeded(&mut self) -> Vec<Exceeded> {
+        std::mem::take(&mut self.exceeded)
+    }
+
+    pub(super) fn stand_still_until(&mut self, now: Nanos, until: Nanos) {
+        for (_, limit) in &mut self.limits {
+            limit.stand_still_until(now, until);
+        }
+    }
+
+    /// Lets the limits refill from now on that would stand still until later.
+    pub(super) fn resume(&mut self, now: Nanos) {
+        for (_, limit) in &mut self.limits {
+            limit.resume(now);
+        }
+    }
+
+    /// What a reply says of the limits, to a call granted when `mark` was left: levels are
+    /// lowered, and limits that nobody has named are adopted. Says which were adopted.
+    pub(super) fn observe(
+        &mut self,
+        now: Nanos,
+        said: &RateSnapshot,
+        (granted_at, levels): (Nanos, &Levels),
+        burst: Burst,
+        closed_until: Nanos,
+    ) -> Vec<(Resource, Rate)> {
+        let mut adopted = Vec::new();
+        for resource in Resource::ALL {
+            let Some(quota) = resource.quota(said) else {
+                continue;
+            };
+            let told = headers::per_minute(quota);
+            let known = self.get_mut(resource);
+            let source = known.as_ref().map(|limit| limit.source());
+            if source != Some(Source::Configured)
+                && let Some(rate) = told
+            {
+                match known {
+                    Some(limit) if source == Some(Source::Advertised) && limit.rate() == rate => {}
+                    Some(limit) => {
+                        limit.retune(now, Source::Advertised, rate, burst);
+                        adopted.push((resource, rate));
+                    }
+                    None => {
+                        let mut limit = Limit::new(Source::Advertised, rate, burst, now);
+                        // It is not fresh: what revealed it has used it.
+                        limit.stand_still_until(now, closed_until);
+                        self.insert(resource, limit);
+                        adopted.push((resource, rate));
+                    }
+                }
+            }
+            if let (Some(limit), Some(left)) = (self.get_mut(resource), quota.remaining) {
+                limit.lower(now, left, granted_at, levels[resource as usize]);
+                if !burst.full_at_start {
+                    limit.offer(now, headers::left_of_a_minute(quota), granted_at);
+                }
+                if let Some(rate) = told {
+                    limit.detect_contention(now, left, rate);
+                }
+            }
+        }
+        adopted
+    }
+
+    /// A call of `charge` sent at `sent_at` was refused. Slows down the resource that the headers name,
+    /// else the one that is nearest empty, else requests: at the rate `guess` if
+    /// they had none. Says which resource was slowed, and by how much.
+    pub(super) fn record_refusal(
+        &mut self,
+        now: Nanos,
+        (sent_at, charge): (Nanos, Charge),
+        named: Option<ThrottledResource>,
+        guess: impl FnOnce() -> (Rate, Burst),
+    ) -> Option<Slowed> {
+        let resource = named.map(|named| named.resource).or_else(|| {
+            let fullness = self
+                .limits
+                .iter()
+                .map(|(r, limit)| (r, limit.fullness(now)));
+            let emptiest = fullness.min_by(|(_, a), (_, b)| a.total_cmp(b));
+            emptiest.map(|(resource, _)| *resource)
+        });
+        let resource = match resource.filter(|resource| self.get(*resource).is_some()) {
+            Some(resource) => resource,
+            // Calls spaced apart are requests that are limited.
+            None if self.get(Resource::Requests).is_none()
+                && self.get(Resource::Spacing).is_some() =>
+            {
+                Resource::Spacing
+            }
+            None => Resource::Requests,
+        };
+        let told = named.filter(|named| named.resource == resource);
+        if self.get(resource).is_none() {
+            let (rate, burst) = guess();
+            self.insert(resource, Limit::new(Source::Estimated, rate, burst, now));
+        }
+        let limit = self.get_mut(resource)?;
+        let tried = limit.scale();
+        let lowered = limit.record_refusal(
+            now,
+            sent_at,
+            limit.capped(resource.share(charge)).due,
+            told.and_then(|named| named.rate),
         );
-        self.in_flight = Some(calls);
-        self
+        lowered.then(|| Slowed {
+            resource,
+            tried,
+            scale: limit.scale(),
+        })
     }
 
-    /// At least `time` between the starts of two calls, whatever the other limits allow.
-    ///
-    /// # Panics
-    ///
-    /// If `time` is zero.
-    #[track_caller]
-    pub fn spacing(mut self, time: Duration) -> Self {
-        assert!(!time.is_zero(), "a pace needs a spacing above zero");
-        self.spacing = Some(Rate::every(time));
-        self
-    }
-
-    /// How much of an unused limit may go at once, as time at the full rate: with
-    /// 600 requests a minute and a burst of 2 s that is 20. The default is 1 s,
-    /// because a whole minute's burst doubles what the first minute sends, and some
-    /// providers enforce a minute's limit second by second.
-    ///
-    /// A burst that is set is there from the start. The default one must first be saved up:
-    /// nobody has said what was used before the lane was made, and a lane that
-    /// starts with room for one call is refused by nobody who counts strictly.
-    ///
-    /// One request may always go at once. A burst of zero makes requests evenly
-    /// spaced, but loses the rate of any moment at which the machine is late
-    /// (timers count milliseconds).
-    ///
-    /// Where neither a limit nor a burst is set, and the provider's headers say that it keeps a
-    /// whole minute of the limit, the lane goes at twice the rate while there is much left of
-    /// that, until the first refusal.
-    pub fn burst(mut self, time: Duration) -> Self {
-        self.burst = Some(time);
-        self
-    }
-
-    /// Whether the lane learns from the provider. It does, unless told not to:
-    ///
-    /// - a limit that is refused although it was kept is used more slowly, and more
-    ///   again as time passes without a refusal, never above what is set here;
-    /// - limits that are not set here are taken from the headers of the replies, or learned
-    ///   from the first refusal;
-    /// - a limit of which the headers say that less is left is lowered to that;
-    /// - a provider that refuses more than a few of a hundred calls as overloaded (503, 529) gets no more calls at one
-    ///   time than it lets in, and slowly more again;
-    /// - where sending less does not lower the share of refused calls, no limit is the reason: the lane goes at
-    ///   its full rate again.
-    ///
-    /// Without it, a refusal closes the lane for a while and changes nothing else.
-    pub fn adaptive(mut self, adaptive: bool) -> Self {
-        self.adaptive = adaptive;
-        self
-    }
-
-    pub(super) fn burst_or_default(&self) -> Burst {
-        Burst {
-            time: self.burst.unwrap_or(Duration::from_secs(1)),
-            at_once: self.burst.is_some(),
+    /// Takes back the reductions of a limit since `share` of it was tried: it is not the reason for the
+    /// refusals. One that was only guessed from them is none.
+    pub(super) fn restore(&mut self, now: Nanos, resource: Resource, share: f64) {
+        self.limits
+            .retain(|(_, limit)| limit.source() != Source::Estimated);
+        if let Some(limit) = self.get_mut(resource) {
+            limit.restore(now, share);
         }
     }
 
-    /// The limits per minute that are set.
-    pub(crate) fn limits(&self) -> impl Iterator<Item = (Binding, u64)> + use<> {
-        let limits = [
-            (Binding::Requests, self.requests),
-            (Binding::Tokens, self.tokens),
-            (Binding::InputTokens, self.input_tokens),
-            (Binding::OutputTokens, self.output_tokens),
-        ];
-        let per_minute = |rate: Rate| (rate.per_second() * 60.0).round() as u64;
-        limits
-            .into_iter()
-            .filter_map(move |(limit, rate)| Some((limit, per_minute(rate?))))
+    /// Whether a refusal is hardly for one of these limits: at least half of each is left.
+    pub(super) fn are_half_full(&self, now: Nanos) -> bool {
+        self.limits
+            .iter()
+            .all(|(_, limit)| limit.fullness(now) >= 0.5)
     }
 
-    /// How often to retry a call, where the mode suggests it ([`safe`](Pace::safe),
-    /// [`normal`](Pace::normal), [`fast`](Pace::fast)). The lane does not retry: this
-    /// is a hint for whoever does.
-    pub fn retries(&self) -> Option<u32> {
-        self.retries
-    }
-}
-
-#[track_caller]
-fn rate(what: &str, per_minute: u64) -> Rate {
-    assert!(
-        per_minute > 0,
-        "a pace of zero {what} a minute lets nothing through"
-    );
-    Rate::per_minute(per_minute)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    #[should_panic(expected = "zero requests a minute")]
-    fn zero_requests() {
-        let _ = Pace::per_minute(0);
+    /// The smallest share of a limit that is used now because of refusals.
+    pub(super) fn scale(&self) -> f64 {
+        let named = self.limits.iter().map(|(_, limit)| limit);
+        let named = named.filter(|limit| limit.source() != Source::Estimated);
+        named.map(Limit::scale).fold(1.0, f64::min)
     }
 
-    #[test]
-    #[should_panic(expected = "zero tokens a minute")]
-    fn zero_tokens() {
-        let _ = Pace::unlimited().tokens(0);
+    /// The limit on requests in a minute that is kept now.
+    pub(super) fn requests_per_minute(&self) -> Option<f64> {
+        let limit = self.get(Resource::Requests)?;
+        Some(limit.rate().per_second() * 60.0 * limit.scale())
     }
 
-    #[test]
-    #[should_panic(expected = "zero input tokens a minute")]
-    fn zero_input_tokens() {
-        let _ = Pace::unlimited().input_tokens(0);
+    /// Changes the limits. One that was there keeps its level, a new one is fresh
+    /// unless the lane is closed until later; one that was learned stays.
+    pub(super) fn retune(&mut self, now: Nanos, pace: &Pace, closed_until: Nanos) {
+        for resource in Resource::ALL {
+            match (self.get_mut(resource), resource.limit(pace)) {
+                (Some(limit), Some((rate, burst))) => {
+                    limit.retune(now, Source::Configured, rate, burst);
+                }
+                (Some(limit), None) if limit.source() != Source::Configured && pace.adaptive => {}
+                (_, None) => self.limits.retain(|(other, _)| *other != resource),
+                (None, Some((rate, burst))) => {
+                    let mut limit = Limit::new(Source::Configured, rate, burst, now);
+                    if closed_until > now {
+                        limit.stand_still_until(now, closed_until);
+                    }
+                    self.insert(resource, limit);
+                }
+            }
+        }
     }
 
-    #[test]
-    #[should_panic(expected = "zero output tokens a minute")]
-    fn zero_output_tokens() {
-        let _ = Pace::unlimited().output_tokens(0);
+    fn get(&self, resource: Resource) -> Option<&Limit> {
+        let mut limits = self.limits.iter();
+        limits.find_map(|(other, limit)| (*other == resource).then_some(limit))
     }
 
-    #[test]
-    #[should_panic(expected = "zero calls in flight")]
-    fn zero_in_flight() {
-        let _ = Pace::unlimited().in_flight(0);
+    fn get_mut(&mut self, resource: Resource) -> Option<&mut Limit> {
+        let mut limits = self.limits.iter_mut();
+        limits.find_map(|(other, limit)| (*other == resource).then_some(limit))
     }
 
-    #[test]
-    #[should_panic(expected = "spacing above zero")]
-    fn zero_spacing() {
-        let _ = Pace::unlimited().spacing(Duration::ZERO);
-    }
-
-    #[test]
-    fn modes_suggest_retries() {
-        assert_eq!(Pace::safe().retries(), Some(3));
-        assert_eq!(Pace::normal().retries(), Some(2));
-        assert_eq!(Pace::fast().retries(), Some(2));
-        assert_eq!(Pace::per_minute(1).retries(), None);
+    /// A limit for a resource that has none.
+    fn insert(&mut self, resource: Resource, limit: Limit) {
+        let position = self.limits.partition_point(|(other, _)| *other < resource);
+        self.limits.insert(position, (resource, limit));
     }
 }

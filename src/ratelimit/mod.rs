@@ -1,39 +1,33 @@
-//! The pacing lane: how fast calls may go, and who goes next.
+//! Rate limiting: how fast calls may go, and which caller is next.
 //!
-//! From the inside out, each knowing only those before it:
+//! From the inside out, each module knowing only those before it:
 //!
-//! - `bucket`: one rate limit (GCRA) as arithmetic over time;
-//! - `scale`, `arrears`, `surplus`, `ebb`, `meter`: the share of it that the provider really
-//!   grants, what will be charged later, what may go faster, whether others use it, and its clock;
-//! - `buckets`, `refusals`, `slots`, `gate`, `queue`: all limits at once, which refusals are noise, the
-//!   calls in flight, the provider's "not now", the waiters; `headers` reads what replies say of limits;
-//! - `offers`: what was granted to a waiter that has not come for it yet;
-//! - `turnstile`: the state machine they form, pure, over time as an argument (in `ends`, how calls end);
-//! - `timer`: the tasks that let waiters through when their time comes;
-//! - `lane`: the thin asynchronous shell, with the clock, the lock and the wakers.
+//! - `bucket`: a token bucket (GCRA) as arithmetic over time;
+//! - `adaptive`: what is learned of the limits of a provider;
+//! - `limit`, `limits`: one limit with its clock, and all limits of a lane, taken at once or not at all;
+//! - `concurrency`, `cooldown`, `queue`, `offers`: the calls in flight, the wait after a refusal, the callers that
+//!   wait, and the grants that they have not collected yet;
+//! - `scheduler`: the state machine of all of them, with time as an argument;
+//! - `timer`: the tasks that let callers through when their time comes;
+//! - `lane`: the asynchronous handle, with the clock, the lock and the wakers.
 
-mod arrears;
+mod adaptive;
 mod bucket;
-mod buckets;
-mod ebb;
-mod gate;
-mod headers;
+mod concurrency;
+mod cooldown;
 mod lane;
+mod limit;
 mod limits;
-mod meter;
 mod offers;
+mod pace;
 #[cfg(test)]
 mod properties;
 mod queue;
-mod refusals;
-mod scale;
-mod slots;
-mod surplus;
+mod scheduler;
 mod timer;
-mod turnstile;
-mod words;
+mod types;
 
 pub use self::lane::{Lane, Permit};
-pub use self::limits::Pace;
-pub use self::words::{Binding, CallOutcome, LaneSnapshot, Need, Place, Priority, Tenant};
-pub(crate) use self::words::{LaneChange, Who};
+pub use self::pace::Pace;
+pub use self::types::{Binding, CallOutcome, LaneSnapshot, Need, Priority, QueuePosition, Tenant};
+pub(crate) use self::types::{LaneChange, QueueKey};

@@ -18,8 +18,8 @@
 
 use std::collections::BTreeSet;
 
-use super::bucket::Nanos;
-use super::queue::Map;
+use crate::ratelimit::bucket::Nanos;
+use crate::ratelimit::queue::Map;
 
 /// How long an offer stands.
 pub(super) const STANDS_FOR: Nanos = 50_000_000;

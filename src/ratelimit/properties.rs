@@ -1,17 +1,17 @@
-//! What must hold of the turnstile whatever happens to it.
+//! What must hold of the scheduler whatever happens to it.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 use proptest::prelude::*;
 
-use super::bucket::{Nanos, Rate, nanos};
-use super::buckets::Resource;
-use super::limits::Pace;
-use super::meter::Burst;
-use super::queue::Key;
-use super::turnstile::{End, Errands, Grant, Turn, Turnstile};
-use super::words::{CallOutcome, Charge, Need, Place};
+use crate::ratelimit::bucket::{Nanos, Rate, nanos};
+use crate::ratelimit::limit::Burst;
+use crate::ratelimit::limits::Resource;
+use crate::ratelimit::pace::Pace;
+use crate::ratelimit::queue::WaiterKey;
+use crate::ratelimit::scheduler::{Admission, End, Grant, Scheduler, Wakeups};
+use crate::ratelimit::types::{CallOutcome, Charge, Need, QueuePosition};
 use crate::request::Usage;
 
 /// One thing that can happen to a lane. Indices count modulo what there is.
@@ -31,13 +31,13 @@ enum Op {
 }
 
 struct Waiter {
-    key: Key,
+    key: WaiterKey,
     need: Need,
 }
 
 struct Held {
     grant: Grant,
-    place: Option<Place>,
+    position: Option<QueuePosition>,
     charge: Charge,
     /// Where in the books this was entered.
     entry: usize,
@@ -60,10 +60,10 @@ enum Kind {
     Settled { before: Charge },
 }
 
-/// The turnstile with everything around it that the shell and its users would be.
+/// The scheduler with everything around it that the shell and its users would be.
 struct World {
     pace: Pace,
-    turnstile: Turnstile<u64>,
+    scheduler: Scheduler<u64>,
     now: Duration,
     closed_until: Duration,
     waiting: BTreeMap<u64, Waiter>,
@@ -73,7 +73,7 @@ struct World {
     ignores: bool,
     awake: VecDeque<u64>,
     held: Vec<Held>,
-    places: Vec<Place>,
+    places: Vec<QueuePosition>,
     books: Vec<Booked>,
     next_id: u64,
 }
@@ -81,7 +81,7 @@ struct World {
 impl World {
     fn new(pace: Pace) -> Self {
         Self {
-            turnstile: Turnstile::new(&pace, 0),
+            scheduler: Scheduler::new(&pace, 0),
             pace,
             now: Duration::ZERO,
             closed_until: Duration::ZERO,
@@ -96,19 +96,19 @@ impl World {
         }
     }
 
-    /// Who is next, and when it goes at the latest, as long as no call in flight matters.
-    fn promise(&self) -> Option<(Key, Duration)> {
+    /// QueueKey is next, and when it goes at the latest, as long as no call in flight matters.
+    fn add(&self) -> Option<(WaiterKey, Duration)> {
         let head = self.waiting.values().map(|waiter| waiter.key).min()?;
-        let wait = self.turnstile.snapshot(nanos(self.now)).head_wait?;
+        let wait = self.scheduler.snapshot(nanos(self.now)).head_wait?;
         Some((head, self.now + wait))
     }
 
     /// What arrives or leaves, whoever it lets pass, keeps nobody waiting who is next.
     fn apply(&mut self, op: Op) {
         let harmless = matches!(op, Op::Pass(_) | Op::Arrive(_) | Op::Leave(_)) && !self.ignores;
-        let before = self.promise();
+        let before = self.add();
         self.carry_out(op);
-        if let (true, Some((head, by)), Some((still, then))) = (harmless, before, self.promise())
+        if let (true, Some((head, by)), Some((still, then))) = (harmless, before, self.add())
             && head == still
         {
             assert!(
@@ -123,29 +123,29 @@ impl World {
             Op::Pass(time) => self.pass_until(self.now + time),
             Op::Arrive(charge) => self.arrive(None, charge),
             Op::Return(nth, charge) => {
-                let place = pick(nth, self.places.len()).map(|i| self.places[i]);
-                self.arrive(place, charge);
+                let position = pick(nth, self.places.len()).map(|i| self.places[i]);
+                self.arrive(position, charge);
             }
             Op::Leave(nth) => {
                 if let Some(i) = pick(nth, self.waiting.len()) {
                     let id = *self.waiting.keys().nth(i).unwrap();
                     let waiter = self.waiting.remove(&id).unwrap();
                     self.ignored.remove(&id);
-                    self.step(|turnstile, now, errands| turnstile.leave(now, waiter.key, errands));
+                    self.step(|scheduler, now, wakeups| scheduler.leave(now, waiter.key, wakeups));
                 }
             }
             Op::End(nth, end) => {
                 if let Some(i) = pick(nth, self.held.len()) {
                     let held = self.held.swap_remove(i);
-                    self.places.extend(held.place);
+                    self.places.extend(held.position);
                     self.end(held, end);
                 }
             }
             Op::Retune(pace) => {
                 self.pace = pace.clone();
-                // It opens the gate.
+                // It opens the cooldown.
                 self.closed_until = Duration::ZERO;
-                self.step(|turnstile, now, errands| turnstile.retune(now, &pace, errands));
+                self.step(|scheduler, now, wakeups| scheduler.retune(now, &pace, wakeups));
             }
             Op::Ignore(nth) => {
                 if let Some(i) = pick(nth, self.waiting.len()) {
@@ -167,20 +167,21 @@ impl World {
         self.settle();
     }
 
-    fn arrive(&mut self, place: Option<Place>, charge: Charge) {
-        let mut need = Need::new(charge.input, charge.output).in_arrears(charge.in_arrears);
-        need.place = place;
-        let mut errands = Errands::default();
+    fn arrive(&mut self, position: Option<QueuePosition>, charge: Charge) {
+        let mut need =
+            Need::new(charge.input, charge.output).output_deferred(charge.output_deferred);
+        need.position = position;
+        let mut wakeups = Wakeups::default();
         let id = self.next_id;
         self.next_id += 1;
         let turn = self
-            .turnstile
-            .enter(nanos(self.now), &need, &id, &mut errands);
-        errands.run(|id| self.awake.push_back(id));
+            .scheduler
+            .enter(nanos(self.now), &need, &id, &mut wakeups);
+        wakeups.run(|id| self.awake.push_back(id));
         match turn {
-            Turn::Granted(grant) => self.granted(grant, place, charge),
-            Turn::Stopped(_) => {}
-            Turn::Wait(key) => {
+            Admission::Granted(grant) => self.granted(grant, position, charge),
+            Admission::Stopped(_) => {}
+            Admission::Queued(key) => {
                 self.waiting.insert(id, Waiter { key, need });
             }
         }
@@ -198,7 +199,7 @@ impl World {
                 granted.kind = Kind::Grant { unsent: true };
                 (charge, kind) = (before, Kind::Refund { taken_at });
             }
-            End::Finished(CallOutcome::Done { usage: Some(usage) }) => charge = usage.into(),
+            End::Finished(CallOutcome::Succeeded { usage: Some(usage) }) => charge = usage.into(),
             End::Finished(CallOutcome::Overloaded { .. }) => charge = before,
             End::Finished(CallOutcome::Throttled { wait }) => {
                 charge = Charge::default();
@@ -208,23 +209,23 @@ impl World {
         }
         let at = self.now;
         self.books.push(Booked { at, charge, kind });
-        self.step(|turnstile, now, errands| {
-            turnstile.finish(now, held.grant, end, errands);
+        self.step(|scheduler, now, wakeups| {
+            scheduler.finish(now, held.grant, end, wakeups);
         });
     }
 
-    fn granted(&mut self, grant: Grant, place: Option<Place>, charge: Charge) {
+    fn granted(&mut self, grant: Grant, position: Option<QueuePosition>, charge: Charge) {
         // Collected later, where the caller was not polled at once.
-        let at = Duration::from_nanos(self.turnstile.granted_at(&grant));
+        let at = Duration::from_nanos(self.scheduler.granted_at(&grant));
         let late = self.now - at;
         assert!(late.is_zero() || self.ignores && late < Duration::from_secs(1));
         assert!(
             at >= self.closed_until || self.ignores,
-            "a grant through a closed gate"
+            "a grant through a closed cooldown"
         );
         self.held.push(Held {
             grant,
-            place,
+            position,
             charge,
             entry: self.books.len(),
         });
@@ -235,22 +236,22 @@ impl World {
         });
     }
 
-    fn step(&mut self, step: impl FnOnce(&mut Turnstile<u64>, Nanos, &mut Errands<u64>)) {
-        let mut errands = Errands::default();
-        step(&mut self.turnstile, nanos(self.now), &mut errands);
-        errands.run(|id| self.awake.push_back(id));
+    fn step(&mut self, step: impl FnOnce(&mut Scheduler<u64>, Nanos, &mut Wakeups<u64>)) {
+        let mut wakeups = Wakeups::default();
+        step(&mut self.scheduler, nanos(self.now), &mut wakeups);
+        wakeups.run(|id| self.awake.push_back(id));
         self.settle();
     }
 
     /// When a timer looks next.
     fn deadline(&self) -> Option<Duration> {
-        self.turnstile.deadline().map(Duration::from_nanos)
+        self.scheduler.deadline().map(Duration::from_nanos)
     }
 
     fn pass_until(&mut self, then: Duration) {
         while let Some(at) = self.deadline().filter(|at| *at <= then) {
             self.now = self.now.max(at);
-            self.step(|turnstile, now, errands| turnstile.tick(now, true, errands));
+            self.step(|scheduler, now, wakeups| scheduler.tick(now, true, wakeups));
             let next = self.deadline();
             assert!(
                 next.is_none_or(|at| at > self.now),
@@ -272,19 +273,19 @@ impl World {
             }
             let (key, need) = (waiter.key, waiter.need);
             let charge = Charge::from(&need);
-            let mut errands = Errands::default();
+            let mut wakeups = Wakeups::default();
             let turn = self
-                .turnstile
-                .poll(nanos(self.now), key, &need, &id, &mut errands);
-            errands.run(|id| self.awake.push_back(id));
+                .scheduler
+                .poll(nanos(self.now), key, &need, &id, &mut wakeups);
+            wakeups.run(|id| self.awake.push_back(id));
             match turn {
-                Turn::Granted(grant) => {
+                Admission::Granted(grant) => {
                     granted.push((key, charge));
                     self.waiting.remove(&id);
-                    self.granted(grant, Some(key.place), charge);
+                    self.granted(grant, Some(key.position), charge);
                 }
-                Turn::Wait(key) => waiter.key = key,
-                Turn::Stopped(_) => {
+                Admission::Queued(key) => waiter.key = key,
+                Admission::Stopped(_) => {
                     self.waiting.remove(&id);
                 }
             }
@@ -292,14 +293,14 @@ impl World {
         let first_waiting = self.waiting.values().map(|waiter| waiter.key).min();
         for (key, charge) in granted {
             let in_order = first_waiting.is_none_or(|waiting| key < waiting);
-            // Who passes takes nothing of what the head waits for.
+            // QueueKey passes takes nothing of what the head waits for.
             let passes = charge.input == 0 || charge.output == 0;
             assert!(
                 in_order || passes || self.ignores,
                 "overtaken by {charge:?}"
             );
         }
-        let snapshot = self.turnstile.snapshot(nanos(self.now));
+        let snapshot = self.scheduler.snapshot(nanos(self.now));
         // What was offered and not collected is in flight.
         let offered = snapshot.in_flight - self.held.len();
         assert!(offered <= self.ignored.len());
@@ -322,7 +323,7 @@ impl World {
             let end = ends.enumerate().min_by_key(|(_, end)| *end);
             let deadline = self.deadline();
             match end {
-                // Who goes meanwhile may end before those that are under way now.
+                // QueueKey goes meanwhile may end before those that are under way now.
                 _ if deadline
                     .is_some_and(|at| at <= then && end.is_none_or(|(_, end)| at < end)) =>
                 {
@@ -338,7 +339,7 @@ impl World {
                         reserved * part / 100
                     };
                     let usage = Some(Usage::new(held.charge.input, output));
-                    self.end(held, End::Finished(CallOutcome::Done { usage }));
+                    self.end(held, End::Finished(CallOutcome::Succeeded { usage }));
                 }
                 _ => break,
             }
@@ -360,7 +361,7 @@ impl World {
                 .expect("somebody waits and nobody will come");
             self.pass_until(next);
         }
-        let in_flight = self.turnstile.snapshot(nanos(self.now)).in_flight;
+        let in_flight = self.scheduler.snapshot(nanos(self.now)).in_flight;
         assert!(in_flight <= self.ignored.len());
     }
 
@@ -481,10 +482,10 @@ fn pick(nth: usize, of: usize) -> Option<usize> {
 fn charge() -> impl Strategy<Value = Charge> {
     // Some are larger than any burst below.
     let tokens = || prop_oneof![2 => Just(0), 8 => 0..300u64, 1 => 0..5_000u64];
-    (tokens(), tokens(), any::<bool>()).prop_map(|(input, output, in_arrears)| Charge {
+    (tokens(), tokens(), any::<bool>()).prop_map(|(input, output, output_deferred)| Charge {
         input,
         output,
-        in_arrears,
+        output_deferred,
     })
 }
 
@@ -497,9 +498,9 @@ fn end() -> impl Strategy<Value = End> {
         2 => Just(End::Unsent),
         1 => Just(End::Abandoned),
         1 => Just(End::Finished(CallOutcome::Failed { usage: None })),
-        1 => Just(End::Finished(CallOutcome::Done { usage: None })),
+        1 => Just(End::Finished(CallOutcome::Succeeded { usage: None })),
         8 => (0..400u64, 0..400u64).prop_map(|(input, output)| {
-            End::Finished(CallOutcome::Done { usage: Some(Usage::new(input, output)) })
+            End::Finished(CallOutcome::Succeeded { usage: Some(Usage::new(input, output)) })
         }),
         1 => wait().prop_map(|wait| End::Finished(CallOutcome::Throttled { wait })),
         1 => wait().prop_map(|wait| End::Finished(CallOutcome::Overloaded { wait })),
@@ -557,17 +558,17 @@ fn cases() -> u32 {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(cases()))]
 
-    /// Order, limits, gate and deadlines hold at every step (see `World::settle`).
+    /// Order, limits, cooldown and deadlines hold at every step (see `World::settle`).
     #[test]
     fn whatever_happens_the_lane_is_in_order(
         pace in pace(),
         ops in proptest::collection::vec(op(), 1..60),
     ) {
-        let most_in_flight = pace.in_flight.unwrap_or(usize::MAX);
+        let max_in_flight = pace.in_flight.unwrap_or(usize::MAX);
         let mut world = World::new(pace);
         for op in ops {
             world.apply(op);
-            prop_assert!(world.held.len() <= most_in_flight);
+            prop_assert!(world.held.len() <= max_in_flight);
         }
         world.drain();
         world.check_windows();
@@ -602,7 +603,7 @@ proptest! {
         for (gap, output, part) in calls {
             world.live_until(world.now + Duration::from_millis(gap), latency, exact, part);
             largest = largest.max(Duration::from_nanos(rate.time_for(output)));
-            world.carry_out(Op::Arrive(Charge { input: 0, output, in_arrears: true }));
+            world.carry_out(Op::Arrive(Charge { input: 0, output, output_deferred: true }));
         }
         while !world.waiting.is_empty() || !world.held.is_empty() {
             world.live_until(world.now + latency, latency, exact, 100);
@@ -634,19 +635,19 @@ proptest! {
             1..100,
         ),
     ) {
-        let most_in_flight = pace.in_flight.unwrap_or(usize::MAX);
+        let max_in_flight = pace.in_flight.unwrap_or(usize::MAX);
         let mut world = World::new(pace);
         world.ignores = true;
         for op in ops {
             world.apply(op);
-            prop_assert!(world.held.len() <= most_in_flight);
+            prop_assert!(world.held.len() <= max_in_flight);
         }
         world.drain();
         while let Some(id) = world.ignored.first().copied() {
             world.notice(id);
             world.drain();
         }
-        prop_assert_eq!(world.turnstile.snapshot(nanos(world.now)).in_flight, 0);
+        prop_assert_eq!(world.scheduler.snapshot(nanos(world.now)).in_flight, 0);
     }
 
     #[test]
@@ -670,27 +671,27 @@ proptest! {
 
 #[test]
 fn a_hundred_thousand_waiters_go_one_by_one() {
-    let mut world = Turnstile::<u64>::new(
+    let mut world = Scheduler::<u64>::new(
         &Pace::per_minute(60_000_000).burst(Duration::from_secs(1)),
         0,
     );
     let mut now = 0;
-    let mut errands = Errands::default();
+    let mut wakeups = Wakeups::default();
     let need = Need::default();
     let mut keys = VecDeque::new();
     let mut granted = 0;
     for id in 0..1_100_000 {
-        match world.enter(now, &need, &id, &mut errands) {
-            Turn::Granted(_) => granted += 1,
-            Turn::Wait(key) => keys.push_back((id, key)),
-            Turn::Stopped(_) => panic!("nobody stopped it"),
+        match world.enter(now, &need, &id, &mut wakeups) {
+            Admission::Granted(_) => granted += 1,
+            Admission::Queued(key) => keys.push_back((id, key)),
+            Admission::Stopped(_) => panic!("nobody stopped it"),
         }
     }
     assert_eq!((granted, keys.len()), (1_000_000, 100_000));
     while let Some((id, key)) = keys.pop_front() {
         now += 1_000;
-        match world.poll(now, key, &need, &id, &mut errands) {
-            Turn::Granted(_) => granted += 1,
+        match world.poll(now, key, &need, &id, &mut wakeups) {
+            Admission::Granted(_) => granted += 1,
             _ => panic!("its time has come"),
         }
     }

@@ -13,7 +13,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::hash::{BuildHasherDefault, Hasher};
 use std::ops::Bound;
 
-use super::words::{Charge, Place, Priority, Tenant, TenantId, Who};
+use crate::ratelimit::types::{Charge, Priority, QueueKey, QueuePosition, Tenant, TenantId};
 
 /// A map by small keys of our own: SipHash would cost more than all else that is done with it.
 pub(super) type Map<K, V> = HashMap<K, V, BuildHasherDefault<Multiplying>>;
@@ -49,9 +49,9 @@ impl Hasher for Multiplying {
 
 /// One waiter: its line, its place, and a ticket of its own, for two may hold one place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct Key {
-    line: u32,
-    pub(super) place: Place,
+pub(super) struct WaiterKey {
+    flow: u32,
+    pub(super) position: QueuePosition,
     pub(super) ticket: u64,
 }
 
@@ -64,51 +64,51 @@ pub(super) struct Waiter<W> {
 
 /// What was taken over a weight. In units of 2⁻⁴⁰ of a cost, so that weights count exactly
 /// where every call costs the same: 33 and 64 were served alike when the unit was 2⁻⁶.
-type Mark = u128;
+type VirtualTime = u128;
 
 /// By how much a mark moves back that is served at this cost.
-fn step(cost: u64, weight: u32) -> Mark {
-    ((Mark::from(cost.max(1)) << 40) / Mark::from(weight)).max(1)
+fn step(cost: u64, weight: u32) -> VirtualTime {
+    ((VirtualTime::from(cost.max(1)) << 40) / VirtualTime::from(weight)).max(1)
 }
 
 /// Those of one priority and one tenant.
 #[derive(Debug)]
-struct Line {
-    who: Who,
+struct Flow {
+    who: QueueKey,
     waiting: usize,
     /// Where it stands: the next to be served is the lowest.
-    mark: Mark,
+    virtual_time: VirtualTime,
 }
 
 /// Those of one priority.
 #[derive(Debug, Default)]
 struct Class {
-    mark: Mark,
+    virtual_time: VirtualTime,
     /// The mark of the line served last: who comes back from idling starts there.
-    front: Mark,
+    front: VirtualTime,
     /// The lines with waiters, by mark.
-    lines: BTreeSet<(Mark, u32)>,
+    flows: BTreeSet<(VirtualTime, u32)>,
 }
 
 #[derive(Debug)]
 pub(super) struct Queue<W> {
     /// An ordered map rather than deques, because a retry comes back to the place
     /// it had and anybody may leave from anywhere, each in logarithmic time.
-    waiters: BTreeMap<Key, Waiter<W>>,
-    lines: Map<u32, Line>,
+    waiters: BTreeMap<WaiterKey, Waiter<W>>,
+    flows: Map<u32, Flow>,
     ids: Map<(Priority, Option<TenantId>), u32>,
     next_id: u32,
     /// When so many lines are known, those that idle are looked through.
     sweep_at: usize,
     classes: [Class; Priority::ALL.len()],
-    front: Mark,
+    front: VirtualTime,
 }
 
 impl<W> Queue<W> {
     pub(super) fn new() -> Self {
         Self {
             waiters: BTreeMap::new(),
-            lines: Map::default(),
+            flows: Map::default(),
             ids: Map::default(),
             next_id: 0,
             sweep_at: 64,
@@ -125,23 +125,29 @@ impl<W> Queue<W> {
         self.waiters.is_empty()
     }
 
-    pub(super) fn push(&mut self, who: Who, place: Place, ticket: u64, charge: Charge) -> Key {
-        let id = self.line_of(who);
-        let line = self.lines.get_mut(&id).expect("just found or made");
+    pub(super) fn push(
+        &mut self,
+        who: QueueKey,
+        position: QueuePosition,
+        ticket: u64,
+        charge: Charge,
+    ) -> WaiterKey {
+        let id = self.flow_of(who);
+        let flow = self.flows.get_mut(&id).expect("just found or made");
         // With the weight that was named last.
-        line.who = who;
-        line.waiting += 1;
-        if line.waiting == 1 {
+        flow.who = who;
+        flow.waiting += 1;
+        if flow.waiting == 1 {
             let class = &mut self.classes[who.priority as usize];
-            if class.lines.is_empty() {
-                class.mark = class.mark.max(self.front);
+            if class.flows.is_empty() {
+                class.virtual_time = class.virtual_time.max(self.front);
             }
-            line.mark = line.mark.max(class.front);
-            class.lines.insert((line.mark, id));
+            flow.virtual_time = flow.virtual_time.max(class.front);
+            class.flows.insert((flow.virtual_time, id));
         }
-        let key = Key {
-            line: id,
-            place,
+        let key = WaiterKey {
+            flow: id,
+            position,
             ticket,
         };
         let waiter = Waiter {
@@ -153,15 +159,15 @@ impl<W> Queue<W> {
     }
 
     /// The one who is next, and what it needs.
-    pub(super) fn head(&self) -> Option<(Key, Charge)> {
+    pub(super) fn head(&self) -> Option<(WaiterKey, Charge)> {
         if self.waiters.is_empty() {
             return None;
         }
-        let busy = self.classes.iter().filter(|c| !c.lines.is_empty());
-        let (_, line) = busy.min_by_key(|class| class.mark)?.lines.first()?;
-        let first = Key {
-            line: *line,
-            place: Place(0),
+        let busy = self.classes.iter().filter(|c| !c.flows.is_empty());
+        let (_, flow) = busy.min_by_key(|class| class.virtual_time)?.flows.first()?;
+        let first = WaiterKey {
+            flow: *flow,
+            position: QueuePosition(0),
             ticket: 0,
         };
         let (key, waiter) = self.waiters.range(first..).next()?;
@@ -169,13 +175,13 @@ impl<W> Queue<W> {
     }
 
     /// Some of those behind `head`.
-    pub(super) fn behind(&self, head: Key) -> impl Iterator<Item = (Key, Charge)> {
+    pub(super) fn behind(&self, head: WaiterKey) -> impl Iterator<Item = (WaiterKey, Charge)> {
         let behind = (Bound::Excluded(head), Bound::Unbounded);
         let behind = self.waiters.range(behind);
         behind.map(|(key, waiter)| (*key, waiter.charge))
     }
 
-    pub(super) fn get_mut(&mut self, key: Key) -> Option<&mut Waiter<W>> {
+    pub(super) fn get_mut(&mut self, key: WaiterKey) -> Option<&mut Waiter<W>> {
         self.waiters.get_mut(&key)
     }
 
@@ -186,93 +192,97 @@ impl<W> Queue<W> {
     /// Takes everybody out.
     pub(super) fn clear(&mut self) -> impl Iterator<Item = Waiter<W>> {
         for class in &mut self.classes {
-            class.lines.clear();
+            class.flows.clear();
         }
-        for line in self.lines.values_mut() {
-            line.waiting = 0;
+        for flow in self.flows.values_mut() {
+            flow.waiting = 0;
         }
         std::mem::take(&mut self.waiters).into_values()
     }
 
     /// Takes one out that goes away.
-    pub(super) fn remove(&mut self, key: Key) -> Option<Waiter<W>> {
+    pub(super) fn remove(&mut self, key: WaiterKey) -> Option<Waiter<W>> {
         self.take(key, None)
     }
 
     /// Takes one out that is served, at this cost.
-    pub(super) fn serve(&mut self, key: Key, cost: u64) -> Option<Waiter<W>> {
+    pub(super) fn serve(&mut self, key: WaiterKey, cost: u64) -> Option<Waiter<W>> {
         self.take(key, Some(cost))
     }
 
-    fn take(&mut self, key: Key, cost: Option<u64>) -> Option<Waiter<W>> {
+    fn take(&mut self, key: WaiterKey, cost: Option<u64>) -> Option<Waiter<W>> {
         let waiter = self.waiters.remove(&key)?;
-        let line = self.lines.get_mut(&key.line)?;
-        let class = &mut self.classes[line.who.priority as usize];
-        class.lines.remove(&(line.mark, key.line));
+        let flow = self.flows.get_mut(&key.flow)?;
+        let class = &mut self.classes[flow.who.priority as usize];
+        class.flows.remove(&(flow.virtual_time, key.flow));
         if let Some(cost) = cost {
-            self.front = self.front.max(class.mark);
-            class.front = class.front.max(line.mark);
-            let by_priority = step(cost, line.who.priority.weight());
-            class.mark = class.mark.saturating_add(by_priority);
-            line.mark = line.mark.saturating_add(step(cost, line.who.weight()));
+            self.front = self.front.max(class.virtual_time);
+            class.front = class.front.max(flow.virtual_time);
+            let by_priority = step(cost, flow.who.priority.weight());
+            class.virtual_time = class.virtual_time.saturating_add(by_priority);
+            flow.virtual_time = flow
+                .virtual_time
+                .saturating_add(step(cost, flow.who.weight()));
         }
-        line.waiting -= 1;
-        if line.waiting > 0 {
-            class.lines.insert((line.mark, key.line));
-        } else if class.lines.is_empty() {
+        flow.waiting -= 1;
+        if flow.waiting > 0 {
+            class.flows.insert((flow.virtual_time, key.flow));
+        } else if class.flows.is_empty() {
             // Nobody is behind: what the last one took is nobody's loss.
-            class.front = class.front.max(line.mark);
+            class.front = class.front.max(flow.virtual_time);
         }
         Some(waiter)
     }
 
     /// One that was served at this cost did not take it: its line stands where it stood.
-    pub(super) fn give_back(&mut self, key: Key, cost: u64) {
+    pub(super) fn release(&mut self, key: WaiterKey, cost: u64) {
         // A line that is forgotten would start as a new one does anyway.
-        let Some(line) = self.lines.get_mut(&key.line) else {
+        let Some(flow) = self.flows.get_mut(&key.flow) else {
             return;
         };
-        let class = &mut self.classes[line.who.priority as usize];
-        let by_priority = step(cost, line.who.priority.weight());
-        class.mark = class.mark.saturating_sub(by_priority);
-        let mark = line.mark.saturating_sub(step(cost, line.who.weight()));
-        if class.lines.remove(&(line.mark, key.line)) {
-            class.lines.insert((mark, key.line));
+        let class = &mut self.classes[flow.who.priority as usize];
+        let by_priority = step(cost, flow.who.priority.weight());
+        class.virtual_time = class.virtual_time.saturating_sub(by_priority);
+        let virtual_time = flow
+            .virtual_time
+            .saturating_sub(step(cost, flow.who.weight()));
+        if class.flows.remove(&(flow.virtual_time, key.flow)) {
+            class.flows.insert((virtual_time, key.flow));
         }
-        line.mark = mark;
+        flow.virtual_time = virtual_time;
     }
 
-    fn line_of(&mut self, who: Who) -> u32 {
+    fn flow_of(&mut self, who: QueueKey) -> u32 {
         let name = (who.priority, who.tenant.map(Tenant::id));
         if let Some(id) = self.ids.get(&name) {
             return *id;
         }
-        if self.lines.len() >= self.sweep_at {
+        if self.flows.len() >= self.sweep_at {
             self.sweep();
         }
-        while self.lines.contains_key(&self.next_id) {
+        while self.flows.contains_key(&self.next_id) {
             self.next_id = self.next_id.wrapping_add(1);
         }
         let id = self.next_id;
         self.next_id = id.wrapping_add(1);
         self.ids.insert(name, id);
-        let line = Line {
+        let flow = Flow {
             who,
             waiting: 0,
-            mark: 0,
+            virtual_time: 0,
         };
-        self.lines.insert(id, line);
+        self.flows.insert(id, flow);
         id
     }
 
     /// Forgets the lines that idle and owe nothing: they would start as new ones do.
     fn sweep(&mut self) {
         let classes = &self.classes;
-        self.lines.retain(|_, line| {
-            line.waiting > 0 || line.mark > classes[line.who.priority as usize].front
+        self.flows.retain(|_, flow| {
+            flow.waiting > 0 || flow.virtual_time > classes[flow.who.priority as usize].front
         });
-        self.ids.retain(|_, id| self.lines.contains_key(id));
-        self.sweep_at = (self.lines.len() * 2).max(64);
+        self.ids.retain(|_, id| self.flows.contains_key(id));
+        self.sweep_at = (self.flows.len() * 2).max(64);
     }
 }
 
@@ -284,8 +294,8 @@ mod tests {
 
     use super::*;
 
-    fn who(priority: Priority, tenant: u64, weight: u32) -> Who {
-        Who {
+    fn who(priority: Priority, tenant: u64, weight: u32) -> QueueKey {
+        QueueKey {
             priority,
             tenant: Some(Tenant::new(&tenant.to_string(), weight)),
         }
@@ -293,47 +303,52 @@ mod tests {
 
     #[test]
     fn a_hundred_thousand_waiters_are_cheap() {
-        assert!(size_of::<(Key, Waiter<Waker>)>() <= 64);
+        assert!(size_of::<(WaiterKey, Waiter<Waker>)>() <= 64);
     }
 
     #[test]
     fn an_old_place_comes_before_newer_ones() {
         let mut queue = Queue::<()>::new();
-        for (place, ticket) in [(2, 0), (3, 1), (1, 2), (2, 3)] {
-            queue.push(Who::default(), Place(place), ticket, Charge::default());
+        for (position, ticket) in [(2, 0), (3, 1), (1, 2), (2, 3)] {
+            queue.push(
+                QueueKey::default(),
+                QueuePosition(position),
+                ticket,
+                Charge::default(),
+            );
         }
         let mut order = Vec::new();
         while let Some((key, _)) = queue.head() {
-            order.push((key.place.0, key.ticket));
+            order.push((key.position.0, key.ticket));
             queue.serve(key, 1);
         }
         assert_eq!(order, [(1, 2), (2, 0), (2, 3), (3, 1)]);
     }
 
     /// Serves `n` and counts those of each.
-    fn served<const N: usize>(queue: &mut Queue<()>, whos: [Who; N], n: usize) -> [usize; N] {
+    fn served<const N: usize>(queue: &mut Queue<()>, whos: [QueueKey; N], n: usize) -> [usize; N] {
         served_at(queue, whos, n, 1_000)
     }
 
     fn served_at<const N: usize>(
         queue: &mut Queue<()>,
-        whos: [Who; N],
+        whos: [QueueKey; N],
         n: usize,
         cost: u64,
     ) -> [usize; N] {
         let mut counts = [0; N];
         for _ in 0..n {
             let (key, _) = queue.head().unwrap();
-            let who = queue.lines[&key.line].who;
+            let who = queue.flows[&key.flow].who;
             queue.serve(key, cost);
             counts[whos.iter().position(|w| *w == who).unwrap()] += 1;
         }
         counts
     }
 
-    fn crowd(queue: &mut Queue<()>, who: Who, n: u64) {
+    fn crowd(queue: &mut Queue<()>, who: QueueKey, n: u64) {
         for i in 0..n {
-            queue.push(who, Place(i), i, Charge::default());
+            queue.push(who, QueuePosition(i), i, Charge::default());
         }
     }
 
@@ -378,7 +393,7 @@ mod tests {
         crowd(&mut queue, other, 100);
         crowd(&mut queue, after, 1);
         assert_eq!(served(&mut queue, [before, after, other], 80), [0, 60, 20]);
-        assert_eq!(queue.lines.len(), 2);
+        assert_eq!(queue.flows.len(), 2);
     }
 
     #[test]
@@ -390,9 +405,9 @@ mod tests {
         }
         let first = queue.head().unwrap().0;
         queue.serve(first, 1_000);
-        assert_ne!(queue.head().unwrap().0.line, first.line);
-        queue.give_back(first, 1_000);
-        assert_eq!(queue.head().unwrap().0.line, first.line);
+        assert_ne!(queue.head().unwrap().0.flow, first.flow);
+        queue.release(first, 1_000);
+        assert_eq!(queue.head().unwrap().0.flow, first.flow);
         assert_eq!(served(&mut queue, both, 10), [5, 5]);
     }
 
@@ -413,7 +428,7 @@ mod tests {
             crowd(&mut queue, who(Priority::Normal, tenant, 1), 1);
             served(&mut queue, [who(Priority::Normal, tenant, 1)], 1);
         }
-        assert!(queue.lines.len() <= 128 && queue.ids.len() <= 128);
+        assert!(queue.flows.len() <= 128 && queue.ids.len() <= 128);
     }
 
     proptest! {
@@ -435,7 +450,7 @@ mod tests {
             let mut ticket = 0;
             let mut push = |queue: &mut Queue<()>, who| {
                 ticket += 1;
-                queue.push(who, Place(ticket), ticket, Charge::default())
+                queue.push(who, QueuePosition(ticket), ticket, Charge::default())
             };
             let patient = who(class(priority), 99, weight);
             for (i, tenant, weight, cost, _) in &others {

@@ -19,9 +19,9 @@ use std::task::{Context, Poll, Waker, ready};
 use tokio::runtime::{self, Handle};
 use tokio::time::{Sleep, sleep_until};
 
-use super::bucket::Nanos;
-use super::lane::Shared;
-use super::turnstile::Errands;
+use crate::ratelimit::bucket::Nanos;
+use crate::ratelimit::lane::Shared;
+use crate::ratelimit::scheduler::Wakeups;
 
 /// Names one timer of a lane. It is not used again when that has ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -95,13 +95,13 @@ impl Timers {
         &mut self,
         deadline: Option<Nanos>,
         waiting: bool,
-        errands: &mut Errands<Waker>,
+        wakeups: &mut Wakeups<Waker>,
     ) {
         for timer in &mut self.running {
             let done = !waiting || timer.waiters == 0;
             let late = deadline.is_some_and(|at| timer.wakes_at.is_none_or(|then| at < then));
             if done || late {
-                errands.wake(timer.waker.take());
+                wakeups.wake(timer.waker.take());
             }
         }
     }
@@ -153,17 +153,17 @@ impl TimerTask {
     }
 
     fn look(&mut self, lane: &Shared, waker: &Waker) -> Next {
-        lane.step_with_timers(|state, now, errands| {
-            let turnstile = &mut state.turnstile;
-            let expired = turnstile.has_expired(now);
+        lane.step_with_timers(|state, now, wakeups| {
+            let scheduler = &mut state.scheduler;
+            let expired = scheduler.has_expired(now);
             let expire = expired && self.yielded;
-            turnstile.tick(now, expire, errands);
+            scheduler.tick(now, expire, wakeups);
             self.yielded = expired && !self.yielded;
             if self.yielded {
                 return Next::Yield;
             }
-            let deadline = turnstile.deadline();
-            let done = turnstile.is_empty();
+            let deadline = scheduler.deadline();
+            let done = scheduler.is_empty();
             let Some(timer) = state.timers.get_mut(self.id) else {
                 return Next::End;
             };
@@ -172,7 +172,7 @@ impl TimerTask {
                 return Next::End;
             }
             timer.wakes_at = deadline;
-            errands.discard(timer.waker.replace(waker.clone()));
+            wakeups.discard(timer.waker.replace(waker.clone()));
             deadline.map_or(Next::Idle, Next::Sleep)
         })
     }
@@ -215,9 +215,9 @@ impl Drop for TimerTask {
         let Some(lane) = self.lane.upgrade() else {
             return;
         };
-        lane.step_with_timers(|state, _, errands| {
+        lane.step_with_timers(|state, _, wakeups| {
             if state.timers.remove(self.id) && state.timers.is_empty() {
-                state.turnstile.wake_all(errands);
+                state.scheduler.wake_all(wakeups);
             }
         });
     }

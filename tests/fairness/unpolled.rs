@@ -43,7 +43,7 @@ async fn call(lane: Lane, latency: Duration) {
     let mut permit = lane.acquire(small()).await.unwrap();
     permit.mark_sent();
     sleep(latency).await;
-    permit.finish(CallOutcome::Done { usage: None });
+    permit.finish(CallOutcome::Succeeded { usage: None });
 }
 
 /// How long 300 calls take behind so many callers that are never polled.

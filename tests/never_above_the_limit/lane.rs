@@ -11,7 +11,7 @@ use futures::future::join_all;
 use static_assertions::assert_impl_all;
 use throughline::{
     Error, ErrorKind, Pace, Usage,
-    ratelimit::{Binding, CallOutcome, Lane, LaneSnapshot, Need, Permit, Place, Tenant},
+    ratelimit::{Binding, CallOutcome, Lane, LaneSnapshot, Need, Permit, QueuePosition, Tenant},
     request::RateSnapshot,
 };
 use tokio::time::{Duration, Instant, sleep, timeout};
@@ -34,7 +34,7 @@ fn secs(secs: u64) -> Duration {
 }
 
 fn done(input: u64, output: u64) -> CallOutcome {
-    CallOutcome::Done {
+    CallOutcome::Succeeded {
         usage: Some(Usage::new(input, output)),
     }
 }
@@ -200,7 +200,7 @@ async fn a_reply_settles_the_estimate() {
     too_much.finish(done(200, 100));
     let as_estimated = lane.acquire(Need::new(500, 200)).await.unwrap();
     assert_eq!(start.elapsed(), Duration::ZERO, "700 came back");
-    as_estimated.finish(CallOutcome::Done { usage: None });
+    as_estimated.finish(CallOutcome::Succeeded { usage: None });
 
     let too_little = lane.acquire(Need::new(10, 0)).await.unwrap();
     assert_eq!(start.elapsed(), ms(10));
@@ -255,13 +255,16 @@ async fn a_throttled_call_closes_the_lane_and_it_resumes_empty() {
         wait: Some(secs(10)),
     });
     let snapshot = lane.snapshot();
-    let closed_for = snapshot.closed_for.unwrap();
-    assert!((secs(10)..=secs(11)).contains(&closed_for));
-    assert_eq!((snapshot.binding, snapshot.throttled), (Binding::Gate, 1));
+    let cooldown = snapshot.cooldown.unwrap();
+    assert!((secs(10)..=secs(11)).contains(&cooldown));
+    assert_eq!(
+        (snapshot.binding, snapshot.throttled),
+        (Binding::Cooldown, 1)
+    );
 
     let sent = sends(&lane, 20, small()).await;
     for (i, at) in sent.iter().enumerate() {
-        let due = closed_for + ms(100) * (i as u32 + 1);
+        let due = cooldown + ms(100) * (i as u32 + 1);
         assert!((due..due + ms(1)).contains(at), "{i}: {at:?}, not {due:?}");
     }
 }
@@ -297,18 +300,18 @@ async fn without_a_wait_from_the_server_the_lane_closes_for_longer_each_time() {
         let permit = lane.acquire(small()).await.unwrap();
         sleep(ms(1)).await;
         permit.finish(CallOutcome::Throttled { wait: None });
-        let closed_for = lane.snapshot().closed_for.unwrap();
+        let cooldown = lane.snapshot().cooldown.unwrap();
         let expected = ms(expected);
         assert!(
-            (expected..=expected * 11 / 10).contains(&closed_for),
-            "{closed_for:?}"
+            (expected..=expected * 11 / 10).contains(&cooldown),
+            "{cooldown:?}"
         );
     }
     lane.acquire(small()).await.unwrap().finish(done(1, 1));
     sleep(ms(1)).await;
     let permit = lane.acquire(small()).await.unwrap();
     permit.finish(CallOutcome::Throttled { wait: None });
-    assert!(lane.snapshot().closed_for.unwrap() <= ms(550));
+    assert!(lane.snapshot().cooldown.unwrap() <= ms(550));
 }
 
 #[tokio::test(start_paused = true)]
@@ -316,7 +319,7 @@ async fn the_order_is_that_of_arrival() {
     let lane = Lane::new(Pace::per_minute(60));
     let order = Mutex::new(Vec::new());
     lane.acquire(small()).await.unwrap().mark_sent();
-    let first = lane.arrive();
+    let first = lane.next_position();
     let calls = [(1, None), (2, None), (0, Some(first))].map(|(name, place)| {
         let need = place.map_or(small(), |place| small().at(place));
         let (lane, order) = (&lane, &order);
@@ -542,7 +545,7 @@ async fn many_threads_share_a_lane() {
     let tasks = (0..64).map(|task| {
         let (lane, now, most) = (lane.clone(), now.clone(), most.clone());
         tokio::spawn(async move {
-            let place: Place = lane.arrive();
+            let place: QueuePosition = lane.next_position();
             for n in 0..250 {
                 let need = Need::new(10, 10);
                 let acquire = lane.acquire(if n % 5 == 0 { need.at(place) } else { need });
@@ -665,8 +668,8 @@ async fn an_isolated_overload_closes_and_reduces_nothing() {
             permit.unwrap().finish(outcome);
         }
         let snapshot = lane.snapshot();
-        assert_eq!((snapshot.overloaded, snapshot.closed_for), (2, None));
-        assert_eq!(snapshot.most_in_flight, Some(100));
+        assert_eq!((snapshot.overloaded, snapshot.cooldown), (2, None));
+        assert_eq!(snapshot.max_in_flight, Some(100));
     }
 }
 
@@ -680,12 +683,9 @@ async fn a_series_of_overloads_closes_the_lane_and_leaves_the_calls_that_were_le
             .finish(CallOutcome::Overloaded { wait: None });
     }
     let snapshot = lane.snapshot();
-    assert!(snapshot.closed_for.unwrap() <= ms(550));
+    assert!(snapshot.cooldown.unwrap() <= ms(550));
     // Eight are within the budget; of the rest nobody knows.
-    assert_eq!(
-        (snapshot.in_flight, snapshot.most_in_flight),
-        (60, Some(60))
-    );
+    assert_eq!((snapshot.in_flight, snapshot.max_in_flight), (60, Some(60)));
 }
 
 #[tokio::test(start_paused = true)]
@@ -697,15 +697,18 @@ async fn a_refusal_that_no_rate_explains_lowers_the_calls_in_flight() {
         permit.unwrap().finish(refused());
     }
     let snapshot = lane.snapshot();
-    assert_eq!((snapshot.most_in_flight, snapshot.scale), (Some(8), 1.0));
+    assert_eq!(
+        (snapshot.max_in_flight, snapshot.rate_factor),
+        (Some(8), 1.0)
+    );
 
     // Where a rate is nearly used up, that is the reason.
     let lane = Lane::new(Pace::per_minute(1_200).burst(secs(1)).in_flight(16));
     let mut permits = join_all((0..16).map(|_| lane.acquire(small()))).await;
     permits.pop().unwrap().unwrap().finish(refused());
     let snapshot = lane.snapshot();
-    assert_eq!(snapshot.most_in_flight, Some(16));
-    assert!(snapshot.scale < 1.0);
+    assert_eq!(snapshot.max_in_flight, Some(16));
+    assert!(snapshot.rate_factor < 1.0);
 
     // And where somebody says how long to wait, too.
     let lane = Lane::new(Pace::per_minute(6_000).burst(secs(1)).in_flight(16));
@@ -716,7 +719,7 @@ async fn a_refusal_that_no_rate_explains_lowers_the_calls_in_flight() {
         .unwrap()
         .unwrap()
         .finish(CallOutcome::Throttled { wait });
-    assert_eq!(lane.snapshot().most_in_flight, Some(16));
+    assert_eq!(lane.snapshot().max_in_flight, Some(16));
 }
 
 #[tokio::test(start_paused = true)]
@@ -749,11 +752,11 @@ async fn a_parked_lane_starts_at_once_when_it_is_reopened_or_retuned() {
         if retune {
             lane.retune(Pace::per_minute(60).input_tokens(60_000));
         } else {
-            lane.reopen();
+            lane.resume();
         }
         let snapshot = lane.snapshot();
         assert_eq!(
-            (snapshot.binding, snapshot.closed_for),
+            (snapshot.binding, snapshot.cooldown),
             (Binding::Nothing, None)
         );
         let start = Instant::now();
@@ -779,7 +782,7 @@ async fn a_closed_lane_lets_those_who_wait_go_when_it_is_reopened() {
         async move { sends(&lane, 1, small()).await }
     });
     sleep(secs(10)).await;
-    lane.reopen();
+    lane.resume();
     waiting.await.unwrap();
     assert!(start.elapsed() <= secs(12), "{:?}", start.elapsed());
 }

@@ -40,7 +40,7 @@ async fn call(pool: &Pool<Sim>, n: usize) -> Result<usize> {
         let index = turn.index();
         match turn.deployment().generate(&request).await {
             Ok(reply) => {
-                turn.finish(CallOutcome::Done {
+                turn.finish(CallOutcome::Succeeded {
                     usage: Some(reply.usage),
                 });
                 return Ok(index);
@@ -157,7 +157,7 @@ async fn groups_are_asked_in_order() {
     let take = async || {
         let turn = pool.acquire(need, &mut pool.arrive()).await.unwrap();
         let deployment = *turn.deployment();
-        turn.finish(CallOutcome::Done { usage: None });
+        turn.finish(CallOutcome::Succeeded { usage: None });
         deployment
     };
     // To wait is no reason to take another model.
@@ -176,7 +176,7 @@ async fn groups_are_asked_in_order() {
     let (fallen_back, ()) = tokio::join!(timeout(SECOND, take()), parking);
     assert_eq!(fallen_back.unwrap(), "older");
     // It is no longer when the lane is about to open.
-    let opens_in = main.snapshot().closed_for.unwrap();
+    let opens_in = main.snapshot().cooldown.unwrap();
     tokio::time::sleep(opens_in - SECOND).await;
     assert_eq!(take().await, "main");
 }
@@ -277,7 +277,7 @@ async fn callers_that_wait_notice_when_a_lane_is_opened_by_hand() {
         let opening = async {
             tokio::time::sleep(10 * SECOND).await;
             // On the lane, not on the pool.
-            fast.reopen();
+            fast.resume();
         };
         tokio::join!(join_all(calls), opening);
         let took = start.elapsed();

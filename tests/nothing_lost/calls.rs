@@ -295,30 +295,6 @@ async fn a_retry_holds_no_slot_while_it_waits() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_pace_brings_its_retries_unless_told_otherwise() {
-    let attempts = async |builder: throughline::ContextBuilder, script: Scripted| {
-        let error = builder.build().generate("a").await.unwrap_err();
-        assert_eq!(error.attempts() as usize, script.requests().len());
-        error.attempts()
-    };
-    let script = || {
-        (0..9).fold(Scripted::new(), |s, _| {
-            s.error(error(ErrorKind::Unavailable))
-        })
-    };
-    for (pace, expected) in [(Pace::safe(), 4), (Pace::normal(), 3), (Pace::fast(), 3)] {
-        let script = script();
-        let builder = Context::builder(script.clone()).pace(pace);
-        assert_eq!(attempts(builder, script).await, expected);
-    }
-    let script = script();
-    let builder = Context::builder(script.clone())
-        .pace(Pace::safe())
-        .retry(Retry::none());
-    assert_eq!(attempts(builder, script).await, 1);
-}
-
-#[tokio::test(start_paused = true)]
 async fn contexts_of_one_account_share_a_lane() {
     let lane = Lane::new(Pace::per_minute(60));
     let script = Scripted::new().reply("a").reply("b");
@@ -366,7 +342,7 @@ async fn events_tell_the_story_of_a_call_and_a_panic_in_an_observer_changes_noth
             sink.lock().unwrap().push(match event {
                 Event::CallStarted { attempt, .. } => format!("started {attempt}"),
                 Event::CallThrottled { .. } => "throttled".to_owned(),
-                Event::LaneClosed { .. } => "closed".to_owned(),
+                Event::LaneCoolingDown { .. } => "closed".to_owned(),
                 Event::CallRetried { attempt, .. } => format!("retried {attempt}"),
                 Event::CallSucceeded { attempt, .. } => format!("succeeded {attempt}"),
                 Event::CallFailed { error, .. } => format!("failed {}", error.kind()),
@@ -484,7 +460,7 @@ async fn a_refused_account_stops_everybody_until_the_lane_is_reopened() {
         (script.requests().len(), stopped.load(Ordering::Relaxed)),
         (1, 1)
     );
-    cx.lane().reopen();
+    cx.lane().resume();
     assert_eq!(cx.generate("d").await.unwrap().text, "after it");
 }
 

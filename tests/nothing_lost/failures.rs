@@ -100,7 +100,7 @@ async fn no_item_is_lost_to_independent_failures() {
         let (closed, count) = counter();
         let cx = cx.retry(Retry::default().attempts(10));
         let cx = cx.on_event(move |event| {
-            let closes = matches!(event, Event::LaneClosed { .. });
+            let closes = matches!(event, Event::LaneCoolingDown { .. });
             count.fetch_add(usize::from(closes), Ordering::Relaxed);
         });
         let cx = cx.build();

@@ -182,7 +182,7 @@ impl<'a> History<'a> {
                 let own = self.backoff.next(fastrand::f64(), error.wait());
                 (own, Duration::ZERO)
             }
-            false => (Duration::ZERO, guard.pool.closed_for(visit)),
+            false => (Duration::ZERO, guard.pool.cooldown(visit)),
         };
         match call.in_time(own.max(lane), &error) {
             Ok(()) => Next::Refused { delay: own, error },
@@ -387,7 +387,7 @@ fn again(call: &Call<'_>, delay: Duration, error: Error) -> Next {
 fn cool_down(guard: &Guard, turn: &Turn<'_, Deployment>, pause: Duration) {
     let wait = jittered(pause);
     turn.deployment().lane.cool_down(wait);
-    guard.observers.tell(|| Event::LaneClosed { wait });
+    guard.observers.tell(|| Event::LaneCoolingDown { wait });
 }
 
 /// No call of this account can succeed: nobody is sent there, until one call asks again. The request goes to another

@@ -132,17 +132,19 @@ impl Guard {
     ) {
         for change in turn.conclude(said, outcome) {
             self.observers.tell(|| match change {
-                LaneChange::Closed { wait } => Event::LaneClosed { wait },
-                LaneChange::Slowed { limit, scale } => Event::LaneSlowed {
+                LaneChange::CoolingDown { wait } => Event::LaneCoolingDown { wait },
+                LaneChange::RateReduced { limit, factor } => Event::LaneSlowed {
                     limit: limit.as_str(),
-                    scale,
+                    factor,
                 },
-                LaneChange::Eased { in_flight } => Event::LaneEased { in_flight },
-                LaneChange::Adopted { limit, per_minute } => Event::LaneRetuned {
+                LaneChange::ConcurrencyReduced { in_flight } => {
+                    Event::LaneConcurrencyReduced { in_flight }
+                }
+                LaneChange::LimitAdopted { limit, per_minute } => Event::LaneRetuned {
                     limit: limit.as_str(),
                     per_minute,
                 },
-                LaneChange::Exceeded {
+                LaneChange::CallExceedsLimit {
                     limit,
                     needed,
                     per_minute,
@@ -233,7 +235,7 @@ impl<'a> Call<'a> {
     fn own_wait(&self, visit: &Visit, error: &Error) -> Duration {
         let alone = self.guard.health.len() == 1;
         let wait = error.wait().filter(|wait| alone && *wait <= LONGEST_WAIT);
-        let wait = wait.filter(|wait| *wait > self.guard.pool.closed_for(visit));
+        let wait = wait.filter(|wait| *wait > self.guard.pool.cooldown(visit));
         wait.unwrap_or_default()
     }
 
@@ -290,8 +292,11 @@ impl<'a> Call<'a> {
         match self.attempt(provider, request, attempt, sent).await {
             Ok(reply) => {
                 let usage = Some(charged(charge, request, reply.usage));
-                self.guard
-                    .conclude(turn, reply.rate.as_deref(), CallOutcome::Done { usage });
+                self.guard.conclude(
+                    turn,
+                    reply.rate.as_deref(),
+                    CallOutcome::Succeeded { usage },
+                );
                 if health.answered(call) {
                     deployment.lane.end_probing();
                 }
@@ -383,7 +388,7 @@ impl<'a> Call<'a> {
                 .estimator
                 .output(self.scope, self.request, charge);
             Need::new(self.input, output)
-                .in_arrears(charge == OutputCharge::Produced)
+                .output_deferred(charge == OutputCharge::Produced)
                 .of(self.scope.who)
         }
     }

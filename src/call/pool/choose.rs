@@ -10,7 +10,7 @@ pub(super) struct Candidate {
     /// No call can succeed there any more.
     pub(super) out: bool,
     /// How long its lane stays closed.
-    pub(super) closed_for: Duration,
+    pub(super) cooldown: Duration,
     pub(super) in_flight: usize,
     /// This call has failed there before.
     pub(super) avoided: bool,
@@ -27,7 +27,7 @@ pub(super) fn choose(candidates: &[Candidate], from: usize, parked: Duration) ->
         let all = candidates.iter().enumerate();
         all.filter(move |(_, it)| !it.out && it.group >= from)
     };
-    let ready = || usable().filter(|(_, it)| it.closed_for <= parked);
+    let ready = || usable().filter(|(_, it)| it.cooldown <= parked);
     let group = ready().map(|(_, it)| it.group).min();
     let mut chosen: Vec<usize> = match group {
         None => usable().map(|(index, _)| index).collect(),
@@ -38,7 +38,7 @@ pub(super) fn choose(candidates: &[Candidate], from: usize, parked: Duration) ->
             wanted.map(|(index, _)| index).collect()
         }
     };
-    chosen.sort_by_key(|index| (candidates[*index].closed_for, candidates[*index].in_flight));
+    chosen.sort_by_key(|index| (candidates[*index].cooldown, candidates[*index].in_flight));
     chosen
 }
 
@@ -55,7 +55,7 @@ mod tests {
         Candidate {
             group,
             out: false,
-            closed_for: Duration::ZERO,
+            cooldown: Duration::ZERO,
             in_flight: 0,
             avoided: false,
         }
@@ -63,7 +63,7 @@ mod tests {
 
     fn closed(group: usize, seconds: u64) -> Candidate {
         Candidate {
-            closed_for: Duration::from_secs(seconds),
+            cooldown: Duration::from_secs(seconds),
             ..open(group)
         }
     }
@@ -114,25 +114,20 @@ mod tests {
     }
 
     fn candidates() -> impl Strategy<Value = Vec<Candidate>> {
-        let closed_for = prop_oneof![
+        let cooldown = prop_oneof![
             Just(Duration::ZERO),
             Just(Duration::from_secs(5)),
             Just(LONG)
         ];
-        let candidate = (
-            0..3usize,
-            any::<bool>(),
-            closed_for,
-            0..9usize,
-            any::<bool>(),
-        )
-            .prop_map(|(group, out, closed_for, in_flight, avoided)| Candidate {
+        let candidate = (0..3usize, any::<bool>(), cooldown, 0..9usize, any::<bool>()).prop_map(
+            |(group, out, cooldown, in_flight, avoided)| Candidate {
                 group,
                 out,
-                closed_for,
+                cooldown,
                 in_flight,
                 avoided,
-            });
+            },
+        );
         proptest::collection::vec(candidate, 1..8)
     }
 
@@ -146,11 +141,11 @@ mod tests {
             prop_assert!(chosen.iter().all(|index| usable(&candidates[*index])));
             prop_assert_eq!(chosen.is_empty(), !candidates.iter().any(usable));
             // A parked one is waited for only when all are.
-            let waits_for_parked = chosen.iter().any(|i| candidates[*i].closed_for > PARKED);
+            let waits_for_parked = chosen.iter().any(|i| candidates[*i].cooldown > PARKED);
             let all_parked = candidates
                 .iter()
                 .filter(|it| usable(it))
-                .all(|it| it.closed_for > PARKED);
+                .all(|it| it.cooldown > PARKED);
             prop_assert!(!waits_for_parked || all_parked);
             if !all_parked {
                 let group = candidates[chosen[0]].group;

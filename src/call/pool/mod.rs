@@ -14,7 +14,9 @@ use tokio::time::{Instant, sleep_until};
 
 use self::choose::{Candidate, choose};
 use crate::error::{Error, Result};
-use crate::ratelimit::{Binding, CallOutcome, Lane, LaneChange, LaneSnapshot, Need, Permit, Place};
+use crate::ratelimit::{
+    Binding, CallOutcome, Lane, LaneChange, LaneSnapshot, Need, Permit, QueuePosition,
+};
 use crate::request::RateSnapshot;
 
 /// Closed for longer than this, a lane is parked.
@@ -51,7 +53,7 @@ const PARKED: Duration = Duration::from_secs(600);
 /// let mut turn = pool.acquire(Need::new(1_000, 500), &mut visit).await?;
 /// turn.mark_sent();
 /// // ... the call to `turn.deployment()` ...
-/// turn.finish(CallOutcome::Done { usage: None });
+/// turn.finish(CallOutcome::Succeeded { usage: None });
 /// # Ok(()) }
 /// ```
 pub struct Pool<T> {
@@ -95,13 +97,13 @@ impl<T> Pool<T> {
 
     /// How long a lane must be closed until calls go on to the next group; 10 minutes unless set.
     #[must_use]
-    pub fn parked_after(mut self, closed_for: Duration) -> Self {
-        self.parked_after = closed_for;
+    pub fn parked_after(mut self, cooldown: Duration) -> Self {
+        self.parked_after = cooldown;
         self
     }
 
     fn with(mut self, what: T, lane: Lane, group: usize) -> Self {
-        lane.tell(&self.changed);
+        lane.notify_on_change(&self.changed);
         self.deployments.push(Deployment { what, lane, group });
         self
     }
@@ -121,7 +123,7 @@ impl<T> Pool<T> {
         let places = match &self.deployments[..] {
             // Taken when it queues: the lane is locked once for that anyway.
             [_] => Vec::new(),
-            all => all.iter().map(|it| it.lane.arrive()).collect(),
+            all => all.iter().map(|it| it.lane.next_position()).collect(),
         };
         Visit {
             places,
@@ -221,10 +223,10 @@ impl<T> Pool<T> {
     }
 
     /// How long until one of the deployments that the visit may go to is open again.
-    pub(crate) fn closed_for(&self, visit: &Visit) -> Duration {
+    pub(crate) fn cooldown(&self, visit: &Visit) -> Duration {
         let lane = |index: usize| self.deployments[index].lane.snapshot();
         let chosen = self.choose(visit).into_iter();
-        let closed = chosen.map(|index| lane(index).closed_for.unwrap_or_default());
+        let closed = chosen.map(|index| lane(index).cooldown.unwrap_or_default());
         closed.min().unwrap_or_default()
     }
 
@@ -241,7 +243,7 @@ impl<T> Pool<T> {
 
     fn turn(&self, index: usize, permit: Permit, visit: &mut Visit) -> Turn<'_, T> {
         if visit.places.is_empty() {
-            visit.first = Some(permit.place());
+            visit.first = Some(permit.position());
         }
         Turn {
             pool: self,
@@ -253,7 +255,7 @@ impl<T> Pool<T> {
     /// Takes the deployment with this [index](Turn::index) back in, after somebody has mended it.
     pub fn readmit(&self, index: usize) {
         if let Some(deployment) = self.deployments.get(index) {
-            deployment.lane.reopen();
+            deployment.lane.resume();
         }
     }
 }
@@ -267,7 +269,7 @@ impl<T> Pool<T> {
                 Candidate {
                     group: deployment.group,
                     out: deployment.lane.stopped().is_some(),
-                    closed_for: lane.closed_for.unwrap_or_default(),
+                    cooldown: lane.cooldown.unwrap_or_default(),
                     in_flight: lane.in_flight,
                     avoided: visit.failed.contains(&index),
                 }
@@ -283,8 +285,8 @@ impl<T> Pool<T> {
             others.filter(|(index, it)| it.group >= visit.group && !chosen.contains(index));
         let back_in = others.filter_map(|(_, it)| {
             let lane = it.lane.snapshot();
-            let closed_for = lane.closed_for.unwrap_or_default();
-            let parked_for = closed_for.saturating_sub(self.parked_after);
+            let cooldown = lane.cooldown.unwrap_or_default();
+            let parked_for = cooldown.saturating_sub(self.parked_after);
             let stopped_for = match lane.binding {
                 Binding::Stopped => lane.head_wait?,
                 _ => Duration::ZERO,
@@ -328,9 +330,9 @@ async fn passed(at: Option<Instant>) {
 #[derive(Debug, Clone, Default)]
 pub struct Visit {
     /// Its place in the only queue there is, once it is known.
-    first: Option<Place>,
+    first: Option<QueuePosition>,
     /// Its places in all of them, where there are several.
-    places: Vec<Place>,
+    places: Vec<QueuePosition>,
     /// The deployments it failed at.
     failed: Vec<usize>,
     group: usize,
@@ -416,7 +418,7 @@ impl<'a, T> Turn<'a, T> {
         outcome: CallOutcome,
     ) -> Vec<LaneChange> {
         let changes = self.permit.conclude(said, outcome);
-        let closed = |change: &LaneChange| matches!(change, LaneChange::Closed { wait } if *wait > self.pool.parked_after);
+        let closed = |change: &LaneChange| matches!(change, LaneChange::CoolingDown { wait } if *wait > self.pool.parked_after);
         if changes.iter().any(closed) {
             self.pool.changed.notify_waiters();
         }

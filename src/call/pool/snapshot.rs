@@ -38,16 +38,16 @@ pub(super) fn combine(parts: &[Part]) -> LaneSnapshot {
     let first = waited_for.map(|part| &part.lane).or(idle);
     LaneSnapshot {
         requests_per_minute: in_use().map(|lane| lane.requests_per_minute).sum(),
-        scale: in_use().map(|lane| lane.scale).fold(1.0, f64::min),
-        most_in_flight: in_use().map(|lane| lane.most_in_flight).sum(),
+        rate_factor: in_use().map(|lane| lane.rate_factor).fold(1.0, f64::min),
+        max_in_flight: in_use().map(|lane| lane.max_in_flight).sum(),
         in_flight: all().map(|lane| lane.in_flight).sum(),
         waiting: waiting(|lane| lane.waiting),
         unpolled: waiting(|lane| lane.unpolled),
         granted: all().map(|lane| lane.granted).sum(),
         throttled: all().map(|lane| lane.throttled).sum(),
         overloaded: all().map(|lane| lane.overloaded).sum(),
-        closed_for: in_use()
-            .map(|lane| lane.closed_for)
+        cooldown: in_use()
+            .map(|lane| lane.cooldown)
             .reduce(|a, b| Some(a?.min(b?)))
             .flatten(),
         binding: first.map_or(Binding::Nothing, |lane| lane.binding),
@@ -135,7 +135,7 @@ mod tests {
             assert_eq!(whole.granted, parts.len() as u64);
             let used = parts.iter().filter(|part| part.in_use).count();
             assert_eq!(whole.requests_per_minute, Some(60 * used as u64));
-            assert_eq!(whole.most_in_flight, Some(4 * used));
+            assert_eq!(whole.max_in_flight, Some(4 * used));
         }
     }
 }

@@ -1,25 +1,25 @@
-//! [`Turnstile`]: who may go, and when. The lane without its clock, its lock and its wakers.
+//! [`Scheduler`]: who may go, and when. The lane without its clock, its lock and its wakers.
 //!
 //! A pure state machine: every method is given the time (since the lane was made)
 //! and says whom to wake. It never waits itself: while callers wait, the shell must call
-//! [`Turnstile::tick`] at the [`Turnstile::deadline`] at the latest, and no caller needs to be
+//! [`Scheduler::tick`] at the [`Scheduler::deadline`] at the latest, and no caller needs to be
 //! polled for that. A grant to a caller that waits is an [offer](super::offers).
 
-mod ends;
+mod finish;
 
 use std::time::Duration;
 
-use super::bucket::{Nanos, Rate, nanos};
-use super::buckets::{Buckets, Mark, Named};
-use super::gate::Gate;
-use super::limits::Pace;
-use super::meter::Burst;
-use super::offers::Offers;
-use super::queue::{Key, Queue};
-use super::refusals::Refusals;
-use super::slots::Slots;
-use super::words::{Binding, CallOutcome, Charge, LaneSnapshot, Need, Place};
 use crate::error::Error;
+use crate::ratelimit::adaptive::refusals::RefusalMonitor;
+use crate::ratelimit::bucket::{Nanos, Rate, nanos};
+use crate::ratelimit::concurrency::ConcurrencyLimit;
+use crate::ratelimit::cooldown::Cooldown;
+use crate::ratelimit::limit::Burst;
+use crate::ratelimit::limits::{Levels, LimitSet, ThrottledResource};
+use crate::ratelimit::offers::Offers;
+use crate::ratelimit::pace::Pace;
+use crate::ratelimit::queue::{Queue, WaiterKey};
+use crate::ratelimit::types::{Binding, CallOutcome, Charge, LaneSnapshot, Need, QueuePosition};
 use crate::request::RateSnapshot;
 
 /// How many of those behind the head are looked at for one that may pass.
@@ -28,9 +28,9 @@ const BACKFILL_WINDOW: usize = 8;
 /// not polled, whose timeout does not end it.
 const LONGEST_PROBE: Nanos = 60_000_000_000;
 /// Over how long grants are counted, in case a rate must be guessed from them.
-const PULSE: Nanos = 60_000_000_000;
+const THROUGHPUT_WINDOW: Nanos = 60_000_000_000;
 
-/// Stands for a call that was let through; it must come back through [`Turnstile::finish`].
+/// Stands for a call that was let through; it must come back through [`Scheduler::finish`].
 #[derive(Debug)]
 #[must_use]
 pub(super) struct Grant(usize);
@@ -38,14 +38,14 @@ pub(super) struct Grant(usize);
 /// What a call was let through with. It stays in the call's slot: who holds the grant are
 /// futures, which are moved about.
 #[derive(Debug)]
-struct Granted {
+struct GrantRecord {
     charge: Charge,
     at: Nanos,
-    mark: Mark,
+    levels: Levels,
     /// How many were in flight with it.
-    nth: usize,
+    in_flight: usize,
     /// Which limit the headers of its refusal name.
-    named: Option<Named>,
+    named: Option<ThrottledResource>,
     /// What the headers of its reply say, where part of its charge is not yet in what is
     /// left here.
     said: Option<Box<RateSnapshot>>,
@@ -53,10 +53,10 @@ struct Granted {
 
 /// What someone finds who arrives, or who waits and looks again.
 #[derive(Debug)]
-pub(super) enum Turn {
+pub(super) enum Admission {
     Granted(Grant),
     /// Not yet: it is woken when it has been let through.
-    Wait(Key),
+    Queued(WaiterKey),
     /// The lane is stopped, or was while it waited.
     Stopped(Error),
 }
@@ -64,14 +64,14 @@ pub(super) enum Turn {
 /// What is left to do once the lock is released, because a waker runs code of others when it
 /// wakes, and may when it is dropped.
 #[derive(Debug)]
-pub(super) struct Errands<W> {
+pub(super) struct Wakeups<W> {
     /// Whom to wake. Most often there is one, who costs no allocation.
     first: Option<W>,
     more: Vec<W>,
     discard: Option<W>,
 }
 
-impl<W> Default for Errands<W> {
+impl<W> Default for Wakeups<W> {
     fn default() -> Self {
         Self {
             first: None,
@@ -81,7 +81,7 @@ impl<W> Default for Errands<W> {
     }
 }
 
-impl<W> Errands<W> {
+impl<W> Wakeups<W> {
     pub(super) fn wake(&mut self, waker: Option<W>) {
         match self.first {
             None => self.first = waker,
@@ -137,14 +137,14 @@ struct Probing {
 
 /// How many grants there were since when.
 #[derive(Debug, Default)]
-struct Pulse {
+struct ThroughputWindow {
     since: Nanos,
     grants: u64,
 }
 
-impl Pulse {
-    fn beat(&mut self, now: Nanos) {
-        if now.saturating_sub(self.since) > PULSE {
+impl ThroughputWindow {
+    fn record(&mut self, now: Nanos) {
+        if now.saturating_sub(self.since) > THROUGHPUT_WINDOW {
             *self = Self {
                 since: now,
                 grants: 0,
@@ -161,19 +161,19 @@ impl Pulse {
 }
 
 #[derive(Debug)]
-pub(super) struct Turnstile<W> {
+pub(super) struct Scheduler<W> {
     adaptive: bool,
     burst: Burst,
-    buckets: Buckets,
-    gate: Gate,
-    slots: Slots<Granted>,
-    /// Refusals because the provider was overloaded.
-    overloads: Refusals,
-    /// Refusals by a rate limit that nothing explains.
-    throttles: Refusals,
+    limits: LimitSet,
+    cooldown: Cooldown,
+    concurrency: ConcurrencyLimit<GrantRecord>,
+    /// RefusalMonitor because the provider was overloaded.
+    overloads: RefusalMonitor,
+    /// RefusalMonitor by a rate limit that nothing explains.
+    throttles: RefusalMonitor,
     queue: Queue<W>,
     /// Granted out of the queue and not yet collected.
-    offers: Offers<(Key, Grant)>,
+    offers: Offers<(WaiterKey, Grant)>,
     /// When the caller that is next can go, unless that depends on a call in flight.
     head_ready_at: Option<Nanos>,
     stop: Option<Stop>,
@@ -182,7 +182,7 @@ pub(super) struct Turnstile<W> {
     last_stop: Option<Error>,
     /// When the call was granted whose headers were used last.
     observed: Nanos,
-    pulse: Pulse,
+    throughput: ThroughputWindow,
     next_place: u64,
     next_ticket: u64,
     granted: u64,
@@ -190,16 +190,16 @@ pub(super) struct Turnstile<W> {
     overloaded: u64,
 }
 
-impl<W: Clone> Turnstile<W> {
+impl<W: Clone> Scheduler<W> {
     pub(super) fn new(pace: &Pace, seed: u64) -> Self {
         Self {
             adaptive: pace.adaptive,
             burst: pace.burst_or_default(),
-            buckets: Buckets::new(pace, 0),
-            gate: Gate::new(seed),
-            slots: Slots::new(pace.in_flight),
-            overloads: Refusals::of_overload(),
-            throttles: Refusals::of_rate(),
+            limits: LimitSet::new(pace, 0),
+            cooldown: Cooldown::new(seed),
+            concurrency: ConcurrencyLimit::new(pace.in_flight),
+            overloads: RefusalMonitor::of_overload(),
+            throttles: RefusalMonitor::of_rate(),
             queue: Queue::new(),
             offers: Offers::new(),
             head_ready_at: None,
@@ -207,7 +207,7 @@ impl<W: Clone> Turnstile<W> {
             probing: None,
             last_stop: None,
             observed: 0,
-            pulse: Pulse::default(),
+            throughput: ThroughputWindow::default(),
             next_place: 0,
             next_ticket: 0,
             granted: 0,
@@ -216,9 +216,9 @@ impl<W: Clone> Turnstile<W> {
         }
     }
 
-    pub(super) fn arrive(&mut self) -> Place {
+    pub(super) fn next_position(&mut self) -> QueuePosition {
         self.next_place += 1;
-        Place(self.next_place)
+        QueuePosition(self.next_place)
     }
 
     /// Lets `charge` through now if nobody waits and nothing stands against it.
@@ -234,49 +234,51 @@ impl<W: Clone> Turnstile<W> {
                 return None;
             }
         }
-        self.buckets.resize(now);
+        self.limits.resize(now);
         Some(self.grant(now, charge))
     }
 
     /// Lets `charge` through, or queues it with a clone of its waker. A caller in the queue must
-    /// [`poll`](Turnstile::poll) when it is woken, and in the end either collect its grant or
-    /// [`leave`](Turnstile::leave).
+    /// [`poll`](Scheduler::poll) when it is woken, and in the end either collect its grant or
+    /// [`leave`](Scheduler::leave).
     pub(super) fn enter(
         &mut self,
         now: Nanos,
         need: &Need,
         waker: &W,
-        errands: &mut Errands<W>,
-    ) -> Turn {
+        wakeups: &mut Wakeups<W>,
+    ) -> Admission {
         let charge = Charge::from(need);
         if let Some(grant) = self.try_enter(now, charge) {
-            return Turn::Granted(grant);
+            return Admission::Granted(grant);
         }
         if let Some(stop) = &self.stop {
-            return Turn::Stopped(stop.why.clone());
+            return Admission::Stopped(stop.why.clone());
         }
         // First, as it is code of others: if it panics, nobody has come.
         let waker = waker.clone();
-        let place = need.place.unwrap_or_else(|| self.arrive());
+        let position = need.position.unwrap_or_else(|| self.next_position());
         self.next_ticket += 1;
-        let key = self.queue.push(need.who, place, self.next_ticket, charge);
-        self.look(now, key, waker, errands)
+        let key = self
+            .queue
+            .push(need.who, position, self.next_ticket, charge);
+        self.look(now, key, waker, wakeups)
     }
 
     /// A waiter looks whether it has been let through, and leaves its waker if not.
     pub(super) fn poll(
         &mut self,
         now: Nanos,
-        key: Key,
+        key: WaiterKey,
         need: &Need,
         waker: &W,
-        errands: &mut Errands<W>,
-    ) -> Turn {
+        wakeups: &mut Wakeups<W>,
+    ) -> Admission {
         self.advance(now);
         if self.queue.get_mut(key).is_some() {
             // First, as it is code of others: if it panics, nothing has changed.
             let waker = waker.clone();
-            return self.look(now, key, waker, errands);
+            return self.look(now, key, waker, wakeups);
         }
         if let Some(offer) = self.offers.expire_of(now, key.ticket) {
             // It would be sent too late for the time at which it was charged.
@@ -285,8 +287,8 @@ impl<W: Clone> Turnstile<W> {
         if self.offers.come_back(now, key.ticket) && self.stop.is_none() {
             let waker = waker.clone();
             let charge = Charge::from(need);
-            let key = self.queue.push(need.who, key.place, key.ticket, charge);
-            return self.look(now, key, waker, errands);
+            let key = self.queue.push(need.who, key.position, key.ticket, charge);
+            return self.look(now, key, waker, wakeups);
         }
         // Whoever let it through has seen to the others.
         self.collect(now, key)
@@ -294,39 +296,47 @@ impl<W: Clone> Turnstile<W> {
 
     /// One in the queue looks after itself and everybody else. Its waker is a clone of one
     /// that is in use, so it can be dropped here.
-    fn look(&mut self, now: Nanos, key: Key, waker: W, errands: &mut Errands<W>) -> Turn {
+    fn look(
+        &mut self,
+        now: Nanos,
+        key: WaiterKey,
+        waker: W,
+        wakeups: &mut Wakeups<W>,
+    ) -> Admission {
         // It must not be woken by what it does itself.
-        errands.discard = self
+        wakeups.discard = self
             .queue
             .get_mut(key)
             .and_then(|waiter| waiter.waker.take());
-        self.pump(now, errands);
+        self.pump(now, wakeups);
         match self.queue.get_mut(key) {
             Some(waiter) => {
                 waiter.waker = Some(waker);
-                Turn::Wait(key)
+                Admission::Queued(key)
             }
             None => self.collect(now, key),
         }
     }
 
     /// What is there for someone who no longer waits.
-    fn collect(&mut self, now: Nanos, key: Key) -> Turn {
+    fn collect(&mut self, now: Nanos, key: WaiterKey) -> Admission {
         match (self.offers.collect(now, key.ticket), &self.stop) {
-            (Some((_, grant)), None) => Turn::Granted(grant),
+            (Some((_, grant)), None) => Admission::Granted(grant),
             (offer, stop) => {
                 let why = stop.as_ref().map(|stop| &stop.why);
                 let why = why.or(self.last_stop.as_ref()).cloned();
                 if let Some((_, grant)) = offer {
-                    let Granted { charge, at, .. } = self.free_slot(grant.0);
-                    self.buckets.refund(now, charge, at);
+                    let GrantRecord { charge, at, .. } = self.free_slot(grant.0);
+                    self.limits.refund(now, charge, at);
                 }
-                Turn::Stopped(why.expect("a waiter is in the queue, has its grant, or was stopped"))
+                Admission::Stopped(
+                    why.expect("a waiter is in the queue, has its grant, or was stopped"),
+                )
             }
         }
     }
 
-    /// When [`tick`](Turnstile::tick) must be called at the latest. `None` while no caller waits,
+    /// When [`tick`](Scheduler::tick) must be called at the latest. `None` while no caller waits,
     /// or only the end of a call can change anything.
     pub(super) fn deadline(&self) -> Option<Nanos> {
         if self.queue.is_empty() {
@@ -351,26 +361,26 @@ impl<W: Clone> Turnstile<W> {
 
     /// The time has come: takes back the offers that were not collected, if it is to `expire`
     /// them, and lets everybody through who can go.
-    pub(super) fn tick(&mut self, now: Nanos, expire: bool, errands: &mut Errands<W>) {
+    pub(super) fn tick(&mut self, now: Nanos, expire: bool, wakeups: &mut Wakeups<W>) {
         self.advance(now);
         if expire {
             self.expire(now);
         }
-        self.pump(now, errands);
+        self.pump(now, wakeups);
     }
 
     /// Wakes the caller that is next.
-    pub(super) fn wake_head(&mut self, errands: &mut Errands<W>) {
+    pub(super) fn wake_head(&mut self, wakeups: &mut Wakeups<W>) {
         if let Some((head, _)) = self.queue.head() {
             let waiter = self.queue.get_mut(head);
-            errands.wake(waiter.and_then(|waiter| waiter.waker.take()));
+            wakeups.wake(waiter.and_then(|waiter| waiter.waker.take()));
         }
     }
 
     /// Wakes all callers that wait.
-    pub(super) fn wake_all(&mut self, errands: &mut Errands<W>) {
+    pub(super) fn wake_all(&mut self, wakeups: &mut Wakeups<W>) {
         for waiter in self.queue.iter_mut() {
-            errands.wake(waiter.waker.take());
+            wakeups.wake(waiter.waker.take());
         }
     }
 
@@ -386,44 +396,44 @@ impl<W: Clone> Turnstile<W> {
         any
     }
 
-    fn take_back(&mut self, now: Nanos, (key, grant): (Key, Grant)) {
-        let Granted { charge, at, .. } = self.free_slot(grant.0);
-        self.buckets.refund(now, charge, at);
-        self.queue.give_back(key, self.buckets.cost(charge));
+    fn take_back(&mut self, now: Nanos, (key, grant): (WaiterKey, Grant)) {
+        let GrantRecord { charge, at, .. } = self.free_slot(grant.0);
+        self.limits.refund(now, charge, at);
+        self.queue.release(key, self.limits.cost(charge));
         self.granted -= 1;
     }
 
     /// When a call was let through.
     #[cfg(test)]
     pub(super) fn granted_at(&mut self, grant: &Grant) -> Nanos {
-        self.slots.get_mut(grant.0).at
+        self.concurrency.get_mut(grant.0).at
     }
 
     /// A waiter goes away without its grant, or with one it never collected.
-    pub(super) fn leave(&mut self, now: Nanos, key: Key, errands: &mut Errands<W>) {
+    pub(super) fn leave(&mut self, now: Nanos, key: WaiterKey, wakeups: &mut Wakeups<W>) {
         if let Some((_, grant)) = self.offers.forget(key.ticket) {
-            self.finish(now, grant, End::Unsent, errands);
+            self.finish(now, grant, End::Unsent, wakeups);
         } else if let Some(waiter) = self.queue.remove(key) {
             self.advance(now);
-            errands.discard = waiter.waker;
-            self.pump(now, errands);
+            wakeups.discard = waiter.waker;
+            self.pump(now, wakeups);
         }
     }
 
     /// Changes the limits under those who wait and those in flight, and starts a lane
     /// that was stopped.
-    pub(super) fn retune(&mut self, now: Nanos, pace: &Pace, errands: &mut Errands<W>) {
+    pub(super) fn retune(&mut self, now: Nanos, pace: &Pace, wakeups: &mut Wakeups<W>) {
         self.advance(now);
         (self.adaptive, self.burst) = (pace.adaptive, pace.burst_or_default());
-        self.buckets.retune(now, pace, self.gate.opens_at());
-        self.slots.retune(pace.in_flight);
-        self.reopen(now, errands);
+        self.limits.retune(now, pace, self.cooldown.until());
+        self.concurrency.retune(pace.in_flight);
+        self.resume(now, wakeups);
     }
 
-    /// Sends everybody away who waits or comes, until [`reopen`](Turnstile::reopen).
-    pub(super) fn stop(&mut self, why: Error, until: Option<Nanos>, errands: &mut Errands<W>) {
+    /// Sends everybody away who waits or comes, until [`resume`](Scheduler::reopen).
+    pub(super) fn stop(&mut self, why: Error, until: Option<Nanos>, wakeups: &mut Wakeups<W>) {
         for waiter in self.queue.clear() {
-            errands.wake(waiter.waker);
+            wakeups.wake(waiter.waker);
         }
         self.offers.forget_missed();
         self.head_ready_at = None;
@@ -433,29 +443,30 @@ impl<W: Clone> Turnstile<W> {
 
     /// Lets calls through again that a stop, a cooldown or probing kept. The limits are empty
     /// and refill from now on; the rates that were learned stay.
-    pub(super) fn reopen(&mut self, now: Nanos, errands: &mut Errands<W>) {
+    pub(super) fn resume(&mut self, now: Nanos, wakeups: &mut Wakeups<W>) {
         self.advance(now);
         self.stop = None;
-        self.gate.open();
-        self.buckets.reopen(now);
+        self.cooldown.open();
+        self.limits.resume(now);
         self.probing = None;
-        self.pump(now, errands);
+        self.pump(now, wakeups);
     }
 
     /// Sends nothing for as long as `wait`, and then one call at a time until one succeeds.
-    pub(super) fn cool_down(&mut self, now: Nanos, wait: Duration, errands: &mut Errands<W>) {
+    pub(super) fn cool_down(&mut self, now: Nanos, wait: Duration, wakeups: &mut Wakeups<W>) {
         self.advance(now);
-        self.gate.close_until(now.saturating_add(nanos(wait)));
-        self.buckets.close_until(now, self.gate.opens_at());
+        self.cooldown
+            .stand_still_until(now.saturating_add(nanos(wait)));
+        self.limits.stand_still_until(now, self.cooldown.until());
         self.probe(now);
-        self.pump(now, errands);
+        self.pump(now, wakeups);
     }
 
     /// The provider answers: calls go as usual.
-    pub(super) fn end_probing(&mut self, now: Nanos, errands: &mut Errands<W>) {
+    pub(super) fn end_probing(&mut self, now: Nanos, wakeups: &mut Wakeups<W>) {
         if self.probing.take().is_some() {
             self.advance(now);
-            self.pump(now, errands);
+            self.pump(now, wakeups);
         }
     }
 
@@ -466,11 +477,11 @@ impl<W: Clone> Turnstile<W> {
         });
     }
 
-    fn free_slot(&mut self, slot: usize) -> Granted {
+    fn free_slot(&mut self, slot: usize) -> GrantRecord {
         if let Some(probing) = &mut self.probing {
             probing.slot.take_if(|(probe, _)| *probe == slot);
         }
-        self.slots.give_back(slot)
+        self.concurrency.release(slot)
     }
 
     pub(super) fn stopped(&mut self, now: Nanos) -> Option<&Error> {
@@ -480,7 +491,7 @@ impl<W: Clone> Turnstile<W> {
 
     pub(super) fn snapshot(&self, now: Nanos) -> LaneSnapshot {
         let from_now = |at: Nanos| Duration::from_nanos(at.saturating_sub(now));
-        let closed_for = from_now(self.gate.opens_at());
+        let cooldown = from_now(self.cooldown.until());
         let stop = self.stop.as_ref();
         let (binding, head_wait) = match self.queue.head() {
             _ if stop.is_some() => {
@@ -492,23 +503,23 @@ impl<W: Clone> Turnstile<W> {
                 // Its time has come, and a timer is about to notice.
                 None => (Binding::Nothing, Some(Duration::ZERO)),
             },
-            None if !closed_for.is_zero() => (Binding::Gate, None),
+            None if !cooldown.is_zero() => (Binding::Cooldown, None),
             None => (Binding::Nothing, None),
         };
         LaneSnapshot {
             requests_per_minute: self
-                .buckets
+                .limits
                 .requests_per_minute()
                 .map(|rate| rate.round() as u64),
-            scale: self.buckets.scale(),
-            most_in_flight: Some(self.slots.limit()).filter(|limit| *limit < usize::MAX),
-            in_flight: self.slots.used(),
+            rate_factor: self.limits.scale(),
+            max_in_flight: Some(self.concurrency.limit()).filter(|limit| *limit < usize::MAX),
+            in_flight: self.concurrency.used(),
             waiting: self.queue.len() + self.offers.missed(),
             unpolled: self.offers.missed(),
             granted: self.granted,
             throttled: self.throttled,
             overloaded: self.overloaded,
-            closed_for: (!closed_for.is_zero()).then_some(closed_for),
+            cooldown: (!cooldown.is_zero()).then_some(cooldown),
             binding,
             head_wait,
         }
@@ -518,11 +529,11 @@ impl<W: Clone> Turnstile<W> {
     /// waits whom a slot would not hold up.
     fn advance(&mut self, now: Nanos) {
         let waited = !self.queue.is_empty();
-        let slots = self.slots.free() == 0;
-        self.buckets.advance(now, waited && !slots);
-        let open_since = self.gate.opens_at();
-        self.slots
-            .advance(now, (waited && slots).then_some(open_since));
+        let concurrency = self.concurrency.free() == 0;
+        self.limits.advance(now, waited && !concurrency);
+        let open_since = self.cooldown.until();
+        self.concurrency
+            .advance(now, (waited && concurrency).then_some(open_since));
         let over = |stop: &mut Stop| stop.until.is_some_and(|until| until <= now);
         if self.stop.take_if(over).is_some() {
             self.probe(now);
@@ -530,42 +541,42 @@ impl<W: Clone> Turnstile<W> {
     }
 
     fn obstacle(&self, now: Nanos, charge: Charge) -> Option<Obstacle> {
-        let opens_at = self.gate.opens_at();
+        let opens_at = self.cooldown.until();
         let probe = self.probing.as_ref().and_then(|probing| probing.slot);
         if let Some((_, until)) = probe.filter(|(_, until)| *until > now) {
             return Some(Obstacle {
-                binding: Binding::Gate,
+                binding: Binding::Cooldown,
                 until: Some(until),
             });
         }
-        if self.slots.free() == 0 {
+        if self.concurrency.free() == 0 {
             let closed = opens_at > now;
             return Some(Obstacle {
                 binding: if closed {
-                    Binding::Gate
+                    Binding::Cooldown
                 } else {
                     Binding::InFlight
                 },
                 until: None,
             });
         }
-        let (mut until, mut binding) = self.buckets.ready_at(now, charge);
+        let (mut until, mut binding) = self.limits.ready_at(now, charge);
         if opens_at > now {
             until = until.map(|until| until.max(opens_at));
-            binding = Binding::Gate;
+            binding = Binding::Cooldown;
         }
         (until != Some(now)).then_some(Obstacle { binding, until })
     }
 
     fn grant(&mut self, now: Nanos, charge: Charge) -> Grant {
-        let mark = self.buckets.take(now, charge);
-        self.pulse.beat(now);
+        let levels = self.limits.take(now, charge);
+        self.throughput.record(now);
         self.granted += 1;
-        let slot = self.slots.take(Granted {
+        let slot = self.concurrency.take(GrantRecord {
             charge,
             at: now,
-            mark,
-            nth: self.slots.used() + 1,
+            levels,
+            in_flight: self.concurrency.used() + 1,
             named: None,
             said: None,
         });
@@ -576,33 +587,39 @@ impl<W: Clone> Turnstile<W> {
     }
 
     /// After anything has changed: lets everybody through who can go.
-    fn pump(&mut self, now: Nanos, errands: &mut Errands<W>) {
-        self.head_ready_at = self.grant_all(now, errands);
+    fn pump(&mut self, now: Nanos, wakeups: &mut Wakeups<W>) {
+        self.head_ready_at = self.grant_all(now, wakeups);
     }
 
     /// Says when the caller that is next then can go: `None` if only a call in flight can
     /// change anything.
-    fn grant_all(&mut self, now: Nanos, errands: &mut Errands<W>) -> Option<Nanos> {
+    fn grant_all(&mut self, now: Nanos, wakeups: &mut Wakeups<W>) -> Option<Nanos> {
         loop {
             let (head, charge) = self.queue.head()?;
             match self.obstacle(now, charge) {
                 None => {
-                    self.let_through(now, head, charge, errands);
+                    self.let_through(now, head, charge, wakeups);
                     // Bursts grow between two heads, so that none waits for a goal that moves.
-                    self.buckets.resize(now);
+                    self.limits.resize(now);
                 }
                 Some(obstacle) => match self.backfill(now, head, charge, obstacle) {
-                    Some((key, charge)) => self.let_through(now, key, charge, errands),
+                    Some((key, charge)) => self.let_through(now, key, charge, wakeups),
                     None => return obstacle.until,
                 },
             }
         }
     }
 
-    fn let_through(&mut self, now: Nanos, key: Key, charge: Charge, errands: &mut Errands<W>) {
-        let cost = self.buckets.cost(charge);
+    fn let_through(
+        &mut self,
+        now: Nanos,
+        key: WaiterKey,
+        charge: Charge,
+        wakeups: &mut Wakeups<W>,
+    ) {
+        let cost = self.limits.cost(charge);
         let waiter = self.queue.serve(key, cost);
-        errands.wake(waiter.and_then(|waiter| waiter.waker));
+        wakeups.wake(waiter.and_then(|waiter| waiter.waker));
         let grant = self.grant(now, charge);
         self.offers.make(now, key.ticket, (key, grant));
     }
@@ -613,19 +630,19 @@ impl<W: Clone> Turnstile<W> {
     fn backfill(
         &self,
         now: Nanos,
-        head: Key,
+        head: WaiterKey,
         charge: Charge,
         obstacle: Obstacle,
-    ) -> Option<(Key, Charge)> {
+    ) -> Option<(WaiterKey, Charge)> {
         let until = obstacle.until?;
         let tokens = matches!(
             obstacle.binding,
             Binding::Tokens | Binding::InputTokens | Binding::OutputTokens
         );
-        if !tokens || self.slots.free() < 2 {
+        if !tokens || self.concurrency.free() < 2 {
             return None;
         }
         let mut behind = self.queue.behind(head).take(BACKFILL_WINDOW);
-        behind.find(|(_, first)| self.buckets.leaves_room(now, *first, charge, until))
+        behind.find(|(_, first)| self.limits.leaves_room(now, *first, charge, until))
     }
 }

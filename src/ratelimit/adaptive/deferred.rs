@@ -1,17 +1,17 @@
-//! [`Arrears`]: what the calls in flight will be charged when they end.
+//! [`DeferredCharges`]: what the calls in flight will be charged when they end.
 //!
 //! Where a provider counts the tokens of an answer as they are produced, a call takes
 //! nothing of them when it is let in. Its bucket fills up while the first answers are written
 //! unless more calls start than it holds tokens for; and what comes due is not what was
 //! reserved, but what such calls are charged on average.
 
-use super::bucket::Nanos;
+use crate::ratelimit::bucket::Nanos;
 
 /// Over about so many calls averages are taken.
 const REMEMBERED: f64 = 64.0;
 
 #[derive(Debug, Clone, Default)]
-pub(super) struct Arrears {
+pub(in crate::ratelimit) struct DeferredCharges {
     /// What calls in flight have reserved, and how many they are.
     promised: u64,
     calls: u64,
@@ -25,20 +25,20 @@ pub(super) struct Arrears {
     latency: f64,
 }
 
-impl Arrears {
-    pub(super) fn promise(&mut self, n: u64) {
+impl DeferredCharges {
+    pub(in crate::ratelimit) fn add(&mut self, n: u64) {
         self.promised = self.promised.saturating_add(n);
         self.calls += u64::from(n > 0);
     }
 
     /// A call that has reserved `n` has ended, however.
-    pub(super) fn release(&mut self, n: u64) {
+    pub(in crate::ratelimit) fn remove(&mut self, n: u64) {
         self.promised = self.promised.saturating_sub(n);
         self.calls = self.calls.saturating_sub(u64::from(n > 0));
     }
 
     /// An answer was charged `actual` units after so long.
-    pub(super) fn learn(&mut self, reserved: u64, actual: u64, latency: Nanos) {
+    pub(in crate::ratelimit) fn learn(&mut self, reserved: u64, actual: u64, latency: Nanos) {
         let kept = 1.0 - 1.0 / REMEMBERED;
         let first = self.reserved == 0.0;
         self.reserved = self.reserved * kept + reserved as f64;
@@ -53,7 +53,7 @@ impl Arrears {
         self.square = average(self.square, actual * actual);
     }
 
-    pub(super) fn are_there(&self) -> bool {
+    pub(in crate::ratelimit) fn is_pending(&self) -> bool {
         self.promised > 0
     }
 
@@ -61,7 +61,7 @@ impl Arrears {
     /// standard deviation. Too little in flight leaves the bucket full, and what it cannot
     /// hold is lost; too much is owed for a while, and nothing is lost. `None` if
     /// the call is alone, for then there is nothing to wait for.
-    pub(super) fn with(&self, n: u64) -> Option<u64> {
+    pub(in crate::ratelimit) fn with(&self, n: u64) -> Option<u64> {
         let all = self.promised.saturating_add(n);
         let typical = if self.reserved > 0.0 {
             let expected = all as f64 * self.charged / self.reserved;
@@ -75,7 +75,7 @@ impl Arrears {
     }
 
     /// In how long a call that starts now comes due.
-    pub(super) fn due_in(&self) -> Nanos {
+    pub(in crate::ratelimit) fn mean_latency(&self) -> Nanos {
         self.latency as Nanos
     }
 }
@@ -86,21 +86,21 @@ mod tests {
 
     #[test]
     fn what_is_expected_is_the_part_of_the_reserved_that_is_charged_in_the_end() {
-        let mut arrears = Arrears::default();
-        assert_eq!(arrears.with(100), None, "nothing is in flight");
-        arrears.promise(100);
-        assert_eq!(arrears.with(100), Some(200), "nothing is known");
+        let mut deferred = DeferredCharges::default();
+        assert_eq!(deferred.with(100), None, "nothing is in flight");
+        deferred.add(100);
+        assert_eq!(deferred.with(100), Some(200), "nothing is known");
         for _ in 0..10 {
-            arrears.learn(100, 25, 2_000);
+            deferred.learn(100, 25, 2_000);
         }
-        assert_eq!(arrears.with(100), Some(50));
-        assert_eq!(arrears.due_in(), 2_000);
+        assert_eq!(deferred.with(100), Some(50));
+        assert_eq!(deferred.mean_latency(), 2_000);
         for _ in 0..1_000 {
-            arrears.learn(100, 50, 4_000);
+            deferred.learn(100, 50, 4_000);
         }
-        assert_eq!(arrears.with(100), Some(100));
-        assert!(arrears.due_in().abs_diff(4_000) <= 1);
-        arrears.release(100);
-        assert_eq!(arrears.with(100), None);
+        assert_eq!(deferred.with(100), Some(100));
+        assert!(deferred.mean_latency().abs_diff(4_000) <= 1);
+        deferred.remove(100);
+        assert_eq!(deferred.with(100), None);
     }
 }

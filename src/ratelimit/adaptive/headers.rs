@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::bucket::Rate;
+use crate::ratelimit::bucket::Rate;
 use crate::request::Quota;
 
 const MINUTE: Duration = Duration::from_secs(60);
@@ -17,7 +17,7 @@ const LONG_PERIODS: [Duration; 2] = [Duration::from_secs(3_600), Duration::from_
 /// changes from reply to reply: only one that looks like an hour or a day is left for
 /// later. Limits per day are not paced: spread over the day they would waste
 /// the hours, and when they are used up the provider says so.
-pub(super) fn per_minute(quota: &Quota) -> Option<Rate> {
+pub(in crate::ratelimit) fn per_minute(quota: &Quota) -> Option<Rate> {
     let limit = quota.limit.filter(|limit| *limit > 0)?;
     let used = limit.saturating_sub(quota.remaining.unwrap_or(limit));
     let reset = quota.reset.unwrap_or_default();
@@ -40,7 +40,7 @@ pub(super) fn per_minute(quota: &Quota) -> Option<Rate> {
 ///
 /// Fixed windows give it back at their end; and where a limit per minute is enforced second by
 /// second, it is there again within the second.
-pub(super) fn left_of_a_minute(quota: &Quota) -> Option<u64> {
+pub(in crate::ratelimit) fn left_of_a_minute(quota: &Quota) -> Option<u64> {
     let (limit, left, reset) = (quota.limit?, quota.remaining?, quota.reset?);
     let used = limit.checked_sub(left).filter(|used| *used > 0)?;
     let evenly = MINUTE.as_secs_f64() * used as f64 / limit as f64;

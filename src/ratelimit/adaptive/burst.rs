@@ -1,4 +1,4 @@
-//! [`Surplus`]: what a provider holds ready beyond what the lane needs, by its own word.
+//! [`StoredBurst`]: what a provider holds ready beyond what the lane needs, by its own word.
 //!
 //! A provider that keeps a whole minute of its limit lets all of it through at once, and a lane
 //! that only ever goes at the rate leaves it there. A lane that nobody has told the limit
@@ -6,23 +6,23 @@
 //! flows in meanwhile is not counted, so that there is more left in the end than was meant.
 
 #[derive(Debug, Clone, Copy, Default)]
-pub(super) struct Surplus {
+pub(in crate::ratelimit) struct StoredBurst {
     units: u64,
 }
 
-impl Surplus {
+impl StoredBurst {
     #[inline]
-    pub(super) fn is_there(self) -> bool {
+    pub(in crate::ratelimit) fn is_there(self) -> bool {
         self.units > 0
     }
 
-    pub(super) fn set(&mut self, units: u64) {
+    pub(in crate::ratelimit) fn set(&mut self, units: u64) {
         self.units = units;
     }
 
-    /// A call takes `n`. Says whether the surplus has come to its end with it.
+    /// A call takes `n`. Says whether the stored_burst has come to its end with it.
     #[inline]
-    pub(super) fn take(&mut self, n: u64) -> bool {
+    pub(in crate::ratelimit) fn take(&mut self, n: u64) -> bool {
         let was_there = self.is_there();
         self.units = self.units.saturating_sub(n);
         was_there && !self.is_there()
@@ -36,9 +36,9 @@ mod tests {
 
     use proptest::prelude::*;
 
+    use crate::ratelimit::adaptive::headers;
     use crate::ratelimit::bucket::{Nanos, Rate};
-    use crate::ratelimit::headers;
-    use crate::ratelimit::meter::{Burst, Meter, Share, Source};
+    use crate::ratelimit::limit::{Burst, Cost, Limit, Source};
     use crate::request::Quota;
 
     const SECOND: Nanos = 1_000_000_000;
@@ -69,52 +69,52 @@ mod tests {
         }
     }
 
-    fn told(limit: u64) -> Meter {
+    fn told(limit: u64) -> Limit {
         let burst = Burst {
             time: Duration::from_secs(1),
-            at_once: false,
+            full_at_start: false,
         };
-        let mut meter = Meter::new(Source::Told, Rate::per_minute(limit), burst, 0);
-        meter.close_until(0, 0);
-        meter
+        let mut limit = Limit::new(Source::Advertised, Rate::per_minute(limit), burst, 0);
+        limit.stand_still_until(0, 0);
+        limit
     }
 
-    fn take(meter: &mut Meter, now: Nanos, due: u64) {
-        meter.take(now, Share { due, later: 0 });
+    fn take(limit: &mut Limit, now: Nanos, due: u64) {
+        limit.take(now, Cost { due, later: 0 });
     }
 
     #[test]
     fn it_goes_at_twice_the_rate_until_it_is_gone() {
-        let mut meter = told(600);
-        meter.offer(0, Some(40), 0);
-        assert_eq!(meter.scale(), 2.0, "three bursts of ten are kept");
-        take(&mut meter, 0, 4);
-        meter.offer(0, Some(39), 0);
-        assert_eq!(meter.scale(), 2.0, "and the largest call");
-        take(&mut meter, 0, 4);
-        assert_eq!(meter.scale(), 2.0);
-        take(&mut meter, 0, 1);
-        assert_eq!(meter.scale(), 1.0);
-        meter.offer(SECOND, Some(600), SECOND);
-        assert_eq!(meter.scale(), 2.0);
-        meter.offer(2 * SECOND, None, 2 * SECOND);
-        assert_eq!(meter.scale(), 1.0);
+        let mut limit = told(600);
+        limit.offer(0, Some(40), 0);
+        assert_eq!(limit.scale(), 2.0, "three bursts of ten are kept");
+        take(&mut limit, 0, 4);
+        limit.offer(0, Some(39), 0);
+        assert_eq!(limit.scale(), 2.0, "and the largest call");
+        take(&mut limit, 0, 4);
+        assert_eq!(limit.scale(), 2.0);
+        take(&mut limit, 0, 1);
+        assert_eq!(limit.scale(), 1.0);
+        limit.offer(SECOND, Some(600), SECOND);
+        assert_eq!(limit.scale(), 2.0);
+        limit.offer(2 * SECOND, None, 2 * SECOND);
+        assert_eq!(limit.scale(), 1.0);
     }
 
     #[test]
     fn the_first_refusal_is_for_the_haste_and_ends_it() {
-        let mut meter = told(600);
-        meter.offer(0, Some(600), 0);
-        assert!(meter.refuse(SECOND, 0, 1, None));
-        assert_eq!(meter.scale(), 1.0);
+        let mut limit = told(600);
+        limit.offer(0, Some(600), 0);
+        assert!(limit.record_refusal(SECOND, 0, 1, None));
+        assert_eq!(limit.scale(), 1.0);
         assert!(
-            !meter.refuse(2 * SECOND, SECOND, 1, None),
+            !limit.record_refusal(2 * SECOND, SECOND, 1, None),
             "the same cohort"
         );
-        meter.offer(3 * SECOND, Some(600), 3 * SECOND);
-        assert_eq!(meter.scale(), 1.0);
-        assert!(meter.refuse(4 * SECOND, 4 * SECOND, 1, None));
-        assert!(meter.scale() < 1.0);
+        limit.offer(3 * SECOND, Some(600), 3 * SECOND);
+        assert_eq!(limit.scale(), 1.0);
+        assert!(limit.record_refusal(4 * SECOND, 4 * SECOND, 1, None));
+        assert!(limit.scale() < 1.0);
     }
 
     proptest! {
@@ -124,22 +124,22 @@ mod tests {
         /// that was true when a call was let in or when it ended.
         #[test]
         fn what_goes_faster_is_there(
-            limit in 60..100_000u64,
+            per_minute in 60..100_000u64,
             on_admission: bool,
             calls in proptest::collection::vec((0..100u64, 1..2_000u64, 0..5_000u64), 1..400),
         ) {
-            let mut meter = told(limit);
-            let mut provider = Minute { limit, level: limit as f64, at: 0 };
+            let mut limit = told(per_minute);
+            let mut provider = Minute { limit: per_minute, level: per_minute as f64, at: 0 };
             // By end: when each was granted, what was left here then, and what it was told.
             let mut in_flight = BinaryHeap::<Reverse<(Nanos, Nanos, Nanos, u64, Duration)>>::new();
             let (mut now, mut heard, mut hurried) = (0, 0, 0);
             for (gap, thousandths, latency) in calls {
                 // Up to two seconds' worth in one call.
-                let n = (limit * thousandths / 60_000).max(1);
-                let share = Share { due: n, later: 0 };
+                let n = (per_minute * thousandths / 60_000).max(1);
+                let share = Cost { due: n, later: 0 };
                 now += gap * 1_000_000;
                 loop {
-                    let ready = meter.ready_at(now, share).unwrap();
+                    let ready = limit.ready_at(now, share).unwrap();
                     let end = in_flight.peek().map(|Reverse((end, ..))| *end);
                     let Some(end) = end.filter(|end| *end <= ready) else {
                         now = ready;
@@ -149,27 +149,27 @@ mod tests {
                     let Some(Reverse((_, at, filled, left, reset))) = in_flight.pop() else {
                         unreachable!("it was looked at");
                     };
-                    meter.advance(now, true);
-                    let then = Quota { limit: Some(limit), remaining: Some(left), reset: Some(reset) };
+                    limit.advance(now, true);
+                    let then = Quota { limit: Some(per_minute), remaining: Some(left), reset: Some(reset) };
                     let said = if on_admission { then } else { provider.says(now) };
                     if at >= heard {
                         heard = at;
-                        meter.lower(now, said.remaining.unwrap(), at, filled);
-                        meter.offer(now, headers::left_of_a_minute(&said), at);
+                        limit.lower(now, said.remaining.unwrap(), at, filled);
+                        limit.offer(now, headers::left_of_a_minute(&said), at);
                     }
                 }
-                meter.advance(now, true);
-                hurried += u64::from(meter.scale() > 1.0);
+                limit.advance(now, true);
+                hurried += u64::from(limit.scale() > 1.0);
                 // The lane's time counts whole nanoseconds.
                 let level = provider.level(now) + 1e-3;
                 prop_assert!(level >= n as f64, "{n} of {level} after {hurried} in haste");
                 provider.level -= n as f64;
-                meter.take(now, share);
-                meter.resize(now);
+                limit.take(now, share);
+                limit.resize(now);
                 let said = provider.says(now);
                 let end = now + latency * 1_000_000;
                 let said = (said.remaining.unwrap(), said.reset.unwrap());
-                in_flight.push(Reverse((end, now, meter.filled(now), said.0, said.1)));
+                in_flight.push(Reverse((end, now, limit.filled(now), said.0, said.1)));
             }
         }
     }

@@ -1,4 +1,4 @@
-//! [`Slots`]: the calls in flight, and how many there may be while the provider refuses calls
+//! [`ConcurrencyLimit`]: the calls in flight, and how many there may be while the provider refuses calls
 //! for their number.
 //!
 //! Neither a 503 nor a 429 says how many calls are too many, but each of them says that one
@@ -9,19 +9,19 @@
 
 use slab::Slab;
 
-use super::bucket::{Nanos, nanos};
-use super::refusals::FORGOTTEN;
-use super::scale::{HELD, UNIT, UNIT_CALLS, recovery};
+use crate::ratelimit::adaptive::rate_controller::{HOLD, UNIT, UNIT_CALLS, recovery};
+use crate::ratelimit::adaptive::refusals::FORGOTTEN;
+use crate::ratelimit::bucket::{Nanos, nanos};
 
 /// How long the number is held after a first refusal on the way up, in units of the recovery. It
 /// doubles with each that meets the same number, up to [`HELD`].
-const PAUSE: f64 = HELD / 32.0;
+const PAUSE: f64 = HOLD / 32.0;
 /// Over about so many answers the latency is averaged.
 const REMEMBERED: f64 = 8.0;
 
 /// Each slot holds what there is to know of its call while that is made.
 #[derive(Debug)]
-pub(super) struct Slots<T> {
+pub(super) struct ConcurrencyLimit<T> {
     most: usize,
     taken: Slab<T>,
     /// The largest number at one time of which a call was answered.
@@ -53,12 +53,12 @@ struct Reduced {
     /// How long calls take, on average; 0.0 until one is answered.
     latency: f64,
     /// The provider has refused the number itself (429).
-    crowded: bool,
+    over_limit: bool,
 }
 
 /// What a refusal of a call says of the number in flight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Refused {
+pub(super) enum Refusal {
     /// Nothing: the number stays.
     Tolerated,
     /// It went with one that was refused before: there is room for one less.
@@ -76,7 +76,7 @@ pub(super) enum Refused {
 }
 
 impl Reduced {
-    /// Adds a stretch of time in which calls waited for slots.
+    /// Adds a stretch of time in which calls waited for concurrency.
     fn grow(&mut self, time: Nanos) {
         if self.limit == 1 && self.peak > 0 {
             // Nothing is answered yet: more calls would only be more refusals.
@@ -88,7 +88,7 @@ impl Reduced {
         self.units += time as f64 / unit;
         // A number that is too high costs one call, at once, and not a minute's refusals: it may double in
         // each unit, a rate in two.
-        let beyond = (self.units - HELD).max(0.0);
+        let beyond = (self.units - HOLD).max(0.0);
         let limit = recovery(self.from, self.aim, self.units + beyond) as usize;
         self.limit = self.limit.max(limit);
     }
@@ -105,7 +105,7 @@ impl Reduced {
     }
 }
 
-impl<T> Slots<T> {
+impl<T> ConcurrencyLimit<T> {
     pub(super) fn new(most: Option<usize>) -> Self {
         Self {
             most: most.unwrap_or(usize::MAX),
@@ -146,7 +146,7 @@ impl<T> Slots<T> {
     }
 
     #[inline]
-    pub(super) fn give_back(&mut self, slot: usize) -> T {
+    pub(super) fn release(&mut self, slot: usize) -> T {
         self.taken.remove(slot)
     }
 
@@ -155,7 +155,7 @@ impl<T> Slots<T> {
         self.reduced = None;
     }
 
-    /// Passes the time until `now`. The number grows while calls wait for slots, which they have done
+    /// Passes the time until `now`. The number grows while calls wait for concurrency, which they have done
     /// from `since` on; a refusal long ago is forgotten in any case.
     #[inline]
     pub(super) fn advance(&mut self, now: Nanos, since: Option<Nanos>) {
@@ -182,42 +182,42 @@ impl<T> Slots<T> {
     /// A call that was sent at `sent_at` as the `nth` in flight was refused for their number, or
     /// may have been. It still holds its slot. `tolerated` says whether such a refusal is to be expected
     /// anyway, and `noisy` whether that is so even where more calls are tried than were let in before.
-    pub(super) fn refuse(
+    pub(super) fn record_refusal(
         &mut self,
         now: Nanos,
         sent_at: Nanos,
-        nth: usize,
+        in_flight: usize,
         noisy: bool,
         mut tolerated: impl FnMut() -> bool,
-    ) -> Refused {
+    ) -> Refusal {
         let used = self.used();
         let let_in = (used - 1).min(self.limit()).max(1);
         match &mut self.reduced {
             Some(reduced) if sent_at <= reduced.reduced_at => {
                 reduced.shrink();
-                Refused::Cohort
+                Refusal::Cohort
             }
-            Some(reduced) if nth > reduced.proven && !(noisy && tolerated()) => {
+            Some(reduced) if in_flight > reduced.proven && !(noisy && tolerated()) => {
                 reduced.limit = let_in.max(reduced.proven);
                 reduced.reduced_at = now;
-                let again = nth <= reduced.refused;
-                reduced.refused = nth;
+                let again = in_flight <= reduced.refused;
+                reduced.refused = in_flight;
                 if again {
-                    reduced.pause = (2.0 * reduced.pause).min(HELD);
+                    reduced.pause = (2.0 * reduced.pause).min(HOLD);
                 } else {
                     reduced.pause = PAUSE;
                 }
                 // Higher than before: luck, or a number that has changed.
                 let aim = reduced.aim as usize;
                 if again || aim <= reduced.limit {
-                    reduced.restart(reduced.limit, HELD - reduced.pause);
+                    reduced.restart(reduced.limit, HOLD - reduced.pause);
                 } else {
                     reduced.restart(aim, 0.0);
                 }
-                Refused::Probe
+                Refusal::Probe
             }
-            Some(reduced) if nth > reduced.proven => Refused::Tolerated,
-            _ if tolerated() => Refused::Tolerated,
+            Some(reduced) if in_flight > reduced.proven => Refusal::Tolerated,
+            _ if tolerated() => Refusal::Tolerated,
             reduced => {
                 let before = reduced.take();
                 let recovered = before.as_ref().is_none_or(|before| before.units >= 1.0);
@@ -231,14 +231,14 @@ impl<T> Slots<T> {
                     peak: before.as_ref().map_or(0, |before| before.peak).max(used),
                     reduced_at: now,
                     needed_at: now,
-                    refused: nth,
+                    refused: in_flight,
                     pause: PAUSE,
                     latency: before.map_or(0.0, |before| before.latency),
-                    crowded: false,
+                    over_limit: false,
                 };
                 new.restart(let_in, 0.0);
                 *reduced = Some(new);
-                Refused::Reduced {
+                Refusal::Reduced {
                     tried: used,
                     recovered,
                 }
@@ -251,34 +251,34 @@ impl<T> Slots<T> {
         if let Some(reduced) = &mut self.reduced {
             reduced.limit = reduced.limit.max(limit);
             reduced.proven = reduced.limit;
-            reduced.restart(reduced.limit, HELD);
+            reduced.restart(reduced.limit, HOLD);
         }
     }
 
     /// Whether so many are in flight that it may be their number that is refused.
-    pub(super) fn are_many(&self) -> bool {
+    pub(super) fn is_mostly_used(&self) -> bool {
         self.limit() < usize::MAX && self.used() > self.limit() / 2
     }
 
     /// A call was refused for the number in flight and nothing else.
-    pub(super) fn crowded(&mut self, now: Nanos, sent_at: Nanos, nth: usize) -> Refused {
-        let refused = self.refuse(now, sent_at, nth, false, || false);
+    pub(super) fn over_limit(&mut self, now: Nanos, sent_at: Nanos, in_flight: usize) -> Refusal {
+        let refused = self.record_refusal(now, sent_at, in_flight, false, || false);
         if let Some(reduced) = &mut self.reduced {
-            reduced.crowded = true;
+            reduced.over_limit = true;
         }
         refused
     }
 
     /// Whether calls sent then went with those that were too many.
-    pub(super) fn was_crowded(&self, sent_at: Nanos) -> bool {
+    pub(super) fn was_over_limit(&self, sent_at: Nanos) -> bool {
         let reduced = self.reduced.as_ref();
-        reduced.is_some_and(|reduced| reduced.crowded && sent_at <= reduced.reduced_at)
+        reduced.is_some_and(|reduced| reduced.over_limit && sent_at <= reduced.reduced_at)
     }
 
     /// A call that was sent at `sent_at` as the `nth` in flight was answered.
     #[inline]
-    pub(super) fn succeeded(&mut self, now: Nanos, sent_at: Nanos, nth: usize) {
-        self.highest = self.highest.max(nth);
+    pub(super) fn record_success(&mut self, now: Nanos, sent_at: Nanos, in_flight: usize) {
+        self.highest = self.highest.max(in_flight);
         let Some(reduced) = &mut self.reduced else {
             return;
         };
@@ -289,7 +289,7 @@ impl<T> Slots<T> {
         if sent_at <= reduced.reduced_at {
             return;
         }
-        reduced.proven = reduced.proven.max(nth.min(reduced.limit));
+        reduced.proven = reduced.proven.max(in_flight.min(reduced.limit));
         let peak = std::mem::take(&mut reduced.peak);
         // Where all calls were refused, nothing is known of how many are too many.
         match self.highest.max(peak) {
@@ -306,64 +306,64 @@ mod tests {
 
     const SECOND: Nanos = 1_000_000_000;
 
-    /// Slots of which so many are taken, all at once.
-    fn taken(most: Option<usize>, calls: usize) -> Slots<()> {
-        let mut slots = Slots::new(most);
+    /// ConcurrencyLimit of which so many are taken, all at once.
+    fn taken(most: Option<usize>, calls: usize) -> ConcurrencyLimit<()> {
+        let mut concurrency = ConcurrencyLimit::new(most);
         for _ in 0..calls {
-            slots.take(());
+            concurrency.take(());
         }
-        slots
+        concurrency
     }
 
     /// Takes the next slot, and says whether it is refused by a provider that lets in `most`.
-    fn tries(slots: &mut Slots<()>, now: Nanos, most: usize) -> bool {
-        let slot = slots.take(());
-        let nth = slots.used();
-        let refused = nth > most;
+    fn tries(concurrency: &mut ConcurrencyLimit<()>, now: Nanos, most: usize) -> bool {
+        let slot = concurrency.take(());
+        let in_flight = concurrency.used();
+        let refused = in_flight > most;
         if refused {
-            slots.refuse(now, now, nth, false, || false);
-            slots.give_back(slot);
+            concurrency.record_refusal(now, now, in_flight, false, || false);
+            concurrency.release(slot);
         }
         refused
     }
 
     #[test]
     fn a_tolerated_refusal_changes_nothing() {
-        let mut slots = taken(None, 100);
+        let mut concurrency = taken(None, 100);
         for second in 0..100 {
             let at = second * SECOND;
-            let refused = slots.refuse(at, at, 100, false, || true);
-            assert_eq!(refused, Refused::Tolerated);
+            let refused = concurrency.record_refusal(at, at, 100, false, || true);
+            assert_eq!(refused, Refusal::Tolerated);
         }
-        assert_eq!(slots.limit(), usize::MAX);
+        assert_eq!(concurrency.limit(), usize::MAX);
     }
 
     #[test]
     fn a_reduction_leaves_as_many_as_were_let_in() {
-        let mut slots = taken(Some(16), 16);
-        assert!(slots.are_many());
-        for nth in (9..=16).rev() {
-            slots.crowded(SECOND, SECOND, nth);
-            slots.give_back(nth - 1);
+        let mut concurrency = taken(Some(16), 16);
+        assert!(concurrency.is_mostly_used());
+        for in_flight in (9..=16).rev() {
+            concurrency.over_limit(SECOND, SECOND, in_flight);
+            concurrency.release(in_flight - 1);
         }
-        assert_eq!((slots.used(), slots.limit()), (8, 8));
-        assert!(slots.was_crowded(SECOND) && !slots.was_crowded(2 * SECOND));
+        assert_eq!((concurrency.used(), concurrency.limit()), (8, 8));
+        assert!(concurrency.was_over_limit(SECOND) && !concurrency.was_over_limit(2 * SECOND));
     }
 
     #[test]
     fn where_the_number_is_refused_again_it_is_tried_ever_more_rarely() {
-        let mut slots = taken(None, 8);
-        assert!(tries(&mut slots, SECOND, 8));
-        assert_eq!(slots.limit(), 8);
+        let mut concurrency = taken(None, 8);
+        assert!(tries(&mut concurrency, SECOND, 8));
+        assert_eq!(concurrency.limit(), 8);
         let mut tried = Vec::new();
         for ms in 1_000..400_000 {
             let now = ms * SECOND / 1_000;
-            slots.advance(now, Some(0));
-            if slots.free() > 0 {
-                assert!(tries(&mut slots, now, 8));
+            concurrency.advance(now, Some(0));
+            if concurrency.free() > 0 {
+                assert!(tries(&mut concurrency, now, 8));
                 tried.push(ms / 1_000);
             }
-            assert_eq!(slots.limit(), 8);
+            assert_eq!(concurrency.limit(), 8);
         }
         // A unit and a half each in the end, and a little until the curve has reached one more.
         let last: Vec<_> = tried.windows(2).map(|two| two[1] - two[0]).collect();
@@ -377,50 +377,54 @@ mod tests {
 
     #[test]
     fn room_that_is_there_again_is_found() {
-        let mut slots = taken(None, 50);
-        assert!(tries(&mut slots, SECOND, 50));
+        let mut concurrency = taken(None, 50);
+        assert!(tries(&mut concurrency, SECOND, 50));
         let mut now = SECOND;
-        while slots.used() < 200 {
+        while concurrency.used() < 200 {
             now += SECOND / 100;
-            slots.advance(now, Some(0));
-            while slots.free() > 0 && !tries(&mut slots, now, 200) {}
+            concurrency.advance(now, Some(0));
+            while concurrency.free() > 0 && !tries(&mut concurrency, now, 200) {}
         }
         assert!(now < 100 * SECOND, "after {} s", now / SECOND);
     }
 
     #[test]
     fn after_an_outage_the_first_answer_brings_the_number_back() {
-        let mut slots = taken(None, 1_000);
-        slots.succeeded(SECOND, 0, 1_000);
-        for nth in (1..=1_000).rev() {
-            slots.refuse(2 * SECOND, SECOND, nth, false, || false);
-            slots.give_back(nth - 1);
+        let mut concurrency = taken(None, 1_000);
+        concurrency.record_success(SECOND, 0, 1_000);
+        for in_flight in (1..=1_000).rev() {
+            concurrency.record_refusal(2 * SECOND, SECOND, in_flight, false, || false);
+            concurrency.release(in_flight - 1);
         }
-        slots.advance(60 * SECOND, Some(0));
-        assert_eq!(slots.limit(), 1, "nothing is answered yet");
-        slots.take(());
-        slots.advance(70 * SECOND, Some(0));
-        slots.succeeded(70 * SECOND, 60 * SECOND, 1);
-        slots.advance(78 * SECOND, Some(0));
-        assert!((800..1_000).contains(&slots.limit()), "{}", slots.limit());
-        slots.advance(86 * SECOND, Some(0));
-        assert_eq!(slots.limit(), 1_000);
+        concurrency.advance(60 * SECOND, Some(0));
+        assert_eq!(concurrency.limit(), 1, "nothing is answered yet");
+        concurrency.take(());
+        concurrency.advance(70 * SECOND, Some(0));
+        concurrency.record_success(70 * SECOND, 60 * SECOND, 1);
+        concurrency.advance(78 * SECOND, Some(0));
+        assert!(
+            (800..1_000).contains(&concurrency.limit()),
+            "{}",
+            concurrency.limit()
+        );
+        concurrency.advance(86 * SECOND, Some(0));
+        assert_eq!(concurrency.limit(), 1_000);
     }
 
     #[test]
     fn one_refusal_of_a_lone_call_is_no_number() {
-        let mut slots = taken(None, 1);
-        slots.refuse(SECOND, 0, 1, false, || false);
-        assert_eq!(slots.limit(), 1);
-        slots.succeeded(3 * SECOND, 2 * SECOND, 1);
-        assert_eq!(slots.limit(), usize::MAX);
+        let mut concurrency = taken(None, 1);
+        concurrency.record_refusal(SECOND, 0, 1, false, || false);
+        assert_eq!(concurrency.limit(), 1);
+        concurrency.record_success(3 * SECOND, 2 * SECOND, 1);
+        assert_eq!(concurrency.limit(), usize::MAX);
     }
 
     #[test]
     fn a_refusal_long_ago_is_forgotten_unless_it_still_holds_calls_up() {
-        let mut slots = taken(None, 9);
-        assert!(tries(&mut slots, SECOND, 9));
-        let mut idle = slots;
+        let mut concurrency = taken(None, 9);
+        assert!(tries(&mut concurrency, SECOND, 9));
+        let mut idle = concurrency;
         idle.advance(SECOND + FORGOTTEN, None);
         assert_eq!(idle.limit(), 9);
         idle.advance(SECOND + FORGOTTEN + 1, None);
@@ -437,6 +441,6 @@ mod tests {
 
     #[test]
     fn without_a_limit_nobody_is_many() {
-        assert!(!taken(None, 1_000).are_many());
+        assert!(!taken(None, 1_000).is_mostly_used());
     }
 }

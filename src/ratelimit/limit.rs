@@ -1,30 +1,30 @@
-//! [`Meter`]: one limit with the clock it lives by.
+//! [`Limit`]: one limit with the clock it lives by.
 //!
 //! A bucket takes time as an argument, so what the lane learns of a limit is done to
-//! its time: the clock runs at the limit's [`Scale`], and stands still while the gate is
+//! its time: the clock runs at the limit's [`RateController`], and stands still while the cooldown is
 //! closed. The burst shrinks and grows with it: it is a time of the lane's, not of the
 //! slower clock, because a bucket larger than the provider's forgets debts that it holds.
 
 use std::time::Duration;
 
-use super::arrears::Arrears;
-use super::bucket::{Bucket, Nanos, Rate, nanos};
-use super::ebb::{Ebb, Level, Own};
-use super::scale::Scale;
-use super::surplus::Surplus;
+use crate::ratelimit::adaptive::burst::StoredBurst;
+use crate::ratelimit::adaptive::contention::{ContentionDetector, Level, OwnUse};
+use crate::ratelimit::adaptive::deferred::DeferredCharges;
+use crate::ratelimit::adaptive::rate_controller::RateController;
+use crate::ratelimit::bucket::{Bucket, Nanos, Rate, nanos};
 
 /// Fewer calls than this between two refusals say nothing of what passes.
 const TELLING: u64 = 4;
 
-/// Who says that there is a limit.
+/// QueueKey says that there is a limit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Source {
     /// The [`Pace`](super::Pace).
     Configured,
     /// The headers of a reply.
-    Told,
+    Advertised,
     /// A refusal, and what had gone through before it.
-    Guessed,
+    Estimated,
 }
 
 /// The burst of a limit, and whether it is there from the start.
@@ -33,19 +33,19 @@ pub(super) struct Burst {
     pub(super) time: Duration,
     /// Otherwise there is room for one call, whatever its size: nobody knows what
     /// was used before the lane was made.
-    pub(super) at_once: bool,
+    pub(super) full_at_start: bool,
 }
 
 /// What one call takes of a limit.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(super) struct Share {
+pub(super) struct Cost {
     /// When it is let in.
     pub(super) due: u64,
     /// When it ends, as far as can be foreseen.
     pub(super) later: u64,
 }
 
-impl Share {
+impl Cost {
     /// The same, if it comes to `most` units or less; otherwise `most` of it.
     #[inline]
     pub(super) fn capped(self, most: u64) -> Self {
@@ -63,13 +63,13 @@ impl Share {
 }
 
 #[derive(Debug, Clone)]
-pub(super) struct Meter {
+pub(super) struct Limit {
     /// As the provider keeps it: what is only reserved is not in it.
     bucket: Bucket,
-    arrears: Arrears,
+    deferred: DeferredCharges,
     /// How much of its rate it holds, as the lane counts time.
     burst: Nanos,
-    scale: Scale,
+    scale: RateController,
     /// The scale that the bucket's size goes with.
     sized_for: f64,
     source: Source,
@@ -91,39 +91,39 @@ pub(super) struct Meter {
     /// When headers lowered it last: what they told earlier calls is in that.
     lowered_at: Nanos,
     /// What may go faster than the rate.
-    surplus: Surplus,
-    ebb: Ebb,
+    stored_burst: StoredBurst,
+    contention: ContentionDetector,
     /// The most that one call took, or is to take in the end.
     largest: u64,
 }
 
-impl Meter {
+impl Limit {
     pub(super) fn new(source: Source, rate: Rate, burst: Burst, now: Nanos) -> Self {
         let mut bucket = Bucket::new(rate, nanos(burst.time), now);
-        if !burst.at_once {
+        if !burst.full_at_start {
             bucket.lower_to(now, 1);
         }
         Self {
             bucket,
-            arrears: Arrears::default(),
+            deferred: DeferredCharges::default(),
             burst: nanos(burst.time),
             scale: match source {
-                Source::Guessed => Scale::of_a_guess(),
-                Source::Configured | Source::Told => Scale::whole(),
+                Source::Estimated => RateController::of_an_estimate(),
+                Source::Configured | Source::Advertised => RateController::whole(),
             },
             sized_for: 1.0,
             source,
             clock: now,
             at: now,
             born: now,
-            fresh: !burst.at_once,
+            fresh: !burst.full_at_start,
             taken: 0,
             calls: 0,
             before: (0, 0, 0),
             busy: 0,
             lowered_at: 0,
-            surplus: Surplus::default(),
-            ebb: Ebb::default(),
+            stored_burst: StoredBurst::default(),
+            contention: ContentionDetector::default(),
             largest: 0,
         }
     }
@@ -148,7 +148,7 @@ impl Meter {
 
     /// How much of `share` one call is charged.
     #[inline]
-    pub(super) fn capped(&self, share: Share) -> Share {
+    pub(super) fn capped(&self, share: Cost) -> Cost {
         share.capped(self.rate().minute())
     }
 
@@ -159,7 +159,7 @@ impl Meter {
     }
 
     /// Whether what was granted at `granted_at` was taken from this limit.
-    pub(super) fn knows(&self, granted_at: Nanos) -> bool {
+    pub(super) fn existed_at(&self, granted_at: Nanos) -> bool {
         self.born <= granted_at
     }
 
@@ -185,7 +185,7 @@ impl Meter {
     /// Where answers are charged when they are there, so many calls may be in flight that
     /// what they are expected to cost flows in by the time they end.
     #[inline]
-    pub(super) fn ready_at(&self, now: Nanos, share: Share) -> Option<Nanos> {
+    pub(super) fn ready_at(&self, now: Nanos, share: Cost) -> Option<Nanos> {
         let now = now.max(self.at);
         if self.fresh {
             return Some(now);
@@ -193,10 +193,10 @@ impl Meter {
         let clock = self.clock_at(now);
         let mut ready_at = self.bucket.ready_at(clock, share.least());
         if share.later > 0
-            && let Some(expected) = self.arrears.with(share.later)
+            && let Some(expected) = self.deferred.with(share.later)
         {
             let expected = self.rate().time_for(expected.saturating_add(share.due));
-            let lead = (self.arrears.due_in() as f64 * self.scale()) as Nanos;
+            let lead = (self.deferred.mean_latency() as f64 * self.scale()) as Nanos;
             ready_at = ready_at.max(self.bucket.covers_at(clock, expected, lead)?);
         }
         Some(now.saturating_add(self.slowed(ready_at - clock)))
@@ -213,21 +213,21 @@ impl Meter {
     }
 
     #[inline]
-    pub(super) fn take(&mut self, now: Nanos, share: Share) {
+    pub(super) fn take(&mut self, now: Nanos, share: Cost) {
         self.fresh = false;
         self.taken = self.taken.saturating_add(share.due);
         self.calls += 1;
         self.bucket.take(self.clock_at(now), share.due);
-        self.arrears.promise(share.later);
+        self.deferred.add(share.later);
         self.largest = self.largest.max(share.due.saturating_add(share.later));
-        if self.surplus.take(share.due) {
-            self.hurry(now);
+        if self.stored_burst.take(share.due) {
+            self.set_burst_available(now);
         }
     }
 
     /// The refill since is counted at the full rate: never too little.
-    pub(super) fn refund(&mut self, now: Nanos, share: Share, taken_at: Nanos) {
-        self.arrears.release(share.later);
+    pub(super) fn refund(&mut self, now: Nanos, share: Cost, taken_at: Nanos) {
+        self.deferred.remove(share.later);
         let clock = self.clock_at(now);
         let passed = now.saturating_sub(taken_at) as f64 * self.scale().max(1.0);
         self.bucket
@@ -237,10 +237,10 @@ impl Meter {
 
     /// A call has cost `actual` in all.
     #[inline]
-    pub(super) fn settle(&mut self, now: Nanos, share: Share, actual: u64) {
+    pub(super) fn settle(&mut self, now: Nanos, share: Cost, actual: u64) {
         self.bucket.settle(self.clock_at(now), share.due, actual);
         if share.later > 0 {
-            self.arrears.release(share.later);
+            self.deferred.remove(share.later);
             // It passes when it comes due.
             self.taken = self.taken.saturating_sub(share.due).saturating_add(actual);
         }
@@ -248,16 +248,16 @@ impl Meter {
     }
 
     /// Learns what answers cost that are charged when they are there, and when that is.
-    pub(super) fn learn(&mut self, now: Nanos, share: Share, actual: u64, taken_at: Nanos) {
+    pub(super) fn learn(&mut self, now: Nanos, share: Cost, actual: u64, taken_at: Nanos) {
         if share.later > 0 {
             let answer = actual.saturating_sub(share.due);
-            self.arrears
+            self.deferred
                 .learn(share.later, answer, now.saturating_sub(taken_at));
         }
     }
 
     /// What the provider says is left, to a call granted at `granted_at` that left so much here,
-    /// as [`filled`](Meter::filled) says it.
+    /// as [`filled`](Limit::filled) says it.
     ///
     /// Nobody says whether that was true when the call was let in or when it was
     /// answered. In the first case what was sent since has been taken here too,
@@ -281,7 +281,7 @@ impl Meter {
     /// Taken at its word is only who speaks of a limit that nobody else has named, and only
     /// until the first refusal.
     pub(super) fn offer(&mut self, now: Nanos, left: Option<u64>, granted_at: Nanos) {
-        let asked = self.source == Source::Told && self.knows(granted_at);
+        let asked = self.source == Source::Advertised && self.existed_at(granted_at);
         if !asked || !self.scale.is_untouched() {
             return;
         }
@@ -292,60 +292,61 @@ impl Meter {
         // So does the largest call, for a provider that keeps a minute refuses what is more
         // than it has; and what is charged later is not in what is left.
         let kept = kept.saturating_add(self.largest);
-        let left = left.filter(|_| !self.arrears.are_there());
-        self.surplus.set(left.unwrap_or(0).saturating_sub(kept));
-        self.hurry(now);
+        let left = left.filter(|_| !self.deferred.is_pending());
+        self.stored_burst
+            .set(left.unwrap_or(0).saturating_sub(kept));
+        self.set_burst_available(now);
     }
 
     /// The provider says that so much is `left` of its `limit`.
-    pub(super) fn compare(&mut self, now: Nanos, left: u64, limit: Rate) {
+    pub(super) fn detect_contention(&mut self, now: Nanos, left: u64, limit: Rate) {
         let told = limit.per_second() / self.rate().per_second();
-        self.scale.tell(told);
-        let own = Own {
+        self.scale.apply_headers(told);
+        let own = OwnUse {
             taken: self.taken,
             largest: self.largest,
             pace: self.rate().per_second() * self.scale(),
         };
-        let Some(level) = self.ebb.read(now, left, limit, own) else {
+        let Some(level) = self.contention.read(now, left, limit, own) else {
             return;
         };
         // So far at the old scale.
         self.advance(now, false);
         match level {
-            Level::Contended(short) => self.scale.ease(Duration::from_nanos(now), short),
-            Level::Low => self.scale.make_way(true),
-            Level::Ample => self.scale.make_way(false),
+            Level::Contended(short) => self.scale.reduce(Duration::from_nanos(now), short),
+            Level::Low => self.scale.yield_share(true),
+            Level::Ample => self.scale.yield_share(false),
         }
     }
 
-    /// Goes as fast as the surplus allows from now on.
-    fn hurry(&mut self, now: Nanos) {
+    /// Goes as fast as the stored_burst allows from now on.
+    fn set_burst_available(&mut self, now: Nanos) {
         self.advance(now, false);
-        self.scale.hurry(self.surplus.is_there());
+        self.scale.set_burst_available(self.stored_burst.is_there());
     }
 
     /// Empties the limit and lets it stand still until `until`; a debt stays. It is
     /// still empty then, whatever is credited before.
-    pub(super) fn close_until(&mut self, now: Nanos, until: Nanos) {
+    pub(super) fn stand_still_until(&mut self, now: Nanos, until: Nanos) {
         self.fresh = false;
         self.clock = self.clock_at(now);
         self.at = self.at.max(now).max(until);
         self.bucket.lower_to(self.clock, 0);
-        if self.source == Source::Guessed {
-            // Who only guesses at a rate must not make the first call wait for it.
+        if self.source == Source::Estimated {
+            // QueueKey only guesses at a rate must not make the first call wait for it.
             self.bucket.settle(self.clock, 1, 0);
         }
     }
 
     /// Refills from now on, where it would stand still until later. It is empty still.
-    pub(super) fn reopen(&mut self, now: Nanos) {
+    pub(super) fn resume(&mut self, now: Nanos) {
         self.at = self.at.min(now);
     }
 
     /// A call of `refused` units sent at `sent_at` was refused for this limit, and they were
     /// given back; `told` is the rate that headers speak of. Says whether the limit is
     /// now used more slowly.
-    pub(super) fn refuse(
+    pub(super) fn record_refusal(
         &mut self,
         now: Nanos,
         sent_at: Nanos,
@@ -354,10 +355,10 @@ impl Meter {
     ) -> bool {
         // So far at the old scale.
         self.advance(now, false);
-        if self.surplus.is_there() {
+        if self.stored_burst.is_there() {
             // What was tried is more than the limit, of which it says nothing.
-            self.surplus.set(0);
-            self.scale.refuse_hurry(Duration::from_nanos(now));
+            self.stored_burst.set(0);
+            self.scale.record_burst_refusal(Duration::from_nanos(now));
             self.resize(now);
             return true;
         }
@@ -375,7 +376,7 @@ impl Meter {
         let told = told.map(|told| told.per_second() / rate.per_second());
         let call = Duration::from_nanos(rate.time_for(average));
         let [at, sent_at] = [now, sent_at].map(Duration::from_nanos);
-        let lowered = self.scale.refuse(at, sent_at, passed, told, call);
+        let lowered = self.scale.record_refusal(at, sent_at, passed, told, call);
         if lowered {
             self.before = (self.taken, self.calls, debt);
             self.busy = 0;
@@ -421,7 +422,7 @@ impl Meter {
     #[inline]
     fn keep_empty_while_closed(&mut self, now: Nanos) {
         if now < self.at {
-            let least = u64::from(self.source == Source::Guessed);
+            let least = u64::from(self.source == Source::Estimated);
             self.bucket.lower_to(self.clock, least);
         }
     }
@@ -469,92 +470,92 @@ mod tests {
     const SECOND: Nanos = 1_000_000_000;
 
     /// `n` units when the call is let in.
-    fn at_once(due: u64) -> Share {
-        Share { due, later: 0 }
+    fn at_once(due: u64) -> Cost {
+        Cost { due, later: 0 }
     }
 
-    fn ready_at(meter: &Meter, now: Nanos, n: u64) -> Nanos {
-        meter.ready_at(now, at_once(n)).unwrap()
+    fn ready_at(limit: &Limit, now: Nanos, n: u64) -> Nanos {
+        limit.ready_at(now, at_once(n)).unwrap()
     }
 
     /// 10 a second, of which 10 may go at once.
-    fn meter(source: Source) -> Meter {
+    fn limit(source: Source) -> Limit {
         let burst = Burst {
             time: Duration::from_secs(1),
-            at_once: true,
+            full_at_start: true,
         };
-        Meter::new(source, Rate::per_minute(600), burst, 0)
+        Limit::new(source, Rate::per_minute(600), burst, 0)
     }
 
     #[test]
     fn a_slower_clock_is_a_lower_rate_and_a_smaller_burst() {
-        let mut meter = meter(Source::Configured);
+        let mut limit = limit(Source::Configured);
         let part = Rate::per_minute(450);
-        assert!(meter.refuse(0, 0, 1, Some(part)));
-        meter.close_until(0, SECOND);
-        assert!((meter.scale() - 0.6).abs() < 1e-9);
-        let wait = ready_at(&meter, SECOND, 1) - SECOND;
+        assert!(limit.record_refusal(0, 0, 1, Some(part)));
+        limit.stand_still_until(0, SECOND);
+        assert!((limit.scale() - 0.6).abs() < 1e-9);
+        let wait = ready_at(&limit, SECOND, 1) - SECOND;
         assert!(wait.abs_diff(SECOND / 6) < 1_000, "{wait}");
-        let wait = ready_at(&meter, SECOND, 6) - SECOND;
+        let wait = ready_at(&limit, SECOND, 6) - SECOND;
         assert!(wait.abs_diff(SECOND) < 1_000, "{wait}");
         assert_eq!(
-            ready_at(&meter, SECOND, 10),
-            ready_at(&meter, SECOND, 6),
+            ready_at(&limit, SECOND, 10),
+            ready_at(&limit, SECOND, 6),
             "it is full with six"
         );
-        meter.advance(1_000 * SECOND, true);
-        assert_eq!(meter.scale(), 1.0);
-        meter.resize(1_000 * SECOND);
-        assert_eq!(meter.filled(1_002 * SECOND), SECOND, "and with ten again");
+        limit.advance(1_000 * SECOND, true);
+        assert_eq!(limit.scale(), 1.0);
+        limit.resize(1_000 * SECOND);
+        assert_eq!(limit.filled(1_002 * SECOND), SECOND, "and with ten again");
     }
 
     #[test]
     fn closed_it_stands_still_and_resumes_empty() {
-        let mut meter = meter(Source::Configured);
+        let mut limit = limit(Source::Configured);
         let ms = |ms: u64| ms * 1_000_000;
-        meter.close_until(ms(500), ms(5_000));
-        meter.settle(ms(600), at_once(10), 0);
-        meter.refund(ms(600), at_once(10), ms(600));
-        meter.advance(ms(700), true);
-        assert_eq!(ready_at(&meter, ms(700), 0), ms(5_000));
-        assert_eq!(ready_at(&meter, ms(700), 1), ms(5_100));
-        meter.close_until(ms(700), ms(2_000));
-        assert_eq!(ready_at(&meter, ms(700), 1), ms(5_100), "never shorter");
-        meter.advance(ms(5_500), true);
-        assert_eq!(ready_at(&meter, ms(5_500), 5), ms(5_500));
+        limit.stand_still_until(ms(500), ms(5_000));
+        limit.settle(ms(600), at_once(10), 0);
+        limit.refund(ms(600), at_once(10), ms(600));
+        limit.advance(ms(700), true);
+        assert_eq!(ready_at(&limit, ms(700), 0), ms(5_000));
+        assert_eq!(ready_at(&limit, ms(700), 1), ms(5_100));
+        limit.stand_still_until(ms(700), ms(2_000));
+        assert_eq!(ready_at(&limit, ms(700), 1), ms(5_100), "never shorter");
+        limit.advance(ms(5_500), true);
+        assert_eq!(ready_at(&limit, ms(5_500), 5), ms(5_500));
     }
 
     #[test]
     fn only_time_in_which_somebody_waits_brings_it_back() {
-        let mut meter = meter(Source::Configured);
-        meter.refuse(0, 0, 1, None);
-        let low = meter.scale();
-        meter.advance(1_000 * SECOND, false);
-        assert_eq!(meter.scale(), low);
-        meter.advance(2_000 * SECOND, true);
-        assert_eq!(meter.scale(), 1.0);
+        let mut limit = limit(Source::Configured);
+        limit.record_refusal(0, 0, 1, None);
+        let low = limit.scale();
+        limit.advance(1_000 * SECOND, false);
+        assert_eq!(limit.scale(), low);
+        limit.advance(2_000 * SECOND, true);
+        assert_eq!(limit.scale(), 1.0);
     }
 
     #[test]
     fn what_passed_between_two_refusals_is_the_better_guess() {
-        let mut meter = meter(Source::Configured);
-        meter.take(0, at_once(1));
-        meter.refuse(0, 0, 1, None);
+        let mut limit = limit(Source::Configured);
+        limit.take(0, at_once(1));
+        limit.record_refusal(0, 0, 1, None);
         let mut now = 0;
         for _ in 0..51 {
             now += SECOND / 5;
-            meter.advance(now, true);
-            meter.take(now, at_once(1));
+            limit.advance(now, true);
+            limit.take(now, at_once(1));
         }
-        let tried = meter.scale();
-        meter.refuse(now, now, 1, None);
+        let tried = limit.scale();
+        limit.record_refusal(now, now, 1, None);
         // 50 passed in 10.2 s of a limit of 102: so little is believed down to a part.
         let expected = 0.8 * 0.7 * tried;
         assert!(tried > 0.97, "one refused call says nothing of what passes");
         assert!(
-            (meter.scale() - expected).abs() < 1e-6,
+            (limit.scale() - expected).abs() < 1e-6,
             "{}, not {expected}",
-            meter.scale()
+            limit.scale()
         );
     }
 
@@ -562,40 +563,40 @@ mod tests {
     fn a_fresh_limit_lets_one_call_go_and_owe() {
         let burst = Burst {
             time: Duration::from_secs(1),
-            at_once: false,
+            full_at_start: false,
         };
-        let mut meter = Meter::new(Source::Configured, Rate::per_minute(600), burst, SECOND);
-        assert_eq!(ready_at(&meter, SECOND, 1_000), SECOND);
-        meter.take(SECOND, at_once(5));
-        assert_eq!(ready_at(&meter, SECOND, 1), SECOND + SECOND / 2);
-        meter.retune(SECOND, Source::Configured, Rate::per_minute(600), burst);
-        assert_eq!(ready_at(&meter, SECOND, 1), SECOND + SECOND / 2);
+        let mut limit = Limit::new(Source::Configured, Rate::per_minute(600), burst, SECOND);
+        assert_eq!(ready_at(&limit, SECOND, 1_000), SECOND);
+        limit.take(SECOND, at_once(5));
+        assert_eq!(ready_at(&limit, SECOND, 1), SECOND + SECOND / 2);
+        limit.retune(SECOND, Source::Configured, Rate::per_minute(600), burst);
+        assert_eq!(ready_at(&limit, SECOND, 1), SECOND + SECOND / 2);
     }
 
     #[test]
     fn calls_charged_at_their_end_start_ahead_of_what_they_will_cost() {
-        let call = Share { due: 0, later: 10 };
-        let starts = |meter: &mut Meter, now| {
+        let call = Cost { due: 0, later: 10 };
+        let starts = |limit: &mut Limit, now| {
             let mut started = 0;
-            while meter.ready_at(now, call) == Some(now) {
-                meter.take(now, call);
+            while limit.ready_at(now, call) == Some(now) {
+                limit.take(now, call);
                 started += 1;
             }
             started
         };
-        let mut meter = meter(Source::Configured);
-        assert_eq!(starts(&mut meter, 0), 1, "nobody knows yet when they end");
-        assert_eq!(meter.ready_at(0, call), None, "only that one can say");
-        meter.settle(2 * SECOND, call, 5);
-        meter.learn(2 * SECOND, call, 5, 0);
+        let mut limit = limit(Source::Configured);
+        assert_eq!(starts(&mut limit, 0), 1, "nobody knows yet when they end");
+        assert_eq!(limit.ready_at(0, call), None, "only that one can say");
+        limit.settle(2 * SECOND, call, 5);
+        limit.learn(2 * SECOND, call, 5, 0);
         // There are 5, and 20 more come within two seconds: five calls of 5.
-        assert_eq!(starts(&mut meter, 2 * SECOND), 5);
+        assert_eq!(starts(&mut limit, 2 * SECOND), 5);
         // Where something is owed, nobody starts.
         for _ in 0..5 {
-            meter.settle(3 * SECOND, call, 10);
+            limit.settle(3 * SECOND, call, 10);
         }
         assert_eq!(
-            meter.ready_at(3 * SECOND, call),
+            limit.ready_at(3 * SECOND, call),
             Some(7 * SECOND + SECOND / 10)
         );
     }

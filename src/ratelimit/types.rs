@@ -1,4 +1,4 @@
-//! The words of the lane: [`Need`], [`Place`], [`CallOutcome`], [`LaneSnapshot`], [`Binding`].
+//! The words of the lane: [`Need`], [`QueuePosition`], [`CallOutcome`], [`LaneSnapshot`], [`Binding`].
 
 use std::fmt;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -23,9 +23,9 @@ pub struct Need {
     /// Tokens of the answer, estimated; `max_tokens` where the provider charges that.
     pub output_tokens: u64,
     /// The answer is charged when it is there, not with the request.
-    pub(super) in_arrears: bool,
-    pub(super) place: Option<Place>,
-    pub(super) who: Who,
+    pub(super) output_deferred: bool,
+    pub(super) position: Option<QueuePosition>,
+    pub(super) who: QueueKey,
 }
 
 impl Need {
@@ -34,9 +34,9 @@ impl Need {
         Self {
             input_tokens,
             output_tokens,
-            in_arrears: false,
-            place: None,
-            who: Who::default(),
+            output_deferred: false,
+            position: None,
+            who: QueueKey::default(),
         }
     }
 
@@ -55,20 +55,20 @@ impl Need {
     }
 
     /// The provider charges the answer when it is there, whatever the estimate.
-    pub(crate) fn in_arrears(mut self, in_arrears: bool) -> Self {
-        self.in_arrears = in_arrears;
+    pub(crate) fn output_deferred(mut self, output_deferred: bool) -> Self {
+        self.output_deferred = output_deferred;
         self
     }
 
-    pub(crate) fn of(mut self, who: Who) -> Self {
+    pub(crate) fn of(mut self, who: QueueKey) -> Self {
         self.who = who;
         self
     }
 
-    /// Queues at `place` instead of at the end: how a retry keeps its turn.
+    /// Queues at `position` instead of at the end: how a retry keeps its turn.
     #[must_use]
-    pub fn at(mut self, place: Place) -> Self {
-        self.place = Some(place);
+    pub fn at(mut self, position: QueuePosition) -> Self {
+        self.position = Some(position);
         self
     }
 }
@@ -148,29 +148,29 @@ impl Tenant {
 
 /// The line that a call waits in.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
-pub(crate) struct Who {
+pub(crate) struct QueueKey {
     pub(crate) priority: Priority,
     pub(crate) tenant: Option<Tenant>,
 }
 
-impl Who {
+impl QueueKey {
     pub(super) fn weight(self) -> u32 {
         self.tenant.map_or(1, |tenant| tenant.weight)
     }
 }
 
-/// A place in the order of arrival of one lane ([`Lane::arrive`](crate::ratelimit::Lane::arrive)).
+/// A place in the order of arrival of one lane ([`Lane::next_position`](crate::ratelimit::Lane::next_position)).
 ///
 /// It is a number: it holds nothing up and need not be given back.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Place(pub(super) u64);
+pub struct QueuePosition(pub(super) u64);
 
 /// How a call ended, as far as the lane must know.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum CallOutcome {
     /// A reply came.
-    Done {
+    Succeeded {
         /// What it used: the estimate is settled to its input and output tokens.
         /// `None` leaves the charge as estimated, for a provider that does not
         /// say, or does not give back what it reserved.
@@ -204,9 +204,9 @@ pub struct LaneSnapshot {
     pub requests_per_minute: Option<u64>,
     /// The smallest share of a limit that is used: 1.0, or less after a refusal or while others
     /// use the account.
-    pub scale: f64,
+    pub rate_factor: f64,
     /// The limit on calls in flight now, if there is one.
-    pub most_in_flight: Option<usize>,
+    pub max_in_flight: Option<usize>,
     /// Calls that hold a permit.
     pub in_flight: usize,
     /// Calls that wait for one.
@@ -222,7 +222,7 @@ pub struct LaneSnapshot {
     /// Calls that met an overloaded provider so far.
     pub overloaded: u64,
     /// How long the lane stays closed because the provider refused a call.
-    pub closed_for: Option<Duration>,
+    pub cooldown: Option<Duration>,
     /// What holds up the call that is next.
     pub binding: Binding,
     /// How long the call that is next must still wait. `None` if nobody waits, or
@@ -252,8 +252,8 @@ pub enum Binding {
     Spacing,
     /// The limit on calls in flight.
     InFlight,
-    /// The provider refused a call; the lane is closed for a while.
-    Gate,
+    /// The provider refused a call, and the lane cools down.
+    Cooldown,
     /// So many calls fail that the retries of a context wait
     /// ([`Retry`](crate::Retry)). A lane does not know of it.
     Budget,
@@ -273,7 +273,7 @@ impl Binding {
             Self::OutputTokens => "output tokens",
             Self::Spacing => "spacing",
             Self::InFlight => "calls in flight",
-            Self::Gate => "closed by the provider",
+            Self::Cooldown => "cooldown",
             Self::Budget => "retry budget",
             Self::Stopped => "stopped",
         }
@@ -289,16 +289,16 @@ impl fmt::Display for Binding {
 /// What one call's end changed for all calls of a lane.
 #[derive(Debug, Clone)]
 pub(crate) enum LaneChange {
-    /// The gate closed, or for longer than before.
-    Closed { wait: Duration },
+    /// The cooldown closed, or for longer than before.
+    CoolingDown { wait: Duration },
     /// A limit is used more slowly.
-    Slowed { limit: Binding, scale: f64 },
+    RateReduced { limit: Binding, factor: f64 },
     /// Fewer calls in flight are allowed.
-    Eased { in_flight: usize },
+    ConcurrencyReduced { in_flight: usize },
     /// A limit that headers speak of is kept from now on.
-    Adopted { limit: Binding, per_minute: u64 },
+    LimitAdopted { limit: Binding, per_minute: u64 },
     /// One call was charged more than a minute of a limit.
-    Exceeded {
+    CallExceedsLimit {
         limit: Binding,
         needed: u64,
         per_minute: u64,
@@ -313,13 +313,13 @@ pub(super) struct Charge {
     pub(super) input: u64,
     pub(super) output: u64,
     /// The output is charged when the call ends: until then it is only reserved.
-    pub(super) in_arrears: bool,
+    pub(super) output_deferred: bool,
 }
 
 impl Charge {
     /// What the provider takes when it lets the call in.
     pub(super) fn on_admission(self) -> Self {
-        let output = if self.in_arrears { 0 } else { self.output };
+        let output = if self.output_deferred { 0 } else { self.output };
         Self { output, ..self }
     }
 }
@@ -329,7 +329,7 @@ impl From<&Need> for Charge {
         Self {
             input: need.input_tokens,
             output: need.output_tokens,
-            in_arrears: need.in_arrears,
+            output_deferred: need.output_deferred,
         }
     }
 }
@@ -339,7 +339,7 @@ impl From<Usage> for Charge {
         Self {
             input: usage.input_tokens,
             output: usage.output_tokens,
-            in_arrears: false,
+            output_deferred: false,
         }
     }
 }

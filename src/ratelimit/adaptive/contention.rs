@@ -1,4 +1,4 @@
-//! [`Ebb`]: whether the provider's bucket stays near empty, and whose doing that is.
+//! [`ContentionDetector`]: whether the provider's bucket stays near empty, and whose doing that is.
 //!
 //! Lanes that share an account without knowing of each other see the same level in the headers
 //! of their replies. A refusal strikes whoever comes a moment too late, and always the same ones where
@@ -6,7 +6,7 @@
 //! anybody is refused. Only a *standing* low level counts (as CoDel counts only a
 //! standing queue, RFC 8289): a window that is used up at its end, or a burst, says nothing.
 
-use super::bucket::{Nanos, Rate};
+use crate::ratelimit::bucket::{Nanos, Rate};
 
 /// So long, and in so many replies, the level must have been low all the time.
 const INTERVAL: Nanos = 1_000_000_000;
@@ -17,24 +17,24 @@ const SILENCE: Nanos = 5 * INTERVAL;
 const LOW: f64 = 0.6;
 /// Less than so many of the largest calls is too little to tell from one of them.
 const COARSE: f64 = 2.0;
-/// Who sends at least this part of what the limit lets through is taken to be alone.
+/// QueueKey sends at least this part of what the limit lets through is taken to be alone.
 const ALONE: f64 = 0.75;
 
-/// Who sends less than this part of what it may send does not want more.
+/// QueueKey sends less than this part of what it may send does not want more.
 const USED: f64 = 0.5;
 
 /// What the lane does itself: how much it has taken, how much of it in one call, and how much
 /// it may take in a second.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Own {
-    pub(super) taken: u64,
-    pub(super) largest: u64,
-    pub(super) pace: f64,
+pub(in crate::ratelimit) struct OwnUse {
+    pub(in crate::ratelimit) taken: u64,
+    pub(in crate::ratelimit) largest: u64,
+    pub(in crate::ratelimit) pace: f64,
 }
 
 /// What the level was lately.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) enum Level {
+pub(in crate::ratelimit) enum Level {
     Ample,
     /// Low, and nobody else seems to be there.
     Low,
@@ -43,7 +43,7 @@ pub(super) enum Level {
 }
 
 #[derive(Debug, Clone, Copy, Default)]
-pub(super) struct Ebb {
+pub(in crate::ratelimit) struct ContentionDetector {
     since: Nanos,
     heard: Nanos,
     readings: u32,
@@ -52,7 +52,7 @@ pub(super) struct Ebb {
     taken: u64,
 }
 
-impl Ebb {
+impl ContentionDetector {
     /// An interval that begins now.
     fn from(now: Nanos, taken: u64) -> Self {
         Self {
@@ -65,7 +65,13 @@ impl Ebb {
 
     /// A reply says that so much is `left` of `limit`. Says at the end of an interval what that
     /// comes to for this lane.
-    pub(super) fn read(&mut self, now: Nanos, left: u64, limit: Rate, own: Own) -> Option<Level> {
+    pub(in crate::ratelimit) fn read(
+        &mut self,
+        now: Nanos,
+        left: u64,
+        limit: Rate,
+        own: OwnUse,
+    ) -> Option<Level> {
         if now.saturating_sub(self.heard) > SILENCE {
             *self = Self::from(now, own.taken);
         }
@@ -89,7 +95,7 @@ impl Ebb {
         } else if pace >= ALONE * limit.per_second() {
             Some(Level::Low)
         } else {
-            // Who does not use what it has need not give it up.
+            // QueueKey does not use what it has need not give it up.
             (pace >= USED * own.pace).then_some(Level::Contended(short))
         }
     }
@@ -102,16 +108,16 @@ mod tests {
     /// Of a limit of ten a second, of which the lane may take `pace` and takes `taken` in the
     /// second of the readings.
     fn level(left: &[u64], taken: u64, largest: u64, pace: f64) -> Option<Level> {
-        let mut ebb = Ebb::default();
+        let mut contention = ContentionDetector::default();
         let mut level = None;
         for (i, left) in left.iter().enumerate() {
-            let own = Own {
+            let own = OwnUse {
                 taken: if i == 0 { 0 } else { taken },
                 largest,
                 pace,
             };
             let now = 100 * INTERVAL + INTERVAL / 2 * i as u64;
-            level = ebb.read(now, *left, Rate::per_minute(600), own);
+            level = contention.read(now, *left, Rate::per_minute(600), own);
         }
         level
     }
@@ -127,14 +133,14 @@ mod tests {
 
     #[test]
     fn what_was_taken_may_turn_out_to_be_less() {
-        let mut ebb = Ebb::default();
+        let mut contention = ContentionDetector::default();
         let mut read = |second: u64, taken| {
-            let own = Own {
+            let own = OwnUse {
                 taken,
                 largest: 1,
                 pace: 1.0,
             };
-            ebb.read((100 + second) * INTERVAL, 0, Rate::per_minute(600), own)
+            contention.read((100 + second) * INTERVAL, 0, Rate::per_minute(600), own)
         };
         assert_eq!(read(0, 900), None);
         assert_eq!(read(1, 800), None, "nothing in sum");

@@ -1,4 +1,4 @@
-//! [`Refusals`]: the share of the calls sent lately that were refused, and how much of it is noise.
+//! [`RefusalMonitor`]: the share of the calls sent lately that were refused, and how much of it is noise.
 //!
 //! One refusal in a thousand calls says nothing of a limit, and a lane that reacts to each one is
 //! slowed down by noise. So a share of the calls may be refused without consequence: an error
@@ -11,7 +11,7 @@
 
 use std::collections::VecDeque;
 
-use super::bucket::Nanos;
+use crate::ratelimit::bucket::Nanos;
 
 /// The share of calls that an overloaded provider may refuse before the lane reacts.
 const OVERLOADS: f64 = 0.03;
@@ -37,10 +37,10 @@ const MARGIN: f64 = 2.0;
 /// A tolerated share that has become smaller than this is none.
 const LEAST: f64 = 0.02;
 /// A refusal longer ago than this says nothing of today.
-pub(super) const FORGOTTEN: Nanos = 600_000_000_000;
+pub(in crate::ratelimit) const FORGOTTEN: Nanos = 600_000_000_000;
 
 #[derive(Debug)]
-pub(super) struct Refusals {
+pub(in crate::ratelimit) struct RefusalMonitor {
     /// The share that is tolerated at first.
     least: f64,
     /// The share that is tolerated now, and the most that it may be: what a series of reductions found.
@@ -57,26 +57,26 @@ pub(super) struct Refusals {
 
 /// The lane sends less since a refusal.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Reduction {
+pub(in crate::ratelimit) struct Reduction {
     /// How many calls had been granted.
-    pub(super) granted: u64,
+    pub(in crate::ratelimit) granted: u64,
     /// How much was tried: a share of a rate, or a number of calls in flight.
-    pub(super) tried: f64,
+    pub(in crate::ratelimit) tried: f64,
     /// It was a number of calls in flight, which is reduced to what was let in: a second refusal at
     /// once needs another reason.
-    pub(super) in_flight: bool,
+    pub(in crate::ratelimit) in_flight: bool,
     /// The number had recovered from the reduction before.
-    pub(super) recovered: bool,
+    pub(in crate::ratelimit) recovered: bool,
 }
 
-impl Refusals {
+impl RefusalMonitor {
     /// By a provider that is overloaded.
-    pub(super) fn of_overload() -> Self {
+    pub(in crate::ratelimit) fn of_overload() -> Self {
         Self::tolerating(OVERLOADS)
     }
 
     /// By a rate limit: each one counts, until it is known that no rate is the reason.
-    pub(super) fn of_rate() -> Self {
+    pub(in crate::ratelimit) fn of_rate() -> Self {
         Self::tolerating(0.0)
     }
 
@@ -94,7 +94,7 @@ impl Refusals {
 
     /// A call was refused when the lane had granted so many in all. Returns whether that is
     /// within the budget.
-    pub(super) fn add(&mut self, now: Nanos, granted: u64) -> bool {
+    pub(in crate::ratelimit) fn add(&mut self, now: Nanos, granted: u64) -> bool {
         if now.saturating_sub(self.refused_at) > FORGOTTEN {
             *self = Self::tolerating(self.least);
         }
@@ -126,19 +126,19 @@ impl Refusals {
     }
 
     /// Whether calls are refused for no reason that the lane could find, more than is usual.
-    pub(super) fn are_noise(&self) -> bool {
+    pub(in crate::ratelimit) fn is_random(&self) -> bool {
         self.tolerated > self.least
     }
 
     /// Whether at least half of the calls were refused lately.
-    pub(super) fn prevail(&self) -> bool {
+    pub(in crate::ratelimit) fn is_majority(&self) -> bool {
         let recent = self.granted.iter().rev().take(RECENT + 1).rev();
         recent.len() > RECENT && share(recent.copied()).is_some_and(|share| share >= 0.5)
     }
 
     /// The lane was made to send less by a refusal beyond the budget. If reductions turn out not
     /// to help, returns the most that was tried, and tolerates such refusals from now on.
-    pub(super) fn reduced(&mut self, reduction: Reduction) -> Option<f64> {
+    pub(in crate::ratelimit) fn record_reduction(&mut self, reduction: Reduction) -> Option<f64> {
         if reduction.recovered {
             self.series.clear();
         }
@@ -209,28 +209,28 @@ mod tests {
 
     #[test]
     fn isolated_refusals_are_within_the_budget_for_ever() {
-        let mut refusals = Refusals::of_overload();
+        let mut refusals = RefusalMonitor::of_overload();
         assert!((1..=1_000).all(|n| refusals.add(n * SECOND, 40 * n)));
-        assert!(!refusals.prevail());
+        assert!(!refusals.is_majority());
     }
 
     #[test]
     fn a_series_uses_the_budget_up_and_prevails() {
-        let mut refusals = Refusals::of_overload();
+        let mut refusals = RefusalMonitor::of_overload();
         let within = (1..=20).filter(|n| refusals.add(SECOND, 100 + n)).count();
         assert_eq!(within, 8);
-        assert!(refusals.prevail());
+        assert!(refusals.is_majority());
         assert!(!refusals.add(2 * SECOND, 130), "ten calls are too few");
         assert!(refusals.add(3 * SECOND, 170), "one of forty is tolerated");
     }
 
     #[test]
     fn a_long_time_without_a_refusal_restores_the_budget() {
-        let mut refusals = Refusals::of_overload();
+        let mut refusals = RefusalMonitor::of_overload();
         while refusals.add(SECOND, 1) {}
         let later = SECOND + FORGOTTEN + 1;
         assert!(refusals.add(later, 1));
-        assert!(!refusals.prevail());
+        assert!(!refusals.is_majority());
     }
 
     fn reduction(granted: u64, tried: f64) -> Reduction {
@@ -249,7 +249,7 @@ mod tests {
 
     #[test]
     fn reductions_that_help_are_kept() {
-        let mut refusals = Refusals::of_rate();
+        let mut refusals = RefusalMonitor::of_rate();
         // A limit that has fallen to a quarter refuses three of four calls, then two, then fewer.
         let falling = [1, 1, 2, 2, 3, 4, 25];
         let mut granted = 0;
@@ -257,18 +257,22 @@ mod tests {
             let calls = falling.get(n).copied().unwrap_or(150);
             granted += calls;
             let tried = cut(n.min(falling.len()) as u64);
-            assert_eq!(refusals.reduced(reduction(granted, tried)), None, "{n}");
+            assert_eq!(
+                refusals.record_reduction(reduction(granted, tried)),
+                None,
+                "{n}"
+            );
             assert!(!refusals.add(SECOND, granted));
         }
     }
 
     #[test]
     fn reductions_that_do_not_help_are_taken_back_and_such_refusals_are_tolerated() {
-        let mut refusals = Refusals::of_rate();
-        let restored = (0..8).find_map(|n| refusals.reduced(reduction(10 * n, cut(n))));
+        let mut refusals = RefusalMonitor::of_rate();
+        let restored = (0..8).find_map(|n| refusals.record_reduction(reduction(10 * n, cut(n))));
         assert_eq!(restored, Some(1.0));
-        assert!(refusals.are_noise());
-        let every = |refusals: &mut Refusals, calls: u64, from: u64| {
+        assert!(refusals.is_random());
+        let every = |refusals: &mut RefusalMonitor, calls: u64, from: u64| {
             let granted = (1..=100).map(move |n| from + calls * n);
             granted
                 .filter(|granted| refusals.add(SECOND, *granted))
@@ -281,13 +285,13 @@ mod tests {
             "{tolerated}: every second call is more than was found"
         );
         every(&mut refusals, 500, 1_370);
-        assert!(!refusals.are_noise(), "one in 500 is none");
+        assert!(!refusals.is_random(), "one in 500 is none");
     }
 
     #[test]
     fn where_most_calls_are_refused_less_is_sent_for_whatever_reason() {
-        let mut refusals = Refusals::of_rate();
-        let restored = (0..40).find_map(|n| refusals.reduced(reduction(2 * n, cut(n))));
+        let mut refusals = RefusalMonitor::of_rate();
+        let restored = (0..40).find_map(|n| refusals.record_reduction(reduction(2 * n, cut(n))));
         assert_eq!(restored, None);
     }
 }

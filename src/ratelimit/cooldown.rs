@@ -1,31 +1,31 @@
-//! [`Gate`]: closed for everybody while the provider wants nothing.
+//! [`Cooldown`]: closed for everybody while the provider wants nothing.
 
 use std::time::Duration;
 
 use fastrand::Rng;
 
-use super::bucket::{Nanos, nanos};
-use super::refusals::FORGOTTEN;
+use crate::ratelimit::adaptive::refusals::FORGOTTEN;
+use crate::ratelimit::bucket::{Nanos, nanos};
 
 /// The wait after a first refusal that names none; it doubles with each further one.
 const FIRST_WAIT: Duration = Duration::from_millis(500);
-/// Refusals are not in a row where so many calls went in between.
+/// RefusalMonitor are not in a row where so many calls went in between.
 const MANY: u64 = 4;
 const LONGEST_JITTER: Duration = Duration::from_secs(2);
 
 #[derive(Debug)]
-pub(super) struct Gate {
+pub(super) struct Cooldown {
     opens_at: Nanos,
     /// When the refusal came that counted last.
     refused_at: Option<Nanos>,
-    /// Refusals in a row, one for each cohort of calls.
+    /// RefusalMonitor in a row, one for each cohort of calls.
     refusals: u32,
     /// How many calls had been granted when the refusal came that counted last.
     granted: u64,
     jitter: Rng,
 }
 
-impl Gate {
+impl Cooldown {
     pub(super) fn new(seed: u64) -> Self {
         Self {
             opens_at: 0,
@@ -36,7 +36,7 @@ impl Gate {
         }
     }
 
-    pub(super) fn opens_at(&self) -> Nanos {
+    pub(super) fn until(&self) -> Nanos {
         self.opens_at
     }
 
@@ -47,7 +47,7 @@ impl Gate {
     /// cohort: their refusals say nothing new and do not double the wait. Nor does it double where many calls
     /// have gone since the one before, of which this is the first to be refused: `granted` is
     /// how many went in all. They may take long to be answered.
-    pub(super) fn refuse(
+    pub(super) fn record_refusal(
         &mut self,
         now: Nanos,
         granted_at: Nanos,
@@ -69,13 +69,13 @@ impl Gate {
             let doublings = self.refusals.saturating_sub(1).min(16);
             FIRST_WAIT.saturating_mul(1 << doublings).min(longest)
         });
-        let closed_for = wait.saturating_add(self.jitter(wait));
-        let opens_at = now.saturating_add(nanos(closed_for));
+        let cooldown = wait.saturating_add(self.jitter(wait));
+        let opens_at = now.saturating_add(nanos(cooldown));
         self.opens_at = self.opens_at.max(opens_at);
     }
 
     /// Stays closed until `opens_at`, or longer if it would have.
-    pub(super) fn close_until(&mut self, opens_at: Nanos) {
+    pub(super) fn stand_still_until(&mut self, opens_at: Nanos) {
         self.opens_at = self.opens_at.max(opens_at);
     }
 
@@ -86,7 +86,7 @@ impl Gate {
     }
 
     /// A call came through: the next refusal is a first one again.
-    pub(super) fn welcome(&mut self, granted_at: Nanos) {
+    pub(super) fn record_success(&mut self, granted_at: Nanos) {
         if self.is_news(granted_at) {
             self.refusals = 0;
         }
@@ -120,9 +120,9 @@ mod tests {
     fn jitter_is_added_and_bounded() {
         for seed in 0..100 {
             for wait in [SECOND / 100, SECOND, 60 * SECOND] {
-                let mut gate = Gate::new(seed);
-                gate.refuse(at(1), at(1), 1, Some(wait), LONGEST);
-                let jitter = Duration::from_nanos(gate.opens_at() - at(1)) - wait;
+                let mut cooldown = Cooldown::new(seed);
+                cooldown.record_refusal(at(1), at(1), 1, Some(wait), LONGEST);
+                let jitter = Duration::from_nanos(cooldown.until() - at(1)) - wait;
                 assert!(
                     jitter <= wait / 10 && jitter <= 2 * SECOND,
                     "{jitter:?} on {wait:?}"
@@ -134,9 +134,9 @@ mod tests {
     #[test]
     fn the_same_seed_jitters_the_same() {
         let opens_at = |seed| {
-            let mut gate = Gate::new(seed);
-            gate.refuse(at(1), at(1), 1, Some(60 * SECOND), LONGEST);
-            gate.opens_at()
+            let mut cooldown = Cooldown::new(seed);
+            cooldown.record_refusal(at(1), at(1), 1, Some(60 * SECOND), LONGEST);
+            cooldown.until()
         };
         assert_eq!(opens_at(7), opens_at(7));
         assert_ne!(opens_at(7), opens_at(8));
@@ -144,11 +144,11 @@ mod tests {
 
     #[test]
     fn waits_double_from_cohort_to_cohort_and_a_success_resets_them() {
-        let mut gate = Gate::new(0);
-        let wait_of = |gate: &mut Gate, now: u64, granted_at: u64| {
+        let mut cooldown = Cooldown::new(0);
+        let wait_of = |cooldown: &mut Cooldown, now: u64, granted_at: u64| {
             let now = at(now);
-            gate.refuse(now, at(granted_at), 1, None, LONGEST);
-            let wait = Duration::from_nanos(gate.opens_at() - now);
+            cooldown.record_refusal(now, at(granted_at), 1, None, LONGEST);
+            let wait = Duration::from_nanos(cooldown.until() - now);
             // Without its jitter of up to a tenth.
             [500, 1_000, 2_000, 30_000]
                 .into_iter()
@@ -156,20 +156,20 @@ mod tests {
                 .find(|w| (*w..=*w * 11 / 10).contains(&wait))
                 .expect("one of the expected waits")
         };
-        assert_eq!(wait_of(&mut gate, 10, 5), SECOND / 2);
-        assert_eq!(wait_of(&mut gate, 11, 6), SECOND / 2, "the same cohort");
-        assert_eq!(wait_of(&mut gate, 20, 15), SECOND);
-        assert_eq!(wait_of(&mut gate, 30, 25), 2 * SECOND);
-        gate.welcome(at(20));
-        gate.welcome(at(31));
-        assert_eq!(wait_of(&mut gate, 40, 35), SECOND / 2);
+        assert_eq!(wait_of(&mut cooldown, 10, 5), SECOND / 2);
+        assert_eq!(wait_of(&mut cooldown, 11, 6), SECOND / 2, "the same cohort");
+        assert_eq!(wait_of(&mut cooldown, 20, 15), SECOND);
+        assert_eq!(wait_of(&mut cooldown, 30, 25), 2 * SECOND);
+        cooldown.record_success(at(20));
+        cooldown.record_success(at(31));
+        assert_eq!(wait_of(&mut cooldown, 40, 35), SECOND / 2);
         for n in 1..=40 {
-            gate.refuse(at(100 * n), at(100 * n - 1), 1, None, LONGEST);
+            cooldown.record_refusal(at(100 * n), at(100 * n - 1), 1, None, LONGEST);
         }
-        assert_eq!(wait_of(&mut gate, 4_500, 4_499), LONGEST);
+        assert_eq!(wait_of(&mut cooldown, 4_500, 4_499), LONGEST);
         let later = 4_500 + FORGOTTEN / at(1) + 1;
         assert_eq!(
-            wait_of(&mut gate, later, later - 1),
+            wait_of(&mut cooldown, later, later - 1),
             SECOND / 2,
             "forgotten"
         );
@@ -177,19 +177,19 @@ mod tests {
 
     #[test]
     fn it_never_opens_earlier_than_promised() {
-        let mut gate = Gate::new(0);
-        gate.refuse(at(1), at(1), 1, Some(60 * SECOND), LONGEST);
-        let promised = gate.opens_at();
-        gate.refuse(at(2), at(1), 1, Some(SECOND), LONGEST);
-        assert_eq!(gate.opens_at(), promised);
-        gate.refuse(at(2), at(1), 1, Some(Duration::MAX), LONGEST);
-        assert_eq!(gate.opens_at(), Nanos::MAX);
+        let mut cooldown = Cooldown::new(0);
+        cooldown.record_refusal(at(1), at(1), 1, Some(60 * SECOND), LONGEST);
+        let promised = cooldown.until();
+        cooldown.record_refusal(at(2), at(1), 1, Some(SECOND), LONGEST);
+        assert_eq!(cooldown.until(), promised);
+        cooldown.record_refusal(at(2), at(1), 1, Some(Duration::MAX), LONGEST);
+        assert_eq!(cooldown.until(), Nanos::MAX);
     }
 
     #[test]
     fn a_wait_of_zero_is_no_wait_named() {
-        let mut gate = Gate::new(0);
-        gate.refuse(at(1), at(1), 1, Some(Duration::ZERO), LONGEST);
-        assert!(gate.opens_at() >= at(1) + nanos(FIRST_WAIT));
+        let mut cooldown = Cooldown::new(0);
+        cooldown.record_refusal(at(1), at(1), 1, Some(Duration::ZERO), LONGEST);
+        assert!(cooldown.until() >= at(1) + nanos(FIRST_WAIT));
     }
 }
