@@ -1,16 +1,15 @@
-//! What five real systems would gain: theirs before and after their own optimisation, the critical
-//! path, and ours.
+//! Computes the times of five real systems: as they were, after an optimisation of their own, on the critical path, and
+//! with this crate.
 //!
 //! ```sh
 //! cargo bench --bench cases --all-features
 //! ```
 //!
-//! Computed under a paused clock, so the figures are those of the latencies alone, and the same on any
-//! machine. Stores take 5 ms for a round trip unless the case says otherwise. What a machine can
-//! change is measured elsewhere (`benches/store.rs`, `benches/lane.rs`).
+//! Tokio's clock is paused, so the figures depend on the latencies alone and are the same on any machine. Stores take
+//! 5 ms for a round trip unless the case says otherwise. `benches/store.rs` and `benches/lane.rs` measure CPU time.
 
 #[path = "../examples/quality_log/log.rs"]
-#[allow(dead_code)] // Each example uses all of its module, we the entrance.
+#[allow(dead_code)] // This bench uses only a part of the examples' modules.
 mod log;
 #[path = "../examples/practice_routines/practice.rs"]
 #[allow(dead_code)]
@@ -30,7 +29,7 @@ use throughline::{
 };
 use tokio::time::Instant;
 
-const HEAD: [&str; 5] = ["", "theirs before", "theirs after", "critical path", "ours"];
+const HEAD: [&str; 5] = ["", "original", "optimised", "critical path", "throughline"];
 
 fn row(cells: [&str; 5]) {
     let [what, before, after, path, ours] = cells;
@@ -137,12 +136,12 @@ async fn background_programs() -> Result<()> {
         &seconds(began.elapsed()),
     ]);
     let paid = sim.ledger().total.billed.to_string();
-    row(["  calls that were paid for", "", "", "800", &paid]);
+    row(["  paid calls", "", "", "800", &paid]);
     Ok(())
 }
 
 async fn quality_log() -> Result<()> {
-    println!("3 quality log: 9 movements and a line for each class, a store of 75 ms");
+    println!("3 quality log: 9 movements and a summary for each class, a store of 75 ms");
     let store = counted(75);
     let cx = Context::builder(log::model()).build();
     let log = log::QualityLog::open(&cx, &store).await?;
@@ -151,7 +150,7 @@ async fn quality_log() -> Result<()> {
     let began = Instant::now();
     log::class_row_by_row(&cx, &log, &*store).await?;
     row([
-        "  as it was, added to a class",
+        "  row by row, added to a class",
         "510 to 1,520 ms",
         "",
         "",
@@ -197,7 +196,7 @@ async fn quality_log() -> Result<()> {
 
 async fn conversation() -> Result<()> {
     println!("4 coach conversation: until the answer has ended");
-    let theirs = [
+    let original = [
         ["6,467 ms", "4,092 ms", "3,942 ms"],
         ["", "", "3,942 ms"],
         ["", "", "3,892 ms"],
@@ -207,7 +206,7 @@ async fn conversation() -> Result<()> {
     let grace = Duration::from_millis(300);
     let cx = Context::builder(turn::model().build());
     let cx = cx.parallel(&parallel).best_effort_grace(grace).build();
-    for ((name, message), [before, after, path]) in turn::MESSAGES.into_iter().zip(theirs) {
+    for ((name, message), [before, after, path]) in turn::MESSAGES.into_iter().zip(original) {
         let began = Instant::now();
         turn::turn(&cx, message).await?;
         let took = began.elapsed();
@@ -224,7 +223,7 @@ async fn conversation() -> Result<()> {
     turn::turn(&cx, turn::MESSAGES[0].1).await?;
     let took = began.elapsed();
     row([
-        "  both, switched off",
+        "  both, sequential",
         "6,467 ms",
         "",
         "",
@@ -235,7 +234,7 @@ async fn conversation() -> Result<()> {
 
 async fn card_stories() -> Result<()> {
     println!(
-        "5 stories of cards: 200 calls of 1 s, 3 in flight, budgets of 300 s; allowed are 10 in flight and 40,000 tokens/min"
+        "5 stories of cards: 200 calls of 1 s, 3 in flight, budgets of 300 s; the provider allows 10 in flight and 40,000 tokens/min"
     );
     let modes = [
         ("safe", Pace::safe(), "399.000 s"),
@@ -291,7 +290,7 @@ async fn card_stories() -> Result<()> {
             ledger.total.billed, ledger.total.rejected
         );
         row([
-            "  completed, paid for, refused by a 429",
+            "  completed, paid, refused (429)",
             "",
             "",
             "200, 200, 0",
