@@ -7,21 +7,19 @@ use async_trait::async_trait;
 use secrecy::ExposeSecret as _;
 use serde_json::json;
 
-use super::http::{self, Dialect, Fields, Http, Json, Parts, Settings};
+use super::http::{self, Dialect, Http, Json, PartialReply, RequestBody, Settings};
 use super::{Capabilities, OutputCharge, Provider};
 use crate::error::{Error, ErrorKind, Result};
-use crate::request::Usage;
-use crate::request::reply::{FinishReason, Reply, ReplyStream};
-use crate::request::{Request, ResponseFormat, Role};
+use crate::request::{FinishReason, Reply, ReplyStream, Request, ResponseFormat, Role, Usage};
 
 const BASE_URL: &str = "https://api.anthropic.com";
 const VERSION: &str = "2023-06-01";
 
-/// The API demands a limit; this one suits models of every size.
-const MAX_TOKENS: u64 = 4096;
+/// The value of `max_tokens` for requests without one, because the API requires it. Every model supports it.
+const DEFAULT_MAX_TOKENS: u64 = 4096;
 
-/// What the API's grammars do not take.
-const UNSUPPORTED: [&str; 12] = [
+/// Keywords of JSON schema that the API refuses.
+const UNSUPPORTED_KEYWORDS: [&str; 12] = [
     "minimum",
     "maximum",
     "exclusiveMinimum",
@@ -38,24 +36,24 @@ const UNSUPPORTED: [&str; 12] = [
 
 /// A provider that speaks Anthropic's Messages API.
 ///
-/// It makes one call for each request and never retries; every reply and every error
-/// carries the rate limits the server sent. Cheap to clone: clones share connections.
+/// It makes one call for each request and never retries. Every reply and every error
+/// carries the rate limits that the server sent. Cheap to clone: clones share connections.
 ///
-/// - An error's [kind](ErrorKind) says what can be done. A refusal and a connection that
-///   was not made cost nothing, a malformed reply did cost, and of a call that broke or
-///   timed out nobody knows ([`Error::billed`]).
-/// - It speaks HTTP/1.1, with a connection for each call in flight: many of them need as many
-///   open files (`ulimit -n`), and a call that finds none left fails with a temporary
-///   [`ErrorKind::Io`]. HTTP/2 shares a connection (`http2` of the builder).
+/// - An error's [kind](ErrorKind) tells whether a retry can help, and [`Error::billed`] whether
+///   the call was charged: a refused call and one without a connection were not, a malformed
+///   reply was, and for a call that broke or timed out it is unknown.
+/// - It speaks HTTP/1.1, with a connection and an open file (`ulimit -n`) for each call in
+///   flight. A call that finds no file descriptor fails with a temporary [`ErrorKind::Io`].
+///   With HTTP/2, calls share connections ([`AnthropicBuilder::http2`]).
 /// - System messages are joined and sent as the API's `system` field.
-/// - Without [`Request::max_tokens`], 4,096 is sent, as the API demands a number.
-/// - [`Request::seed`] is not sent: the API has none.
-/// - A JSON schema is sent as `output_config.format`, which current models enforce, closed
-///   and without the bounds that the API refuses (check those on the reply). A schema with
-///   maps or free JSON cannot be enforced and is not sent, nor is
-///   [`ResponseFormat::Json`]: ask for JSON in the prompt then.
-/// - Tokens written to and read from the cache are part of the input tokens; those read
-///   are the cached ones.
+/// - Without [`Request::max_tokens`], 4,096 is sent, because the API requires a number.
+/// - [`Request::seed`] is not sent: the API has no such field.
+/// - A JSON schema is sent as `output_config.format`, which current models enforce. Its objects
+///   are closed, and the bounds that the API refuses are removed: check them on the reply. A
+///   schema with maps or free JSON cannot be enforced and is not sent, nor is
+///   [`ResponseFormat::Json`]; ask for JSON in the prompt instead.
+/// - Tokens written to and read from the cache are part of the input tokens. Those read are
+///   the cached ones.
 ///
 /// # Example
 ///
@@ -77,27 +75,27 @@ pub struct Anthropic {
 }
 
 impl Anthropic {
-    /// A client with this key and the defaults of [`Anthropic::builder`].
+    /// Creates a client with this key and the defaults of [`Anthropic::builder`].
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Config`] if the key has characters that no header may have.
+    /// [`ErrorKind::Config`] if the key has characters that are not allowed in a header.
     pub fn new(key: impl Into<String>) -> Result<Self> {
         Self::builder().api_key(key).build()
     }
 
-    /// A client with the key in `ANTHROPIC_API_KEY` at the base URL in
-    /// `ANTHROPIC_BASE_URL`, or at Anthropic's own if that is not set.
+    /// Creates a client with the key in `ANTHROPIC_API_KEY` and the base URL in
+    /// `ANTHROPIC_BASE_URL`, which defaults to Anthropic's own.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Config`] if neither is set (a base URL may do without a key, as a
-    /// gateway may hold it), or if one cannot be used.
+    /// [`ErrorKind::Config`] if neither is set (a base URL alone is enough, because a gateway
+    /// may hold the key), or if one is invalid.
     pub fn from_env() -> Result<Self> {
         AnthropicBuilder::from_vars(http::env)?.build()
     }
 
-    /// A builder, for everything that can be set.
+    /// Returns a builder.
     pub fn builder() -> AnthropicBuilder {
         AnthropicBuilder {
             settings: Settings::new(BASE_URL),
@@ -111,24 +109,27 @@ impl Anthropic {
             .iter()
             .partition(|message| message.role == Role::System);
         let system: Vec<&str> = system.iter().map(|message| &*message.content).collect();
-        let mut body = Fields::new(request);
-        body.put("model", Some(http::model(request)?))?;
-        body.put("max_tokens", Some(request.max_tokens.unwrap_or(MAX_TOKENS)))?;
-        // The other two roles are named here as in the dialect.
-        body.put("messages", Some(messages))?;
+        let mut body = RequestBody::new(request);
+        body.field("model", Some(http::required_model(request)?))?;
+        body.field(
+            "max_tokens",
+            Some(request.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS)),
+        )?;
+        // `Role` serialises to the names of the dialect.
+        body.field("messages", Some(messages))?;
         let system = (!system.is_empty()).then(|| system.join("\n\n"));
-        body.put("system", system)?;
-        body.put("temperature", request.temperature)?;
+        body.field("system", system)?;
+        body.field("temperature", request.temperature)?;
         let stop = (!request.stop.is_empty()).then_some(&request.stop);
-        body.put("stop_sequences", stop)?;
+        body.field("stop_sequences", stop)?;
         if let ResponseFormat::JsonSchema { schema, .. } = &request.response_format {
-            let fit = http::enforceable(schema, &UNSUPPORTED);
+            let fit = http::enforceable(schema, &UNSUPPORTED_KEYWORDS);
             if fit.closed {
                 let format = json!({"type": "json_schema", "schema": fit.schema});
-                body.put("output_config", Some(json!({ "format": format })))?;
+                body.field("output_config", Some(json!({ "format": format })))?;
             }
         }
-        body.end(stream)
+        body.finish(stream)
     }
 }
 
@@ -140,8 +141,8 @@ impl Provider for Anthropic {
 
     /// # Cancel safety
     ///
-    /// Dropping the future closes the connection; nothing more is sent. The server may
-    /// still finish the reply and charge for it.
+    /// Dropping the future closes the connection. The server may still finish the reply and
+    /// charge for it.
     async fn generate(&self, request: &Request) -> Result<Reply> {
         let body = Self::body(request, false)?;
         self.http.generate::<Messages>(body, request.timeout).await
@@ -149,8 +150,8 @@ impl Provider for Anthropic {
 
     /// # Cancel safety
     ///
-    /// Dropping the future or the stream closes the connection; nothing more is sent.
-    /// The server may still finish the reply and charge for it.
+    /// Dropping the future or the stream closes the connection. The server may still finish
+    /// the reply and charge for it.
     async fn stream(&self, request: &Request) -> Result<ReplyStream> {
         let body = Self::body(request, true)?;
         self.http.stream::<Messages>(body, request.timeout).await
@@ -158,7 +159,7 @@ impl Provider for Anthropic {
 
     fn capabilities(&self) -> Capabilities {
         Capabilities {
-            // A schema is enforced; "some JSON", without one, is not.
+            // JSON is enforced with a schema only.
             json_schema: true,
             ..Capabilities::default()
                 .with_streaming()
@@ -175,7 +176,7 @@ impl fmt::Debug for Anthropic {
     }
 }
 
-/// Builds an [`Anthropic`]. Its `Debug` shows no key and no header's value.
+/// Builds an [`Anthropic`]. `Debug` shows neither the key nor the values of headers.
 #[derive(Debug, Clone)]
 pub struct AnthropicBuilder {
     settings: Settings,
@@ -192,20 +193,20 @@ impl AnthropicBuilder {
         self
     }
 
-    /// Builds the client. It connects with its first call.
+    /// Builds the client. It connects when the first call is made.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Config`] if the base URL, the key or a header cannot be used.
+    /// [`ErrorKind::Config`] if the base URL, the key or a header is invalid.
     pub fn build(mut self) -> Result<Anthropic> {
         self.settings
-            .plain
+            .plain_headers
             .push(("anthropic-version", self.version));
         if let Some(key) = &self.settings.api_key {
             let key = key.expose_secret().to_owned();
             self.settings.header("x-api-key", key);
         }
-        // People write the base URL with the version in it, as other APIs have it.
+        // The base URLs of other APIs include the version, so users may include it here too.
         let base = self.settings.base_url.trim().trim_end_matches('/');
         let path = if base.ends_with("/v1") {
             "/messages"
@@ -233,30 +234,30 @@ impl AnthropicBuilder {
 struct Messages;
 
 impl Dialect for Messages {
-    fn whole(body: &Json<'_>) -> Result<Parts, &'static str> {
+    fn parse_reply(body: &Json<'_>) -> Result<PartialReply, &'static str> {
         let blocks = body.get("content").as_array();
         let blocks = blocks.ok_or("the reply has no content")?;
-        let mut parts = Parts {
+        let mut reply = PartialReply {
             text: blocks
                 .iter()
                 .filter_map(|block| block.get("text").as_str())
                 .collect(),
-            ..Parts::default()
+            ..PartialReply::default()
         };
-        read(&mut parts, body, body);
-        Ok(parts)
+        read_metadata(&mut reply, body, body);
+        Ok(reply)
     }
 
-    fn frame(parts: &mut Parts, frame: &Json<'_>) -> String {
-        match frame.get("type").as_str().unwrap_or_default() {
-            "message_start" => read(parts, frame.get("message"), frame.get("message")),
-            "message_delta" => read(parts, frame, frame.get("delta")),
-            "message_stop" => parts.done = true,
-            // `ping`, blocks' starts and stops, and what may come in later versions.
+    fn apply_event(reply: &mut PartialReply, event: &Json<'_>) -> String {
+        match event.get("type").as_str().unwrap_or_default() {
+            "message_start" => read_metadata(reply, event.get("message"), event.get("message")),
+            "message_delta" => read_metadata(reply, event, event.get("delta")),
+            "message_stop" => reply.done = true,
+            // `ping`, starts and stops of blocks, and events of later versions.
             _ => {}
         }
-        // Only a `content_block_delta` has one, and of those only a `text_delta`.
-        frame
+        // Only the `text_delta` of a `content_block_delta` has a text.
+        event
             .get("delta")
             .get("text")
             .as_str()
@@ -265,16 +266,16 @@ impl Dialect for Messages {
     }
 }
 
-/// Takes in what stands beside the text; `delta` is where a stop reason would be.
-fn read(parts: &mut Parts, message: &Json<'_>, delta: &Json<'_>) {
+/// Reads model, usage and stop reason, which is a field of `delta`.
+fn read_metadata(reply: &mut PartialReply, message: &Json<'_>, delta: &Json<'_>) {
     if let Some(model) = message.get("model").as_str() {
-        model.clone_into(&mut parts.model);
+        model.clone_into(&mut reply.model);
     }
-    usage(&mut parts.usage, message.get("usage"));
-    // As with the other dialect, compatible servers may write an empty one for null.
+    read_usage(&mut reply.usage, message.get("usage"));
+    // Compatible servers may send an empty reason in the place of null.
     let reason = delta.get("stop_reason").as_str();
     if let Some(reason) = reason.filter(|reason| !reason.is_empty()) {
-        parts.finish = Some(match reason {
+        reply.finish = Some(match reason {
             "end_turn" | "stop_sequence" => FinishReason::Stop,
             "max_tokens" | "model_context_window_exceeded" => FinishReason::Length,
             "refusal" => FinishReason::ContentFilter,
@@ -284,8 +285,8 @@ fn read(parts: &mut Parts, message: &Json<'_>, delta: &Json<'_>) {
     }
 }
 
-/// A stream counts its output cumulatively, and its input mostly in the first frame only.
-fn usage(usage: &mut Usage, counts: &Json<'_>) {
+/// Reads the token counts. In a stream, output counts are cumulative, and mostly only the first event has input counts.
+fn read_usage(usage: &mut Usage, counts: &Json<'_>) {
     let count = |name: &str| counts.get(name).as_u64();
     if let Some(fresh) = count("input_tokens") {
         let read = count("cache_read_input_tokens").unwrap_or(0);
@@ -309,7 +310,7 @@ mod tests {
     }
 
     #[test]
-    fn system_messages_leave_the_conversation_and_max_tokens_is_always_there() {
+    fn system_messages_are_sent_apart_and_max_tokens_is_always_sent() {
         let request = Request::new("a")
             .system("two")
             .system("one")
@@ -331,7 +332,7 @@ mod tests {
     }
 
     #[test]
-    fn a_schema_is_sent_closed_and_without_bounds_or_not_at_all() {
+    fn a_schema_is_sent_closed_and_without_bounds_or_not_sent() {
         let with = |schema: Value| {
             let format = ResponseFormat::JsonSchema {
                 name: "n".into(),
@@ -354,7 +355,7 @@ mod tests {
     }
 
     #[test]
-    fn the_environment_names_a_key_or_a_server() {
+    fn the_environment_must_name_a_key_or_a_base_url() {
         let error = AnthropicBuilder::from_vars(|_| None).unwrap_err();
         assert!(error.message().contains("ANTHROPIC_API_KEY"));
         for base in ["http://localhost:1", "http://localhost:1/v1/"] {
@@ -365,9 +366,9 @@ mod tests {
     }
 
     #[test]
-    fn a_schema_is_enforced_and_plain_json_is_not() {
-        let can = Anthropic::new("k").unwrap().capabilities();
-        assert!(can.streaming && can.json_schema && !can.json);
-        assert_eq!(can.output_charge, OutputCharge::Produced);
+    fn capabilities_include_json_schema_but_not_plain_json() {
+        let capabilities = Anthropic::new("k").unwrap().capabilities();
+        assert!(capabilities.streaming && capabilities.json_schema && !capabilities.json);
+        assert_eq!(capabilities.output_charge, OutputCharge::Produced);
     }
 }

@@ -1,10 +1,10 @@
-//! [`Provider`]: the plug-in that turns a [`Request`] into a [`Reply`].
+//! [`Provider`]: the interface to a model, and its implementations.
 
 #[cfg(feature = "anthropic")]
 mod anthropic;
 #[cfg(feature = "sim")]
 pub mod sim;
-// Each provider uses most of it, both use all: what neither needs shows with both on.
+// With one provider alone, a part is unused. Dead code shows with both.
 #[cfg(feature = "http")]
 #[cfg_attr(
     not(all(feature = "openai", feature = "anthropic")),
@@ -37,16 +37,16 @@ pub use self::openai::{OpenAi, OpenAiBuilder};
 
 /// A model behind an API, a process or a function.
 ///
-/// A provider makes **one** call and says honestly how it ended: it does not
-/// retry, wait or queue. Pacing and retries stand above it, once.
+/// A provider makes **one** call and reports how it ended. It does not retry, wait or queue: the
+/// [`Context`](crate::Context) does that for all providers.
 ///
-/// - An error's [kind](crate::ErrorKind) decides what happens next, so map what the
-///   server says with care; add the server's [wait](crate::Error::with_wait) and its
-///   [rate-limit metadata](crate::Error::with_rate) when there are any.
-/// - Rate-limit metadata belongs on success too ([`Reply::rate`]).
-/// - The returned future may be dropped at any await: close the connection, leave nothing behind.
+/// - The [kind](crate::ErrorKind) of an error decides whether the call is retried and what happens to the calls behind
+///   it. [`testing::provider`](crate::testing::provider) is a test suite for it (feature `testing`).
+/// - An error carries the server's [wait](crate::Error::with_wait) and
+///   [rate limits](crate::Error::with_rate), a reply the [rate limits](Reply::rate), if the server sends them.
+/// - The returned future may be dropped at any await: it must close its connection.
 ///
-/// # Example: a provider by hand
+/// # Example: a provider of your own
 ///
 /// ```
 /// use throughline::{Provider, Reply, Request, Result, Usage, async_trait};
@@ -66,7 +66,7 @@ pub use self::openai::{OpenAi, OpenAiBuilder};
 /// ```
 #[async_trait]
 pub trait Provider: Send + Sync + 'static {
-    /// A short name for logs, spans and errors: `openai`, `anthropic`.
+    /// Returns a short name for logs, spans and errors: `openai`, `anthropic`.
     fn name(&self) -> &str;
 
     /// Makes the call and waits for the whole reply.
@@ -84,13 +84,13 @@ pub trait Provider: Send + Sync + 'static {
         ])))
     }
 
-    /// What this provider can do beyond plain text. The default is nothing.
+    /// Returns the optional features of this provider. The default is none.
     fn capabilities(&self) -> Capabilities {
         Capabilities::default()
     }
 }
 
-/// What a provider can do beyond plain text.
+/// The optional features of a provider.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Capabilities {
@@ -105,14 +105,14 @@ pub struct Capabilities {
 }
 
 impl Capabilities {
-    /// Says that [`Provider::stream`] really streams.
+    /// Declares that [`Provider::stream`] yields text while it is being written.
     #[must_use]
     pub fn with_streaming(mut self) -> Self {
         self.streaming = true;
         self
     }
 
-    /// Says that JSON output is enforced, and whether a schema is.
+    /// Declares that JSON output is enforced, and with `schema` that a schema is.
     #[must_use]
     pub fn with_json(mut self, schema: bool) -> Self {
         self.json = true;
@@ -120,7 +120,7 @@ impl Capabilities {
         self
     }
 
-    /// Says how output tokens are charged against the rate limit.
+    /// Declares how output tokens are charged against the rate limit.
     #[must_use]
     pub fn with_output_charge(mut self, charge: OutputCharge) -> Self {
         self.output_charge = charge;
@@ -128,14 +128,14 @@ impl Capabilities {
     }
 }
 
-/// What a provider counts against a token limit for the answer.
+/// The output tokens that a provider charges against a token limit.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum OutputCharge {
-    /// `max_tokens`, when the call is admitted (OpenAI, Azure).
+    /// `max_tokens` of the request, when the call is admitted (OpenAI, Azure).
     #[default]
     Reserved,
-    /// What is really produced (Anthropic).
+    /// The tokens that the reply really has, when they are produced (Anthropic).
     Produced,
 }
 

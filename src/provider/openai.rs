@@ -1,4 +1,4 @@
-//! [`OpenAi`]: chat completions, at OpenAI and at everyone who speaks its language.
+//! [`OpenAi`]: chat completions, at OpenAI and at compatible servers.
 
 use std::fmt;
 use std::time::Duration;
@@ -7,35 +7,33 @@ use async_trait::async_trait;
 use secrecy::ExposeSecret as _;
 use serde_json::{Value, json};
 
-use super::http::{self, Dialect, Fields, Http, Json, Parts, Settings};
+use super::http::{self, Dialect, Http, Json, PartialReply, RequestBody, Settings};
 use super::{Capabilities, Provider};
 use crate::error::{Error, ErrorKind, Result};
-use crate::request::Usage;
-use crate::request::reply::{FinishReason, Reply, ReplyStream};
-use crate::request::{Request, ResponseFormat};
+use crate::request::{FinishReason, Reply, ReplyStream, Request, ResponseFormat, Usage};
 
 const BASE_URL: &str = "https://api.openai.com/v1";
 
 /// A provider that speaks OpenAI's chat completions: OpenAI itself, Azure, Groq,
-/// OpenRouter, vLLM, Ollama, llama.cpp and others, by their base URL.
+/// OpenRouter, vLLM, Ollama, llama.cpp and others, selected by the base URL.
 ///
-/// It makes one call for each request and never retries; every reply and every error
-/// carries the rate limits the server sent. Cheap to clone: clones share connections.
+/// It makes one call for each request and never retries. Every reply and every error
+/// carries the rate limits that the server sent. Cheap to clone: clones share connections.
 ///
-/// - An error's [kind](ErrorKind) says what can be done. A refusal and a connection that
-///   was not made cost nothing, a malformed reply did cost, and of a call that broke or
-///   timed out nobody knows ([`Error::billed`]).
-/// - It speaks HTTP/1.1, with a connection for each call in flight: many of them need as many
-///   open files (`ulimit -n`), and a call that finds none left fails with a temporary
-///   [`ErrorKind::Io`]. HTTP/2 shares a connection (`http2` of the builder).
+/// - An error's [kind](ErrorKind) tells whether a retry can help, and [`Error::billed`] whether
+///   the call was charged: a refused call and one without a connection were not, a malformed
+///   reply was, and for a call that broke or timed out it is unknown.
+/// - It speaks HTTP/1.1, with a connection and an open file (`ulimit -n`) for each call in
+///   flight. A call that finds no file descriptor fails with a temporary [`ErrorKind::Io`].
+///   With HTTP/2, calls share connections ([`OpenAiBuilder::http2`]).
 /// - [`Request::max_tokens`] is sent as `max_completion_tokens` to OpenAI and Azure, whose
-///   newer models refuse `max_tokens`, and as `max_tokens` to everyone else, as older
-///   servers know no other ([`OpenAiBuilder::max_tokens_field`] decides otherwise).
-/// - A JSON schema is sent with `strict: true` if strict mode can take it: closed objects,
-///   every property required. Otherwise it is sent with `strict: false` and only guides.
-/// - A refusal by the model is a reply: its text is the refusal and its finish
+///   newer models refuse `max_tokens`, and as `max_tokens` to all other servers
+///   ([`OpenAiBuilder::max_tokens_field`] overrides it).
+/// - A JSON schema is sent with `strict: true` if strict mode supports it: closed objects,
+///   every property required. Otherwise it is sent with `strict: false`, as guidance.
+/// - A refusal by the model is a reply. Its text is the refusal and its finish is
 ///   [`ContentFilter`](FinishReason::ContentFilter).
-/// - With `extra("n", …)` only the first choice is read; [`Reply::raw`] has them all.
+/// - With `extra("n", …)` only the first choice is read; [`Reply::raw`] has all of them.
 ///
 /// # Example
 ///
@@ -81,27 +79,27 @@ pub struct OpenAi {
 }
 
 impl OpenAi {
-    /// A client of OpenAI with this key and the defaults of [`OpenAi::builder`].
+    /// Creates a client of OpenAI with this key and the defaults of [`OpenAi::builder`].
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Config`] if the key has characters that no header may have.
+    /// [`ErrorKind::Config`] if the key has characters that are not allowed in a header.
     pub fn new(key: impl Into<String>) -> Result<Self> {
         Self::builder().api_key(key).build()
     }
 
-    /// A client with the key in `OPENAI_API_KEY` at the base URL in `OPENAI_BASE_URL`,
-    /// or at OpenAI's own if that is not set.
+    /// Creates a client with the key in `OPENAI_API_KEY` and the base URL in `OPENAI_BASE_URL`,
+    /// which defaults to OpenAI's own.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Config`] if neither is set (a base URL may do without a key, as
-    /// local servers want none), or if one cannot be used.
+    /// [`ErrorKind::Config`] if neither is set (a base URL alone is enough, because local
+    /// servers need no key), or if one is invalid.
     pub fn from_env() -> Result<Self> {
         OpenAiBuilder::from_vars(http::env)?.build()
     }
 
-    /// A builder, for everything that can be set.
+    /// Returns a builder.
     pub fn builder() -> OpenAiBuilder {
         OpenAiBuilder {
             settings: Settings::new(BASE_URL),
@@ -111,19 +109,19 @@ impl OpenAi {
     }
 
     fn body(&self, request: &Request, stream: bool) -> Result<Vec<u8>> {
-        let mut body = Fields::new(request);
-        body.put("model", Some(http::model(request)?))?;
-        // Roles are named here as in the dialect.
-        body.put("messages", Some(&request.messages))?;
-        body.put(&self.max_tokens_field, request.max_tokens)?;
-        body.put("temperature", request.temperature)?;
-        body.put("stop", (!request.stop.is_empty()).then_some(&request.stop))?;
-        body.put("seed", request.seed)?;
-        body.put("response_format", response_format(&request.response_format))?;
+        let mut body = RequestBody::new(request);
+        body.field("model", Some(http::required_model(request)?))?;
+        // `Role` serialises to the names of the dialect.
+        body.field("messages", Some(&request.messages))?;
+        body.field(&self.max_tokens_field, request.max_tokens)?;
+        body.field("temperature", request.temperature)?;
+        body.field("stop", (!request.stop.is_empty()).then_some(&request.stop))?;
+        body.field("seed", request.seed)?;
+        body.field("response_format", response_format(&request.response_format))?;
         if stream {
-            body.put("stream_options", Some(json!({"include_usage": true})))?;
+            body.field("stream_options", Some(json!({"include_usage": true})))?;
         }
-        body.end(stream)
+        body.finish(stream)
     }
 }
 
@@ -135,7 +133,7 @@ fn response_format(format: &ResponseFormat) -> Option<Value> {
             let fit = http::enforceable(schema, &[]);
             let strict = fit.closed && fit.all_required;
             let schema = if strict { &fit.schema } else { schema };
-            // Generic types have names that the API does not take: `List<Item>`.
+            // The API refuses the names of generic types: `List<Item>`.
             let name: String = name
                 .chars()
                 .map(|c| {
@@ -161,8 +159,8 @@ impl Provider for OpenAi {
 
     /// # Cancel safety
     ///
-    /// Dropping the future closes the connection; nothing more is sent. The server may
-    /// still finish the reply and charge for it.
+    /// Dropping the future closes the connection. The server may still finish the reply and
+    /// charge for it.
     async fn generate(&self, request: &Request) -> Result<Reply> {
         let body = self.body(request, false)?;
         self.http.generate::<Chat>(body, request.timeout).await
@@ -170,8 +168,8 @@ impl Provider for OpenAi {
 
     /// # Cancel safety
     ///
-    /// Dropping the future or the stream closes the connection; nothing more is sent.
-    /// The server may still finish the reply and charge for it.
+    /// Dropping the future or the stream closes the connection. The server may still finish
+    /// the reply and charge for it.
     async fn stream(&self, request: &Request) -> Result<ReplyStream> {
         let body = self.body(request, true)?;
         self.http.stream::<Chat>(body, request.timeout).await
@@ -191,7 +189,7 @@ impl fmt::Debug for OpenAi {
     }
 }
 
-/// Builds an [`OpenAi`]. Its `Debug` shows no key and no header's value.
+/// Builds an [`OpenAi`]. `Debug` shows neither the key nor the values of headers.
 #[derive(Debug, Clone)]
 pub struct OpenAiBuilder {
     settings: Settings,
@@ -202,42 +200,45 @@ pub struct OpenAiBuilder {
 impl OpenAiBuilder {
     http::shared_setters!();
 
-    /// Sends the key by itself in this header, as Azure wants it in `api-key`, instead
-    /// of as `authorization: Bearer …`.
+    /// Sends the key in this header instead of as `authorization: Bearer …`. Azure expects it
+    /// in `api-key`.
     #[must_use]
     pub fn key_header(mut self, name: impl Into<String>) -> Self {
         self.key_header = Some(name.into());
         self
     }
 
-    /// Says which organization pays (`openai-organization`).
+    /// Sets the organization that pays (`openai-organization`).
     #[must_use]
     pub fn organization(mut self, id: impl Into<String>) -> Self {
-        self.settings.plain.push(("openai-organization", id.into()));
+        self.settings
+            .plain_headers
+            .push(("openai-organization", id.into()));
         self
     }
 
-    /// Says which project pays (`openai-project`).
+    /// Sets the project that pays (`openai-project`).
     #[must_use]
     pub fn project(mut self, id: impl Into<String>) -> Self {
-        self.settings.plain.push(("openai-project", id.into()));
+        self.settings
+            .plain_headers
+            .push(("openai-project", id.into()));
         self
     }
 
-    /// Sets the name of the field that [`Request::max_tokens`] is sent in.
-    ///
-    /// The default is `max_completion_tokens` for OpenAI and Azure, else `max_tokens`.
+    /// Sets the name of the field in which [`Request::max_tokens`] is sent. The default is
+    /// `max_completion_tokens` for OpenAI and Azure, else `max_tokens`.
     #[must_use]
     pub fn max_tokens_field(mut self, name: impl Into<String>) -> Self {
         self.max_tokens_field = Some(name.into());
         self
     }
 
-    /// Builds the client. It connects with its first call.
+    /// Builds the client. It connects when the first call is made.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Config`] if the base URL, the key or a header cannot be used.
+    /// [`ErrorKind::Config`] if the base URL, the key or a header is invalid.
     pub fn build(mut self) -> Result<OpenAi> {
         if let Some(key) = &self.settings.api_key {
             let key = key.expose_secret().to_owned();
@@ -285,45 +286,46 @@ impl OpenAiBuilder {
 struct Chat;
 
 impl Dialect for Chat {
-    fn whole(body: &Json<'_>) -> Result<Parts, &'static str> {
+    fn parse_reply(body: &Json<'_>) -> Result<PartialReply, &'static str> {
         let choice = first_choice(body).ok_or("the reply has no choices")?;
         let message = choice.get("message");
-        let mut parts = Parts::default();
-        parts.text = content(&mut parts, message);
-        read(&mut parts, body, choice);
-        // Azure leaves the message out where its filter has taken all of it.
-        if message.is_null() && parts.finish != Some(FinishReason::ContentFilter) {
+        let mut reply = PartialReply::default();
+        reply.text = content(&mut reply, message);
+        read_metadata(&mut reply, body, choice);
+        // Azure omits the message if its filter has removed all of it.
+        if message.is_null() && reply.finish != Some(FinishReason::ContentFilter) {
             return Err("the choice has no message");
         }
-        Ok(parts)
+        Ok(reply)
     }
 
-    fn frame(parts: &mut Parts, frame: &Json<'_>) -> String {
-        // The frame with the usage has no choice.
-        let choice = first_choice(frame).unwrap_or(&Json::Null);
-        let text = content(parts, choice.get("delta"));
-        read(parts, frame, choice);
+    fn apply_event(reply: &mut PartialReply, event: &Json<'_>) -> String {
+        // The event with the usage has no choice.
+        let choice = first_choice(event).unwrap_or(&Json::Null);
+        let text = content(reply, choice.get("delta"));
+        read_metadata(reply, event, choice);
         text
     }
 }
 
-/// The frames of a stream with `n` above one hold other choices too.
+/// Returns the choice with index 0. With `n` above one, the events of a stream hold other choices too.
 fn first_choice<'a>(body: &'a Json<'a>) -> Option<&'a Json<'a>> {
     let mut choices = body.get("choices").as_array()?.iter();
     choices.find(|choice| choice.get("index").as_u64().unwrap_or(0) == 0)
 }
 
-fn read(parts: &mut Parts, body: &Json<'_>, choice: &Json<'_>) {
+/// Reads model, usage and finish reason.
+fn read_metadata(reply: &mut PartialReply, body: &Json<'_>, choice: &Json<'_>) {
     if let Some(model) = body.get("model").as_str() {
-        model.clone_into(&mut parts.model);
+        model.clone_into(&mut reply.model);
     }
     if let Some(usage) = usage(body.get("usage")) {
-        parts.usage = usage;
+        reply.usage = usage;
     }
-    // Some servers write an empty one into every chunk where others write null.
+    // Some servers send an empty reason in every event where others send null.
     let reason = choice.get("finish_reason").as_str();
     if let Some(reason) = reason.filter(|reason| !reason.is_empty()) {
-        parts.finish = Some(match reason {
+        reply.finish = Some(match reason {
             "stop" => FinishReason::Stop,
             "length" => FinishReason::Length,
             "content_filter" => FinishReason::ContentFilter,
@@ -333,8 +335,8 @@ fn read(parts: &mut Parts, body: &Json<'_>, choice: &Json<'_>) {
     }
 }
 
-/// The text of a message or a delta: a string, or with some servers a list of parts.
-fn content(parts: &mut Parts, message: &Json<'_>) -> String {
+/// Returns the text of a message or a delta: a string, or a list of parts with some servers.
+fn content(reply: &mut PartialReply, message: &Json<'_>) -> String {
     let text = match message.get("content") {
         Json::Str(text) => text.to_string(),
         Json::Array(pieces) => pieces
@@ -345,7 +347,7 @@ fn content(parts: &mut Parts, message: &Json<'_>) -> String {
     };
     match message.get("refusal").as_str() {
         Some(refusal) if text.is_empty() && !refusal.is_empty() => {
-            parts.refused = true;
+            reply.refused = true;
             refusal.to_owned()
         }
         _ => text,
@@ -384,7 +386,7 @@ mod tests {
     }
 
     #[test]
-    fn a_base_url_may_do_without_a_key_but_not_the_other_api() {
+    fn a_base_url_needs_no_key_but_openai_itself_does() {
         let error = OpenAiBuilder::from_vars(vars(&[])).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Config);
         assert!(error.message().contains("OPENAI_API_KEY"));
@@ -425,7 +427,7 @@ mod tests {
     }
 
     #[test]
-    fn extra_overwrites_all_but_whether_it_streams() {
+    fn extra_fields_overwrite_all_fields_except_stream() {
         let request = Request::new("a")
             .system("s")
             .model("m")
@@ -451,7 +453,7 @@ mod tests {
     }
 
     #[test]
-    fn a_schema_is_strict_only_where_strict_mode_can_take_it() {
+    fn a_schema_is_strict_only_if_strict_mode_supports_it() {
         let format = |schema: Value| {
             let name = "List<Item>".to_owned();
             response_format(&ResponseFormat::JsonSchema { name, schema }).unwrap()["json_schema"]

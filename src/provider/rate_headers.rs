@@ -1,9 +1,7 @@
-//! What a reply's headers and body say of the provider's rate limits: functions from
-//! text to a [`RateSnapshot`] or a wait.
+//! Parses the rate limits and the wait of a reply from its headers (`retry-after`, `x-ratelimit-…`) and its body.
 //!
-//! One function reads all dialects, because gateways mix them: OpenAI and those who
-//! copy it (`x-ratelimit-…`, resets as Go durations, on Azure as bare seconds) and
-//! Anthropic (`anthropic-ratelimit-…`, resets as RFC 3339 times).
+//! One function reads all dialects, because gateways mix them: OpenAI and compatible servers (`x-ratelimit-…`, resets as
+//! Go durations, on Azure as bare seconds) and Anthropic (`anthropic-ratelimit-…`, resets as RFC 3339 times).
 
 use std::time::Duration;
 
@@ -15,26 +13,24 @@ use serde_json::Value;
 
 use crate::usage::{Quota, RateSnapshot};
 
-/// The longest wait or reset believed. What is longer is cut to it: a day is as
-/// long as any documented window, and a lane that waits so long is parked anyway.
-pub(crate) const LONGEST: Duration = Duration::from_secs(24 * 60 * 60);
+/// The longest wait or reset; a longer one is cut to it. No documented window is longer than a day.
+const LONGEST: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// Reads the limits and the wait the server asks for: `retry-after-ms`, else
-/// `retry-after`. ([`retry_info`] is for the body of an error.)
+/// Parses the limits and the wait that the server asks for: `retry-after-ms`, else `retry-after`. ([`retry_info`] parses
+/// the wait in the body of an error.)
 ///
-/// `headers` have lower-case names; of several with one name the first counts. Dates
-/// count from the reply's own `Date`, so that a wrong local clock does no harm, and from
-/// `clock` when there is none that can be read.
+/// `headers` have lower-case names; of several with one name the first counts. Times are relative to the reply's own
+/// `Date`, so that a wrong local clock does no harm, or to `clock` if there is no valid one.
 pub(crate) fn snapshot<'a>(
     headers: impl Iterator<Item = (&'a str, &'a [u8])>,
     clock: impl Fn() -> Timestamp,
 ) -> RateSnapshot {
     let (mut date, mut retry_after_ms, mut retry_after) = (None, None, None);
-    let [mut requests, mut tokens, mut input, mut output] = [Texts::default(); 4];
-    // One pass: every reply comes through here, and a look-up for each name that a
-    // dialect might use costs more than reading the body.
+    let [mut requests, mut tokens, mut input, mut output] = [QuotaHeaders::default(); 4];
+    // One pass, because every reply comes through here: a lookup for each name of each dialect costs more than
+    // parsing the body.
     for (name, value) in headers {
-        let slot = match name {
+        let field = match name {
             "date" => &mut date,
             "retry-after-ms" => &mut retry_after_ms,
             "retry-after" => &mut retry_after,
@@ -64,10 +60,10 @@ pub(crate) fn snapshot<'a>(
             "anthropic-ratelimit-output-tokens-reset" => &mut output.reset,
             _ => continue,
         };
-        // Not only ASCII: Go writes microseconds with a µ.
-        *slot = slot.or_else(|| std::str::from_utf8(value).ok());
+        // Not `to_str`, which accepts only ASCII: Go writes microseconds with a µ.
+        *field = field.or_else(|| std::str::from_utf8(value).ok());
     }
-    // Only when asked: most replies have no date to count from it.
+    // Lazy, because most replies have no time that is relative to it.
     let now = || date.and_then(http_date).unwrap_or_else(&clock);
     RateSnapshot {
         requests: requests.quota(now),
@@ -76,23 +72,22 @@ pub(crate) fn snapshot<'a>(
         output_tokens: output.quota(now),
         retry_after: retry_after_ms
             .and_then(|text| seconds(text, 1e-3))
-            .or_else(|| retry_after.and_then(|text| wait(text, now))),
+            .or_else(|| retry_after.and_then(|text| seconds_or_date(text, now))),
     }
 }
 
-/// One limit as it is written.
+/// The three headers of one limit.
 #[derive(Clone, Copy, Default)]
-struct Texts<'a> {
+struct QuotaHeaders<'a> {
     limit: Option<&'a str>,
     remaining: Option<&'a str>,
     reset: Option<&'a str>,
 }
 
-impl Texts<'_> {
+impl QuotaHeaders<'_> {
     fn quota(self, now: impl Fn() -> Timestamp) -> Quota {
         let limit = self.limit.map(count);
-        // Azure says -1 or 0 for a limit it does not know; what stands beside it
-        // then means as little.
+        // Azure sends -1 or 0 for an unknown limit. The other two headers are meaningless then.
         if matches!(limit, Some(None | Some(0))) {
             return Quota::default();
         }
@@ -104,8 +99,8 @@ impl Texts<'_> {
     }
 }
 
-/// The last resort for a refused call without a wait: when all that is used up is
-/// back. Providers count a reset until the quota is *full*, so this errs on the safe side.
+/// Returns the time until every exhausted quota has reset: the wait for a refused call if the server names none. A reset
+/// is the time until the quota is *full*, so this is rather too long than too short.
 pub(crate) fn exhausted_reset(rate: &RateSnapshot) -> Option<Duration> {
     [
         rate.requests,
@@ -119,7 +114,7 @@ pub(crate) fn exhausted_reset(rate: &RateSnapshot) -> Option<Duration> {
     .max()
 }
 
-/// The entries of a Google error's `details`, wherever a compatible server puts them.
+/// Returns the entries of `details` in a Google error, which compatible servers put in different places.
 pub(crate) fn details(body: &Value) -> impl Iterator<Item = &Value> {
     let first = body.get(0).unwrap_or(body);
     let error = first.get("error").unwrap_or(first);
@@ -130,7 +125,7 @@ pub(crate) fn details(body: &Value) -> impl Iterator<Item = &Value> {
         .flatten()
 }
 
-/// The wait that the `google.rpc.RetryInfo` of an error's body asks for.
+/// Parses the wait in the `google.rpc.RetryInfo` of an error body.
 pub(crate) fn retry_info(body: &Value) -> Option<Duration> {
     details(body).find_map(|detail| go_duration(detail.get("retryDelay")?.as_str()?))
 }
@@ -145,11 +140,11 @@ fn reset(text: &str, now: impl Fn() -> Timestamp) -> Option<Duration> {
         .or_else(|| Some(until(text.trim().parse().ok()?, now())))
 }
 
-fn wait(text: &str, now: impl Fn() -> Timestamp) -> Option<Duration> {
+fn seconds_or_date(text: &str, now: impl Fn() -> Timestamp) -> Option<Duration> {
     seconds(text, 1.0).or_else(|| Some(until(http_date(text)?, now())))
 }
 
-/// A decimal number of `unit` seconds. Negative numbers, NaN and infinities say nothing.
+/// Parses a decimal number of `unit` seconds. Negative numbers, NaN and infinities are ignored.
 fn seconds(text: &str, unit: f64) -> Option<Duration> {
     let value: f64 = text.trim().parse().ok()?;
     bounded(value * unit)
@@ -160,7 +155,7 @@ fn bounded(seconds: f64) -> Option<Duration> {
         .then(|| Duration::from_secs_f64(seconds.min(LONGEST.as_secs_f64())))
 }
 
-/// `17ms`, `6m0s`, `2m59.56s`, `1h2m3s`: what Go's `time.Duration` prints.
+/// Parses a duration as Go's `time.Duration` prints it: `17ms`, `6m0s`, `2m59.56s`, `1h2m3s`.
 fn go_duration(text: &str) -> Option<Duration> {
     const UNITS: [(&str, f64); 8] = [
         ("ns", 1.0),
@@ -185,7 +180,7 @@ fn go_duration(text: &str) -> Option<Duration> {
             .unwrap_or(after.len());
         let (unit, after) = after.split_at(unit_end);
         let (_, scale) = UNITS.iter().find(|(name, _)| *name == unit)?;
-        // Whole nanoseconds below 2^53 are exact in an f64: three months of them.
+        // An f64 holds whole nanoseconds up to 2^53 exactly: three months.
         nanos += (number.parse::<f64>().ok()? * scale).round();
         rest = after;
     }
@@ -193,20 +188,20 @@ fn go_duration(text: &str) -> Option<Duration> {
     Some(Duration::from_nanos(nanos.min(longest) as u64))
 }
 
-/// The three forms of RFC 9110: the one in use, and two that recipients must still read.
+/// Parses the three date formats of RFC 9110: the one in use, and two obsolete ones that recipients must accept.
 fn http_date(text: &str) -> Option<Timestamp> {
     let text = text.trim();
     let parser = rfc2822::DateTimeParser::new().relaxed_weekday(true);
     parser.parse_timestamp(text).ok().or_else(|| {
         ["%A, %d-%b-%y %H:%M:%S GMT", "%a %b %e %H:%M:%S %Y"]
             .iter()
-            .find_map(|form| civil::DateTime::strptime(form, text).ok())
+            .find_map(|format| civil::DateTime::strptime(format, text).ok())
             .and_then(|date| date.to_zoned(TimeZone::UTC).ok())
             .map(|date| date.timestamp())
     })
 }
 
-/// The time from `now` to `then`, zero for the past.
+/// Returns the time from `now` to `then`, zero if `then` is past.
 fn until(then: Timestamp, now: Timestamp) -> Duration {
     Duration::try_from(then.duration_since(now))
         .unwrap_or_default()
@@ -238,7 +233,7 @@ mod tests {
     }
 
     #[test]
-    fn go_durations() {
+    fn go_durations_are_parsed() {
         let cases = [
             ("17ms", Some(Duration::from_millis(17))),
             ("1s", Some(Duration::from_secs(1))),
@@ -266,7 +261,7 @@ mod tests {
     }
 
     #[test]
-    fn openai_and_groq() {
+    fn openai_headers_are_parsed() {
         let rate = read(&[
             ("x-ratelimit-limit-requests", "14400"),
             ("x-ratelimit-remaining-requests", "14399"),
@@ -286,7 +281,7 @@ mod tests {
     }
 
     #[test]
-    fn azure_resets_are_bare_seconds_and_unknown_limits_say_nothing() {
+    fn azure_resets_are_bare_seconds_and_unknown_limits_are_ignored() {
         let rate = read(&[
             ("x-ratelimit-limit-requests", "60"),
             ("x-ratelimit-remaining-requests", "59"),
@@ -302,7 +297,7 @@ mod tests {
     }
 
     #[test]
-    fn anthropic_resets_count_from_the_replys_date() {
+    fn anthropic_resets_are_relative_to_the_date_of_the_reply() {
         let rate = read(&[
             ("date", DATE),
             ("anthropic-ratelimit-requests-limit", "50"),
@@ -328,14 +323,14 @@ mod tests {
     }
 
     #[test]
-    fn a_reset_without_date_counts_from_the_local_clock() {
+    fn a_reset_without_a_date_header_is_relative_to_the_local_clock() {
         let reset = ("anthropic-ratelimit-requests-reset", "1970-01-01T00:00:05Z");
         let rate = read(&[reset]);
         assert_eq!(rate.requests.reset, Some(Duration::from_secs(5)));
     }
 
     #[test]
-    fn retry_after_in_all_its_forms() {
+    fn retry_after_is_seconds_or_a_date() {
         let cases = [
             ("2", Some(Duration::from_secs(2))),
             ("0", Some(Duration::ZERO)),
@@ -364,7 +359,7 @@ mod tests {
     }
 
     #[test]
-    fn the_most_precise_word_wins() {
+    fn retry_after_ms_wins_over_retry_after() {
         let ms = ("retry-after-ms", "1500");
         let s = ("retry-after", "2");
         let wait = |headers: &[_]| read(headers).retry_after;
@@ -388,7 +383,7 @@ mod tests {
     }
 
     #[test]
-    fn kinds_of_tokens_are_known_in_the_other_dialect_too() {
+    fn input_and_output_tokens_are_parsed_in_both_dialects() {
         let rate = read(&[
             ("x-ratelimit-remaining-input-tokens", "7"),
             ("x-ratelimit-reset-output-tokens", "2s"),
@@ -397,7 +392,7 @@ mod tests {
         assert_eq!(rate.output_tokens.reset, Some(Duration::from_secs(2)));
     }
 
-    /// As Go prints it: the largest units first, a fraction in the last one.
+    /// Prints a duration as Go does: the largest units first, a fraction in the last one.
     fn print_go(duration: Duration) -> String {
         let (s, nanos) = (duration.as_secs(), duration.subsec_nanos());
         let fraction = format!("{}.{nanos:09}s", s % 60);
@@ -412,7 +407,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_text_is_read_without_panic(text in ".{0,40}", number in "[-+]?[0-9.eE]{1,30}(ms|s|m|h)?") {
+        fn no_text_panics(text in ".{0,40}", number in "[-+]?[0-9.eE]{1,30}(ms|s|m|h)?") {
             for text in [&text, &number] {
                 for name in [
                     "date", "retry-after", "retry-after-ms", "x-ratelimit-limit-tokens",
@@ -430,7 +425,7 @@ mod tests {
         }
 
         #[test]
-        fn what_is_printed_is_read_back(nanos in 0..=LONGEST.as_nanos() as u64) {
+        fn a_printed_go_duration_is_parsed_to_the_same_value(nanos in 0..=LONGEST.as_nanos() as u64) {
             let duration = Duration::from_nanos(nanos);
             let now = Timestamp::from_second(1_700_000_000).unwrap();
             let then = now + jiff::SignedDuration::try_from(duration).unwrap();
@@ -438,15 +433,15 @@ mod tests {
             prop_assert_eq!(reset(&then.to_string(), || now), Some(duration));
             let bare = format!("{}.{:09}", duration.as_secs(), duration.subsec_nanos());
             prop_assert_eq!(reset(&bare, || now), Some(duration));
-            prop_assert_eq!(wait(&bare, || now), Some(duration));
+            prop_assert_eq!(seconds_or_date(&bare, || now), Some(duration));
         }
 
         #[test]
-        fn an_http_date_is_read_back(seconds in 0_i64..=86_400) {
+        fn a_printed_http_date_is_parsed_to_the_same_value(seconds in 0_i64..=86_400) {
             let now = Timestamp::from_second(1_700_000_000).unwrap();
             let then = now + jiff::SignedDuration::from_secs(seconds);
             let text = then.strftime("%a, %d %b %Y %H:%M:%S GMT").to_string();
-            prop_assert_eq!(wait(&text, || now), Some(Duration::from_secs(seconds as u64)));
+            prop_assert_eq!(seconds_or_date(&text, || now), Some(Duration::from_secs(seconds as u64)));
         }
     }
 }

@@ -1,8 +1,12 @@
-//! For tests of code that uses this crate: [`Scripted`] says exactly what it was told to,
-//! [`Sim`](crate::Sim) behaves like an account with limits, [`Counted`] counts the round trips to a store, and [`mod@store`] is what every
-//! backend of the [store](crate::store) must pass.
+//! Tools for testing code that uses this crate.
+//!
+//! - [`Scripted`] is a provider that answers from a script, and [`Sim`](crate::Sim) one that behaves like an account
+//!   with limits.
+//! - [`Counted`] is a store that counts the round trips to it.
+//! - [`mod@provider`] and [`mod@store`] are conformance suites for providers and stores of your own.
 
 mod counted;
+pub mod provider;
 mod scripted;
 pub mod store;
 

@@ -1,4 +1,4 @@
-//! The body of a reply, read under its call's timeouts and bounds.
+//! The body of a reply, read within the timeouts and size limits of its call.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -6,22 +6,25 @@ use std::time::Duration;
 use bytes::Bytes;
 use reqwest::Response;
 
-use super::form::Form;
-use super::{Alarm, Deadline, Endpoint, Limits, flatten, too_slow};
+use super::Endpoint;
+use super::connection::error_chain;
+use super::format::BodyFormat;
+use super::settings::Limits;
+use super::timer::{CallTimer, Deadline, timed_out};
 use crate::error::{Error, ErrorKind, Persistence, Result};
 
-/// How much of a refusal's body is read, and how long for: the status alone says
-/// enough to go on with.
-const REFUSAL: (usize, Duration) = (64 << 10, Duration::from_secs(5));
+/// Size and time limits for the body of an error response. Its status alone is enough to go on with.
+const ERROR_TEXT: (usize, Duration) = (64 << 10, Duration::from_secs(5));
 
 pub(super) struct Body {
     response: Response,
-    /// Read already, and to be read again.
-    ahead: Bytes,
+    /// Bytes that were read to detect the format, and that the next read returns.
+    peeked: Bytes,
     endpoint: Arc<Endpoint>,
     limits: Limits,
-    alarm: Alarm,
+    timer: CallTimer,
     deadline: Deadline,
+    /// The timeout of the whole call, for error messages.
     whole: Duration,
 }
 
@@ -30,45 +33,45 @@ impl Body {
         response: Response,
         endpoint: Arc<Endpoint>,
         limits: Limits,
-        alarm: Alarm,
+        timer: CallTimer,
         deadline: Deadline,
         whole: Duration,
     ) -> Self {
         Self {
             response,
-            ahead: Bytes::new(),
+            peeked: Bytes::new(),
             endpoint,
             limits,
-            alarm,
+            timer,
             deadline,
             whole,
         }
     }
 
-    /// The next piece, `None` at the end.
+    /// Waits for the next piece; `None` at the end.
     pub(super) async fn chunk(&mut self) -> Result<Option<Bytes>> {
-        if !self.ahead.is_empty() {
-            return Ok(Some(std::mem::take(&mut self.ahead)));
+        if !self.peeked.is_empty() {
+            return Ok(Some(std::mem::take(&mut self.peeked)));
         }
         let (idle, deadline) = (self.limits.idle, self.deadline);
         let end = || Deadline::after(idle).min(deadline);
-        match self.alarm.guard(end, self.response.chunk()).await {
+        match self.timer.timeout(end, self.response.chunk()).await {
             Ok(Ok(chunk)) => Ok(chunk),
             Ok(Err(error)) => {
-                let message = format!("the reply broke off: {}", flatten(&error));
-                let message = self.endpoint.secrets.scrub(&message);
+                let message = format!("the reply broke off: {}", error_chain(&error));
+                let message = self.endpoint.secrets.redact(&message);
                 Err(Error::new(ErrorKind::Connection, message))
             }
-            Err(end) if end == deadline => Err(too_slow("the call", self.whole)),
-            Err(_) => Err(too_slow("the next piece of the reply", idle)),
+            Err(end) if end == deadline => Err(timed_out("the call", self.whole)),
+            Err(_) => Err(timed_out("the next piece of the reply", idle)),
         }
     }
 
-    /// What the body is, by its first bytes, which stay to be read.
-    pub(super) async fn form(&mut self, declared_events: bool) -> Result<Form> {
+    /// Detects the format of the body by its first bytes, which the next read returns again.
+    pub(super) async fn format(&mut self, declared_events: bool) -> Result<BodyFormat> {
         let mut start = Bytes::new();
         loop {
-            let over = match self.chunk().await? {
+            let ended = match self.chunk().await? {
                 Some(chunk) if start.is_empty() => {
                     start = chunk;
                     false
@@ -79,17 +82,17 @@ impl Body {
                 }
                 None => true,
             };
-            // White space without end is no body.
-            let over = over || start.len() > self.limits.max_event;
-            if let Some(form) = Form::of(&start, over, declared_events) {
-                self.ahead = start;
-                return Ok(form);
+            // The limit stops a server that sends white space without end.
+            let ended = ended || start.len() > self.limits.max_event;
+            if let Some(format) = BodyFormat::detect(&start, ended, declared_events) {
+                self.peeked = start;
+                return Ok(format);
             }
         }
     }
 
-    /// The whole body.
-    pub(super) async fn all(&mut self) -> Result<Bytes> {
+    /// Reads the whole body.
+    pub(super) async fn bytes(&mut self) -> Result<Bytes> {
         let max = self.limits.max_body;
         let announced = self.response.content_length().unwrap_or(0);
         if announced > max as u64 {
@@ -101,7 +104,7 @@ impl Body {
                 .checked_sub(chunk.len())
                 .ok_or_else(|| too_large("body", max))?;
             if first.is_empty() {
-                // Most come in one piece, which need not be copied.
+                // Most bodies arrive in one piece, which needs no copy.
                 first = chunk;
                 continue;
             }
@@ -114,11 +117,11 @@ impl Body {
         Ok(if all.is_empty() { first } else { all.into() })
     }
 
-    /// As much of a refusal's body as comes soon and whole. That it breaks off is no
-    /// error: the refusal is.
-    pub(super) async fn beginning(&mut self) -> Vec<u8> {
-        let (max, patience) = REFUSAL;
-        self.deadline = Deadline::after(patience).min(self.deadline);
+    /// Reads the body of an error response within [`ERROR_TEXT`]. A body that breaks off is returned as far as it came,
+    /// because the error response matters more.
+    pub(super) async fn error_text(&mut self) -> Vec<u8> {
+        let (max, time) = ERROR_TEXT;
+        self.deadline = Deadline::after(time).min(self.deadline);
         let mut start = Vec::new();
         while let Ok(Some(chunk)) = self.chunk().await {
             start.extend_from_slice(&chunk[..chunk.len().min(max - start.len())]);
@@ -130,8 +133,8 @@ impl Body {
     }
 }
 
-/// Permanent, unlike other malformed replies: the same answer would be as large
-/// again, and paid for again.
+/// Returns the error for a reply over a size limit. It is permanent, unlike other malformed replies, because a retry
+/// would be paid for and probably get as large a reply.
 pub(super) fn too_large(what: &str, max: usize) -> Error {
     let message = format!("the reply's {what} is larger than the {max} bytes allowed");
     Error::new(ErrorKind::MalformedReply, message).with_persistence(Persistence::Permanent)

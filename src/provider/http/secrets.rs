@@ -1,24 +1,24 @@
-//! What must never be shown, and how a text is made fit to be shown.
+//! [`Secrets`]: redacts keys and URL queries in texts that may be shown.
 
 use secrecy::{ExposeSecret, SecretString};
 
-/// The values of keys and secret headers. Its `Debug` is secrecy's, which shows none.
+/// The values of keys and secret headers. `Debug` shows none of them.
 #[derive(Debug, Default)]
 pub(crate) struct Secrets(Vec<SecretString>);
 
-/// A value shorter than this is no secret (local servers take any word), and
-/// replacing it would make messages unreadable.
-const SHORTEST: usize = 4;
+/// The shortest value that is treated as a secret. Local servers accept any word as a key, and replacing a short word
+/// would make messages unreadable.
+const MIN_LENGTH: usize = 4;
 
 impl Secrets {
     pub(crate) fn add(&mut self, secret: &str) {
-        if secret.len() >= SHORTEST {
+        if secret.len() >= MIN_LENGTH {
             self.0.push(secret.into());
         }
     }
 
-    /// Takes out every secret, and the query of every URL: some put a key there.
-    pub(crate) fn scrub(&self, text: &str) -> String {
+    /// Replaces every secret and removes the query of every URL, where some services expect a key.
+    pub(crate) fn redact(&self, text: &str) -> String {
         let mut text = strip_queries(text);
         for secret in &self.0 {
             if text.contains(secret.expose_secret()) {
@@ -51,7 +51,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn keys_and_queries_go_and_the_rest_stays() {
+    fn secrets_and_queries_are_removed_and_the_rest_is_kept() {
         let mut secrets = Secrets::default();
         secrets.add("sk-secret");
         secrets.add("x");
@@ -66,7 +66,7 @@ mod tests {
             ("", ""),
         ];
         for (text, expected) in cases {
-            assert_eq!(secrets.scrub(text), expected);
+            assert_eq!(secrets.redact(text), expected);
         }
         assert!(!format!("{secrets:?}").contains("sk-secret"));
     }

@@ -1,8 +1,7 @@
-//! Server-sent events out of a body, each of bounded size.
+//! Server-sent events of a body, each of bounded size.
 //!
-//! `sse-stream` does the parsing. Around it stand a cap on an event's size, which it
-//! does not have, and a blank line at the end, without which it drops a last event
-//! that the server did not finish with one.
+//! `sse-stream` parses. This module adds a limit on the size of an event, and a blank line at the end of the body,
+//! without which the parser drops a last event that the server did not terminate.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -33,7 +32,7 @@ impl Events {
         Self::from_chunks(chunks, max_event)
     }
 
-    /// The events of a body that is there as a whole.
+    /// Parses the events of a complete body.
     pub(super) fn of_body(body: Bytes, max_event: usize) -> Self {
         Self::from_chunks(stream::iter([Ok(body)]), max_event)
     }
@@ -48,10 +47,10 @@ impl Events {
             flag.store(true, Ordering::Relaxed);
             Ok(Bytes::from_static(b"\n\n"))
         });
-        let mut cap = EventCap::new(max_event);
+        let mut limit = SizeLimit::new(max_event);
         let chunks = chunks.map(move |chunk| {
             let chunk = chunk?;
-            match cap.admits(&chunk) {
+            match limit.admits(&chunk) {
                 true => Ok(chunk),
                 false => Err(too_large("event", max_event)),
             }
@@ -63,7 +62,7 @@ impl Events {
         }
     }
 
-    /// The data of the next event that has any, `None` at the end.
+    /// Waits for the next event with data and returns that data; `None` at the end.
     pub(super) async fn next(&mut self) -> Result<Option<String>> {
         loop {
             match self.events.next().await {
@@ -85,21 +84,21 @@ impl Events {
         }
     }
 
-    /// Whether the body is over, so that the last event may be cut short.
+    /// Whether the body has ended, so that its last event may be incomplete.
     pub(super) fn ended(&self) -> bool {
         self.ended.load(Ordering::Relaxed)
     }
 }
 
-/// Counts the bytes of the event under way; a blank line begins the next one.
-struct EventCap {
+/// Counts the bytes of the current event. A blank line ends it.
+struct SizeLimit {
     max: usize,
     event: usize,
     line: usize,
     after_cr: bool,
 }
 
-impl EventCap {
+impl SizeLimit {
     fn new(max: usize) -> Self {
         Self {
             max,
@@ -160,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn the_traps_of_the_format() {
+    fn line_endings_comments_and_byte_order_marks_are_parsed() {
         let cases: [(&[u8], &[&str]); 9] = [
             (b"data: a\n\ndata: b\n\n", &["a", "b"]),
             (b"\xEF\xBB\xBFdata: a\n\n", &["a"]),
@@ -180,12 +179,12 @@ mod tests {
     }
 
     #[test]
-    fn an_event_is_bounded_and_a_stream_is_not() {
+    fn the_size_of_an_event_is_limited_and_that_of_a_stream_is_not() {
         let fits = b"data: 1234\n\n".repeat(1000);
         assert_eq!(decode(&[&fits], 10).0.len(), 1000);
 
         let (events, error) = decode(&[b"data: 1\n\ndata: 12\n", b"data: 345\n\n"], 10);
-        assert_eq!(events, ["1"], "what came before is kept");
+        assert_eq!(events, ["1"], "the event before is kept");
         assert!(error.unwrap().is_permanent());
         let error = decode(&[b"data: 123", b"45"], 10).1.unwrap();
         assert_eq!(error.kind(), ErrorKind::MalformedReply);
@@ -194,7 +193,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn cuts_between_chunks_change_nothing(
+        fn chunk_boundaries_do_not_change_the_events(
             texts in prop::collection::vec("[ -~é€😀]{1,12}", 1..6),
             ending in prop::sample::select(vec!["\n", "\r\n", "\r"]),
             cuts in prop::collection::vec(0_usize..200, 0..8),
@@ -210,7 +209,7 @@ mod tests {
         }
 
         #[test]
-        fn no_bytes_panic(chunks in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..40), 0..6)) {
+        fn no_input_panics(chunks in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..40), 0..6)) {
             let chunks: Vec<_> = chunks.iter().map(Vec::as_slice).collect();
             let _ = decode(&chunks, 20);
         }

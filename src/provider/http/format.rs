@@ -1,26 +1,26 @@
-//! Whether a body is a document or a stream of events, by its first bytes: servers and the
-//! gateways in front of them often declare the one and send the other.
+//! [`BodyFormat`]: detects by its first bytes whether a body is a document or a stream of events, because servers and
+//! gateways often declare one and send the other.
 
-/// What a body is.
+/// The format of a body.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Form {
-    /// JSON, a web page, or anything else that is read as a whole.
+pub(super) enum BodyFormat {
+    /// JSON, a web page, or another body that is read as a whole.
     Document,
     /// Server-sent events.
     Events,
 }
 
-impl Form {
-    /// The form of a body that starts so; `None` while more bytes are needed, which they are
-    /// not when the body is `over`. What cannot be told by its bytes is what it is declared as.
-    pub(super) fn of(start: &[u8], over: bool, declared_events: bool) -> Option<Self> {
+impl BodyFormat {
+    /// Returns the format of a body with this `start`, or `None` while more bytes are needed and the body has not
+    /// `ended`. If the bytes do not decide, the declared format does.
+    pub(super) fn detect(start: &[u8], ended: bool, declared_events: bool) -> Option<Self> {
         const BOM: &[u8] = "\u{feff}".as_bytes();
         const FIELDS: [&[u8]; 4] = [b"data", b"event", b"id", b"retry"];
         let declared = match declared_events {
             true => Self::Events,
             false => Self::Document,
         };
-        let undecided = over.then_some(declared);
+        let undecided = ended.then_some(declared);
         let Some(start) = start
             .strip_prefix(BOM)
             .map(<[u8]>::trim_ascii_start)
@@ -34,13 +34,13 @@ impl Form {
         match start.first() {
             None => undecided,
             Some(b'{' | b'[' | b'"' | b'<') => Some(Self::Document),
-            // Compressed: read as a whole, it is named as such.
+            // Compressed: parsing it as a document reports the compression.
             Some(0x1f) => Some(Self::Document),
             Some(b':') => Some(Self::Events),
             Some(_) => match start.iter().position(|byte| b":\r\n".contains(byte)) {
                 Some(end) if FIELDS.contains(&&start[..end]) => Some(Self::Events),
                 Some(_) => Some(declared),
-                // It may yet become the name of a field.
+                // More bytes may complete the name of a field.
                 None if FIELDS.iter().any(|field| field.starts_with(start)) => undecided,
                 None => Some(declared),
             },
@@ -53,11 +53,11 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use Form::{Document, Events};
+    use BodyFormat::{Document, Events};
 
     #[test]
-    fn the_first_bytes_tell() {
-        let cases: [(&str, Form); 13] = [
+    fn the_first_bytes_decide_whatever_is_declared() {
+        let cases: [(&str, BodyFormat); 13] = [
             ("data: {}\n\n", Events),
             ("data:{}", Events),
             (": ping\n\n", Events),
@@ -74,10 +74,10 @@ mod tests {
         ];
         for (body, expected) in cases {
             for declared in [false, true] {
-                let form = Form::of(body.as_bytes(), true, declared);
+                let format = BodyFormat::detect(body.as_bytes(), true, declared);
                 let open = body.is_empty() || body.starts_with("database");
                 let expected = if open && declared { Events } else { expected };
-                assert_eq!(form, Some(expected), "{body:?}, declared: {declared}");
+                assert_eq!(format, Some(expected), "{body:?}, declared: {declared}");
             }
         }
     }
@@ -88,10 +88,10 @@ mod tests {
             body in "(\u{feff})?[ \n]{0,3}(data|event|id|retry|:|\\{|<|dat|x){0,2}[: \n{a]{0,4}",
             declared in any::<bool>(),
         ) {
-            let whole = Form::of(body.as_bytes(), true, declared).unwrap();
+            let whole = BodyFormat::detect(body.as_bytes(), true, declared).unwrap();
             for end in 0..body.len() {
-                let form = Form::of(&body.as_bytes()[..end], false, declared);
-                prop_assert!(form.is_none_or(|form| form == whole), "{body:?} {end}");
+                let format = BodyFormat::detect(&body.as_bytes()[..end], false, declared);
+                prop_assert!(format.is_none_or(|format| format == whole), "{body:?} {end}");
             }
         }
     }

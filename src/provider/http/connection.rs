@@ -1,5 +1,4 @@
-//! The client's connections: which protocol they speak, how long they are kept, and what it
-//! means that one was not made or broke.
+//! Connections: protocol and keep-alive settings, and the errors of connections that fail.
 
 use std::convert::Infallible;
 use std::error::Error as StdError;
@@ -13,58 +12,57 @@ use futures::stream;
 use reqwest::header::{CONTENT_LENGTH, HeaderValue};
 use reqwest::{Client, ClientBuilder, Request, Url, redirect, retry};
 
-use super::{Endpoint, Settings, flatten, text};
+use super::{Endpoint, Settings, sanitize};
 use crate::error::{Error, ErrorKind, Persistence};
 
-/// How long an unused HTTP/1.1 connection is kept. Many servers close theirs after 5 s (uvicorn,
-/// Node): a request that is written at that very moment is lost, and nobody knows whether it ran.
-const IDLE: Duration = Duration::from_secs(4);
+/// How long an unused HTTP/1.1 connection is kept. Many servers close theirs after 5 s (uvicorn, Node). A request
+/// that is written at that moment is lost, and it is unknown whether the server processed it.
+const KEEP_ALIVE: Duration = Duration::from_secs(4);
 
-/// The same for HTTP/2, where the server says that it closes (GOAWAY), and up to which request.
-const IDLE_HTTP2: Duration = Duration::from_secs(90);
+/// The same for HTTP/2, where a server announces that it closes, and up to which request (GOAWAY).
+const KEEP_ALIVE_HTTP2: Duration = Duration::from_secs(90);
 
-/// A peer that is gone is noticed after the silence and the probes: 30 s.
+/// A dead peer is detected after the silence and the probes: 30 s.
 const TCP_SILENCE: Duration = Duration::from_secs(15);
 const TCP_PROBES: (u32, Duration) = (3, Duration::from_secs(5));
 
-/// A client with all but its headers.
+/// Returns a client builder with all settings except the headers.
 pub(super) fn builder(settings: &Settings, url: &Url) -> ClientBuilder {
     let client = Client::builder()
         .connect_timeout(settings.limits.connect)
         .tcp_keepalive(TCP_SILENCE)
         .tcp_keepalive_retries(TCP_PROBES.0)
         .tcp_keepalive_interval(TCP_PROBES.1)
-        // The guard above counts and paces every call, so none is made behind its back. (What
-        // hyper still does by itself: a request that found its pooled connection closed before
-        // a byte of it was written takes another one.)
+        // The caller counts and paces every call, so the client makes none by itself. (hyper still moves a request
+        // to another connection if its pooled connection was closed before a byte was written.)
         .retry(retry::never())
         .redirect(redirect::Policy::none())
         .referer(false);
     if !settings.http2 {
-        return client.http1_only().pool_idle_timeout(IDLE);
+        return client.http1_only().pool_idle_timeout(KEEP_ALIVE);
     }
     let client = client
         .http2_keep_alive_interval(settings.ping)
         .http2_keep_alive_timeout(settings.ping)
         .http2_keep_alive_while_idle(true)
-        .pool_idle_timeout(IDLE_HTTP2);
+        .pool_idle_timeout(KEEP_ALIVE_HTTP2);
     match url.scheme() {
-        // Without TLS there is nothing to negotiate with.
+        // Without TLS there is no protocol negotiation.
         "http" => client.http2_prior_knowledge(),
         _ => client,
     }
 }
 
-/// The body of a request over HTTP/2, and what became of it.
+/// The body of a request over HTTP/2, which records whether the client has begun to send it.
 pub(super) struct Upload {
-    taken: Arc<AtomicBool>,
+    begun: Arc<AtomicBool>,
 }
 
 impl Upload {
-    /// Gives the request this body. Its length is told beside it, as a stream has none.
+    /// Sets the body of the request, and its `content-length`, as a streamed body has no known length.
     pub(super) fn attach(request: &mut Request, body: Bytes) -> Self {
-        let taken = Arc::new(AtomicBool::new(false));
-        let flag = Arc::clone(&taken);
+        let begun = Arc::new(AtomicBool::new(false));
+        let flag = Arc::clone(&begun);
         request
             .headers_mut()
             .insert(CONTENT_LENGTH, HeaderValue::from(body.len()));
@@ -72,19 +70,19 @@ impl Upload {
             flag.store(true, Ordering::Relaxed);
             Ok::<_, Infallible>(body)
         })));
-        Self { taken }
+        Self { begun }
     }
 
-    /// Whether no server can have begun the request: nothing of its body was taken to be sent
-    /// (it waited for a stream of its own when the connection was closed), or the server says so.
+    /// Whether no server can have begun to process the request: it still waited for a stream when the connection was
+    /// closed, so that no byte of its body was taken, or the server reports that it did not process it.
     pub(super) fn is_unprocessed(&self, error: &reqwest::Error) -> bool {
-        !error.is_connect() && !self.taken.load(Ordering::Relaxed) || was_refused(error)
+        !error.is_connect() && !self.begun.load(Ordering::Relaxed) || was_not_processed(error)
     }
 }
 
-/// Whether an HTTP/2 server has said that it did not begin a request: it closes the
-/// connection in order and had not come to it, or it refused the stream (RFC 9113, 8.7).
-fn was_refused(error: &(dyn StdError + 'static)) -> bool {
+/// Whether an HTTP/2 server reports that it did not process a request: by a graceful GOAWAY that excludes the
+/// stream, or by refusing the stream (RFC 9113, 8.7).
+fn was_not_processed(error: &(dyn StdError + 'static)) -> bool {
     causes(error)
         .filter_map(|cause| cause.downcast_ref::<h2::Error>())
         .any(|error| {
@@ -95,27 +93,26 @@ fn was_refused(error: &(dyn StdError + 'static)) -> bool {
         })
 }
 
-/// The error for a call that got no reply; `unprocessed` if it is known that no server has
-/// begun it.
-pub(super) fn failure(error: &reqwest::Error, unprocessed: bool, endpoint: &Endpoint) -> Error {
+/// Returns the error for a call without a reply. `unprocessed` means that certainly no server has processed it.
+pub(super) fn error(error: &reqwest::Error, unprocessed: bool, endpoint: &Endpoint) -> Error {
     let connecting = error.is_connect();
     if connecting && lacks_descriptors(error) {
         return out_of_descriptors(endpoint.max_open_files);
     }
-    let mut message = text::line(&endpoint.secrets.scrub(&flatten(error)));
+    let mut message = sanitize::one_line(&endpoint.secrets.redact(&error_chain(error)));
     if message.contains("InvalidContentType") {
-        // The words of rustls: "received corrupt message of type InvalidContentType".
+        // rustls reports "received corrupt message of type InvalidContentType".
         message.push_str(
             "; the server does not speak TLS here: should the base URL begin with http://?",
         );
     }
-    // A connection that dies in the middle of a call may be a timeout of the system's. It is
-    // none of the call's.
+    // The operating system may report a connection that dies during a call as timed out; no timeout of the call has
+    // passed then.
     let kind = match connecting && error.is_timeout() {
         true => ErrorKind::Timeout,
         false => ErrorKind::Connection,
     };
-    // Nothing was sent where no connection was made.
+    // Nothing was sent if there was no connection.
     let unbilled = connecting || unprocessed;
     Error::new(kind, message).with_billed(unbilled.then_some(false))
 }
@@ -131,14 +128,15 @@ fn out_of_descriptors(max: Option<u64>) -> Error {
         .with_billed(Some(false))
 }
 
-/// Whether no file descriptor was left, in the process or in the system.
+/// Whether the process or the system has run out of file descriptors.
 fn lacks_descriptors(error: &(dyn StdError + 'static)) -> bool {
-    let said = causes(error)
+    let reported = causes(error)
         .filter_map(|cause| cause.downcast_ref::<io::Error>())
         .any(is_descriptor_limit);
-    // Looking up a name needs descriptors too, and fails for want of them in other words.
-    said || cfg!(unix)
-        && std::fs::File::open("/dev/null").is_err_and(|error| is_descriptor_limit(&error))
+    // A name lookup needs descriptors too, and reports their lack in another way.
+    reported
+        || cfg!(unix)
+            && std::fs::File::open("/dev/null").is_err_and(|error| is_descriptor_limit(&error))
 }
 
 fn is_descriptor_limit(error: &io::Error) -> bool {
@@ -147,8 +145,8 @@ fn is_descriptor_limit(error: &io::Error) -> bool {
     cfg!(unix) && matches!(error.raw_os_error(), Some(ENFILE | EMFILE))
 }
 
-/// How many files the process may have open, where that can be read. It is read before it is
-/// needed, because reading it needs one.
+/// Returns the limit on open files of the process, if it can be read. It is read in advance, because reading needs a
+/// file descriptor.
 pub(super) fn max_open_files() -> Option<u64> {
     let limits = std::fs::read_to_string("/proc/self/limits").ok()?;
     let line = limits
@@ -161,4 +159,11 @@ fn causes<'a>(
     error: &'a (dyn StdError + 'static),
 ) -> impl Iterator<Item = &'a (dyn StdError + 'static)> {
     std::iter::successors(Some(error), |&error| error.source())
+}
+
+/// Formats an error and its causes in one line. They are not kept as a source, because the types belong to other
+/// crates and may hold a URL.
+pub(super) fn error_chain(error: &(dyn StdError + 'static)) -> String {
+    let texts: Vec<String> = causes(error).map(ToString::to_string).collect();
+    texts.join(": ")
 }

@@ -1,15 +1,15 @@
-//! Texts that others wrote, made fit to be shown in one line.
+//! Server texts, made fit for one line of a log or a terminal.
 
 use std::borrow::Cow;
 
-/// Longest message kept of what a server says, in bytes.
+/// The longest message kept, in bytes.
 const MAX_MESSAGE: usize = 2048;
-/// Longest excerpt of a web page, in bytes.
+/// The longest excerpt of a web page, in bytes.
 const MAX_EXCERPT: usize = 200;
 
-/// A message as one bounded line: runs of white space and control characters become a space,
-/// and terminal escape sequences go, so that no reply can forge lines of a log or colour a terminal.
-pub(super) fn line(text: &str) -> String {
+/// Returns the text as one line of at most [`MAX_MESSAGE`] bytes. Runs of white space and control characters become a
+/// space and escape sequences are removed, so that no reply can forge lines of a log or colour a terminal.
+pub(super) fn one_line(text: &str) -> String {
     let text = without_escapes(text);
     let mut out = String::with_capacity(text.len().min(MAX_MESSAGE + 4));
     for word in text.split(|c: char| c.is_whitespace() || c.is_control()) {
@@ -23,23 +23,23 @@ pub(super) fn line(text: &str) -> String {
             out.push_str(word);
         }
     }
-    shorten(out, MAX_MESSAGE)
+    truncate(out, MAX_MESSAGE)
 }
 
-/// Cuts a text to at most `max` bytes, at a character's end.
-pub(super) fn shorten(text: String, max: usize) -> String {
+/// Truncates a text to at most `max` bytes, between characters.
+pub(super) fn truncate(text: String, max: usize) -> String {
     if text.len() <= max {
         return text;
     }
-    let mark = "…";
-    let mut end = max - mark.len();
+    let ellipsis = "…";
+    let mut end = max - ellipsis.len();
     while !text.is_char_boundary(end) {
         end -= 1;
     }
-    format!("{}{mark}", &text[..end])
+    format!("{}{ellipsis}", &text[..end])
 }
 
-/// Takes out the sequences that terminals obey: ESC `[` … letter.
+/// Removes terminal escape sequences: ESC `[` … letter.
 fn without_escapes(text: &str) -> Cow<'_, str> {
     if !text.contains("\u{1b}[") {
         return Cow::Borrowed(text);
@@ -53,8 +53,8 @@ fn without_escapes(text: &str) -> Cow<'_, str> {
     Cow::Owned(out)
 }
 
-/// Whether a body is a web page, so that no API has written it.
-pub(super) fn is_page(body: &str) -> bool {
+/// Whether a body is a web page, which no API sends.
+pub(super) fn is_web_page(body: &str) -> bool {
     let body = body.trim_start_matches('\u{feff}').trim_start();
     body.starts_with('<') && {
         let start: String = body.chars().take(1000).collect();
@@ -65,13 +65,13 @@ pub(super) fn is_page(body: &str) -> bool {
     }
 }
 
-/// The title of a web page, or the beginning of its text.
-pub(super) fn excerpt(page: &str) -> String {
+/// Returns the title of a web page, or the beginning of its text.
+pub(super) fn web_page_excerpt(page: &str) -> String {
     let lower = page.to_ascii_lowercase();
     let title = lower.find("<title").and_then(|tag| {
         let start = tag + lower[tag..].find('>')? + 1;
         let end = start + lower[start..].find("</title")?;
-        Some(line(&page[start..end])).filter(|title| !title.is_empty())
+        Some(one_line(&page[start..end])).filter(|title| !title.is_empty())
     });
     let text = title.unwrap_or_else(|| {
         let mut text = String::new();
@@ -80,9 +80,9 @@ pub(super) fn excerpt(page: &str) -> String {
             text.push_str(after);
             text.push(' ');
         }
-        line(&text)
+        one_line(&text)
     });
-    shorten(text, MAX_EXCERPT)
+    truncate(text, MAX_EXCERPT)
 }
 
 #[cfg(test)]
@@ -102,12 +102,12 @@ mod tests {
             ("", ""),
         ];
         for (text, expected) in cases {
-            assert_eq!(line(text), expected);
+            assert_eq!(one_line(text), expected);
         }
     }
 
     #[test]
-    fn a_page_is_known_and_shown_by_its_title() {
+    fn a_web_page_is_detected_and_named_by_its_title() {
         let cases = [
             (
                 "<html>\r\n<head><title>502 Bad Gateway</title></head>…",
@@ -127,7 +127,7 @@ mod tests {
             ("", None),
         ];
         for (body, expected) in cases {
-            let title = is_page(body).then(|| excerpt(body));
+            let title = is_web_page(body).then(|| web_page_excerpt(body));
             assert_eq!(title.as_deref(), expected, "{body}");
         }
     }
@@ -135,7 +135,7 @@ mod tests {
     proptest! {
         #[test]
         fn any_text_becomes_a_bounded_line(text in "(\\PC|[\u{1b}\\[<>\r\n\t]|<title>|</title>){0,60}") {
-            for line in [line(&text), excerpt(&text)] {
+            for line in [one_line(&text), web_page_excerpt(&text)] {
                 prop_assert!(line.len() <= MAX_MESSAGE);
                 prop_assert!(!line.chars().any(char::is_control), "{line:?}");
             }
