@@ -22,7 +22,7 @@ use sqlx::{
 };
 use throughline::store::{
     Claim, Commit, Generation, Item, MemoKey, NewItem, NewRun, Postgres, Queue, RunId, Settlement,
-    Sqlite, Store as _,
+    Sqlite, Store as _, StoreExt as _,
 };
 use throughline::{
     Context, Provider, Reply, Request, Result, Runner, Usage, Worker, runs::DriveOutcome,
@@ -47,22 +47,20 @@ fn run_of(n: u32, length: usize) -> NewRun {
 }
 
 fn commit(items: &[Item], length: usize, generations: bool) -> Commit {
-    let settle = |item: &Item| Settlement {
-        hold: item.hold(),
-        result: Ok(body(item.seq as usize, length)),
-    };
+    let settle = |item: &Item| Settlement::new(item.hold(), Ok(body(item.seq as usize, length)));
     let commit = Commit::new().settlements(items.iter().map(settle));
     if !generations {
         return commit;
     }
     let digest = Request::new("a").digest();
-    commit.generations(items.iter().map(|item| Generation {
-        tenant: "bench".to_owned(),
-        key: MemoKey::of([&item.id.0.to_be_bytes()[..]]),
-        request: digest,
-        body: body(item.seq as usize, length),
-        usage: Usage::new(100, 200),
-        cost_micros: Some(1),
+    commit.generations(items.iter().map(|item| {
+        Generation::new(
+            "bench",
+            MemoKey::of([&item.id.0.to_be_bytes()[..]]),
+            digest,
+            body(item.seq as usize, length),
+            Usage::new(100, 200),
+        )
     }))
 }
 

@@ -22,9 +22,9 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use fastrand::Rng;
 use throughline::store::{
-    Claim, Commit, Committed, Durability, Generation, Handling, Intent, IntentName, Item, ItemId,
-    LeaseId, MemoKey, Memory, NewItem, NewRun, Note, Postgres, Queue, RunFilter, RunId, Settlement,
-    Sqlite, Status,
+    Claim, Commit, Committed, Durability, Generation, Handling, Intent, IntentFilter, IntentName,
+    Item, ItemId, LeaseId, MemoKey, Memory, NewItem, NewRun, Note, Postgres, Queue, QueueExt as _,
+    RunFilter, RunId, Settlement, Sqlite, Status, StoreExt as _,
 };
 use throughline::testing::Counted;
 use throughline::{Error, ErrorKind, Result, Runner, Usage, request::RequestDigest};
@@ -414,26 +414,25 @@ impl Actor {
                 outputs.insert(item.id, output.clone());
             }
             let hold = item.hold();
-            commit.settlements.push(Settlement { hold, result });
+            commit.settlements.push(Settlement::new(hold, result));
         }
         let mut keys = Vec::new();
         for _ in 0..self.rng.usize(..3) {
             let tenant = self.rng.choice(TENANTS).unwrap_or_default().to_owned();
             let key = MemoKey::new([self.rng.u8(..40); 32]);
             keys.push((tenant.clone(), key));
-            commit.generations.push(Generation {
+            commit.generations.push(Generation::new(
                 tenant,
                 key,
-                request: RequestDigest::from_bytes([1; 32]),
-                body: self.unique(),
-                usage: Usage::new(1, 1),
-                cost_micros: None,
-            });
+                RequestDigest::from_bytes([1; 32]),
+                self.unique(),
+                Usage::new(1, 1),
+            ));
         }
         for _ in 0..self.rng.usize(..2) {
             let (run, data) = (self.run(), self.unique());
             let kind = "note".to_owned();
-            commit.notes.push(Note { run, kind, data });
+            commit.notes.push(Note::new(run, kind, data));
         }
         commit.ended_intents = items.iter().filter(|_| keep).map(intent_of).collect();
         {
@@ -517,16 +516,7 @@ impl Actor {
 
     async fn intend(&mut self) {
         let items = self.some_items(true);
-        let intents: Vec<_> = items
-            .iter()
-            .map(intent_of)
-            .map(|name| Intent {
-                item: name.item,
-                attempt: name.attempt,
-                key: name.key,
-                provider_ref: None,
-            })
-            .collect();
+        let intents: Vec<_> = items.iter().map(intent_of).map(Intent::new).collect();
         let what = format!("{} intend {:?}", self.name, holds(&items));
         let call = self.store.put_intents(&intents);
         if let Ended::Acknowledged(()) = self.history.call(&mut self.rng, what, call).await {
@@ -572,10 +562,13 @@ impl Actor {
                 1 => store.runs(RunFilter::new(), 20).await.map(drop),
                 2 => store.items(run, 0, 50).await.map(drop),
                 3 => store.log(run, 0, 50).await.map(drop),
-                4 => store.ambiguous(None, 20).await.map(drop),
-                5 => store.intents(&ids).await.map(drop),
+                4 => store.ambiguous_intents(None, 20).await.map(drop),
+                5 => {
+                    let filter = IntentFilter::items(ids.iter().copied());
+                    store.intents(filter, 100).await.map(drop)
+                }
                 _ => {
-                    store.lost(&holds).await?;
+                    store.lost(lease, &holds).await?;
                     store.held(lease).await.map(drop)
                 }
             }
@@ -639,10 +632,9 @@ async fn finish(history: &History, store: &dyn Queue) {
         for handling in HANDLINGS {
             items.extend(claim(store, lease, handling, 500).await.unwrap());
         }
-        let settled = items.iter().map(|item| Settlement {
-            hold: item.hold(),
-            result: Ok("\"last\"".to_owned()),
-        });
+        let settled = items
+            .iter()
+            .map(|item| Settlement::new(item.hold(), Ok("\"last\"".to_owned())));
         let commit = Commit::new().settlements(settled);
         let committed = store.commit(commit).await.unwrap();
         {
@@ -723,7 +715,10 @@ async fn audit(history: &History, store: Arc<dyn Queue>) {
         );
     }
     let ids: Vec<_> = items.keys().copied().collect();
-    let intents = store.intents(&ids).await.unwrap();
+    let intents = store
+        .intents(IntentFilter::items(ids), u32::MAX)
+        .await
+        .unwrap();
     let intents: HashSet<_> = intents.iter().map(Intent::name).collect();
 
     let books = history.books();

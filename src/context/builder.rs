@@ -19,8 +19,8 @@ use crate::provider::Provider;
 use crate::ratelimit::{Lane, Pace};
 #[cfg(doc)]
 use crate::request::Request;
-use crate::store::Store;
 use crate::store::journal::Journal;
+use crate::store::{RepliesOnly, ReplyStore, Store};
 
 /// Builds a [`Context`].
 #[must_use = "a builder does nothing until `build`"]
@@ -172,6 +172,13 @@ impl ContextBuilder {
     #[doc(alias = "resume")]
     pub fn store(mut self, store: impl Store) -> Self {
         self.store = Some(Arc::new(store));
+        self
+    }
+
+    /// Keeps replies in a store of your own that keeps nothing else; see [`ReplyStore`], and [`store`](Self::store) for how
+    /// replies are found again.
+    pub fn reply_store(mut self, replies: impl ReplyStore) -> Self {
+        self.store = Some(Arc::new(RepliesOnly(replies)));
         self
     }
 

@@ -200,8 +200,8 @@ impl Context {
     /// let store = Arc::new(Memory::new());
     /// let classes = store.create_run(NewRun::new("ada", "classes")).await?.run; // no items: a log
     /// let journal = cx.journal_into(Arc::clone(&store));
-    /// let (kind, data) = ("class".to_owned(), r#"{"minutes": 45}"#.to_owned());
-    /// journal.write(Commit::new().notes([Note { run: classes, kind, data }])); // returns at once
+    /// let note = Note::new(classes, "class", r#"{"minutes": 45}"#);
+    /// journal.write(Commit::new().notes([note])); // returns at once
     /// journal.flush().await?;
     /// # Ok(()) }
     /// ```

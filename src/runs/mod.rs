@@ -24,6 +24,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::pipeline::Pipeline;
 use crate::store::{
     Commit, Intent, IntentName, LogEntry, Purged, Run, RunFilter, RunId, Status, Store,
+    StoreExt as _,
 };
 
 /// Submits durable runs and says how they stand. Cheap to clone; needs no provider.
@@ -217,7 +218,7 @@ impl Runner {
     /// # #[tokio::main(flavor = "current_thread")] async fn main() -> throughline::Result<()> {
     /// # let store = Arc::new(Memory::new());
     /// let classes = store.create_run(NewRun::new("ada", "classes")).await?.run;
-    /// let notes = (1..=500).map(|n| Note { run: classes, kind: "class".into(), data: n.to_string() });
+    /// let notes = (1..=500).map(|n| Note::new(classes, "class", n.to_string()));
     /// store.commit(Commit::new().notes(notes)).await?;
     /// let last = Runner::new(store).log_last(classes, 100).await?;
     /// assert_eq!((last.len(), &*last[99].data), (100, "500"));
@@ -294,7 +295,7 @@ impl Runner {
     /// The store's.
     pub async fn ambiguous(&self, after: Option<IntentName>, limit: u32) -> Result<Vec<Intent>> {
         self.sees_all("the list of ambiguous calls")?;
-        self.store.ambiguous(after, limit).await
+        self.store.ambiguous_intents(after, limit).await
     }
 
     /// Takes calls off the list of [`ambiguous`](Self::ambiguous) ones: somebody has dealt with them.

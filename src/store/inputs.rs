@@ -1,37 +1,38 @@
-//! What a store is given: runs to create, commits, and what to list.
+//! The arguments of store methods: runs to create, claims, commits and filters.
 
 use std::collections::HashSet;
 
-use super::model::{Generation, Handling, Hold, IntentName, RunId, Status};
+use super::model::{Generation, Handling, Hold, Intent, IntentName, ItemId, Run, RunId, Status};
 use crate::error::{Error, ErrorKind, Result};
 
-/// The longest text that is in an index: Postgres takes 2,704 bytes for a row of one, and two of
-/// these are in one.
-const INDEXED: usize = 1024;
+/// The largest length of an indexed text in bytes. A row of a Postgres index holds 2,704 bytes, and one index holds two
+/// of these texts.
+const MAX_INDEXED_BYTES: usize = 1024;
 
-/// A run to be created, with all of its items.
+/// A run to create, with all of its items.
 #[derive(Debug, Clone, Default)]
 #[non_exhaustive]
 pub struct NewRun {
-    /// Whose it is: the unit of fairness, and of what may be seen. Empty where there is one only.
+    /// The tenant: the unit of fairness and of visibility. Empty for a service with a single tenant.
     pub tenant: String,
     /// The name of the pipeline.
     pub name: String,
-    /// What the layer above wants to find again: JSON, opaque to the store.
+    /// Data of the layer above: JSON, opaque to the store.
     pub spec: String,
-    /// Lower goes first among the items of a tenant; 0 unless set.
+    /// The priority among the items of a tenant, lowest first; 0 unless set.
     pub priority: i32,
-    /// How often a worker may claim an item and die with it alone before the item fails; 3 unless set. More than
-    /// [`i32::MAX`] counts as that.
+    /// The number of times that a worker may claim an item and die while it holds no other, before the item fails; 3
+    /// unless set. Values above [`i32::MAX`] count as that.
     pub max_attempts: u32,
-    /// A second run of the same tenant with the same key is the first one again.
+    /// A key that makes creating the run idempotent: with a key that the tenant has used before, the earlier run is
+    /// returned.
     pub idempotency_key: Option<String>,
     /// The items, in the order of their `seq`.
     pub items: Vec<NewItem>,
 }
 
 impl NewRun {
-    /// A run of the pipeline `name`, without items yet.
+    /// Creates a run of the pipeline `name` without items.
     pub fn new(tenant: impl Into<String>, name: impl Into<String>) -> Self {
         Self {
             tenant: tenant.into(),
@@ -49,7 +50,7 @@ impl NewRun {
         self
     }
 
-    /// Sets what the layer above wants to find again.
+    /// Sets the data of the layer above.
     #[must_use]
     pub fn spec(mut self, spec: impl Into<String>) -> Self {
         self.spec = spec.into();
@@ -63,33 +64,34 @@ impl NewRun {
         self
     }
 
-    /// Sets how often a worker may claim an item and die with it alone before the item fails.
+    /// Sets the number of times that a worker may die while it holds only an item before that item fails.
     #[must_use]
     pub fn max_attempts(mut self, max_attempts: u32) -> Self {
         self.max_attempts = max_attempts;
         self
     }
 
-    /// Sets the key that makes creating it twice harmless.
+    /// Sets the key that makes creating the run idempotent.
     #[must_use]
     pub fn idempotency_key(mut self, key: impl Into<String>) -> Self {
         self.idempotency_key = Some(key.into());
         self
     }
 
-    /// Refuses what not every backend can keep. Backends call it first.
+    /// Checks that every backend can keep the run. Backends call this first.
     ///
     /// # Errors
-    /// [`ErrorKind::Config`] for a text with a NUL character (Postgres has no place for it), a tenant, a name or
-    /// an idempotency key of more than 1,024 bytes (they are in indexes) and for `max_attempts` 0.
+    /// [`ErrorKind::Config`] for a text with a NUL character (Postgres cannot store it), for a tenant, a name or an
+    /// idempotency key of more than 1,024 bytes (they are indexed), and for 0 `max_attempts`.
     pub fn check(&self) -> Result<()> {
         let tenant = ("the name of a tenant", Some(&self.tenant));
         let name = ("the name of a pipeline", Some(&self.name));
         let key = ("an idempotency key", self.idempotency_key.as_ref());
         for (what, text) in [tenant, name, key] {
             let length = text.map_or(0, String::len);
-            if length > INDEXED {
-                let message = format!("{what} has {INDEXED} bytes at most, not {length}");
+            if length > MAX_INDEXED_BYTES {
+                let message =
+                    format!("{what} may have at most {MAX_INDEXED_BYTES} bytes, but has {length}");
                 return Err(Error::new(ErrorKind::Config, message));
             }
         }
@@ -108,15 +110,16 @@ impl NewRun {
 
 /// An item of a [`NewRun`].
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct NewItem {
-    /// What names it among the items of its pipeline. The store does not ask it to be unique.
+    /// The name of the item among the items of its pipeline. The store does not require it to be unique.
     pub key: String,
     /// The input: JSON, opaque to the store.
     pub input: String,
 }
 
 impl NewItem {
-    /// An item.
+    /// Creates an item.
     pub fn new(key: impl Into<String>, input: impl Into<String>) -> Self {
         Self {
             key: key.into(),
@@ -125,21 +128,25 @@ impl NewItem {
     }
 }
 
-/// Which items a worker asks for ([`Queue::claim`](crate::store::Queue::claim)).
-#[derive(Debug, Clone, Copy)]
+/// A worker's request for items ([`Queue::claim`](crate::store::Queue::claim)).
+#[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
-pub struct Claim<'a> {
-    /// The names of the pipelines that the worker has. Without a name there is nothing to claim.
-    pub pipelines: &'a [&'a str],
-    /// Only items with this handling.
+pub struct Claim {
+    /// The names of the worker's pipelines, each once and in order. Without a name there is nothing to claim.
+    pub pipelines: Vec<String>,
+    /// The handling of the items.
     pub handling: Handling,
-    /// How many at most.
+    /// The largest number of items.
     pub limit: u32,
 }
 
-impl<'a> Claim<'a> {
-    /// At most `limit` items of these pipelines, with the normal handling.
-    pub fn new(pipelines: &'a [&'a str], limit: u32) -> Self {
+impl Claim {
+    /// Asks for at most `limit` items of these pipelines, with the normal handling.
+    pub fn new(pipelines: impl IntoIterator<Item = impl AsRef<str>>, limit: u32) -> Self {
+        let names = pipelines.into_iter().map(|name| name.as_ref().to_owned());
+        let mut pipelines: Vec<_> = names.collect();
+        pipelines.sort_unstable();
+        pipelines.dedup();
         Self {
             pipelines,
             handling: Handling::Normal,
@@ -153,93 +160,115 @@ impl<'a> Claim<'a> {
         self.handling = handling;
         self
     }
-
-    /// The names, each once: what a backend goes through.
-    pub fn names(&self) -> Vec<&'a str> {
-        let mut names = self.pipelines.to_vec();
-        names.sort_unstable();
-        names.dedup();
-        names
-    }
 }
 
-/// How one item ended.
+/// The outcome of one item.
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct Settlement {
-    /// The item, as it was claimed.
+    /// The hold of the item, as it was claimed or read.
     pub hold: Hold,
-    /// Its output (JSON, opaque to the store), or why there is none.
+    /// The output of the item (JSON, opaque to the store), or its error.
     pub result: Result<String>,
+}
+
+impl Settlement {
+    /// Creates the outcome of the item that `hold` names.
+    pub fn new(hold: Hold, result: Result<String>) -> Self {
+        Self { hold, result }
+    }
 }
 
 /// An entry that the layer above writes into a run's log.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Note {
     /// The run.
     pub run: RunId,
-    /// What kind of entry: a word of the layer above.
+    /// The kind of the entry, a word of the layer above.
     pub kind: String,
-    /// What it says: JSON, opaque to the store.
+    /// The content: JSON, opaque to the store.
     pub data: String,
 }
 
-/// What is written in one transaction and one round trip.
+impl Note {
+    /// Creates an entry for the log of `run`.
+    pub fn new(run: RunId, kind: impl Into<String>, data: impl Into<String>) -> Self {
+        Self {
+            run,
+            kind: kind.into(),
+            data: data.into(),
+        }
+    }
+}
+
+/// Rows that are written in one transaction and one round trip.
 #[derive(Debug, Clone, Default)]
 #[non_exhaustive]
 pub struct Commit {
-    /// Replies to remember. One whose key is known changes nothing.
+    /// Replies to keep. A reply under a key that is taken changes nothing.
     pub generations: Vec<Generation>,
-    /// Items that ended.
+    /// Outcomes of items.
     pub settlements: Vec<Settlement>,
-    /// Intents that are none any more.
+    /// Intents of calls that are about to be sent.
+    pub intents: Vec<Intent>,
+    /// Names of intents to delete, because their calls have ended.
     pub ended_intents: Vec<IntentName>,
-    /// Entries for logs, in front of those that the settlements make.
+    /// Log entries, written before those that the settlements cause.
     pub notes: Vec<Note>,
 }
 
 impl Commit {
-    /// Nothing yet.
+    /// Creates an empty commit.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Adds replies to remember.
+    /// Adds replies to keep.
     #[must_use]
     pub fn generations(mut self, generations: impl IntoIterator<Item = Generation>) -> Self {
         self.generations.extend(generations);
         self
     }
 
-    /// Adds items that ended.
+    /// Adds outcomes of items.
     #[must_use]
     pub fn settlements(mut self, settlements: impl IntoIterator<Item = Settlement>) -> Self {
         self.settlements.extend(settlements);
         self
     }
 
-    /// Adds intents that are none any more.
+    /// Adds intents of calls that are about to be sent.
+    #[must_use]
+    pub fn intents(mut self, intents: impl IntoIterator<Item = Intent>) -> Self {
+        self.intents.extend(intents);
+        self
+    }
+
+    /// Adds names of intents to delete.
     #[must_use]
     pub fn ended_intents(mut self, names: impl IntoIterator<Item = IntentName>) -> Self {
         self.ended_intents.extend(names);
         self
     }
 
-    /// Adds entries for logs.
+    /// Adds log entries.
     #[must_use]
     pub fn notes(mut self, notes: impl IntoIterator<Item = Note>) -> Self {
         self.notes.extend(notes);
         self
     }
 
-    /// Whether there is nothing to write.
+    /// Returns whether there is nothing to write.
     pub fn is_empty(&self) -> bool {
         self.generations.is_empty()
             && self.settlements.is_empty()
+            && self.intents.is_empty()
             && self.ended_intents.is_empty()
             && self.notes.is_empty()
     }
 
-    /// Refuses what not every backend can keep. Backends call it first.
+    /// Checks that every backend can keep the rows. Backends call this first.
     ///
     /// # Errors
     /// [`ErrorKind::Config`] for a text with a NUL character and for an item that is settled twice.
@@ -250,7 +279,8 @@ impl Commit {
             .iter()
             .filter_map(|s| s.result.as_ref().ok());
         let notes = self.notes.iter().flat_map(|note| [&note.kind, &note.data]);
-        no_nul(bodies.chain(outputs).chain(notes))?;
+        let intents = self.intents.iter().filter_map(|i| i.provider_ref.as_ref());
+        no_nul(bodies.chain(outputs).chain(notes).chain(intents))?;
         let mut items = HashSet::with_capacity(self.settlements.len());
         let twice = self.settlements.iter().find(|s| !items.insert(s.hold.item));
         match twice {
@@ -263,43 +293,100 @@ impl Commit {
     }
 }
 
-/// Which runs to list.
+/// A filter for intents ([`Store::intents`](crate::store::Store::intents)).
+#[derive(Debug, Clone, Default)]
+#[non_exhaustive]
+pub struct IntentFilter {
+    /// Only intents of these items.
+    pub items: Option<Vec<ItemId>>,
+    /// Only intents of items that no live lease holds.
+    pub unheld: bool,
+    /// Only intents after this one: the last of the page before.
+    pub after: Option<IntentName>,
+}
+
+impl IntentFilter {
+    /// Selects the intents of these items, whether leases hold the items or not.
+    pub fn items(items: impl IntoIterator<Item = ItemId>) -> Self {
+        Self {
+            items: Some(items.into_iter().collect()),
+            ..Self::default()
+        }
+    }
+
+    /// Selects the intents of items that no live lease holds: calls that may or may not have been paid for.
+    pub fn ambiguous() -> Self {
+        Self {
+            unheld: true,
+            ..Self::default()
+        }
+    }
+
+    /// Selects only intents after this one.
+    #[must_use]
+    pub fn after(mut self, after: IntentName) -> Self {
+        self.after = Some(after);
+        self
+    }
+}
+
+/// A filter for runs ([`Store::runs`](crate::store::Store::runs)).
 #[derive(Debug, Clone, Default)]
 #[non_exhaustive]
 pub struct RunFilter {
-    /// Only this tenant's.
+    /// Only the run with this number.
+    pub id: Option<RunId>,
+    /// Only runs of this tenant.
     pub tenant: Option<String>,
-    /// Only those that stand so.
+    /// Only runs with this status.
     pub status: Option<Status>,
-    /// Only those older than this one: the last of the page before.
+    /// Only runs older than this one: the last of the page before.
     pub before: Option<RunId>,
 }
 
 impl RunFilter {
-    /// All runs.
+    /// Selects all runs.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Only this tenant's.
+    /// Selects only the run with this number.
+    #[must_use]
+    pub fn id(mut self, id: RunId) -> Self {
+        self.id = Some(id);
+        self
+    }
+
+    /// Selects only runs of this tenant.
     #[must_use]
     pub fn tenant(mut self, tenant: impl Into<String>) -> Self {
         self.tenant = Some(tenant.into());
         self
     }
 
-    /// Only those that stand so.
+    /// Selects only runs with this status.
     #[must_use]
     pub fn status(mut self, status: Status) -> Self {
         self.status = Some(status);
         self
     }
 
-    /// Only those older than this one.
+    /// Selects only runs older than this one.
     #[must_use]
     pub fn before(mut self, before: RunId) -> Self {
         self.before = Some(before);
         self
+    }
+
+    /// Returns whether the filter selects this run.
+    pub fn selects(&self, run: &Run) -> bool {
+        self.id.is_none_or(|id| run.id == id)
+            && self
+                .tenant
+                .as_ref()
+                .is_none_or(|tenant| run.tenant == *tenant)
+            && self.status.is_none_or(|status| run.status == status)
+            && self.before.is_none_or(|before| run.id < before)
     }
 }
 

@@ -243,6 +243,26 @@ macro_rules! decode {
             })
         }
 
+        /// The runs that the filter selects.
+        pub(super) fn selected_runs(
+            rows: &[$row],
+            filter: &$crate::store::RunFilter,
+            limit: u32,
+        ) -> $crate::error::Result<Vec<$crate::store::Run>> {
+            let mut runs = $crate::store::sql::each(rows, run)?;
+            runs.retain(|run| filter.selects(run));
+            runs.truncate(limit as usize);
+            Ok(runs)
+        }
+
+        pub(super) fn hold(row: &$row) -> sqlx::Result<$crate::store::Hold> {
+            use sqlx::Row as _;
+            Ok($crate::store::Hold {
+                item: $crate::store::ItemId(row.try_get(0)?),
+                epoch: row.try_get(1)?,
+            })
+        }
+
         /// An item and its priority.
         pub(super) fn item(row: &$row) -> sqlx::Result<($crate::store::model::Item, i32)> {
             use sqlx::Row as _;

@@ -6,20 +6,16 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use async_trait::async_trait;
-
 use crate::error::{Error, ErrorKind, Persistence, Result};
-use crate::store::{
-    Claim, Commit, Committed, Created, Generation, Hold, Intent, IntentName, Item, ItemId, LeaseId,
-    LogEntry, MemoKey, Memory, NewRun, Purged, Queue, Reaped, Run, RunFilter, RunId, Store,
-};
+use crate::store::forward::forward_store;
+use crate::store::{Commit, Memory};
 
 /// A store around another that counts the calls to it, each of which is a round trip: what is
 /// counted is the same on every machine, what is timed is not.
 ///
 /// ```
 /// use std::sync::Arc;
-/// use throughline::store::{Memory, NewRun, Store};
+/// use throughline::store::{Memory, NewRun, Store, StoreExt};
 /// use throughline::testing::Counted;
 ///
 /// # #[tokio::main(flavor = "current_thread")] async fn main() -> throughline::Result<()> {
@@ -27,7 +23,7 @@ use crate::store::{
 /// let run = store.create_run(NewRun::new("ada", "classes")).await?.run;
 /// store.set_down(true);
 /// assert!(store.run(run).await.is_err());
-/// assert_eq!((store.calls("run"), store.trips()), (1, 2));
+/// assert_eq!((store.calls("runs"), store.trips()), (1, 2));
 /// # Ok(()) }
 /// ```
 #[must_use]
@@ -138,6 +134,22 @@ impl<S> Counted<S> {
     }
 }
 
+impl<S> Counted<S> {
+    async fn enter_commit(&self, commit: &Commit) -> Result<()> {
+        let rows = commit.generations.len() + commit.settlements.len() + commit.notes.len();
+        let rows = rows + commit.intents.len() + commit.ended_intents.len();
+        self.largest_commit
+            .fetch_max(rows as u64, Ordering::Relaxed);
+        if self.stuck.load(Ordering::Relaxed) {
+            std::future::pending::<()>().await;
+        }
+        match (self.refuse)(commit) {
+            Some(error) => Err(error),
+            None => Ok(()),
+        }
+    }
+}
+
 impl Default for Counted {
     fn default() -> Self {
         Self::new(Memory::new())
@@ -152,60 +164,20 @@ impl<S> fmt::Debug for Counted<S> {
     }
 }
 
-macro_rules! counted {
-    ($trait:ident { $(fn $name:ident(&self $(, $arg:ident: $ty:ty)*) -> $ret:ty;)* } $($rest:tt)*) => {
-        #[async_trait]
-        impl<S: Queue> $trait for Counted<S> {
-            $(async fn $name(&self $(, $arg: $ty)*) -> $ret {
-                self.enter(stringify!($name)).await?;
-                self.inner.$name($($arg),*).await
-            })*
-            $($rest)*
-        }
-    };
-}
-
-counted!(Store {
-    fn create_run(&self, run: NewRun) -> Result<Created>;
-    fn run(&self, run: RunId) -> Result<Option<Run>>;
-    fn runs(&self, filter: RunFilter, limit: u32) -> Result<Vec<Run>>;
-    fn items(&self, run: RunId, from: u64, limit: u32) -> Result<Vec<Item>>;
-    fn log(&self, run: RunId, after: u64, limit: u32) -> Result<Vec<LogEntry>>;
-    fn generations(&self, tenant: &str, keys: &[MemoKey]) -> Result<Vec<Generation>>;
-    fn put_intents(&self, intents: &[Intent]) -> Result<()>;
-    fn ambiguous(&self, after: Option<IntentName>, limit: u32) -> Result<Vec<Intent>>;
-    fn intents(&self, items: &[ItemId]) -> Result<Vec<Intent>>;
-    fn cancel(&self, run: RunId) -> Result<u64>;
-    fn retry_failed(&self, run: RunId) -> Result<u64>;
-    fn purge(&self, older_than: Duration, limit: u32) -> Result<Purged>;
-}
-    fn name(&self) -> &'static str {
+/// Counts a call, takes its time or fails it, and passes it on.
+macro_rules! counted_call {
+    ($self:tt.name()) => {
         "counted"
-    }
+    };
+    ($self:tt.commit(($commit:ident: $($type:tt)+))) => {{
+        $self.enter("commit").await?;
+        $self.enter_commit(&$commit).await?;
+        $self.inner.commit($commit).await
+    }};
+    ($self:tt.$method:ident($(($argument:ident: $($type:tt)+)),*)) => {{
+        $self.enter(stringify!($method)).await?;
+        $self.inner.$method($($argument),*).await
+    }};
+}
 
-    async fn commit(&self, commit: Commit) -> Result<Committed> {
-        self.enter("commit").await?;
-        let rows = commit.generations.len() + commit.settlements.len();
-        let rows = rows + commit.notes.len() + commit.ended_intents.len();
-        self.largest_commit.fetch_max(rows as u64, Ordering::Relaxed);
-        if self.stuck.load(Ordering::Relaxed) {
-            std::future::pending::<()>().await;
-        }
-        if let Some(error) = (self.refuse)(&commit) {
-            return Err(error);
-        }
-        self.inner.commit(commit).await
-    }
-);
-
-counted!(Queue {
-    fn register(&self, worker: &str, ttl: Duration) -> Result<LeaseId>;
-    fn heartbeat(&self, lease: LeaseId, ttl: Duration) -> Result<bool>;
-    fn retire(&self, lease: LeaseId) -> Result<u64>;
-    fn claim(&self, lease: LeaseId, claim: Claim<'_>) -> Result<Vec<Item>>;
-    fn has_suspects(&self, pipelines: &[&str]) -> Result<bool>;
-    fn release(&self, holds: &[Hold], delay: Duration, charge: bool) -> Result<u64>;
-    fn held(&self, lease: LeaseId) -> Result<Vec<Item>>;
-    fn lost(&self, holds: &[Hold]) -> Result<Vec<ItemId>>;
-    fn reap(&self) -> Result<Reaped>;
-});
+forward_store!(counted_call, [S: Queue], [S: Queue], Counted<S>);

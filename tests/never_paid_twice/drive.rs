@@ -301,7 +301,7 @@ async fn items_that_could_not_be_given_back_at_once_are_given_back_later() {
     let runner = Runner::new(Arc::clone(&store));
     let run = runner.submit("ask", &ask(), [1, 2, 3]).await.unwrap();
     // Two broken connections in a pool: one is met when the run is read, one when its items are given back.
-    store.fail_next(["run", "release"]);
+    store.fail_next(["runs", "release"]);
     let worker = worker(&store, &sim).build();
     worker.run_until(sleep(MINUTE)).await.unwrap();
     assert_eq!(check(&store, run).await["completed"], 3);

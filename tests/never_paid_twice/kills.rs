@@ -258,15 +258,14 @@ fn signal(pid: u32, name: &str) {
     assert!(sent.unwrap().success());
 }
 
-/// Kills one of the workers again and again, and starts another in its place. Items have their usual three attempts: no
-/// kill may count for an item that only happened to be in the worker's hands. The long form kills a hundred times.
+/// Kills a random worker again and again, and starts another one in its place. Items have their usual three attempts: a
+/// kill must not be charged to an item that the worker only happened to hold. The long form kills a hundred times.
 fn killed_again_and_again(schemas: Option<&Schemas>, workers: usize, kills: usize) {
-    const ITEMS: usize = 500;
-    let kills = if is_long() { 100 } else { kills };
+    let (kills, items) = if is_long() { (100, 500) } else { (kills, 200) };
     let began = Instant::now();
     let job = Job::new(schemas);
     let mut random = fastrand::Rng::with_seed(workers as u64);
-    let submit = |round: usize| job.submit(&format!("r{round}-"), ITEMS, "");
+    let submit = |round: usize| job.submit(&format!("r{round}-"), items, "");
     // The more workers, the slower, so that the items last for as many kills: 160 a second at most.
     let latency = format!("--sim-latency {}", 100 * workers);
     let start = || job.work(&latency);
@@ -280,7 +279,7 @@ fn killed_again_and_again(schemas: Option<&Schemas>, workers: usize, kills: usiz
         let victim = random.usize(..workers);
         let (before, until) = (job.progress(), Instant::now() + PATIENCE);
         // There is always something to do.
-        if paid_for + ITEMS / 2 > runs.len() * ITEMS {
+        if paid_for + items / 2 > runs.len() * items {
             runs.push(submit(runs.len()));
         }
         // A worker that has found nothing to do all the same has stopped.
@@ -317,10 +316,10 @@ fn killed_again_and_again(schemas: Option<&Schemas>, workers: usize, kills: usiz
         .for_each(|worker| ends_within(worker, PATIENCE * if is_long() { 10 } else { 1 }));
 
     for run in &runs {
-        job.check(run, ITEMS);
+        job.check(run, items);
     }
     let billed = job.billed();
-    assert_eq!(billed.len(), runs.len() * ITEMS);
+    assert_eq!(billed.len(), runs.len() * items);
     assert!(kept.len() > 4 * kills, "{} kept", kept.len());
     // Where the machine is so busy that a worker is thought dead, another one may have sent the same call before its reply
     // was committed.
@@ -356,17 +355,17 @@ fn killed_again_and_again(schemas: Option<&Schemas>, workers: usize, kills: usiz
 
 #[test]
 fn one_worker_is_killed_again_and_again_on_sqlite() {
-    killed_again_and_again(None, 1, 10);
+    killed_again_and_again(None, 1, 4);
 }
 
 #[test]
 fn four_workers_are_killed_again_and_again_on_sqlite() {
-    killed_again_and_again(None, 4, 10);
+    killed_again_and_again(None, 4, 4);
 }
 
 #[test]
 fn eight_workers_are_killed_again_and_again_on_sqlite() {
-    killed_again_and_again(None, 8, 8);
+    killed_again_and_again(None, 8, 3);
 }
 
 fn killed_on_postgres(workers: usize, kills: usize) {
@@ -381,17 +380,17 @@ fn killed_on_postgres(workers: usize, kills: usize) {
 
 #[test]
 fn one_worker_is_killed_again_and_again_on_postgres() {
-    killed_on_postgres(1, 10);
+    killed_on_postgres(1, 4);
 }
 
 #[test]
 fn four_workers_are_killed_again_and_again_on_postgres() {
-    killed_on_postgres(4, 10);
+    killed_on_postgres(4, 4);
 }
 
 #[test]
 fn eight_workers_are_killed_again_and_again_on_postgres() {
-    killed_on_postgres(8, 8);
+    killed_on_postgres(8, 3);
 }
 
 /// Stopped for longer than its lease, and then going on as if nothing had happened.

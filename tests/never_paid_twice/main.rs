@@ -3,6 +3,7 @@
 mod drive;
 mod kills;
 mod memo;
+mod reply_store;
 mod runner;
 mod runs;
 

@@ -366,11 +366,7 @@ async fn many_calls_are_few_round_trips() {
 }
 
 fn note(run: throughline::store::RunId, data: impl Into<String>) -> Commit {
-    Commit::new().notes([Note {
-        run,
-        kind: "k".to_owned(),
-        data: data.into(),
-    }])
+    Commit::new().notes([Note::new(run, "k", data)])
 }
 
 #[tokio::test(start_paused = true)]

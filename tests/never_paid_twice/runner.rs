@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use futures::StreamExt as _;
 use serde_json::{Value, json};
-use throughline::store::{Commit, Memory, RunFilter, RunId, Status, Store};
+use throughline::store::{Commit, Memory, RunFilter, RunId, Status, Store, StoreExt as _};
 use throughline::testing::Counted;
 use throughline::{
     Context, Error, ErrorKind, Pipeline, Result, Runner, Sim, Worker, pipeline,

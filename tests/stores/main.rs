@@ -7,6 +7,8 @@ mod outages;
 mod postgres;
 mod sqlite;
 
+#[path = "../support/long.rs"]
+mod long;
 #[cfg(feature = "postgres")]
 #[path = "../support/postgres.rs"]
 mod server;

@@ -15,7 +15,7 @@ use futures::FutureExt as _;
 use futures::future::BoxFuture;
 use throughline::store::{
     Claim, Commit, Generation, Item, LeaseId, MemoKey, Memory, NewItem, NewRun, Note, Postgres,
-    Queue, RunId, Settlement, Sqlite, Store,
+    Queue, RunId, Settlement, Sqlite, Store, StoreExt as _,
 };
 use throughline::testing::{Counted, store};
 use throughline::{
@@ -40,10 +40,11 @@ fn run_of(n: usize) -> NewRun {
 }
 
 fn settled(items: &[Item], result: &Result<String, Error>) -> Commit {
-    Commit::new().settlements(items.iter().map(|item| Settlement {
-        hold: item.hold(),
-        result: result.clone(),
-    }))
+    Commit::new().settlements(
+        items
+            .iter()
+            .map(|item| Settlement::new(item.hold(), result.clone())),
+    )
 }
 
 // A journal that is full
@@ -261,14 +262,13 @@ async fn a_postgres_that_is_killed_and_comes_back_costs_nothing() {
 // Entries that a store refuses
 
 fn generation(tenant: &str, n: u32, body: String) -> Generation {
-    Generation {
-        tenant: tenant.to_owned(),
-        key: MemoKey::of([n.to_be_bytes().as_slice()]),
-        request: RequestDigest::from_bytes([0; 32]),
+    Generation::new(
+        tenant.to_owned(),
+        MemoKey::of([n.to_be_bytes().as_slice()]),
+        RequestDigest::from_bytes([0; 32]),
         body,
-        usage: Usage::new(1, 1),
-        cost_micros: None,
-    }
+        Usage::new(1, 1),
+    )
 }
 
 /// Text that no database compresses.
@@ -329,7 +329,7 @@ async fn more_bytes_than_a_database_takes_at_once_are_written_in_several_commits
 
 fn note(run: RunId, kind: &str) -> Commit {
     let (kind, data) = (kind.to_owned(), "1".to_owned());
-    Commit::new().notes([Note { run, kind, data }])
+    Commit::new().notes([Note::new(run, kind, data)])
 }
 
 /// A store that refuses one entry for good, and does not say that it is the entry.

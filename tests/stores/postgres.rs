@@ -11,6 +11,7 @@ use sqlx::Connection as _;
 use throughline::ErrorKind;
 use throughline::store::{
     Claim, Commit, Handling, Item, NewItem, NewRun, Postgres, Queue, Settlement, Status, Store,
+    StoreExt as _,
 };
 use throughline::testing::store;
 
@@ -24,10 +25,11 @@ fn run_of(n: usize) -> NewRun {
 }
 
 fn done(items: &[Item]) -> Commit {
-    Commit::new().settlements(items.iter().map(|item| Settlement {
-        hold: item.hold(),
-        result: Ok("1".to_owned()),
-    }))
+    Commit::new().settlements(
+        items
+            .iter()
+            .map(|item| Settlement::new(item.hold(), Ok("1".to_owned()))),
+    )
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -10,8 +10,8 @@ use std::time::Duration;
 use sqlx::Connection as _;
 use tempfile::TempDir;
 use throughline::store::{
-    Claim, Commit, Durability, Generation, Handling, Intent, Item, MemoKey, NewItem, NewRun, Queue,
-    RunId, Settlement, Sqlite, Status, Store,
+    Claim, Commit, Durability, Generation, Handling, Intent, IntentName, Item, MemoKey, NewItem,
+    NewRun, Queue, RunId, Settlement, Sqlite, Status, Store, StoreExt as _,
 };
 use throughline::testing::store;
 use throughline::{Error, ErrorKind, Request, Usage};
@@ -33,10 +33,11 @@ fn run_of(n: usize) -> NewRun {
 }
 
 fn done(items: &[Item]) -> Commit {
-    Commit::new().settlements(items.iter().map(|item| Settlement {
-        hold: item.hold(),
-        result: Ok("1".to_owned()),
-    }))
+    Commit::new().settlements(
+        items
+            .iter()
+            .map(|item| Settlement::new(item.hold(), Ok("1".to_owned()))),
+    )
 }
 
 /// Executes SQL on the file, beside the store.
@@ -329,107 +330,115 @@ async fn four_processes_share_a_file_and_none_finds_it_locked() {
     assert!(store.run(RunId(99)).await.unwrap().is_none());
 }
 
-// A file of an earlier release
+// Files of every version of the tables
 
-const FIXTURE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/store-v1.db");
+/// The newest version of the tables.
+const VERSION: u32 = 2;
 
-fn generation(n: u8) -> Generation {
-    Generation {
-        tenant: "a".to_owned(),
-        key: MemoKey::new([n; 32]),
-        request: Request::new("a").digest(),
-        body: "\"paid\"".to_owned(),
-        usage: Usage::new(1, 2),
-        cost_micros: Some(3),
-    }
+/// The path of the file that a release with this version of the tables has written.
+fn fixture(version: u32) -> String {
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures");
+    format!("{folder}/store-v{version}.db")
 }
 
-/// Not a test: writes the file. Do it once for each new version of the tables, before its release,
-/// under a new name; and never again, or it is no witness.
+fn generation(n: u8) -> Generation {
+    let mut generation = Generation::new(
+        "a",
+        MemoKey::new([n; 32]),
+        Request::new("a").digest(),
+        "\"paid\"",
+        Usage::new(1, 2),
+    );
+    generation.cost_micros = Some(3);
+    generation
+}
+
+/// Writes the fixture of the newest version; not a test. Run it once after the version was raised, before the release. A
+/// fixture is never written again, because it must show how that release wrote the file.
 #[tokio::test]
 #[ignore = "it writes the file that the next test reads"]
-async fn write_the_fixture() {
-    assert!(
-        !Path::new(FIXTURE).exists(),
-        "{FIXTURE} is a witness: leave it"
-    );
-    let store = Sqlite::open(FIXTURE).await.unwrap();
-    store
-        .create_run(run_of(6).idempotency_key("once"))
-        .await
-        .unwrap();
+async fn write_the_fixture_of_the_newest_version() {
+    let path = fixture(VERSION);
+    assert!(!Path::new(&path).exists(), "{path} exists already");
+    let store = Sqlite::open(&path).await.unwrap();
+
+    // Two items whose worker died, which workers take a few at a time since version 2.
+    let suspects = NewRun::new("a", "q").items(["x", "y"].map(|key| NewItem::new(key, "1")));
+    store.create_run(suspects).await.unwrap();
+    let dying = store.register("dying", LONG).await.unwrap();
+    let held = store.claim(dying, Claim::new(["q"], 2)).await.unwrap();
+    assert_eq!(held.len(), 2);
+    store.heartbeat(dying, Duration::ZERO).await.unwrap();
+    assert_eq!(store.reap().await.unwrap().requeued, 2);
+
+    let run = run_of(6).idempotency_key("once");
+    store.create_run(run).await.unwrap();
     let lease = store.register("w", Duration::from_secs(1)).await.unwrap();
-    let items = store.claim(lease, Claim::new(&["p"], 4)).await.unwrap();
-    let intent = Intent {
+    let items = store.claim(lease, Claim::new(["p"], 4)).await.unwrap();
+    let name = IntentName {
         item: items[3].id,
         attempt: 1,
         key: MemoKey::new([9; 32]),
-        provider_ref: Some("batch_1".to_owned()),
     };
+    let intent = Intent::new(name).provider_ref("batch_1");
     store.put_intents(&[intent]).await.unwrap();
-    let broken = Settlement {
-        hold: items[1].hold(),
-        result: Err(Error::new(ErrorKind::Timeout, "late").with_http_status(504)),
-    };
+    let error = Error::new(ErrorKind::Timeout, "late").with_http_status(504);
     let commit = done(&items[..1])
-        .settlements([broken])
+        .settlements([Settlement::new(items[1].hold(), Err(error))])
         .generations([generation(1)]);
     store.commit(commit).await.unwrap();
-    store
-        .release(&[items[2].hold()], Duration::from_millis(1), true)
-        .await
-        .unwrap();
+    let soon = Duration::from_millis(1);
+    store.release(&[items[2].hold()], soon, true).await.unwrap();
     store.close().await;
 }
 
 #[tokio::test]
-async fn a_file_of_an_earlier_release_opens_and_goes_on() {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("old.db");
-    std::fs::copy(FIXTURE, &path).unwrap();
-    let store = Sqlite::open(&path).await.unwrap();
-    let again = store
-        .create_run(run_of(1).idempotency_key("once"))
-        .await
-        .unwrap();
-    assert!(!again.new);
-    let run = store.run(again.run).await.unwrap().unwrap();
-    assert_eq!(
-        (run.status, run.total, run.completed, run.failed),
-        (Status::Processing, 6, 1, 1)
-    );
-    let error = run.error.unwrap();
-    assert_eq!(
-        (error.kind(), error.http_status()),
-        (ErrorKind::Timeout, Some(504))
-    );
-    let kept = store
-        .generations("a", &[MemoKey::new([1; 32])])
-        .await
-        .unwrap();
-    assert_eq!(kept, [generation(1)]);
-    let open = store.ambiguous(None, 10).await.unwrap();
-    assert_eq!(open[0].provider_ref.as_deref(), Some("batch_1"));
-    store::audit(&store).await;
+async fn a_file_of_every_version_opens_and_its_run_goes_on() {
+    for version in 1..=VERSION {
+        println!("version {version}");
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("old.db");
+        std::fs::copy(fixture(version), &path).unwrap();
+        let store = Sqlite::open(&path).await.unwrap();
+        let same = run_of(1).idempotency_key("once");
+        let again = store.create_run(same).await.unwrap();
+        assert!(!again.new);
+        let run = store.run(again.run).await.unwrap().unwrap();
+        assert_eq!(
+            (run.status, run.total, run.completed, run.failed),
+            (Status::Processing, 6, 1, 1)
+        );
+        let error = run.error.unwrap();
+        assert_eq!(
+            (error.kind(), error.http_status()),
+            (ErrorKind::Timeout, Some(504))
+        );
+        let key = MemoKey::new([1; 32]);
+        let kept = store.generations("a", &[key]).await.unwrap();
+        assert_eq!(kept, [generation(1)]);
+        let open = store.ambiguous_intents(None, 10).await.unwrap();
+        assert_eq!(open[0].provider_ref.as_deref(), Some("batch_1"));
+        let suspects = store.has_suspects(&["q".to_owned()]).await.unwrap();
+        assert_eq!(suspects, version > 1);
+        store::audit(&store).await;
 
-    // Its worker is long dead.
-    let reaped = store.reap().await.unwrap();
-    assert_eq!((reaped.leases, reaped.requeued, reaped.due), (1, 1, 1));
-    let lease = store.register("w", LONG).await.unwrap();
-    let claim = Claim::new(&["p"], 10);
-    let mut rest = store.claim(lease, claim).await.unwrap();
-    // It held one item only.
-    let alone = claim.handling(Handling::Alone);
-    rest.extend(store.claim(lease, alone).await.unwrap());
-    assert_eq!(
-        rest.iter().map(|item| item.attempt).collect::<Vec<_>>(),
-        [2, 1, 1, 2]
-    );
-    store.commit(done(&rest)).await.unwrap();
-    assert_eq!(store.retry_failed(run.id).await.unwrap(), 1);
-    let failed = store.claim(lease, Claim::new(&["p"], 10)).await.unwrap();
-    store.commit(done(&failed)).await.unwrap();
-    let run = store.run(run.id).await.unwrap().unwrap();
-    assert_eq!((run.status, run.completed), (Status::Completed, 6));
-    store::audit(&store).await;
+        // The lease of its worker expired long ago.
+        let reaped = store.reap().await.unwrap();
+        assert_eq!((reaped.leases, reaped.requeued, reaped.due), (1, 1, 1));
+        let lease = store.register("w", LONG).await.unwrap();
+        let claim = Claim::new(["p"], 10);
+        let mut rest = store.claim(lease, claim.clone()).await.unwrap();
+        // The worker held one item only.
+        let alone = claim.handling(Handling::Alone);
+        rest.extend(store.claim(lease, alone).await.unwrap());
+        let attempts: Vec<_> = rest.iter().map(|item| item.attempt).collect();
+        assert_eq!(attempts, [2, 1, 1, 2]);
+        store.commit(done(&rest)).await.unwrap();
+        assert_eq!(store.retry_failed(run.id).await.unwrap(), 1);
+        let failed = store.claim(lease, Claim::new(["p"], 10)).await.unwrap();
+        store.commit(done(&failed)).await.unwrap();
+        let run = store.run(run.id).await.unwrap().unwrap();
+        assert_eq!((run.status, run.completed), (Status::Completed, 6));
+        store::audit(&store).await;
+    }
 }

@@ -25,7 +25,7 @@ use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::runs::Spec;
 use crate::store::journal::JournalStats;
-use crate::store::{Queue, RunFilter, RunId, Status};
+use crate::store::{Queue, RunFilter, RunId, Status, StoreExt as _};
 
 /// Works on durable runs: claims items, runs their pipelines, commits what came of them. Any number of
 /// workers share a store, in one process or in many.
@@ -413,7 +413,7 @@ impl Inner {
 
     /// Says of the newest runs that wait for a pipeline which is not registered here, once for each name: it may be
     /// misspelt.
-    async fn warn_of_unknown_pipelines(&self, names: &[&str]) {
+    async fn warn_of_unknown_pipelines(&self, names: &[String]) {
         const NEWEST: u32 = 50;
         let filter = RunFilter::new().status(Status::Pending);
         // It is asked again before long.
@@ -422,7 +422,7 @@ impl Inner {
         };
         let mut unknown = self.unknown.lock().unwrap_or_else(PoisonError::into_inner);
         for run in runs {
-            if !names.contains(&&*run.name) && unknown.insert(run.name.clone()) {
+            if !names.contains(&run.name) && unknown.insert(run.name.clone()) {
                 tracing::warn!(
                     pipeline = run.name,
                     registered = ?names,

@@ -45,28 +45,36 @@ where
     }
 }
 
+/// The pipelines of a worker by name.
 #[derive(Default)]
-pub(super) struct Registry(HashMap<Arc<str>, Arc<dyn Work>>);
+pub(super) struct Registry {
+    pipelines: HashMap<Arc<str>, Arc<dyn Work>>,
+    /// Their names in order.
+    names: Vec<String>,
+}
 
 impl Registry {
-    /// False if there is one of that name already.
+    /// Adds a pipeline. Returns false if the name is taken.
     pub(super) fn add<P>(&mut self, name: Arc<str>, pipeline: P) -> bool
     where
         P: Pipeline + 'static,
         P::Input: DeserializeOwned,
         P::Output: Serialize,
     {
-        self.0.insert(name, Arc::new(Typed(pipeline))).is_none()
+        let Err(place) = self.names.binary_search_by(|known| (**known).cmp(&*name)) else {
+            return false;
+        };
+        self.names.insert(place, name.to_string());
+        self.pipelines.insert(name, Arc::new(Typed(pipeline)));
+        true
     }
 
     pub(super) fn find(&self, name: &str) -> Option<(Arc<str>, Arc<dyn Work>)> {
-        let (name, work) = self.0.get_key_value(name)?;
+        let (name, work) = self.pipelines.get_key_value(name)?;
         Some((Arc::clone(name), Arc::clone(work)))
     }
 
-    pub(super) fn names(&self) -> Vec<&str> {
-        let mut names: Vec<_> = self.0.keys().map(|name| &**name).collect();
-        names.sort_unstable();
-        names
+    pub(super) fn names(&self) -> &[String] {
+        &self.names
     }
 }

@@ -9,7 +9,7 @@ use super::{AmbiguousPolicy, Inner, RunInfo, count};
 use crate::call::memo::Place;
 use crate::context::Context;
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::{Commit, Hold, Item, ItemId, Settlement};
+use crate::store::{Commit, Hold, IntentFilter, Item, ItemId, Settlement};
 
 /// How long an item rests that the store did not answer.
 const STORE_RETRY_DELAY: Duration = Duration::from_secs(5);
@@ -164,8 +164,8 @@ impl Inner {
         }
         // Of all of them: a worker that stopped with a call in flight has given its item back without charge.
         let known: HashMap<_, _> = items.iter().map(|item| (item.id, item)).collect();
-        let ids: Vec<_> = known.keys().copied().collect();
-        for intent in self.queue.intents(&ids).await? {
+        let filter = IntentFilter::items(known.keys().copied());
+        for intent in self.queue.intents(filter, u32::MAX).await? {
             let earlier = |item: &&&Item| intent.attempt < number(item);
             let Some(item) = known.get(&intent.item).filter(earlier) else {
                 continue;

@@ -14,7 +14,9 @@ use super::suspects::SuspectPolicy;
 use super::{Inner, count, later};
 use crate::context::Context;
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::{Claim, Handling, Hold, Item, ItemId, LeaseId, RunId};
+use crate::store::{
+    Claim, Handling, Hold, Item, ItemId, LeaseId, Queue as _, QueueExt as _, RunId,
+};
 
 /// As many are claimed at a time at most.
 const MAX_CLAIM: usize = 512;
@@ -86,7 +88,7 @@ pub(super) struct InFlight {
 /// What a worker looks for in the store.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Lookup {
-    /// What it may have been given without knowing.
+    /// Items that the lease holds and no task works on, because the answer to a claim was lost.
     Orphans,
     /// Items that workers have died with.
     Suspects,
@@ -198,12 +200,13 @@ impl Session {
             let look = async {
                 match wanted {
                     None => Ok(Vec::new()),
-                    Some(Lookup::Orphans) => self.orphans(in_flight, &suspects).await,
-                    Some(Lookup::Suspects) => {
-                        self.claim_suspects(&mut suspects, &names, free).await
-                    }
+                    Some(Lookup::Orphans) => self
+                        .release_orphans(in_flight, &suspects)
+                        .await
+                        .map(|()| Vec::new()),
+                    Some(Lookup::Suspects) => self.claim_suspects(&mut suspects, names, free).await,
                     Some(Lookup::Normal) => {
-                        let claim = Claim::new(&names, free.min(MAX_CLAIM) as u32);
+                        let claim = Claim::new(names, free.min(MAX_CLAIM) as u32);
                         worker.queue.claim(self.lease, claim).await
                     }
                 }
@@ -245,10 +248,10 @@ impl Session {
                     suspects.nothing_else = true;
                     if unknown_at <= now {
                         unknown_at = now + UNKNOWN_PIPELINE_INTERVAL;
-                        worker.warn_of_unknown_pipelines(&names).await;
+                        worker.warn_of_unknown_pipelines(names).await;
                     }
                     if stop_at.idle && in_flight.tasks.is_empty() && in_flight.release.is_empty() {
-                        match worker.queue.has_suspects(&names).await {
+                        match worker.queue.has_suspects(names).await {
                             Ok(false) => break SessionEnd::Idle,
                             Ok(true) => {}
                             Err(error) => tracing::warn!(%error, "the worker looks again"),
@@ -287,7 +290,7 @@ impl Session {
     async fn claim_suspects(
         &self,
         suspects: &mut SuspectPolicy,
-        names: &[&str],
+        names: &[String],
         free: usize,
     ) -> Result<Vec<Item>> {
         let queue = &self.worker.queue;
@@ -501,18 +504,20 @@ impl Session {
         true
     }
 
-    /// What this lease holds and nobody works on.
-    async fn orphans(&self, in_flight: &InFlight, suspects: &SuspectPolicy) -> Result<Vec<Item>> {
-        // What has ended and is not written yet is held too.
+    /// Releases the items that this lease holds and no task works on: a claim took them whose answer was lost.
+    async fn release_orphans(&self, in_flight: &InFlight, suspects: &SuspectPolicy) -> Result<()> {
+        // The lease also holds items whose outcome is not written yet.
         self.worker.memo.journal().flush().await?;
-        let held = self.worker.queue.held(self.lease).await?;
+        let mut orphans = self.worker.queue.held(self.lease).await?;
         let mut known: HashSet<_> = self.running().keys().copied().collect();
         known.extend(in_flight.release.iter().map(|(hold, _)| hold.item));
         known.extend(suspects.waiting().map(|item| item.id));
-        Ok(held
-            .into_iter()
-            .filter(|item| !known.contains(&item.id))
-            .collect())
+        orphans.retain(|hold| !known.contains(&hold.item));
+        self.worker
+            .queue
+            .release(&orphans, Duration::ZERO, false)
+            .await?;
+        Ok(())
     }
 
     /// Lets calls in flight finish, writes everything and gives the rest back.
@@ -601,7 +606,7 @@ impl Session {
         if holds.is_empty() {
             return;
         }
-        match self.worker.queue.lost(&holds).await {
+        match self.worker.queue.lost(self.lease, &holds).await {
             Ok(lost) => {
                 let mut running = self.running();
                 for id in lost {

@@ -56,8 +56,8 @@ const CLOSED_RETRY_TIME: Duration = Duration::from_secs(10);
 ///
 /// let journal = Journal::new(store.clone());
 /// for movement in ["plank", "bridge"] {
-///     let (kind, data) = ("movement".to_owned(), format!("{movement:?}"));
-///     journal.write(Commit::new().notes([Note { run, kind, data }])); // returns at once
+///     let note = Note::new(run, "movement", format!("{movement:?}"));
+///     journal.write(Commit::new().notes([note])); // returns at once
 /// }
 /// journal.flush().await?;
 /// assert_eq!(store.log(run, 1, 10).await?.len(), 2);
@@ -381,10 +381,13 @@ impl Core {
             }
             let many = intents.len();
             let done = self
-                .write_with_retries(|| self.store.put_intents(intents))
+                .write_with_retries(|| {
+                    self.store
+                        .commit(Commit::new().intents(intents.iter().cloned()))
+                })
                 .await;
             let error = match done {
-                Ok(()) => None,
+                Ok(_) => None,
                 Err(WriteFailure::TooLate(error)) => Some(error),
                 Err(_) if many > 1 => {
                     halve(&mut parts.stack);

@@ -12,7 +12,7 @@ use serde_json::json;
 use tokio::time::Instant;
 
 use self::state::{Row, State, ready};
-use super::inputs::{Claim, Commit, NewRun, RunFilter, Settlement};
+use super::inputs::{Claim, Commit, IntentFilter, NewRun, RunFilter, Settlement};
 use super::model::{
     Committed, Created, Generation, Handling, Hold, Intent, IntentName, Item, ItemId, LeaseId,
     LogEntry, MemoKey, Purged, Reaped, Run, RunId, Status,
@@ -78,10 +78,7 @@ impl Store for Memory {
         let state = &mut *state;
         let named = new.idempotency_key.map(|key| (new.tenant.clone(), key));
         if let Some(run) = named.as_ref().and_then(|named| state.idempotent.get(named)) {
-            return Ok(Created {
-                run: *run,
-                new: false,
-            });
+            return Ok(Created::new(*run, false));
         }
         let id = RunId(state.next(0));
         if let Some(named) = named {
@@ -89,42 +86,25 @@ impl Store for Memory {
         }
         let pipeline: Arc<str> = new.name.as_str().into();
         let total = new.items.len() as u64;
-        let over = (total == 0).then_some(Status::Completed);
-        state.runs.insert(
-            id,
-            Run {
-                id,
-                tenant: new.tenant.clone(),
-                name: new.name,
-                status: over.unwrap_or(Status::Pending),
-                spec: new.spec,
-                total,
-                completed: 0,
-                failed: 0,
-                cancelled: 0,
-                log_seq: 0,
-                error: None,
-                created_at: at_millis(now),
-                ended_at: over.map(|_| at_millis(now)),
-            },
-        );
+        let run = Run {
+            spec: new.spec,
+            ..Run::new(id, &*new.tenant, new.name, total, at_millis(now))
+        };
+        let ended = run.ended_at.is_some();
+        state.runs.insert(id, run);
         let mut ids = Vec::with_capacity(new.items.len());
         for (seq, item) in (0..).zip(new.items) {
             let row = Row {
                 item: Item {
-                    id: ItemId(state.next(1)),
-                    run: id,
-                    seq,
-                    key: item.key,
-                    tenant: new.tenant.clone(),
-                    status: Status::Pending,
-                    epoch: 0,
-                    attempt: 0,
                     max_attempts: new.max_attempts.min(i32::MAX as u32),
-                    handling: Handling::Normal,
-                    input: item.input,
-                    output: None,
-                    error: None,
+                    ..Item::new(
+                        ItemId(state.next(1)),
+                        id,
+                        seq,
+                        &*new.tenant,
+                        item.key,
+                        item.input,
+                    )
                 },
                 pipeline: Arc::clone(&pipeline),
                 priority: new.priority,
@@ -137,25 +117,19 @@ impl Store for Memory {
         }
         state.of_run.insert(id, ids);
         let created = ("created".to_owned(), json!({"total": total}).to_string());
-        state.note(id, now, [created].into_iter().chain(over.map(ended_entry)));
-        Ok(Created { run: id, new: true })
-    }
-
-    async fn run(&self, run: RunId) -> Result<Option<Run>> {
-        Ok(self.lock().1.runs.get(&run).cloned())
+        state.note(
+            id,
+            now,
+            [created]
+                .into_iter()
+                .chain(ended.then(|| ended_entry(Status::Completed))),
+        );
+        Ok(Created::new(id, true))
     }
 
     async fn runs(&self, filter: RunFilter, limit: u32) -> Result<Vec<Run>> {
         let (_, state) = self.lock();
-        let fits = |run: &&Run| {
-            filter
-                .tenant
-                .as_ref()
-                .is_none_or(|tenant| run.tenant == *tenant)
-                && filter.status.is_none_or(|status| run.status == status)
-                && filter.before.is_none_or(|before| run.id < before)
-        };
-        let runs = state.runs.values().rev().filter(fits);
+        let runs = state.runs.values().rev().filter(|run| filter.selects(run));
         Ok(runs.take(limit as usize).cloned().collect())
     }
 
@@ -193,6 +167,11 @@ impl Store for Memory {
                 (now, generation)
             });
         }
+        for intent in commit.intents {
+            if state.items.contains_key(&intent.item) {
+                state.intents.insert(intent.name(), intent);
+            }
+        }
         for name in commit.ended_intents {
             state.intents.remove(&name);
         }
@@ -212,38 +191,23 @@ impl Store for Memory {
         Ok(committed)
     }
 
-    async fn put_intents(&self, intents: &[Intent]) -> Result<()> {
-        let (_, mut state) = self.lock();
-        for intent in intents {
-            if state.items.contains_key(&intent.item) {
-                state.intents.insert(intent.name(), intent.clone());
-            }
-        }
-        Ok(())
-    }
-
-    async fn ambiguous(&self, after: Option<IntentName>, limit: u32) -> Result<Vec<Intent>> {
+    async fn intents(&self, filter: IntentFilter, limit: u32) -> Result<Vec<Intent>> {
         let (now, state) = self.lock();
-        let held = |intent: &Intent| {
-            let lease = state.items.get(&intent.item).and_then(|row| row.lease);
+        let held = |item: &ItemId| {
+            let lease = state.items.get(item).and_then(|row| row.lease);
             lease.is_some_and(|lease| state.leases.get(&lease).is_some_and(|at| *at > now))
         };
-        let intents = state.intents.iter();
-        let open = intents
-            .filter(|(name, intent)| after.is_none_or(|after| **name > after) && !held(intent));
-        Ok(open
-            .take(limit as usize)
-            .map(|(_, intent)| intent.clone())
-            .collect())
-    }
-
-    async fn intents(&self, items: &[ItemId]) -> Result<Vec<Intent>> {
-        let (_, state) = self.lock();
-        let intents = state.intents.values();
-        Ok(intents
-            .filter(|intent| items.contains(&intent.item))
-            .cloned()
-            .collect())
+        let selected = |name: &IntentName| {
+            filter
+                .items
+                .as_ref()
+                .is_none_or(|items| items.contains(&name.item))
+                && filter.after.is_none_or(|after| *name > after)
+                && !(filter.unheld && held(&name.item))
+        };
+        let intents = state.intents.iter().filter(|(name, _)| selected(name));
+        let page = intents.take(limit as usize);
+        Ok(page.map(|(_, intent)| intent.clone()).collect())
     }
 
     async fn cancel(&self, run: RunId) -> Result<u64> {
@@ -396,15 +360,16 @@ impl Queue for Memory {
         Ok(held.len() as u64)
     }
 
-    async fn claim(&self, lease: LeaseId, claim: Claim<'_>) -> Result<Vec<Item>> {
+    async fn claim(&self, lease: LeaseId, claim: Claim) -> Result<Vec<Item>> {
         let (now, mut state) = self.lock();
         let state = &mut *state;
         if state.leases.get(&lease).is_none_or(|at| *at <= now) {
             return Err(lease_lost(lease));
         }
         let limit = claim.limit as usize;
-        let names = claim.names().into_iter();
-        let lists = names.filter_map(|name| state.ready.get(&(name.into(), claim.handling)));
+        let names = claim.pipelines.iter();
+        let lists =
+            names.filter_map(|name| state.ready.get(&(name.as_str().into(), claim.handling)));
         let lists: Vec<_> = lists.collect();
         let tenants: BTreeSet<_> = lists.iter().flat_map(|list| list.keys()).collect();
         let after = tenants.iter().filter(|tenant| ***tenant > state.cursor);
@@ -449,11 +414,12 @@ impl Queue for Memory {
         Ok(items)
     }
 
-    async fn has_suspects(&self, pipelines: &[&str]) -> Result<bool> {
+    async fn has_suspects(&self, pipelines: &[String]) -> Result<bool> {
         let (_, state) = self.lock();
         let mut ready = state.ready.keys();
-        Ok(ready
-            .any(|(name, handling)| *handling != Handling::Normal && pipelines.contains(&&**name)))
+        Ok(ready.any(|(name, handling)| {
+            *handling != Handling::Normal && pipelines.iter().any(|known| **known == **name)
+        }))
     }
 
     async fn release(&self, holds: &[Hold], delay: Duration, charge: bool) -> Result<u64> {
@@ -473,16 +439,10 @@ impl Queue for Memory {
         Ok(released)
     }
 
-    async fn held(&self, lease: LeaseId) -> Result<Vec<Item>> {
+    async fn held(&self, lease: LeaseId) -> Result<Vec<Hold>> {
         let (_, state) = self.lock();
         let held = state.items.values().filter(|row| row.lease == Some(lease));
-        Ok(held.map(|row| row.item.clone()).collect())
-    }
-
-    async fn lost(&self, holds: &[Hold]) -> Result<Vec<ItemId>> {
-        let (_, state) = self.lock();
-        let lost = holds.iter().filter(|hold| !state.current(hold));
-        Ok(lost.map(|hold| hold.item).collect())
+        Ok(held.map(|row| row.item.hold()).collect())
     }
 
     async fn reap(&self) -> Result<Reaped> {

@@ -11,15 +11,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions};
+use sqlx::postgres::{PgConnectOptions, PgExecutor, PgPool, PgPoolOptions};
 use sqlx::{ConnectOptions as _, Connection as _, Postgres as Db, Row as _};
 
 use super::Store;
 use super::detached::detached_calls;
-use super::inputs::{Commit, NewItem, NewRun, RunFilter};
+use super::inputs::{Commit, IntentFilter, NewItem, NewRun, RunFilter};
 use super::model::{
-    Committed, Created, Generation, Intent, IntentName, Item, ItemId, LogEntry, MemoKey, Purged,
-    Run, RunId,
+    Committed, Created, Generation, Intent, Item, ItemId, LogEntry, MemoKey, Purged, Run, RunId,
 };
 use super::sql::{
     Cursor, Transaction, each, failed, from_sql, retrying, small, to_sql, write_error,
@@ -131,6 +130,111 @@ impl PostgresBuilder {
             round_trips: AtomicU64::new(0),
         })))
     }
+}
+
+/// Writes everything of a commit but the new intents, in one statement.
+async fn write_rows(commit: &Commit, executor: impl PgExecutor<'_>) -> sqlx::Result<Committed> {
+    let Commit {
+        generations,
+        settlements,
+        intents: _,
+        ended_intents,
+        notes,
+    } = commit;
+    let usage = |of: fn(&Generation) -> u64| -> Vec<i64> {
+        generations.iter().map(|g| to_sql(of(g))).collect()
+    };
+    let outputs = settlements.iter().map(|s| s.result.as_deref().ok());
+    let errors = settlements
+        .iter()
+        .map(|s| s.result.as_ref().err().map(write_error));
+    let row = sqlx::query(rows::COMMIT)
+        .bind(
+            settlements
+                .iter()
+                .map(|s| s.hold.item.0)
+                .collect::<Vec<_>>(),
+        )
+        .bind(settlements.iter().map(|s| s.hold.epoch).collect::<Vec<_>>())
+        .bind(outputs.collect::<Vec<_>>())
+        .bind(errors.collect::<Vec<_>>())
+        .bind(generations.iter().map(|g| &*g.tenant).collect::<Vec<_>>())
+        .bind(
+            generations
+                .iter()
+                .map(|g| &g.key.as_bytes()[..])
+                .collect::<Vec<_>>(),
+        )
+        .bind(
+            generations
+                .iter()
+                .map(|g| &g.request.as_bytes()[..])
+                .collect::<Vec<_>>(),
+        )
+        .bind(generations.iter().map(|g| &*g.body).collect::<Vec<_>>())
+        .bind(usage(|g| g.usage.input_tokens))
+        .bind(usage(|g| g.usage.output_tokens))
+        .bind(usage(|g| g.usage.cached_input_tokens))
+        .bind(usage(|g| g.usage.reasoning_tokens))
+        .bind(
+            generations
+                .iter()
+                .map(|g| g.cost_micros.map(to_sql))
+                .collect::<Vec<_>>(),
+        )
+        .bind(
+            ended_intents
+                .iter()
+                .map(|name| name.item.0)
+                .collect::<Vec<_>>(),
+        )
+        .bind(
+            ended_intents
+                .iter()
+                .map(|name| small(name.attempt))
+                .collect::<Vec<_>>(),
+        )
+        .bind(
+            ended_intents
+                .iter()
+                .map(|name| &name.key.as_bytes()[..])
+                .collect::<Vec<_>>(),
+        )
+        .bind(notes.iter().map(|note| note.run.0).collect::<Vec<_>>())
+        .bind(notes.iter().map(|note| &*note.kind).collect::<Vec<_>>())
+        .bind(notes.iter().map(|note| &*note.data).collect::<Vec<_>>())
+        .fetch_one(executor)
+        .await?;
+    Ok(Committed {
+        generations: from_sql(row.try_get(0)?),
+        items: row
+            .try_get::<Vec<i64>, _>(1)?
+            .into_iter()
+            .map(ItemId)
+            .collect(),
+    })
+}
+
+async fn write_intents(intents: &[Intent], executor: impl PgExecutor<'_>) -> sqlx::Result<()> {
+    // One statement cannot change a row twice: the last intent of a name counts.
+    let by_name = intents.iter().map(|intent| (intent.name(), intent));
+    let intents: BTreeMap<_, _> = by_name.collect();
+    let names = || intents.keys();
+    let put = sqlx::query(rows::PUT_INTENTS)
+        .bind(names().map(|name| name.item.0).collect::<Vec<_>>())
+        .bind(names().map(|name| small(name.attempt)).collect::<Vec<_>>())
+        .bind(
+            names()
+                .map(|name| &name.key.as_bytes()[..])
+                .collect::<Vec<_>>(),
+        )
+        .bind(
+            intents
+                .values()
+                .map(|intent| intent.provider_ref.as_deref())
+                .collect::<Vec<_>>(),
+        );
+    put.execute(executor).await.map(drop)
 }
 
 impl fmt::Debug for PostgresBuilder {
@@ -246,84 +350,21 @@ impl Inner {
     }
 
     async fn write_commit(&self, commit: &Commit) -> sqlx::Result<Committed> {
-        let Commit {
-            generations,
-            settlements,
-            ended_intents,
-            notes,
-        } = commit;
-        let usage = |of: fn(&Generation) -> u64| -> Vec<i64> {
-            generations.iter().map(|g| to_sql(of(g))).collect()
-        };
-        let outputs = settlements.iter().map(|s| s.result.as_deref().ok());
-        let errors = settlements
-            .iter()
-            .map(|s| s.result.as_ref().err().map(write_error));
-        let row = sqlx::query(rows::COMMIT)
-            .bind(
-                settlements
-                    .iter()
-                    .map(|s| s.hold.item.0)
-                    .collect::<Vec<_>>(),
-            )
-            .bind(settlements.iter().map(|s| s.hold.epoch).collect::<Vec<_>>())
-            .bind(outputs.collect::<Vec<_>>())
-            .bind(errors.collect::<Vec<_>>())
-            .bind(generations.iter().map(|g| &*g.tenant).collect::<Vec<_>>())
-            .bind(
-                generations
-                    .iter()
-                    .map(|g| &g.key.as_bytes()[..])
-                    .collect::<Vec<_>>(),
-            )
-            .bind(
-                generations
-                    .iter()
-                    .map(|g| &g.request.as_bytes()[..])
-                    .collect::<Vec<_>>(),
-            )
-            .bind(generations.iter().map(|g| &*g.body).collect::<Vec<_>>())
-            .bind(usage(|g| g.usage.input_tokens))
-            .bind(usage(|g| g.usage.output_tokens))
-            .bind(usage(|g| g.usage.cached_input_tokens))
-            .bind(usage(|g| g.usage.reasoning_tokens))
-            .bind(
-                generations
-                    .iter()
-                    .map(|g| g.cost_micros.map(to_sql))
-                    .collect::<Vec<_>>(),
-            )
-            .bind(
-                ended_intents
-                    .iter()
-                    .map(|name| name.item.0)
-                    .collect::<Vec<_>>(),
-            )
-            .bind(
-                ended_intents
-                    .iter()
-                    .map(|name| small(name.attempt))
-                    .collect::<Vec<_>>(),
-            )
-            .bind(
-                ended_intents
-                    .iter()
-                    .map(|name| &name.key.as_bytes()[..])
-                    .collect::<Vec<_>>(),
-            )
-            .bind(notes.iter().map(|note| note.run.0).collect::<Vec<_>>())
-            .bind(notes.iter().map(|note| &*note.kind).collect::<Vec<_>>())
-            .bind(notes.iter().map(|note| &*note.data).collect::<Vec<_>>())
-            .fetch_one(self.pool())
-            .await?;
-        Ok(Committed {
-            generations: from_sql(row.try_get(0)?),
-            items: row
-                .try_get::<Vec<i64>, _>(1)?
-                .into_iter()
-                .map(ItemId)
-                .collect(),
-        })
+        if commit.intents.is_empty() {
+            return write_rows(commit, self.pool()).await;
+        }
+        let mut rest = commit.clone();
+        let intents = std::mem::take(&mut rest.intents);
+        if rest.is_empty() {
+            write_intents(&intents, self.pool()).await?;
+            return Ok(Committed::default());
+        }
+        let mut transaction = self.begin().await?;
+        write_intents(&intents, &mut *transaction).await?;
+        self.round_trips.fetch_add(1, Ordering::Relaxed);
+        let committed = write_rows(&rest, &mut *transaction).await?;
+        transaction.commit().await?;
+        Ok(committed)
     }
 
     /// Executes a statement that cancels or tries again what is in a run.
@@ -384,13 +425,12 @@ impl Store for Inner {
         }
     }
 
-    async fn run(&self, run: RunId) -> Result<Option<Run>> {
-        let read = sqlx::query(rows::RUN_BY_ID).bind(run.0);
-        let row = read.fetch_optional(self.pool()).await.map_err(failed)?;
-        row.as_ref().map(rows::run).transpose().map_err(failed)
-    }
-
     async fn runs(&self, filter: RunFilter, limit: u32) -> Result<Vec<Run>> {
+        if let Some(id) = filter.id {
+            let read = sqlx::query(rows::RUN_BY_ID).bind(id.0);
+            let found = read.fetch_all(self.pool()).await.map_err(failed)?;
+            return rows::selected_runs(&found, &filter, limit);
+        }
         let status = filter.status.map(|status| status.as_str());
         let tenant = filter.tenant.as_deref();
         let sql = match (tenant, status) {
@@ -441,52 +481,21 @@ impl Store for Inner {
         retrying!(is_conflict, self.write_commit(&commit))
     }
 
-    async fn put_intents(&self, intents: &[Intent]) -> Result<()> {
-        // One statement cannot change a row twice: the last one counts.
-        let intents: BTreeMap<_, _> = intents
-            .iter()
-            .map(|intent| (intent.name(), intent))
-            .collect();
-        if intents.is_empty() {
-            return Ok(());
-        }
-        let names = intents.keys();
-        let put = sqlx::query(rows::PUT_INTENTS)
-            .bind(names.clone().map(|name| name.item.0).collect::<Vec<_>>())
-            .bind(
-                names
-                    .clone()
-                    .map(|name| small(name.attempt))
-                    .collect::<Vec<_>>(),
-            )
-            .bind(
-                names
-                    .map(|name| &name.key.as_bytes()[..])
-                    .collect::<Vec<_>>(),
-            )
-            .bind(
-                intents
-                    .values()
-                    .map(|intent| intent.provider_ref.as_deref())
-                    .collect::<Vec<_>>(),
-            );
-        put.execute(self.pool()).await.map_err(failed)?;
-        Ok(())
-    }
-
-    async fn ambiguous(&self, after: Option<IntentName>, limit: u32) -> Result<Vec<Intent>> {
-        let list = sqlx::query(rows::AMBIGUOUS)
+    async fn intents(&self, filter: IntentFilter, limit: u32) -> Result<Vec<Intent>> {
+        let sql = match filter.items {
+            Some(_) => rows::INTENTS_OF_ITEMS,
+            None => rows::INTENTS,
+        };
+        let after = filter.after;
+        let mut list = sqlx::query(sql)
             .bind(after.map_or(0, |name| name.item.0))
             .bind(after.map_or(0, |name| small(name.attempt)))
             .bind(after.map_or_else(Vec::new, |name| name.key.as_bytes().to_vec()))
-            .bind(i64::from(limit));
-        let found = list.fetch_all(self.pool()).await.map_err(failed)?;
-        each(&found, rows::intent)
-    }
-
-    async fn intents(&self, items: &[ItemId]) -> Result<Vec<Intent>> {
-        let items: Vec<_> = items.iter().map(|item| item.0).collect();
-        let list = sqlx::query(rows::INTENTS).bind(items);
+            .bind(i64::from(limit))
+            .bind(filter.unheld);
+        if let Some(items) = filter.items {
+            list = list.bind(items.iter().map(|item| item.0).collect::<Vec<_>>());
+        }
         let found = list.fetch_all(self.pool()).await.map_err(failed)?;
         each(&found, rows::intent)
     }

@@ -8,7 +8,7 @@ use sqlx::Row as _;
 
 use super::{Inner, is_conflict, rows};
 use crate::error::Result;
-use crate::store::model::{Hold, Item, ItemId, LeaseId, Reaped};
+use crate::store::model::{Hold, Item, LeaseId, Reaped};
 use crate::store::sql::{each, failed, from_sql, retrying, write_error};
 use crate::store::transaction::{duration_millis, lease_lost, worker_died};
 use crate::store::{Claim, Queue};
@@ -39,14 +39,13 @@ impl Queue for Inner {
         retrying!(is_conflict, self.give_back(lease))
     }
 
-    async fn claim(&self, lease: LeaseId, claim: Claim<'_>) -> Result<Vec<Item>> {
+    async fn claim(&self, lease: LeaseId, claim: Claim) -> Result<Vec<Item>> {
         let cursor = self.cursor.get();
-        let names = claim.names();
         let claimed = retrying!(is_conflict, {
             let take = sqlx::query(rows::CLAIM).bind(lease.0);
             take.bind(i64::from(claim.limit))
                 .bind(&cursor)
-                .bind(&names)
+                .bind(&claim.pipelines)
                 .bind(claim.handling.as_i32())
                 .fetch_all(self.pool())
         })?;
@@ -63,7 +62,7 @@ impl Queue for Inner {
         Ok(self.cursor.deal(items, &cursor))
     }
 
-    async fn has_suspects(&self, pipelines: &[&str]) -> Result<bool> {
+    async fn has_suspects(&self, pipelines: &[String]) -> Result<bool> {
         let look = sqlx::query_scalar(rows::SUSPECTS).bind(pipelines);
         look.fetch_one(self.pool()).await.map_err(failed)
     }
@@ -84,17 +83,10 @@ impl Queue for Inner {
         Ok(released.rows_affected())
     }
 
-    async fn held(&self, lease: LeaseId) -> Result<Vec<Item>> {
+    async fn held(&self, lease: LeaseId) -> Result<Vec<Hold>> {
         let list = sqlx::query(rows::HELD).bind(lease.0);
         let held = list.fetch_all(self.pool()).await.map_err(failed)?;
-        each(&held, |row| Ok(rows::item(row)?.0))
-    }
-
-    async fn lost(&self, holds: &[Hold]) -> Result<Vec<ItemId>> {
-        let (ids, epochs) = columns(holds);
-        let look = sqlx::query_scalar(rows::LOST).bind(ids).bind(epochs);
-        let lost = look.fetch_all(self.pool()).await.map_err(failed)?;
-        Ok(lost.into_iter().map(ItemId).collect())
+        each(&held, rows::hold)
     }
 
     async fn reap(&self) -> Result<Reaped> {

@@ -186,19 +186,27 @@ pub(super) const PUT_INTENTS: &str = concat!(
     ON CONFLICT (item_id, attempt, memo_key) DO UPDATE SET provider_ref = excluded.provider_ref"
 );
 
-pub(super) const AMBIGUOUS: &str = concat!(
-    "SELECT t.item_id, t.attempt, t.memo_key, t.provider_ref FROM intents AS t
-    WHERE (t.item_id, t.attempt, t.memo_key) > ($1, $2, $3) AND NOT EXISTS (
-        SELECT 1 FROM items AS i JOIN leases AS l ON l.id = i.lease_id
-        WHERE i.id = t.item_id AND l.expires_at > ",
-    now!(),
-    ")
-    ORDER BY t.item_id, t.attempt, t.memo_key LIMIT $4"
-);
+/// The condition of both statements for intents: those after `$1`, `$2`, `$3`, and with `$5` only those of items that no
+/// live lease holds.
+macro_rules! intents_where {
+    ($items:literal) => {
+        concat!(
+            "SELECT t.item_id, t.attempt, t.memo_key, t.provider_ref FROM intents AS t
+            WHERE (t.item_id, t.attempt, t.memo_key) > ($1, $2, $3)",
+            $items,
+            " AND (NOT $5 OR NOT EXISTS (
+                SELECT 1 FROM items AS i JOIN leases AS l ON l.id = i.lease_id
+                WHERE i.id = t.item_id AND l.expires_at > ",
+            now!(),
+            "))
+            ORDER BY t.item_id, t.attempt, t.memo_key LIMIT $4"
+        )
+    };
+}
 
-pub(super) const INTENTS: &str =
-    "SELECT item_id, attempt, memo_key, provider_ref FROM intents WHERE item_id = ANY ($1)
-    ORDER BY item_id, attempt, memo_key";
+pub(super) const INTENTS: &str = intents_where!("");
+
+pub(super) const INTENTS_OF_ITEMS: &str = intents_where!(" AND t.item_id = ANY ($6)");
 
 /// Cancelling and trying again take turns for each run: neither must overlook what the other changes
 /// while it reads. Commits need not: they change items that they name.
@@ -383,17 +391,7 @@ pub(super) const RELEASE: &str = concat!(
     WHERE i.id = h.id AND i.epoch = h.epoch AND i.status NOT IN ('completed', 'failed', 'cancelled')"
 );
 
-pub(super) const HELD: &str = concat!(
-    "SELECT ",
-    item!(),
-    " FROM items WHERE lease_id = $1 ORDER BY id"
-);
-
-pub(super) const LOST: &str = "
-    SELECT h.id FROM unnest($1::bigint[], $2::bigint[]) WITH ORDINALITY AS h (id, epoch, place)
-    WHERE NOT EXISTS (SELECT 1 FROM items AS i WHERE i.id = h.id AND i.epoch = h.epoch
-        AND i.status NOT IN ('completed', 'failed', 'cancelled'))
-    ORDER BY h.place";
+pub(super) const HELD: &str = "SELECT id, epoch FROM items WHERE lease_id = $1 ORDER BY id";
 
 pub(super) const ANYTHING_TO_REAP: &str = concat!(
     "SELECT EXISTS (SELECT 1 FROM leases WHERE expires_at <= ",

@@ -22,10 +22,9 @@ use sqlx::{ConnectOptions as _, Connection as _, Row as _, Sqlite as Db};
 
 use super::Store;
 use super::detached::detached_calls;
-use super::inputs::{Commit, NewRun, RunFilter};
+use super::inputs::{Commit, IntentFilter, NewRun, RunFilter};
 use super::model::{
-    Committed, Created, Generation, Intent, IntentName, Item, ItemId, LogEntry, MemoKey, Purged,
-    Run, RunId,
+    Committed, Created, Generation, Intent, Item, LogEntry, MemoKey, Purged, Run, RunId,
 };
 use super::sql::{Cursor, Transaction, each, failed, own_error, retrying, small, to_sql};
 use super::transaction::millis;
@@ -332,19 +331,15 @@ impl Store for Inner {
         retrying!(self.is_busy(), self.write_run(&run))
     }
 
-    async fn run(&self, run: RunId) -> Result<Option<Run>> {
-        let reader = self.reader()?;
-        let row = retrying!(
-            self.is_busy(),
-            sqlx::query(rows::RUN_BY_ID)
-                .bind(run.0)
-                .fetch_optional(reader)
-        )?;
-        row.as_ref().map(rows::run).transpose().map_err(failed)
-    }
-
     async fn runs(&self, filter: RunFilter, limit: u32) -> Result<Vec<Run>> {
         let reader = self.reader()?;
+        if let Some(id) = filter.id {
+            let found = retrying!(
+                self.is_busy(),
+                sqlx::query(rows::RUN_BY_ID).bind(id.0).fetch_all(reader)
+            )?;
+            return rows::selected_runs(&found, &filter, limit);
+        }
         let sql = match (&filter.tenant, filter.status) {
             (Some(_), _) => rows::RUNS_OF_TENANT,
             (None, Some(_)) => rows::RUNS_OF_STATUS,
@@ -410,51 +405,25 @@ impl Store for Inner {
         retrying!(self.is_busy(), self.write_commit(&commit))
     }
 
-    async fn put_intents(&self, intents: &[Intent]) -> Result<()> {
-        if intents.is_empty() {
-            return Ok(());
-        }
-        let row = |intent: &Intent| {
-            let Intent {
-                item,
-                attempt,
-                key,
-                provider_ref,
-            } = intent;
-            let attempt = small(*attempt);
-            (item.0, attempt, key.to_string(), provider_ref.clone())
-        };
-        let json = serde_json::to_string(&intents.iter().map(row).collect::<Vec<_>>())?;
-        let write = async || {
-            let mut transaction = self.begin().await?;
-            let put = sqlx::query(rows::PUT_INTENTS).bind(&json).bind(now());
-            put.execute(&mut *transaction).await?;
-            transaction.commit().await
-        };
-        retrying!(self.is_busy(), write())
-    }
-
-    async fn ambiguous(&self, after: Option<IntentName>, limit: u32) -> Result<Vec<Intent>> {
+    async fn intents(&self, filter: IntentFilter, limit: u32) -> Result<Vec<Intent>> {
         let reader = self.reader()?;
-        let found = retrying!(self.is_busy(), {
-            let key = after.map(|name| name.key);
-            sqlx::query(rows::AMBIGUOUS)
-                .bind(after.map_or(0, |name| name.item.0))
-                .bind(after.map_or(0, |name| small(name.attempt)))
-                .bind(key.map_or_else(Vec::new, |key| key.as_bytes().to_vec()))
-                .bind(limit)
-                .bind(now())
-                .fetch_all(reader)
-        })?;
-        each(&found, rows::intent)
-    }
-
-    async fn intents(&self, items: &[ItemId]) -> Result<Vec<Intent>> {
-        let reader = self.reader()?;
-        let items = serde_json::to_string(items)?;
+        let sql = match filter.items {
+            Some(_) => rows::INTENTS_OF_ITEMS,
+            None => rows::INTENTS,
+        };
+        let items = serde_json::to_string(&filter.items)?;
+        let after = filter.after;
         let found = retrying!(
             self.is_busy(),
-            sqlx::query(rows::INTENTS).bind(&items).fetch_all(reader)
+            sqlx::query(sql)
+                .bind(after.map_or(0, |name| name.item.0))
+                .bind(after.map_or(0, |name| small(name.attempt)))
+                .bind(after.map_or_else(Vec::new, |name| name.key.as_bytes().to_vec()))
+                .bind(limit)
+                .bind(now())
+                .bind(filter.unheld)
+                .bind(&items)
+                .fetch_all(reader)
         )?;
         each(&found, rows::intent)
     }

@@ -9,7 +9,7 @@ use serde_json::json;
 use super::write::{add_log, apply};
 use super::{Inner, first, now, rows};
 use crate::error::Result;
-use crate::store::model::{Hold, Item, ItemId, LeaseId, Reaped, RunId};
+use crate::store::model::{Hold, Item, LeaseId, Reaped, RunId};
 use crate::store::sql::{each, retrying, write_error};
 use crate::store::transaction::{RunChanges, duration_millis, lease_lost, worker_died};
 use crate::store::{Claim, Queue};
@@ -65,16 +65,16 @@ impl Queue for Inner {
         retrying!(self.is_busy(), write())
     }
 
-    async fn claim(&self, lease: LeaseId, claim: Claim<'_>) -> Result<Vec<Item>> {
+    async fn claim(&self, lease: LeaseId, claim: Claim) -> Result<Vec<Item>> {
         let cursor = self.cursor.get();
-        let claimed = retrying!(self.is_busy(), self.take(lease, claim, &cursor))?;
+        let claimed = retrying!(self.is_busy(), self.take(lease, &claim, &cursor))?;
         let Some(items) = claimed else {
             return Err(lease_lost(lease));
         };
         Ok(self.cursor.deal(items, &cursor))
     }
 
-    async fn has_suspects(&self, pipelines: &[&str]) -> Result<bool> {
+    async fn has_suspects(&self, pipelines: &[String]) -> Result<bool> {
         let reader = self.reader()?;
         let names = json!(pipelines).to_string();
         retrying!(
@@ -104,23 +104,13 @@ impl Queue for Inner {
         retrying!(self.is_busy(), write())
     }
 
-    async fn held(&self, lease: LeaseId) -> Result<Vec<Item>> {
+    async fn held(&self, lease: LeaseId) -> Result<Vec<Hold>> {
         let reader = self.reader()?;
         let held = retrying!(
             self.is_busy(),
             sqlx::query(rows::HELD).bind(lease.0).fetch_all(reader)
         )?;
-        each(&held, |row| Ok(rows::item(row)?.0))
-    }
-
-    async fn lost(&self, holds: &[Hold]) -> Result<Vec<ItemId>> {
-        let reader = self.reader()?;
-        let json = holds_json(holds);
-        let lost = retrying!(
-            self.is_busy(),
-            sqlx::query_scalar(rows::LOST).bind(&json).fetch_all(reader)
-        )?;
-        Ok(lost.into_iter().map(ItemId).collect())
+        each(&held, rows::hold)
     }
 
     async fn reap(&self) -> Result<Reaped> {
@@ -144,7 +134,7 @@ impl Inner {
     async fn take(
         &self,
         lease: LeaseId,
-        claim: Claim<'_>,
+        claim: &Claim,
         cursor: &str,
     ) -> sqlx::Result<Option<Vec<(Item, i32)>>> {
         let mut transaction = self.begin().await?;
@@ -158,7 +148,7 @@ impl Inner {
             .bind(lease.0)
             .bind(claim.limit)
             .bind(cursor)
-            .bind(json!(claim.names()).to_string())
+            .bind(json!(claim.pipelines).to_string())
             .bind(claim.handling.as_i32());
         let claimed = take.fetch_all(&mut *transaction).await?;
         let items: Vec<_> = claimed

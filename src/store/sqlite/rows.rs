@@ -42,14 +42,26 @@ pub(super) const PUT_INTENTS: &str = "INSERT INTO intents (item_id, attempt, mem
 pub(super) const END_INTENTS: &str = "DELETE FROM intents WHERE (item_id, attempt, memo_key) IN \
     (SELECT value ->> 0, value ->> 1, unhex(value ->> 2) FROM json_each(?1))";
 
-pub(super) const AMBIGUOUS: &str = "SELECT t.item_id, t.attempt, t.memo_key, t.provider_ref \
-    FROM intents t WHERE (t.item_id, t.attempt, t.memo_key) > (?1, ?2, ?3) AND NOT EXISTS \
-    (SELECT 1 FROM items i NOT INDEXED JOIN leases l ON l.id = i.lease_id \
-    WHERE i.id = t.item_id AND l.expires_at > ?5) \
-    ORDER BY t.item_id, t.attempt, t.memo_key LIMIT ?4";
+/// The condition of both statements for intents: those after `?1`, `?2`, `?3`, and with `?6` only those of items that no
+/// live lease holds at `?5`.
+macro_rules! intents_where {
+    ($items:literal) => {
+        concat!(
+            "SELECT t.item_id, t.attempt, t.memo_key, t.provider_ref FROM intents t \
+            WHERE (t.item_id, t.attempt, t.memo_key) > (?1, ?2, ?3)",
+            $items,
+            " AND (NOT ?6 OR NOT EXISTS \
+            (SELECT 1 FROM items i NOT INDEXED JOIN leases l ON l.id = i.lease_id \
+            WHERE i.id = t.item_id AND l.expires_at > ?5)) \
+            ORDER BY t.item_id, t.attempt, t.memo_key LIMIT ?4"
+        )
+    };
+}
 
-pub(super) const INTENTS: &str = "SELECT item_id, attempt, memo_key, provider_ref FROM intents \
-    WHERE item_id IN (SELECT value FROM json_each(?1)) ORDER BY item_id, attempt, memo_key";
+pub(super) const INTENTS: &str = intents_where!("");
+
+pub(super) const INTENTS_OF_ITEMS: &str =
+    intents_where!(" AND t.item_id IN (SELECT value FROM json_each(?7))");
 
 /// A lease that is live.
 pub(super) const LIVE: &str = "SELECT 1 FROM leases WHERE id = ?1 AND expires_at > ?2";
@@ -138,13 +150,7 @@ pub(super) const RELEASE: &str = "UPDATE items NOT INDEXED SET status = 'pending
     WHERE items.id = h.id AND items.epoch = h.epoch \
     AND items.status NOT IN ('completed', 'failed', 'cancelled')";
 
-pub(super) const HELD: &str = "SELECT id, run_id, seq, key, tenant, status, epoch, attempt, \
-    max_attempts, input, output, error, priority, handling FROM items WHERE lease_id = ?1 ORDER BY id";
-
-pub(super) const LOST: &str = "SELECT h.id FROM \
-    (SELECT key AS place, value ->> 0 AS id, value ->> 1 AS epoch FROM json_each(?1)) AS h \
-    WHERE NOT EXISTS (SELECT 1 FROM items i NOT INDEXED WHERE i.id = h.id AND i.epoch = h.epoch \
-    AND i.status NOT IN ('completed', 'failed', 'cancelled')) ORDER BY h.place";
+pub(super) const HELD: &str = "SELECT id, epoch FROM items WHERE lease_id = ?1 ORDER BY id";
 
 pub(super) const ANYTHING_TO_REAP: &str = "SELECT EXISTS (SELECT 1 FROM leases WHERE expires_at <= ?1) \
     OR EXISTS (SELECT 1 FROM items WHERE not_before <= ?1)";

@@ -8,7 +8,7 @@ use std::task::Poll;
 use sqlx::AssertSqlSafe;
 
 use super::Sqlite;
-use crate::store::{Commit, NewItem, NewRun, RunId, Settlement, Status, Store as _};
+use crate::store::{Commit, NewItem, NewRun, RunId, Settlement, Status, Store as _, StoreExt as _};
 
 fn run_of(items: usize) -> NewRun {
     let input = format!("\"{}\"", "x".repeat(1000));

@@ -7,7 +7,7 @@ use sqlx::{QueryBuilder, Sqlite as Db, SqliteConnection};
 
 use super::{Inner, first, now, rows};
 use crate::store::inputs::{Commit, NewItem, NewRun, Settlement};
-use crate::store::model::{Committed, Created, Generation, ItemId, RunId, Status};
+use crate::store::model::{Committed, Created, Generation, Intent, ItemId, RunId, Status};
 use crate::store::sql::{small, to_sql, write_error};
 use crate::store::transaction::{RunChanges, ended_entry};
 
@@ -82,6 +82,15 @@ impl Inner {
         let mut transaction = self.begin().await?;
         for generations in commit.generations.chunks(ROWS) {
             committed.generations += add_generations(generations, now, &mut transaction).await?;
+        }
+        if !commit.intents.is_empty() {
+            let row = |intent: &Intent| {
+                let (attempt, key) = (small(intent.attempt), intent.key.to_string());
+                json!((intent.item.0, attempt, key, &intent.provider_ref))
+            };
+            let rows: Vec<_> = commit.intents.iter().map(row).collect();
+            let put = sqlx::query(rows::PUT_INTENTS).bind(json!(rows).to_string());
+            put.bind(now).execute(&mut *transaction).await?;
         }
         if !commit.ended_intents.is_empty() {
             let names = commit.ended_intents.iter();

@@ -11,8 +11,8 @@ use crate::request::Request;
 use crate::request::RequestDigest;
 use crate::request::Usage;
 use crate::store::{
-    Claim, Commit, Generation, Hold, Intent, Item, MemoKey, NewItem, NewRun, Note, Queue,
-    RunFilter, RunId, Settlement, Status,
+    Claim, Commit, Generation, Hold, Intent, IntentFilter, Item, MemoKey, NewItem, NewRun, Note,
+    Queue, QueueExt as _, RunFilter, RunId, Settlement, Status, StoreExt as _,
 };
 
 pub(super) type Store = Arc<dyn Queue>;
@@ -197,7 +197,6 @@ pub(super) async fn what_cannot_be_kept_is_refused(store: Store) {
     );
     store.put_intents(&[]).await.unwrap();
     assert!(store.generations("", &[]).await.unwrap().is_empty());
-    assert!(store.lost(&[]).await.unwrap().is_empty());
     assert_eq!(store.release(&[], LONG, true).await.unwrap(), 0);
     assert!(claim(&store, lease(&*store).await, 0).await.is_empty());
 }
@@ -212,6 +211,7 @@ pub(super) async fn runs_are_listed_newest_first_and_by_page(store: Store) {
             tenant: tenant.map(str::to_owned),
             status,
             before,
+            ..RunFilter::default()
         };
         let runs = store.runs(filter, limit).await.unwrap();
         runs.iter().map(|run| run.id).collect::<Vec<_>>()
@@ -230,6 +230,16 @@ pub(super) async fn runs_are_listed_newest_first_and_by_page(store: Store) {
     );
     assert_eq!(list(None, Some(Status::Pending), None, 10).await, [c, b]);
     assert!(list(Some("c"), None, None, 10).await.is_empty());
+
+    let by_id = async |filter: RunFilter| store.runs(filter, 10).await.unwrap().len();
+    assert_eq!(by_id(RunFilter::new().id(b)).await, 1);
+    assert_eq!(by_id(RunFilter::new().id(b).tenant("b")).await, 1);
+    assert_eq!(by_id(RunFilter::new().id(b).tenant("a")).await, 0);
+    assert_eq!(
+        by_id(RunFilter::new().id(b).status(Status::Failed)).await,
+        0
+    );
+    assert_eq!(by_id(RunFilter::new().id(b).before(b)).await, 0);
 }
 
 pub(super) async fn items_are_dealt_fairly_and_by_priority(store: Store) {
@@ -398,8 +408,9 @@ pub(super) async fn a_commit_sent_again_changes_nothing(store: Store) {
 
 pub(super) async fn who_lost_an_item_cannot_commit_it_but_its_generation_stays(store: Store) {
     let run = create(&*store, "a", 1).await;
-    let slow = claim(&store, lease(&*store).await, 1).await.remove(0);
-    assert!(store.lost(&[slow.hold()]).await.unwrap().is_empty());
+    let lease = lease(&*store).await;
+    let slow = claim(&store, lease, 1).await.remove(0);
+    assert!(store.lost(lease, &[slow.hold()]).await.unwrap().is_empty());
     assert_eq!(
         store
             .release(&[slow.hold()], Duration::ZERO, true)
@@ -407,10 +418,13 @@ pub(super) async fn who_lost_an_item_cannot_commit_it_but_its_generation_stays(s
             .unwrap(),
         1
     );
-    let quick = claim(&store, lease(&*store).await, 1).await.remove(0);
+    let quick = claim(&store, lease, 1).await.remove(0);
     assert!(quick.epoch > slow.epoch && quick.attempt == 2);
     assert_eq!(
-        store.lost(&[slow.hold(), quick.hold()]).await.unwrap(),
+        store
+            .lost(lease, &[slow.hold(), quick.hold()])
+            .await
+            .unwrap(),
         [slow.id]
     );
 
@@ -529,7 +543,7 @@ pub(super) async fn old_runs_and_generations_are_purged(store: Store) {
     assert_eq!(left.iter().map(|run| run.id).collect::<Vec<_>>(), [live]);
     assert!(store.items(old, 0, 10).await.unwrap().is_empty());
     assert!(store.log(old, 0, 10).await.unwrap().is_empty());
-    assert!(store.ambiguous(None, 10).await.unwrap().is_empty());
+    assert!(store.ambiguous_intents(None, 10).await.unwrap().is_empty());
     assert!(
         store
             .generations("a", &[key(1), key(2)])
@@ -600,7 +614,8 @@ pub(super) async fn numbers_without_end_stop_nobody(store: Store) {
     };
     let put = store.put_intents(std::slice::from_ref(&intent));
     put.await.unwrap();
-    let listed = store.intents(&[claimed[0].id]).await.unwrap();
+    let of_item = || IntentFilter::items([claimed[0].id]);
+    let listed = store.intents(of_item(), 10).await.unwrap();
     assert_eq!(listed.len(), 1);
     assert!(listed[0].attempt >= i32::MAX as u32);
     let mut usage = Usage::new(u64::MAX, u64::MAX);
@@ -614,7 +629,7 @@ pub(super) async fn numbers_without_end_stop_nobody(store: Store) {
         .ended_intents([intent.name()])
         .generations([huge]);
     assert_eq!(store.commit(over).await.unwrap().generations, 1);
-    assert!(store.intents(&[claimed[0].id]).await.unwrap().is_empty());
+    assert!(store.intents(of_item(), 10).await.unwrap().is_empty());
     let kept = store.generations("a", &[key(1)]).await.unwrap();
     assert!(kept[0].usage.input_tokens >= i64::MAX as u64);
     assert!(kept[0].cost_micros >= Some(i64::MAX as u64));

@@ -7,18 +7,19 @@ use serde_json::json;
 use super::cases::{Store, broken, claim, commit, done, entry, generation, key, log, settle};
 use super::{LONG, create, lease, read};
 use crate::error::{Error, ErrorKind};
-use crate::store::{Claim, Commit, Handling, Intent, Item, NewItem, NewRun, Reaped, RunId, Status};
-
-const ONE: Claim<'static> = Claim {
-    pipelines: &["p"],
-    handling: Handling::Normal,
-    limit: 1,
+use crate::store::{
+    Claim, Commit, Handling, Intent, IntentFilter, Item, NewItem, NewRun, Queue as _,
+    QueueExt as _, Reaped, RunId, Status, Store as _, StoreExt as _,
 };
+
+fn one() -> Claim {
+    Claim::new(["p"], 1)
+}
 
 pub(super) async fn a_lease_that_is_over_claims_nothing(store: Store) {
     create(&*store, "a", 2).await;
     let expired = store.register("w", Duration::ZERO).await.unwrap();
-    let lost = store.claim(expired, ONE).await.unwrap_err();
+    let lost = store.claim(expired, one()).await.unwrap_err();
     assert_eq!(lost.kind(), ErrorKind::LeaseLost);
     assert!(
         store.heartbeat(expired, LONG).await.unwrap(),
@@ -31,7 +32,7 @@ pub(super) async fn a_lease_that_is_over_claims_nothing(store: Store) {
     assert_eq!((reaped.leases, reaped.requeued), (1, 1));
     assert!(!store.heartbeat(expired, LONG).await.unwrap());
     assert_eq!(
-        store.claim(expired, ONE).await.unwrap_err().kind(),
+        store.claim(expired, one()).await.unwrap_err().kind(),
         ErrorKind::LeaseLost
     );
     let fresh = lease(&*store).await;
@@ -39,7 +40,7 @@ pub(super) async fn a_lease_that_is_over_claims_nothing(store: Store) {
     assert_eq!(super::claim_any(&*store, fresh, 5).await.len(), 2);
     let never = crate::store::LeaseId(fresh.0 + 1000);
     assert_eq!(
-        store.claim(never, ONE).await.unwrap_err().kind(),
+        store.claim(never, one()).await.unwrap_err().kind(),
         ErrorKind::LeaseLost
     );
 }
@@ -63,8 +64,7 @@ pub(super) async fn a_retired_lease_gives_its_items_back_without_charge(store: S
     let items = claim(&store, first, 3).await;
     assert_eq!(commit(&store, vec![done(items[0].hold())]).await, 1);
     let held = store.held(first).await.unwrap();
-    let holds: Vec<_> = held.iter().map(Item::hold).collect();
-    assert_eq!(holds, [items[1].hold(), items[2].hold()]);
+    assert_eq!(held, [items[1].hold(), items[2].hold()]);
     assert_eq!(store.retire(first).await.unwrap(), 2);
     assert!(store.held(first).await.unwrap().is_empty());
     assert!(!store.heartbeat(first, LONG).await.unwrap());
@@ -106,7 +106,7 @@ pub(super) async fn an_item_that_was_alone_when_its_workers_died_fails_after_its
     assert_eq!((kept.status, kept.failed), (Status::Processing, 1));
     let failed = store.items(run, 0, 1).await.unwrap().remove(0);
     assert_eq!(failed.error.unwrap().kind(), ErrorKind::LeaseLost);
-    assert!(!store.has_suspects(&["p"]).await.unwrap());
+    assert!(!store.has_suspects(&["p".into()]).await.unwrap());
 
     let last = claim(&store, lease(&*store).await, 5).await;
     assert_eq!(commit(&store, vec![done(last[0].hold())]).await, 1);
@@ -133,12 +133,15 @@ pub(super) async fn an_item_never_fails_for_a_worker_that_held_others_too(store:
         assert!(held.iter().all(|item| item.attempt == 1), "{held:?}");
         assert!(held.iter().all(|item| item.handling == held[0].handling));
         seen.push(held[0].handling);
-        assert!(!store.has_suspects(&["p"]).await.unwrap(), "all are held");
+        assert!(
+            !store.has_suspects(&["p".into()]).await.unwrap(),
+            "all are held"
+        );
         store.heartbeat(dying, Duration::ZERO).await.unwrap();
         let reaped = store.reap().await.unwrap();
         assert_eq!((reaped.requeued, reaped.failed), (3, 0));
-        assert!(store.has_suspects(&["q", "p"]).await.unwrap());
-        assert!(!store.has_suspects(&["q"]).await.unwrap());
+        assert!(store.has_suspects(&["q".into(), "p".into()]).await.unwrap());
+        assert!(!store.has_suspects(&["q".into()]).await.unwrap());
         assert!(!store.has_suspects(&[]).await.unwrap());
     }
     let last = Handling::LastAttempt;
@@ -190,7 +193,8 @@ pub(super) async fn released_items_come_back_when_their_delay_is_over(store: Sto
 
 pub(super) async fn a_cancelled_run_stops_at_once(store: Store) {
     let (run, other) = (create(&*store, "a", 4).await, create(&*store, "a", 1).await);
-    let items = claim(&store, lease(&*store).await, 2).await;
+    let holder = lease(&*store).await;
+    let items = claim(&store, holder, 2).await;
     assert_eq!(commit(&store, vec![done(items[0].hold())]).await, 1);
     assert_eq!(store.cancel(run).await.unwrap(), 3);
     let kept = read(&*store, run).await;
@@ -198,7 +202,8 @@ pub(super) async fn a_cancelled_run_stops_at_once(store: Store) {
         (kept.status, kept.completed, kept.cancelled),
         (Status::Cancelled, 1, 3)
     );
-    assert_eq!(store.lost(&[items[1].hold()]).await.unwrap(), [items[1].id]);
+    let lost = store.lost(holder, &[items[1].hold()]).await.unwrap();
+    assert_eq!(lost, [items[1].id]);
     assert_eq!(commit(&store, vec![done(items[1].hold())]).await, 0);
     assert_eq!(store.cancel(run).await.unwrap(), 0);
     assert_eq!(store.retry_failed(run).await.unwrap(), 0);
@@ -289,7 +294,7 @@ pub(super) async fn intents_of_items_that_nobody_holds_are_ambiguous(store: Stor
         .await
         .unwrap();
     assert!(
-        store.ambiguous(None, 10).await.unwrap().is_empty(),
+        store.ambiguous_intents(None, 10).await.unwrap().is_empty(),
         "all are held"
     );
 
@@ -299,22 +304,30 @@ pub(super) async fn intents_of_items_that_nobody_holds_are_ambiguous(store: Stor
         intent(1, 1, 3, None),
         intent(2, 1, 4, Some("batch_1")),
     ];
-    assert_eq!(store.ambiguous(None, 10).await.unwrap(), open);
-    let items: Vec<_> = open.iter().map(|intent| intent.item).collect();
-    assert_eq!(store.intents(&items).await.unwrap(), open);
-    assert!(
-        store
-            .intents(&[crate::store::ItemId(i64::MAX)])
-            .await
-            .unwrap()
-            .is_empty()
-    );
-    assert!(store.intents(&[]).await.unwrap().is_empty());
+    assert_eq!(store.ambiguous_intents(None, 10).await.unwrap(), open);
+    let of = async |filter: IntentFilter| store.intents(filter, 10).await.unwrap();
+    let ids = open.iter().map(|intent| intent.item);
+    assert_eq!(of(IntentFilter::items(ids.clone())).await, open);
+    let second = IntentFilter::items(ids).after(open[0].name());
+    assert_eq!(of(second).await, open[1..]);
+    let held = IntentFilter::items([items[0].id]);
+    assert_eq!(of(held.clone()).await, [intents[0].clone()]);
+    let unheld = IntentFilter {
+        unheld: true,
+        ..held
+    };
+    assert!(of(unheld).await.is_empty());
+    let unknown = crate::store::ItemId(i64::MAX);
+    assert!(of(IntentFilter::items([unknown])).await.is_empty());
+    assert!(of(IntentFilter::items([])).await.is_empty());
     store.reap().await.unwrap();
-    assert_eq!(store.ambiguous(None, 10).await.unwrap(), open);
-    assert_eq!(store.ambiguous(None, 2).await.unwrap(), open[..2]);
+    assert_eq!(store.ambiguous_intents(None, 10).await.unwrap(), open);
+    assert_eq!(store.ambiguous_intents(None, 2).await.unwrap(), open[..2]);
     assert_eq!(
-        store.ambiguous(Some(open[1].name()), 2).await.unwrap(),
+        store
+            .ambiguous_intents(Some(open[1].name()), 2)
+            .await
+            .unwrap(),
         open[2..]
     );
 
@@ -322,7 +335,7 @@ pub(super) async fn intents_of_items_that_nobody_holds_are_ambiguous(store: Stor
         .generations(vec![generation("a", 1, "1")])
         .ended_intents(vec![intents[0].name(), open[0].name(), open[2].name()]);
     store.commit(ended).await.unwrap();
-    assert_eq!(store.ambiguous(None, 10).await.unwrap(), open[1..2]);
+    assert_eq!(store.ambiguous_intents(None, 10).await.unwrap(), open[1..2]);
 
     // Whoever tries again what failed for its call has decided about it; that of an item that failed otherwise stays.
     let items = super::claim_any(&*store, alive, 2).await;
@@ -345,5 +358,5 @@ pub(super) async fn intents_of_items_that_nobody_holds_are_ambiguous(store: Stor
     ];
     assert_eq!(commit(&store, results).await, 2);
     assert_eq!(store.retry_failed(failed.run).await.unwrap(), 2);
-    assert_eq!(store.ambiguous(None, 10).await.unwrap(), [stays]);
+    assert_eq!(store.ambiguous_intents(None, 10).await.unwrap(), [stays]);
 }

@@ -24,7 +24,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::runs::Audit;
-use crate::store::{Claim, Handling, Item, LeaseId, NewItem, NewRun, Queue, Run, RunId, Store};
+use crate::store::{
+    Claim, Handling, Item, LeaseId, NewItem, NewRun, Queue, Run, RunId, Store, StoreExt as _,
+};
 
 pub use self::model::against_model;
 

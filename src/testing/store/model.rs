@@ -13,7 +13,7 @@ use crate::request::Request;
 use crate::request::Usage;
 use crate::store::{
     Claim, Commit, Generation, Handling, Hold, Intent, Item, ItemId, LeaseId, MemoKey, Memory,
-    NewItem, NewRun, Note, Queue, RunFilter, RunId, Settlement, Status, Store as _,
+    NewItem, NewRun, Note, Queue, RunFilter, RunId, Settlement, Status, Store as _, StoreExt as _,
 };
 
 /// Takes `steps` random steps on `store`, which must be empty, and on a [`Memory`], and compares
@@ -249,9 +249,9 @@ impl Walk {
         let handling = Handling::from_i32(self.rng.i32(-4..4).max(0));
         let claim = Claim::new(names, limit).handling(handling);
         self.trail.push(format!("{lease:?} {claim:?}"));
-        let suspects = both!(self, |side, _pick| side.has_suspects(names));
+        let suspects = both!(self, |side, _pick| side.has_suspects(&claim.pipelines));
         self.same((suspects.0.unwrap(), suspects.1.unwrap()));
-        let claimed = both!(self, |side, pick| side.claim(pick.of(lease), claim));
+        let claimed = both!(self, |side, pick| side.claim(pick.of(lease), claim.clone()));
         match claimed {
             (Ok(model), Ok(store)) => {
                 let seen = |items: &[Item], of_store| -> Vec<_> {
@@ -328,7 +328,7 @@ impl Walk {
             };
             async move {
                 side.put_intents(&[intent]).await.unwrap();
-                side.ambiguous(None, 1000).await.unwrap()
+                side.ambiguous_intents(None, 1000).await.unwrap()
             }
         });
         let ours = |mut intent: Intent| {
