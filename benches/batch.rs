@@ -1,12 +1,12 @@
-//! What a batch costs per item, beside the same written by hand.
+//! Measures the cost of a batch per item and compares it with hand-written code.
 //!
 //! ```sh
 //! cargo bench --bench batch
 //! ```
 //!
-//! The items are no-ops, so all that is measured is the machinery: by hand a boxed
-//! future, a semaphore and governor under `buffer_unordered(64)`; ours adds retries, settlement, a
-//! tally and a path for each item. The bar is 3 times the hand-written cost.
+//! The items are no-ops, so only the overhead counts. The hand-written code has a boxed future, a semaphore and governor
+//! under `buffer_unordered(64)`; a batch adds retries, settlement, a tally and a path for each item. The bar is 3 times the
+//! hand-written cost.
 
 use std::num::NonZeroU32;
 use std::time::Instant;
@@ -80,7 +80,7 @@ fn batch(c: &mut Criterion) {
     });
     group.finish();
 
-    // In turn, so that a machine whose speed drifts drifts for both.
+    // Alternating, so that changes of the machine's speed affect both.
     let time = |work: &dyn Fn() -> u64| {
         let began = Instant::now();
         assert_eq!(work(), ITEMS);

@@ -1,17 +1,16 @@
-//! What a call over a socket costs the client, beside the same written by hand.
+//! Measures the client's CPU time for a call over a socket and compares it with hand-written code.
 //!
 //! ```sh
 //! cargo bench --bench http --features openai
 //! ```
 //!
-//! Both send the same chat completions to a server that answers at once, 64 at a time over
-//! kept connections. By hand: reqwest, `buffer_unordered(64)`, governor, one serde struct
-//! each for the body and the reply. Ours: `Context` and `OpenAi`, with everything that
-//! comes with them (retries, deadlines, settlement, rate-limit headers, errors that tell).
+//! Both send the same chat completions to a server that answers at once, 64 at a time over persistent connections. The
+//! hand-written code uses reqwest, `buffer_unordered(64)`, governor, and a serde struct each for the body and the reply.
+//! The crate uses `Context` and `OpenAi` with retries, deadlines, settlement, rate-limit headers and detailed errors.
 //!
-//! What is measured is the CPU time of the client's thread, kernel included, as the thread's own clock
-//! counts it: the server has a thread of its own, and waiting costs nothing. (Only Linux is asked.) The
-//! runs alternate and are short, so that a machine whose speed drifts drifts for both. The bar is 1.15.
+//! The bench measures the CPU time of the client's thread, kernel included, by the clock of the thread (on Linux). The
+//! server has a thread of its own, and waiting costs nothing. The runs are short and alternate, so that changes of the
+//! machine's speed affect both. The bar is 1.15.
 
 #[path = "../tests/support/server.rs"]
 mod server;
@@ -40,7 +39,7 @@ fn prompt(n: u64) -> String {
     format!("Describe river {n} in one sentence. {facts}")
 }
 
-/// What a chat completion looks like, with the headers that come with it.
+/// Returns a chat completion with its headers.
 fn answer() -> Vec<u8> {
     let text = "The river leaves the hills in the early morning, crosses a plain of reeds and \
                 reaches the sea by evening. "
@@ -98,7 +97,7 @@ struct Tokens {
     completion_tokens: u64,
 }
 
-/// As one would write it in an afternoon, without the retries.
+/// The hand-written client, without retries.
 struct ByHand {
     client: reqwest::Client,
     limiter: DefaultDirectRateLimiter,
@@ -153,14 +152,14 @@ async fn ours(cx: &Context) -> u64 {
     let settled = batch.settle(|cx, n| async move {
         let request = Request::new(prompt(n)).max_tokens(200);
         let reply = cx.generate(request).await?;
-        // Like the other: the text and the tokens stay, not the raw body.
+        // Like the hand-written client, keep the text and the tokens, not the raw body.
         Ok((reply.text, reply.usage.total()))
     });
     let replies = settled.await.all().expect("every reply");
     replies.iter().map(|(_, tokens)| tokens).sum()
 }
 
-/// Our client without lane, retries and batch: says where the difference comes from.
+/// Measures the provider without lane, retries and batch.
 async fn provider_alone(provider: &OpenAi) -> u64 {
     let calls = stream::iter(0..CALLS).map(|n| async move {
         let request = Request::new(prompt(n)).model(MODEL).max_tokens(200);
@@ -170,7 +169,7 @@ async fn provider_alone(provider: &OpenAi) -> u64 {
     replies.iter().map(|reply| reply.usage.total()).sum()
 }
 
-/// The CPU time this thread has used.
+/// Returns the CPU time that this thread has used.
 #[cfg(target_os = "linux")]
 fn cpu_time() -> Option<Duration> {
     use rustix::time::{ClockId, clock_gettime};
@@ -186,7 +185,7 @@ fn cpu_time() -> Option<Duration> {
     None
 }
 
-/// The CPU time of one call, in microseconds.
+/// Returns the CPU time of one call in microseconds.
 fn measure(runtime: &Runtime, work: impl Future<Output = u64>) -> f64 {
     let before = cpu_time().expect("Linux");
     let tokens = runtime.block_on(work);
@@ -196,8 +195,8 @@ fn measure(runtime: &Runtime, work: impl Future<Output = u64>) -> f64 {
 }
 
 fn client(url: &str) {
-    // Each has its own runtime: reqwest's connections live in the one they were made in,
-    // and the tasks of one must not run in the other's time.
+    // Each client has its own runtime: the connections of reqwest belong to the runtime in which they were made, and
+    // the tasks of one client must not run during the time of another.
     let runtimes = [runtime(), runtime(), runtime()];
     let by_hand = ByHand::new(url);
     let provider = || {
@@ -216,7 +215,7 @@ fn client(url: &str) {
     let mut rounds = Vec::new();
     for round in 0..=ROUNDS {
         let mut times = [0.0; 3];
-        // Who comes first changes, for whoever follows finds warm or cold what the last one left.
+        // The order changes, because each run leaves warm or cold caches to the next.
         for turn in 0..3 {
             let which = (round + turn) % 3;
             times[which] = match which {
@@ -225,7 +224,7 @@ fn client(url: &str) {
                 _ => measure(&runtimes[2], provider_alone(&alone)),
             };
         }
-        // The first makes the connections.
+        // The first round makes the connections.
         if round > 0 {
             rounds.push(times);
         }
@@ -255,7 +254,7 @@ fn sorted(values: impl Iterator<Item = f64>) -> Vec<f64> {
 
 fn main() {
     if cpu_time().is_none() {
-        println!("the CPU time of a thread is not known here");
+        println!("this platform does not report the CPU time of a thread");
         return;
     }
     let url = Server::apart(|| Server::fixed(answer()));

@@ -1,9 +1,8 @@
-//! The incremental JSON reader: a plan of 4 MB, in one piece, in a network's pieces and byte
-//! by byte; `serde_json` on the whole document beside it, in the same run.
+//! Measures the incremental JSON reader on a plan of 4 MB: in one piece, in pieces of the size of a packet, and byte by byte.
+//! `serde_json` reads the whole document in the same run.
 //!
-//! What must hold is checked when it is run: at least 200 MB/s in one thread, and byte by
-//! byte at most five times as long as in one piece. It is measured as the best of its rounds,
-//! because a shared machine only ever makes things slower.
+//! The bench checks its bars: at least 200 MB/s in one thread, and byte by byte at most five times as long as in one
+//! piece. It takes the best of its rounds, because other load only makes a round slower.
 
 use std::hint::black_box;
 use std::time::{Duration, Instant};
@@ -72,7 +71,7 @@ fn read(text: &str, piece: usize, mut each: impl FnMut(&str)) -> usize {
 }
 
 fn main() {
-    // `cargo test --benches` only wants to know that it runs.
+    // `cargo test --benches` only checks that it runs.
     if std::env::args().any(|arg| arg == "--test") {
         return;
     }
