@@ -599,7 +599,7 @@ fn plans() -> [Plan; 4] {
 }
 
 #[test]
-fn whatever_is_dropped_at_whatever_poll_the_others_go_on() {
+fn dropping_any_operation_at_any_poll_does_not_block_the_others() {
     let mut runs = 0;
     for (index, plan) in plans().iter().enumerate() {
         for operation in Operation::ALL {
@@ -654,7 +654,7 @@ fn five_permits_beside(operation: Option<(Operation, usize, Interruption)>) -> O
 }
 
 #[test]
-fn what_is_dropped_before_it_is_sent_costs_nothing_of_the_rate() {
+fn calls_dropped_before_they_are_sent_are_not_charged_to_the_rate() {
     let alone = five_permits_beside(None).unwrap();
     let mut granted = 0;
     for operation in [Operation::Lane, Operation::Pool, Operation::Generate] {
@@ -678,7 +678,7 @@ fn what_is_dropped_before_it_is_sent_costs_nothing_of_the_rate() {
 }
 
 #[test]
-fn calls_behind_a_large_one_that_is_dropped_go_as_soon_as_they_fit() {
+fn calls_behind_a_dropped_large_call_start_as_soon_as_they_fit() {
     runtime().block_on(async {
         // Ten tokens a second, a minute's worth at once.
         let lane = Lane::new(Pace::unlimited().tokens(600).burst(60 * SECOND));
@@ -717,7 +717,7 @@ async fn two_answers_each(cx: &Context) -> usize {
 }
 
 #[test]
-fn wherever_a_batch_was_dropped_nothing_that_was_kept_is_paid_again() {
+fn a_batch_dropped_at_any_poll_pays_for_no_stored_reply_again() {
     let mut polls = 0;
     let mut ended = false;
     while !ended {
@@ -892,7 +892,7 @@ fn run_random(seed: u64) {
 }
 
 #[test]
-fn random_combinations_of_what_is_dropped_leave_everything_as_it_was() {
+fn random_combinations_of_dropped_operations_leave_no_trace() {
     if let Some(seed) = number("THROUGHLINE_SEED") {
         return run_random(seed);
     }

@@ -67,7 +67,7 @@ pub async fn verify(runner: &Runner, (kept, bills): Kept) -> Result<()> {
     let ledger = Ledger::read(LEDGER)?;
     let later = ledger.bills[bills..].iter();
     let again = later.filter(|bill| kept.contains(&*bill.key)).count();
-    let twice = ledger.bills.len() - ledger.accounts.len();
+    let twice = ledger.bills.len() - ledger.by_key.len();
     let listed = runner.ambiguous(None, 1000).await?.len();
     let kept = kept.len();
     println!("{completed} of {ITEMS} items are completed, each once");

@@ -75,7 +75,7 @@ fn complaint(source: &str, compiles: bool, output: &str) -> Option<String> {
 }
 
 #[test]
-fn a_mistake_gets_one_error_that_says_what_to_write() {
+fn a_common_mistake_gives_one_error_that_names_the_remedy() {
     let library = library(&env::current_exe().unwrap());
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/ui");
     let mut mistakes = 0;

@@ -60,7 +60,7 @@ async fn a_conversation_takes_its_critical_path_for_every_kind_of_message() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_failed_update_costs_itself_alone() {
+async fn a_failed_update_fails_no_other_step() {
     let (turn, took) = failing("workout-update:").await;
     assert_eq!((turn.seen.len(), took), (4, 3_942));
     assert_eq!(turn.workout.as_deref(), Some("done: workout: the context"));
@@ -68,7 +68,7 @@ async fn a_failed_update_costs_itself_alone() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_slow_update_costs_the_grace_at_most() {
+async fn a_slow_update_delays_the_reply_by_its_grace_at_most() {
     for (update, delay) in [
         ("workout-update", 300),
         // The memory is ready 50 ms before the workout.
@@ -106,7 +106,7 @@ async fn practised(way: Way, model: SimBuilder) -> (Settled<Routine>, u64, usize
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_week_of_practice_takes_as_long_as_its_way_says() {
+async fn a_week_of_practice_takes_the_documented_time_in_each_mode() {
     let (reference, calls, in_flight) = practised(Way::Sequential, practice::model()).await;
     assert_eq!(
         (reference.elapsed().as_secs(), calls, in_flight),
@@ -134,7 +134,7 @@ async fn a_week_of_practice_takes_as_long_as_its_way_says() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn routines_are_told_of_as_they_complete() {
+async fn routines_are_reported_as_they_complete() {
     let told = Arc::new(Mutex::new(Vec::new()));
     let heard = Arc::clone(&told);
     let cx = Context::builder(practice::model().build()).build();
@@ -188,7 +188,7 @@ async fn quality_log() -> (Context, Arc<AtomicU64>, Arc<Counted>, QualityLog) {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_class_is_noted_in_one_round_trip_that_nobody_waits_for() {
+async fn a_class_is_noted_in_one_round_trip_in_the_background() {
     let (cx, _, store, log) = quality_log().await;
     let began = Instant::now();
     class_row_by_row(&cx, &log, &*store).await.unwrap();
@@ -203,7 +203,7 @@ async fn a_class_is_noted_in_one_round_trip_that_nobody_waits_for() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn many_classes_are_noted_in_few_round_trips_and_the_last_read_in_two() {
+async fn many_classes_are_noted_in_few_round_trips_and_the_last_are_read_in_two() {
     let (cx, _, store, log) = quality_log().await;
     let began = Instant::now();
     let settled = cx
@@ -252,7 +252,7 @@ async fn a_log_that_is_down_fails_no_class_and_loses_nothing() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_log_that_is_dropped_writes_what_it_has() {
+async fn a_dropped_log_writes_its_pending_rows() {
     let (cx, _, store, log) = quality_log().await;
     class(&cx, &log, 7).await.unwrap();
     drop(log);

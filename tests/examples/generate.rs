@@ -133,7 +133,7 @@ impl Job {
 
     /// How often each id was billed.
     fn billed(&self) -> BTreeMap<String, u64> {
-        let accounts = self.ledger().accounts;
+        let accounts = self.ledger().by_key;
         let billed = accounts.iter().map(|(id, a)| (id.to_string(), a.billed));
         billed.collect()
     }
@@ -280,7 +280,7 @@ fn each_record_gets_one_line_and_the_figures_are_right() {
 // Ends that nobody planned
 
 #[test]
-fn killed_again_and_again_it_ends_with_all_results_and_pays_none_of_them_twice() {
+fn a_job_that_is_killed_repeatedly_completes_and_pays_for_no_result_twice() {
     const IN_FLIGHT: u64 = 64;
     let job = Job::over(earthquakes());
     let arguments = format!("--in-flight {IN_FLIGHT} --sim-latency 80");
@@ -330,7 +330,7 @@ fn killed_again_and_again_it_ends_with_all_results_and_pays_none_of_them_twice()
 }
 
 #[test]
-fn a_line_cut_in_half_and_a_failure_are_done_again() {
+fn cut_lines_and_failures_are_repeated() {
     let job = Job::numbered(6);
     job.run("--limit 5").exits(0);
     let text = std::fs::read_to_string(job.output()).unwrap();
@@ -360,7 +360,7 @@ fn a_line_cut_in_half_and_a_failure_are_done_again() {
 }
 
 #[test]
-fn interrupted_it_finishes_what_is_in_flight_and_goes_on_later() {
+fn an_interrupted_job_finishes_calls_in_flight_and_resumes_later() {
     for name in ["INT", "TERM"] {
         let job = Job::numbered(200);
         let mut child = job.start("--in-flight 16 --sim-latency 150");
@@ -394,7 +394,7 @@ fn interrupted_it_finishes_what_is_in_flight_and_goes_on_later() {
 }
 
 #[test]
-fn interrupted_twice_it_drops_what_is_in_flight() {
+fn a_second_interrupt_drops_calls_in_flight() {
     let job = Job::numbered(8);
     let child = job.start("--sim-latency 60000");
     sleep(Duration::from_millis(500));
@@ -412,7 +412,7 @@ fn interrupted_twice_it_drops_what_is_in_flight() {
 // What people feed it
 
 #[test]
-fn unusable_lines_are_named_and_the_rest_goes_on() {
+fn unusable_lines_are_reported_and_the_others_processed() {
     let lines: [(&[u8], &str); 11] = [
         (b"\xef\xbb\xbf{\"id\": \"a\", \"x\": 1}", ""),
         (
@@ -492,7 +492,7 @@ fn what_cannot_run_at_all_says_why_and_exits_with_2() {
 
 /// `--output` given by mistake a file that somebody needs.
 #[test]
-fn a_file_of_something_else_is_not_written_over() {
+fn a_foreign_output_file_is_not_overwritten() {
     let job = Job::numbered(3);
     let notes = job.dir.path().join("notes");
     std::fs::write(&notes, "\nbuy milk\n").unwrap();
@@ -513,7 +513,7 @@ fn a_file_of_something_else_is_not_written_over() {
 // What the provider does to it
 
 #[test]
-fn failures_are_kept_and_counted_by_kind_and_done_again() {
+fn failures_are_stored_counted_by_kind_and_repeated() {
     // Not so many that the retry budget runs dry, and retries wait for half a minute.
     let job = Job::numbered(24);
     let ran = job
@@ -547,7 +547,7 @@ fn failures_are_kept_and_counted_by_kind_and_done_again() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-async fn a_refused_key_ends_the_run_and_a_good_one_goes_on() {
+async fn a_refused_key_ends_the_run_and_a_valid_one_resumes_it() {
     let job = Job::numbered(300);
     let run = async |server: &Server| {
         let mut command = job.command("--provider openai --in-flight 4");

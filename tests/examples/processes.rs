@@ -204,7 +204,7 @@ const ADA: &str = "Bearer ada-secret";
 const BOB: &str = "Bearer bob-secret";
 
 #[test]
-fn only_users_get_in_and_each_sees_their_own() {
+fn requests_need_a_user_and_each_user_sees_only_their_own_programs() {
     let mut service = Service::start(20);
     for token in [
         "",
@@ -265,7 +265,7 @@ fn only_users_get_in_and_each_sees_their_own() {
 }
 
 #[test]
-fn programs_are_followed_cancelled_and_out_of_time() {
+fn programs_can_be_followed_and_cancelled_and_time_out() {
     let mut service = Service::start(300);
     // Its events end when it is over.
     let id = service.submit(ADA, &json!({"goal": "a climb", "weeks": 6}));
@@ -494,7 +494,7 @@ async fn note_classes(store: OsString) {
 /// Killed while it writes behind the work, as at a shutdown that was not waited for: what was acknowledged is there, in order,
 /// and no class in part. The process that is killed is this test, started by itself.
 #[test]
-fn what_was_acknowledged_is_there_after_kill_9() {
+fn acknowledged_rows_survive_kill_9() {
     let runtime = tokio::runtime::Runtime::new().unwrap();
     if let Some(store) = std::env::var_os("THROUGHLINE_NOTES") {
         return runtime.block_on(note_classes(store));
@@ -505,7 +505,7 @@ fn what_was_acknowledged_is_there_after_kill_9() {
         let mut process = Command::new(std::env::current_exe().unwrap())
             .args([
                 "--exact",
-                "processes::what_was_acknowledged_is_there_after_kill_9",
+                "processes::acknowledged_rows_survive_kill_9",
             ])
             .arg("--nocapture")
             .env("THROUGHLINE_NOTES", &store)

@@ -87,7 +87,7 @@ async fn a_slow_store_loses_nothing_when_the_budget_ends() {
         assert_eq!(
             (
                 bills.total.billed - bills.total.cancelled,
-                bills.accounts.len()
+                bills.by_key.len()
             ),
             (40, 40)
         );

@@ -60,7 +60,7 @@ static_assertions::assert_impl_all!(Sim: Clone, Send, Sync, Unpin, std::fmt::Deb
 // Limits
 
 #[tokio::test(start_paused = true)]
-async fn a_bucket_gives_its_burst_and_then_one_at_a_time_to_the_nanosecond() {
+async fn a_bucket_grants_its_burst_and_then_one_call_at_a_time_to_the_nanosecond() {
     let sim = Sim::builder()
         .requests_per_minute(120)
         .enforcement(bucket(SECOND * 2))
@@ -88,7 +88,7 @@ async fn a_bucket_holds_one_unit_at_least() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_strict_second_lets_nothing_be_saved_up() {
+async fn windows_of_a_second_allow_no_burst() {
     let sim = Sim::builder()
         .requests_per_minute(180)
         .enforcement(Enforcement::FixedWindow(SECOND))
@@ -104,7 +104,7 @@ async fn a_strict_second_lets_nothing_be_saved_up() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_minute_window_lets_a_minute_through_at_once() {
+async fn a_window_of_a_minute_allows_a_minute_at_once() {
     let sim = Sim::builder()
         .requests_per_minute(30)
         .enforcement(Enforcement::FixedWindow(SECOND * 60))
@@ -117,7 +117,7 @@ async fn a_minute_window_lets_a_minute_through_at_once() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn in_flight_is_a_limit_without_a_wait() {
+async fn the_limit_on_calls_in_flight_names_no_wait() {
     let sim = Sim::builder().in_flight(2).latency(SECOND).build();
     let request = ten_tokens();
     let mut first = Box::pin(sim.generate(&request));
@@ -136,7 +136,7 @@ async fn in_flight_is_a_limit_without_a_wait() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn reserved_tokens_are_charged_on_admission_and_not_given_back() {
+async fn reserved_tokens_are_charged_on_admission_and_not_refunded() {
     let sim = Sim::builder()
         .tokens_per_minute(600)
         .output_tokens(Tokens::fixed(5))
@@ -150,7 +150,7 @@ async fn reserved_tokens_are_charged_on_admission_and_not_given_back() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn produced_tokens_are_charged_at_the_end_and_can_be_owed() {
+async fn produced_tokens_are_charged_at_the_end_and_may_leave_a_debt() {
     let sim = Sim::builder()
         .input_tokens_per_minute(6_000)
         .output_tokens_per_minute(600)
@@ -173,7 +173,7 @@ async fn produced_tokens_are_charged_at_the_end_and_can_be_owed() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_no_bucket_holds_passes_a_full_one_and_is_owed() {
+async fn a_call_above_the_capacity_passes_a_full_bucket_and_leaves_a_debt() {
     let sim = Sim::builder()
         .tokens_per_minute(600)
         .enforcement(bucket(SECOND))
@@ -186,7 +186,7 @@ async fn what_no_bucket_holds_passes_a_full_one_and_is_owed() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_refused_call_costs_a_request_only_where_it_counts() {
+async fn a_refused_call_is_charged_only_if_refusals_count() {
     for (count, accepted) in [(false, 1), (true, 0)] {
         let sim = Sim::builder()
             .requests_per_minute(60)
@@ -202,7 +202,7 @@ async fn a_refused_call_costs_a_request_only_where_it_counts() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_wait_is_true_and_not_too_long() {
+async fn a_call_is_admitted_after_the_named_wait_and_not_before() {
     for enforcement in [bucket(ms(1500)), Enforcement::FixedWindow(ms(700))] {
         let sim = Sim::builder()
             .requests_per_minute(47)
@@ -236,7 +236,7 @@ async fn the_wait_can_be_hidden() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn limits_change_in_the_middle_by_hand_and_by_schedule() {
+async fn limits_change_by_method_and_by_schedule() {
     let sim = Sim::builder()
         .requests_per_minute(60)
         .enforcement(bucket(SECOND))
@@ -256,9 +256,9 @@ async fn limits_change_in_the_middle_by_hand_and_by_schedule() {
 }
 
 #[test]
-fn an_hour_of_limits_takes_less_than_a_thousandth_of_it() {
+fn an_hour_of_simulation_takes_less_than_a_thousandth_of_it() {
     let began = cpu_time();
-    on_paused_clock(an_hour_of_limits());
+    on_paused_clock(simulate_an_hour());
     let took = cpu_time() - began;
     assert!(took < SECOND * 3600 / 1000, "{took:?}");
 }
@@ -278,7 +278,7 @@ fn cpu_time() -> Duration {
     START.elapsed()
 }
 
-async fn an_hour_of_limits() {
+async fn simulate_an_hour() {
     let sim = Sim::builder()
         .requests_per_minute(60)
         .enforcement(bucket(SECOND))
@@ -325,7 +325,7 @@ proptest! {
     /// Whatever the pattern of arrival: what is let in within any window is the burst and
     /// the rate times the window at most, and no refusal was needless.
     #[test]
-    fn no_window_is_above_the_limit(
+    fn no_window_has_more_calls_than_the_limit_allows(
         per_minute in 1_u64..3_000,
         burst_ms in 1_u64..5_000,
         arrivals in prop::collection::vec((0_u64..400, 1_usize..12), 1..60),
@@ -356,7 +356,7 @@ proptest! {
 
     /// Tokens likewise, in windows and under calls of all sizes that fit.
     #[test]
-    fn no_window_has_more_tokens_than_its_share(
+    fn no_window_has_more_tokens_than_the_limit_allows(
         arrivals in prop::collection::vec((0_u64..400, 1_u64..90), 1..120),
     ) {
         let bills = on_paused_clock(async {
@@ -387,7 +387,7 @@ async fn timed(sim: &Sim, request: &Request) -> (Reply, Duration) {
 }
 
 #[tokio::test(start_paused = true)]
-async fn latency_is_its_parts_and_fixed_by_the_seed() {
+async fn latency_is_the_sum_of_its_parts_and_determined_by_the_seed() {
     let exact = Sim::builder()
         .latency(ms(200))
         .time_to_first_token(ms(300))
@@ -424,7 +424,7 @@ async fn latency_is_its_parts_and_fixed_by_the_seed() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn answers_can_be_the_users_and_max_tokens_cuts_them() {
+async fn answers_can_be_given_and_max_tokens_cuts_them() {
     let sim = Sim::builder()
         .reply(|request| request.last_text().to_uppercase())
         .build();
@@ -472,7 +472,7 @@ async fn a_stream_spreads_its_text_over_the_latency() {
 // What it says
 
 #[tokio::test(start_paused = true)]
-async fn replies_say_the_limit_what_is_left_and_when_all_is_back() {
+async fn replies_carry_limit_remaining_amount_and_reset() {
     let build = |headers| {
         Sim::builder()
             .requests_per_minute(60)
@@ -507,7 +507,7 @@ async fn replies_say_the_limit_what_is_left_and_when_all_is_back() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_empty_account_and_wrong_credentials_concern_every_call() {
+async fn an_exhausted_quota_and_wrong_credentials_refuse_every_call() {
     let sim = Sim::builder().insufficient_quota_after(2).build();
     assert_eq!(let_in(&sim, 5).await, 2);
     let error = sim.generate(&ten_tokens()).await.unwrap_err();
@@ -529,7 +529,7 @@ async fn an_empty_account_and_wrong_credentials_concern_every_call() {
 // Faults and bills
 
 #[tokio::test(start_paused = true)]
-async fn faults_come_as_often_as_told_and_are_billed_as_said() {
+async fn faults_occur_at_their_rates_and_are_billed_as_documented() {
     let sim = Sim::builder()
         .error_rate(0.10)
         .reset_rate(0.05)
@@ -567,7 +567,7 @@ async fn faults_come_as_often_as_told_and_are_billed_as_said() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_retry_has_new_luck() {
+async fn a_retry_draws_a_new_fault() {
     let sim = Sim::builder().error_rate(0.5).build();
     let request = ten_tokens();
     let mut attempts = 1;
@@ -585,7 +585,7 @@ async fn a_retry_has_new_luck() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_cut_stream_ends_without_its_end_and_is_billed_for_what_it_gave() {
+async fn a_cut_stream_has_no_end_and_its_text_is_billed() {
     let sim = Sim::builder()
         .cut_rate(1.0)
         .time_per_token(ms(100))
@@ -596,14 +596,14 @@ async fn a_cut_stream_ends_without_its_end_and_is_billed_for_what_it_gave() {
     assert!(deltas.iter().all(|d| matches!(d, Ok(Delta::Text(_)))));
     let ledger = sim.ledger();
     assert_eq!(ledger.bills[0].ended, Ended::Cut);
-    let billed = ledger.account("a").usage;
+    let billed = ledger.of_key("a").usage;
     assert_eq!(billed.input_tokens, 10);
     assert!(billed.output_tokens.abs_diff(deltas.len() as u64) <= 1);
     assert!(billed.output_tokens < 100);
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_cancelled_call_is_billed_for_what_was_generated() {
+async fn a_cancelled_call_is_billed_for_its_generated_tokens() {
     let build = || {
         Sim::builder()
             .latency(SECOND)
@@ -619,8 +619,8 @@ async fn a_cancelled_call_is_billed_for_what_was_generated() {
     drop(stream);
 
     let ledger = sim.ledger();
-    assert_eq!(ledger.account("a").usage, Usage::new(10, 30));
-    assert_eq!(ledger.account("b").usage, Usage::new(10, 60));
+    assert_eq!(ledger.of_key("a").usage, Usage::new(10, 30));
+    assert_eq!(ledger.of_key("b").usage, Usage::new(10, 60));
     assert_eq!((ledger.total.cancelled, ledger.total.billed), (2, 2));
     assert!(ledger.bills.iter().all(|b| b.ended == Ended::Cancelled));
     assert_eq!(ledger.in_flight, 0);
@@ -628,13 +628,13 @@ async fn a_cancelled_call_is_billed_for_what_was_generated() {
     let kind = build().bill_cancelled(false).build();
     let request = keyed("a");
     assert!(timeout(ms(300), kind.generate(&request)).await.is_err());
-    let account = kind.ledger().account("a");
+    let account = kind.ledger().of_key("a");
     assert_eq!((account.cancelled, account.billed), (1, 0));
     assert_eq!(account.usage, Usage::default());
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_ledger_counts_by_key_and_in_all() {
+async fn the_ledger_has_totals_by_key_and_of_all_calls() {
     let sim = Sim::builder()
         .requests_per_minute(3)
         .output_tokens(Tokens::fixed(7))
@@ -643,7 +643,7 @@ async fn the_ledger_counts_by_key_and_in_all() {
         let _ = sim.generate(&keyed(key)).await;
     }
     let ledger = sim.ledger();
-    let (a, b) = (ledger.account("a"), ledger.account("b"));
+    let (a, b) = (ledger.of_key("a"), ledger.of_key("b"));
     assert_eq!((a.admitted, a.rejected, a.billed), (2, 0, 2));
     assert_eq!((b.admitted, b.rejected, b.billed), (1, 1, 1));
     assert_eq!(a.usage, Usage::new(20, 14));
@@ -658,13 +658,13 @@ async fn the_ledger_counts_by_key_and_in_all() {
     sim.set_limits(|limits| limits.requests_per_minute = None);
     sim.generate(&unkeyed).await.unwrap();
     let digest = unkeyed.digest().to_string();
-    assert_eq!(sim.ledger().account(&digest).billed, 1);
+    assert_eq!(sim.ledger().of_key(&digest).billed, 1);
 }
 
 // The ledger in a file
 
 #[tokio::test(start_paused = true)]
-async fn the_file_has_each_bill_when_it_is_due_and_carries_on() {
+async fn the_ledger_file_has_each_bill_at_once_and_is_continued() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("bills.ledger");
     let build = || Sim::builder().latency(SECOND).ledger_file(&path).build();
@@ -693,7 +693,7 @@ async fn the_file_has_each_bill_when_it_is_due_and_carries_on() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn two_accounts_can_share_a_file() {
+async fn two_simulators_can_share_a_ledger_file() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("bills.ledger");
     let sims: Vec<_> = (0..2)
@@ -703,12 +703,12 @@ async fn two_accounts_can_share_a_file() {
         sims[i % 2].generate(&keyed(&i.to_string())).await.unwrap();
     }
     let ledger = Ledger::read(&path).unwrap();
-    assert_eq!((ledger.accounts.len(), ledger.torn_lines), (50, 0));
+    assert_eq!((ledger.by_key.len(), ledger.torn_lines), (50, 0));
     assert_eq!(ledger.billed_again().count(), 0);
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_file_that_cannot_be_opened_fails_every_call() {
+async fn a_ledger_file_that_cannot_be_opened_fails_every_call() {
     let dir = tempfile::tempdir().unwrap();
     let sim = Sim::builder().ledger_file(dir.path()).build();
     for _ in 0..2 {
@@ -720,12 +720,12 @@ async fn a_file_that_cannot_be_opened_fails_every_call() {
 
 #[test]
 #[should_panic(expected = "a limit of zero requests per minute")]
-fn zero_is_no_limit_at_all() {
+fn a_limit_of_zero_panics() {
     let _ = SimBuilder::default().requests_per_minute(0).build();
 }
 
 #[tokio::test(start_paused = true)]
-async fn clones_share_one_account_and_a_panicking_reply_frees_its_place() {
+async fn clones_share_one_account_and_a_panicking_reply_frees_its_slot() {
     let sim = Sim::builder()
         .reply(|_| -> String { panic!("the user's own") })
         .build();
@@ -737,7 +737,7 @@ async fn clones_share_one_account_and_a_panicking_reply_frees_its_place() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_call_that_is_made_to_fail_takes_its_latency_and_is_not_billed() {
+async fn fail_when_takes_the_latency_and_is_not_billed() {
     let sim = Sim::builder()
         .latency_when("four", Duration::from_secs(4))
         .latency_when("five", Duration::from_secs(9))

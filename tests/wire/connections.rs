@@ -28,7 +28,7 @@ async fn client_hello(build: impl FnOnce(String) -> Box<dyn Provider>) -> Vec<u8
 }
 
 #[tokio::test]
-async fn http2_is_offered_only_by_choice() {
+async fn http2_is_offered_only_if_enabled() {
     let offers = |hello: &[u8], name: &[u8]| hello.windows(name.len()).any(|w| w == name);
     for http2 in [false, true] {
         for openai in [false, true] {
@@ -55,7 +55,7 @@ async fn http2_is_offered_only_by_choice() {
     }
 }
 
-async fn all_at_once(provider: &OpenAi, calls: usize) -> Vec<Result<String>> {
+async fn generate_concurrently(provider: &OpenAi, calls: usize) -> Vec<Result<String>> {
     join_all((0..calls).map(|_| async {
         let reply = provider.generate(&request()).await?;
         Ok(reply.text)
@@ -68,7 +68,7 @@ async fn calls_in_flight_are_not_bounded_by_the_streams_of_one_connection() {
     let script = Script::new().then(Act::Wait(Duration::from_secs(1)));
     let reply = crate::support::server::reply(200, &[], OPENAI_BODY.as_bytes());
     let server = Server::scripted([script.send(reply)]).await;
-    let replies = all_at_once(&openai(&server), 256).await;
+    let replies = generate_concurrently(&openai(&server), 256).await;
     assert!(replies.iter().all(Result::is_ok));
     // All of them, unless the machine is so busy that some are answered before others are sent.
     assert!(server.connections() > 200, "{}", server.connections());
@@ -111,7 +111,7 @@ async fn http2_shares_one_connection() {
     let server = http2_server(|_| Fate::Serves).await;
     let openai = http2_with_short_ping(&server);
     assert_eq!(openai.generate(&request()).await.unwrap().text, "Rhône");
-    let replies = all_at_once(&openai, 150).await;
+    let replies = generate_concurrently(&openai, 150).await;
     assert!(replies.iter().all(Result::is_ok));
     assert_eq!((server.connections(), server.served()), (1, 151));
     // It stays alive by answering pings.
@@ -121,7 +121,7 @@ async fn http2_shares_one_connection() {
 }
 
 #[tokio::test]
-async fn pings_of_any_interval_are_allowed() {
+async fn http2_ping_accepts_any_interval() {
     let server = http2_server(|_| Fate::Serves).await;
     for ping in [Duration::ZERO, Duration::MAX] {
         let builder = OpenAi::builder().base_url(server.url()).http2(true);
@@ -134,7 +134,7 @@ async fn pings_of_any_interval_are_allowed() {
 }
 
 #[tokio::test]
-async fn a_dead_http2_connection_is_given_up() {
+async fn a_silent_http2_connection_is_closed() {
     let server = http2_server(|connection| match connection {
         0 => Fate::SilentAfter(2),
         _ => Fate::Serves,
@@ -145,7 +145,7 @@ async fn a_dead_http2_connection_is_given_up() {
         openai.generate(&request()).await.unwrap();
     }
     let start = Instant::now();
-    for result in all_at_once(&openai, 10).await {
+    for result in generate_concurrently(&openai, 10).await {
         let error = result.unwrap_err();
         assert_eq!(
             (error.kind(), error.billed()),
@@ -159,7 +159,7 @@ async fn a_dead_http2_connection_is_given_up() {
         "{:?}",
         start.elapsed()
     );
-    let replies = all_at_once(&openai, 10).await;
+    let replies = generate_concurrently(&openai, 10).await;
     assert!(replies.iter().all(Result::is_ok));
     assert_eq!((server.connections(), server.served()), (2, 12));
 }
@@ -180,12 +180,12 @@ async fn an_http2_connection_that_dies_unused_costs_no_call() {
 
 /// A server that closes its connections in order has run each request once, and no caller sees it.
 #[tokio::test]
-async fn requests_that_a_server_has_not_begun_are_sent_again() {
+async fn requests_that_a_server_has_not_processed_are_resent() {
     let server = http2_server(|_| Fate::ClosesAfter(30)).await;
     let openai = http2(&server);
     // Fewer than share a connection, and more.
     for calls in [60, 90, 250, 200] {
-        for result in all_at_once(&openai, calls).await {
+        for result in generate_concurrently(&openai, calls).await {
             assert_eq!(result.unwrap(), "Rhône");
         }
     }
@@ -194,7 +194,7 @@ async fn requests_that_a_server_has_not_begun_are_sent_again() {
 }
 
 #[tokio::test]
-async fn a_request_that_a_server_has_begun_is_not_sent_again() {
+async fn a_request_that_a_server_has_processed_is_not_resent() {
     let server = http2_server(|_| Fate::BreaksAfter(1)).await;
     let error = http2(&server).generate(&request()).await.unwrap_err();
     assert_eq!(
@@ -206,7 +206,7 @@ async fn a_request_that_a_server_has_begun_is_not_sent_again() {
 }
 
 #[tokio::test]
-async fn a_request_that_is_never_begun_fails_unbilled() {
+async fn a_request_that_is_never_processed_fails_unbilled() {
     let server = http2_server(|_| Fate::Refuses).await;
     let error = http2(&server).generate(&request()).await.unwrap_err();
     assert_eq!(
@@ -256,7 +256,7 @@ fn running_out_of_file_descriptors_is_an_unbilled_error_that_names_the_limit() {
 #[cfg(target_os = "linux")]
 async fn few_descriptors(url: &str, calls: usize) {
     let openai = OpenAi::builder().base_url(url).build().unwrap();
-    let results = all_at_once(&openai, calls).await;
+    let results = generate_concurrently(&openai, calls).await;
     let failed: Vec<_> = results
         .iter()
         .filter_map(|result| result.as_ref().err())

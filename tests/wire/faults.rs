@@ -32,7 +32,7 @@ async fn times_out(provider: &dyn Provider, what: &str) {
 }
 
 #[tokio::test]
-async fn no_first_byte() {
+async fn a_missing_first_byte_times_out() {
     let server = Server::scripted([Script::new().then(Act::Hang)]).await;
     let url = server.url();
     let openai = OpenAi::builder().base_url(&url).first_byte_timeout(SHORT);
@@ -44,7 +44,7 @@ async fn no_first_byte() {
 }
 
 #[tokio::test]
-async fn silence_in_the_middle() {
+async fn a_pause_within_the_reply_times_out() {
     let head =
         "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncontent-length: 999\r\n\r\n: hi\n";
     let server = Server::scripted([Script::new().send(head).then(Act::Hang)]).await;
@@ -54,7 +54,7 @@ async fn silence_in_the_middle() {
 
 /// A server that is never silent for long is stopped by the call's own time.
 #[tokio::test]
-async fn a_trickle_without_end() {
+async fn an_endless_slow_reply_times_out() {
     let head = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncontent-length: 999\r\n\r\n";
     let drip = |script: Script, _| script.send(": hi\n").then(Act::Wait(SHORT / 6));
     let server = Server::scripted([(0..100).fold(Script::new().send(head), drip)]).await;
@@ -78,7 +78,7 @@ async fn a_trickle_without_end() {
 }
 
 #[tokio::test]
-async fn timeouts_of_any_length_are_allowed() {
+async fn timeouts_of_any_length_are_accepted() {
     let server = Server::scripted([Script::json(200, OPENAI_BODY)]).await;
     let openai = OpenAi::builder()
         .base_url(server.url())
@@ -90,7 +90,7 @@ async fn timeouts_of_any_length_are_allowed() {
 }
 
 #[tokio::test]
-async fn nobody_there_costs_nothing() {
+async fn a_refused_connection_is_not_billed() {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
     drop(listener);
@@ -109,7 +109,7 @@ async fn nobody_there_costs_nothing() {
 
 /// A server that accepts and then says nothing is not connected to before TLS is made.
 #[tokio::test]
-async fn no_connection_in_time_costs_nothing() {
+async fn a_connection_timeout_is_not_billed() {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("https://{}", listener.local_addr().unwrap());
     let openai = OpenAi::builder().base_url(url).connect_timeout(SHORT);
@@ -120,7 +120,7 @@ async fn no_connection_in_time_costs_nothing() {
 }
 
 #[tokio::test]
-async fn a_server_without_tls_costs_nothing() {
+async fn a_server_without_tls_is_not_billed() {
     use tokio::io::AsyncWriteExt as _;
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("https://{}", listener.local_addr().unwrap());
@@ -137,7 +137,7 @@ async fn a_server_without_tls_costs_nothing() {
 }
 
 #[tokio::test]
-async fn a_connection_that_breaks_may_have_been_paid_for() {
+async fn it_is_unknown_whether_a_broken_call_is_billed() {
     let cut = b"HTTP/1.1 200 OK\r\ncontent-length: 999\r\n\r\n{\"choices\":";
     let scripts = [
         Script::new().then(Act::Reset),
@@ -166,7 +166,7 @@ async fn a_connection_that_breaks_may_have_been_paid_for() {
 
 /// A pooled connection that the server has closed meanwhile is not a failed call.
 #[tokio::test]
-async fn a_closed_connection_is_replaced_before_anything_is_sent() {
+async fn a_closed_pooled_connection_is_replaced_before_the_request_is_sent() {
     let script = Script::json(200, OPENAI_BODY).then(Act::Close);
     let server = Server::scripted([script]).await;
     let openai = openai(&server);
@@ -178,7 +178,7 @@ async fn a_closed_connection_is_replaced_before_anything_is_sent() {
 }
 
 #[tokio::test]
-async fn a_refusal_stands_whatever_happens_to_its_body() {
+async fn an_error_response_is_classified_even_if_its_body_breaks_off() {
     let head = "HTTP/1.1 429 X\r\nretry-after: 3\r\ncontent-length: 999999\r\n\r\n";
     for script in [
         Script::new().send(head).then(Act::Close),
@@ -203,7 +203,7 @@ async fn a_refusal_stands_whatever_happens_to_its_body() {
 }
 
 #[tokio::test]
-async fn bodies_are_bounded_announced_or_not() {
+async fn the_size_of_a_body_is_limited_with_and_without_content_length() {
     let big = format!("{{\"x\":\"{}\"}}", "y".repeat(5000));
     let endless = format!("HTTP/1.1 200 OK\r\n\r\n{big}");
     for script in [
@@ -234,114 +234,13 @@ async fn bodies_are_bounded_announced_or_not() {
 }
 
 #[tokio::test]
-async fn long_messages_are_cut_at_a_character() {
+async fn long_messages_are_truncated_between_characters() {
     let body =
         serde_json::json!({"error": {"message": "é".repeat(5000), "code": "c".repeat(5000)}});
     let server = Server::scripted([Script::json(400, &body.to_string())]).await;
     let error = openai(&server).generate(&request()).await.unwrap_err();
     assert!(error.message().len() <= 2048 && error.message().ends_with("é…"));
     assert!(error.code().unwrap().len() <= 100);
-}
-
-#[tokio::test]
-async fn redirects_are_not_followed() {
-    let elsewhere = Server::scripted([Script::json(200, OPENAI_BODY)]).await;
-    for status in [301, 302, 303, 307, 308] {
-        let location = format!("{}/v1?t=1", elsewhere.url());
-        let headers = [("location", location.as_str())];
-        let server = Server::scripted([Script::reply(status, &headers, "")]).await;
-        for provider in both(&server) {
-            let error = provider.generate(&request()).await.unwrap_err();
-            assert_eq!(error.kind(), Config);
-            assert!(error.message().contains(&elsewhere.url()), "{error}");
-        }
-    }
-    assert_eq!(elsewhere.connections(), 0, "the key goes to nobody else");
-}
-
-fn shown(error: &Error) -> String {
-    let mut text = format!(
-        "{error} {error:?} {error:#?} {}",
-        serde_json::to_string(error).unwrap()
-    );
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text += &format!("{cause} {cause:?}");
-        source = cause.source();
-    }
-    text
-}
-
-/// The server says the key back in every place that ends in an error.
-#[tokio::test]
-async fn keys_are_never_shown() {
-    const HIDDEN: &str = "gateway-secret";
-    let json = format!(r#"{{"error":{{"message":"bad key {KEY} or {HIDDEN}","code":"{KEY}"}}}}"#);
-    let padded = format!("{} {KEY}", "x".repeat(2048 - 20)); // the cut falls into the key
-    let echo = [
-        ("x-request-id", KEY),
-        ("location", KEY),
-        ("retry-after", KEY),
-    ];
-    let frame = format!("data: {json}\n\n");
-    let scripts = [
-        Script::reply(401, &echo, &json),
-        Script::reply(401, &echo, KEY),
-        Script::reply(302, &echo, KEY),
-        Script::reply(400, &echo, &padded),
-        Script::reply(200, &echo, &json),
-        Script::reply(200, &echo, KEY),
-        Script::reply(200, &echo, format!("[{KEY}")),
-        Script::reply(200, &echo, format!("\"{KEY}\"")),
-        Script::reply(200, &echo, &padded),
-        Script::events(&[&frame]),
-        Script::events(&[format!("data: {{\"{KEY}\": {KEY}}}\n\ndata: [DONE]\n\n")]),
-        Script::new()
-            .send(format!("HTTP/1.1 {KEY}\r\n\r\n"))
-            .then(Act::Close),
-        Script::new()
-            .send(format!(
-                "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n{KEY}\r\n"
-            ))
-            .then(Act::Close),
-    ];
-    for (index, script) in scripts.into_iter().enumerate() {
-        let server = Server::scripted([script]).await;
-        let (url, query) = (server.url(), format!("k={KEY}"));
-        let openai = OpenAi::builder()
-            .base_url(format!("{url}?{query}"))
-            .api_key(KEY)
-            .header("x-gateway", HIDDEN);
-        let anthropic = Anthropic::builder()
-            .base_url(url)
-            .api_key(KEY)
-            .header("x-gateway", HIDDEN)
-            .query("k", KEY);
-        for text in [format!("{openai:?}"), format!("{anthropic:#?}")] {
-            assert!(!text.contains(KEY) && !text.contains(HIDDEN), "{text}");
-            assert!(text.contains("x-gateway"), "names may be shown: {text}");
-        }
-        let (openai, anthropic) = (openai.build().unwrap(), anthropic.build().unwrap());
-        for text in [format!("{openai:?}"), format!("{anthropic:#?}")] {
-            assert!(!text.contains(KEY) && !text.contains(HIDDEN), "{text}");
-        }
-        let providers: [Arc<dyn Provider>; 2] = [Arc::new(openai), Arc::new(anthropic)];
-        for provider in providers {
-            let errors = [
-                provider.generate(&request()).await.err(),
-                collect(provider.as_ref()).await.1.err(),
-            ];
-            assert!(errors.iter().any(Option::is_some), "{index}");
-            for error in errors.iter().flatten() {
-                let text = shown(error);
-                assert!(
-                    !text.contains(KEY) && !text.contains(HIDDEN),
-                    "{index}: {text}"
-                );
-                assert!(!text.contains(&KEY[..12]), "{index}, in part: {text}");
-            }
-        }
-    }
 }
 
 #[tokio::test]
@@ -362,7 +261,7 @@ async fn dropping_a_call_closes_its_connection() {
 }
 
 #[tokio::test]
-async fn many_calls_at_once_share_a_client() {
+async fn concurrent_calls_share_a_client() {
     let server = Server::fixed(reply(200, &[], OPENAI_BODY.as_bytes())).await;
     let openai = openai(&server);
     let calls = (0..50).map(|_| {

@@ -73,7 +73,7 @@ async fn a_request_within_the_limit_is_throttled() {
 /// A wait of a day is the server's word for one request; whether it holds for the account is
 /// not for the client to decide.
 #[tokio::test]
-async fn a_wait_of_a_day_is_passed_on_as_a_throttle() {
+async fn a_wait_of_a_day_is_reported_as_throttling() {
     let body = r#"{"error": {"code": "429", "message": "Requests to the ChatCompletions_Create Operation under Azure OpenAI API version 2024-08-01-preview have exceeded token rate limit of your current OpenAI S0 pricing tier. Please retry after 86400 seconds."}}"#;
     let script = Script::reply(429, &[("retry-after", "86400")], body);
     for error in refused([script]).await.concat() {
@@ -180,7 +180,7 @@ async fn one_forbidden_request_fails_alone() {
 /// Anthropic sends `retry-after` with its successes; an overload in the middle of such a reply
 /// asks for no wait by it.
 #[tokio::test]
-async fn a_wait_beside_a_success_is_nobodys() {
+async fn a_wait_in_a_success_is_ignored() {
     let start = "event: message_start\ndata: {\"type\":\"message_start\",\"message\":{\"model\":\"c\",\"usage\":{\"input_tokens\":5,\"output_tokens\":1}}}\n\n";
     let end = "event: error\ndata: {\"type\":\"error\",\"error\":{\"type\":\"overloaded_error\",\"message\":\"Overloaded\"}}\n\n";
     let waits = [("retry-after", "25"), ("retry-after-ms", "25000")];
@@ -203,7 +203,7 @@ async fn a_wait_beside_a_success_is_nobodys() {
 }
 
 #[tokio::test]
-async fn a_wrong_address_is_shown() {
+async fn the_error_of_a_wrong_base_url_names_it() {
     let cases = [
         (
             404,

@@ -401,7 +401,7 @@ fn table() -> Vec<Case> {
 }
 
 #[tokio::test]
-async fn every_refusal_of_the_table_in_both_dialects_whole_and_streamed() {
+async fn every_error_response_is_classified_in_both_dialects_whole_and_streamed() {
     for case in table() {
         let mut headers = case.headers.to_vec();
         headers.push(("x-request-id", "req_9"));
@@ -443,7 +443,7 @@ async fn every_refusal_of_the_table_in_both_dialects_whole_and_streamed() {
 }
 
 #[tokio::test]
-async fn the_server_may_say_whether_to_try_again() {
+async fn x_should_retry_overrides_the_persistence() {
     let cases = [
         (500, "false", Persistence::Permanent),
         (400, "true", Persistence::Temporary),
@@ -459,7 +459,7 @@ async fn the_server_may_say_whether_to_try_again() {
 }
 
 #[tokio::test]
-async fn the_reasons_to_stop() {
+async fn stop_reasons_are_mapped_to_finish_reasons() {
     let openai_body = |reason: &str| {
         json!({"choices": [{"message": {"content": "a"}, "finish_reason": reason}]}).to_string()
     };
@@ -487,7 +487,7 @@ async fn the_reasons_to_stop() {
 }
 
 #[tokio::test]
-async fn odd_but_valid_messages_are_read() {
+async fn unusual_but_valid_messages_are_parsed() {
     let cases = [
         (
             r#"{"content":null,"refusal":"I cannot."}"#,
@@ -545,7 +545,7 @@ async fn a_choice_without_a_message_is_a_reply_only_if_it_was_filtered() {
 }
 
 #[tokio::test]
-async fn azure_style_addresses_and_headers() {
+async fn azure_urls_and_key_headers_are_supported() {
     let server = Server::scripted([Script::json(200, OPENAI_BODY)]).await;
     let azure = OpenAi::builder()
         .base_url(format!("{}/openai/deployments/d?tenant=1", server.url()))
@@ -573,7 +573,7 @@ async fn azure_style_addresses_and_headers() {
 }
 
 #[tokio::test]
-async fn a_request_without_model_is_refused_before_it_is_sent() {
+async fn a_request_without_a_model_fails_before_it_is_sent() {
     let server = Server::scripted([Script::json(200, OPENAI_BODY)]).await;
     for provider in both(&server) {
         for error in [
@@ -588,7 +588,7 @@ async fn a_request_without_model_is_refused_before_it_is_sent() {
 }
 
 #[tokio::test]
-async fn settings_that_cannot_work_are_refused_at_once() {
+async fn invalid_settings_fail_when_the_client_is_built() {
     let build = |url: &str| OpenAi::builder().base_url(url).build();
     for (url, why) in [
         ("", "begin with https:// or http://"),
@@ -614,7 +614,7 @@ async fn settings_that_cannot_work_are_refused_at_once() {
 }
 
 #[tokio::test]
-async fn connections_are_kept() {
+async fn connections_are_reused() {
     let server = Server::fixed(crate::support::server::reply(
         200,
         &[],

@@ -55,7 +55,7 @@ async fn check_whole(provider: &dyn Provider, what: &str) {
 }
 
 #[tokio::test]
-async fn every_line_ending_and_every_cut_gives_the_same_reply() {
+async fn line_endings_and_chunk_boundaries_do_not_change_the_reply() {
     for ending in ["\n", "\r\n", "\r"] {
         for bom in ["", "\u{feff}"] {
             for size in [1, 7, 100, 1 << 20] {
@@ -80,7 +80,7 @@ async fn every_line_ending_and_every_cut_gives_the_same_reply() {
 }
 
 #[tokio::test]
-async fn the_last_event_counts_even_without_its_blank_line() {
+async fn a_last_event_without_a_blank_line_is_parsed() {
     let wires = [chat(&WORDS), messages(&WORDS)];
     for cut in 0..3 {
         let scripts = wires
@@ -94,7 +94,7 @@ async fn the_last_event_counts_even_without_its_blank_line() {
 }
 
 #[tokio::test]
-async fn what_is_asked_for() {
+async fn the_request_of_a_stream_asks_for_events_and_usage() {
     let server = Server::scripted([
         Script::events(&[chat(&WORDS)]),
         Script::events(&[messages(&WORDS)]),
@@ -115,7 +115,7 @@ async fn what_is_asked_for() {
 /// Wherever a stream is cut before the model said why it stopped, the error says that
 /// trying again may help and that nobody knows whether it was paid for.
 #[tokio::test]
-async fn a_stream_cut_short_is_a_broken_connection() {
+async fn a_cut_stream_is_a_connection_error() {
     let wires = [chat(&WORDS), messages(&WORDS)];
     let ends = ["\"length\"", "\"max_tokens\""];
     for (endings, how) in [(Act::Close, "close"), (Act::Reset, "reset")] {
@@ -142,7 +142,7 @@ async fn a_stream_cut_short_is_a_broken_connection() {
 }
 
 #[tokio::test]
-async fn a_chunked_stream_that_lacks_its_end_is_cut_too() {
+async fn a_chunked_stream_without_its_last_chunk_is_cut() {
     let head =
         "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n";
     let event = "data: {\"choices\":[{\"delta\":{\"content\":\"a\"}}]}\n\n";
@@ -155,7 +155,7 @@ async fn a_chunked_stream_that_lacks_its_end_is_cut_too() {
 }
 
 #[tokio::test]
-async fn a_text_that_is_whole_is_kept_when_the_rest_breaks() {
+async fn a_complete_text_is_returned_even_if_the_connection_breaks_afterwards() {
     for act in [Act::Close, Act::Reset] {
         let wires = [chat(&WORDS), messages(&WORDS)];
         let ends = ["data: {\"choices\":[],", "event: message_stop"];
@@ -176,7 +176,7 @@ async fn a_text_that_is_whole_is_kept_when_the_rest_breaks() {
 }
 
 #[tokio::test]
-async fn errors_may_come_after_text_has_begun() {
+async fn an_error_event_after_some_text_is_classified() {
     let text = "data: {\"choices\":[{\"delta\":{\"content\":\"a\"}}]}\n\n";
     let block = "data: {\"type\":\"content_block_delta\",\"delta\":{\"type\":\"text_delta\",\"text\":\"a\"}}\n\n";
     let cases: [(&str, ErrorKind, Option<&str>); 5] = [
@@ -230,7 +230,7 @@ async fn a_refusal_by_the_model_is_a_reply() {
 }
 
 #[tokio::test]
-async fn only_the_first_of_several_choices_is_read() {
+async fn only_the_first_of_several_choices_is_returned() {
     let wire = "data: {\"choices\":[{\"index\":0,\"delta\":{\"content\":\"a\"}}]}\n\n\
                 data: {\"choices\":[{\"index\":1,\"delta\":{\"content\":\"b\"},\"finish_reason\":\"length\"}]}\n\n\
                 data: {\"choices\":[{\"index\":0,\"delta\":{},\"finish_reason\":\"stop\"}]}\n\ndata: [DONE]\n\n";
@@ -243,7 +243,7 @@ async fn only_the_first_of_several_choices_is_read() {
 }
 
 #[tokio::test]
-async fn a_server_that_does_not_stream_is_understood() {
+async fn a_server_that_answers_a_stream_request_with_a_document_is_supported() {
     let server = Server::scripted([Script::json(200, OPENAI_BODY)]).await;
     let (texts, end) = collect(&openai(&server)).await;
     assert_eq!(texts, ["Rhône"]);
@@ -271,7 +271,7 @@ fn declared(kind: &str, body: &str, size: usize) -> Script {
 }
 
 #[tokio::test]
-async fn a_stream_is_known_by_its_content() {
+async fn a_stream_is_detected_by_its_content_whatever_its_content_type() {
     let cases = DECLARED.map(|kind| [(kind, 1), (kind, 1 << 20)]).concat();
     let scripts = [chat(&WORDS), messages(&WORDS)]
         .into_iter()
@@ -293,7 +293,7 @@ async fn a_stream_is_known_by_its_content() {
 }
 
 #[tokio::test]
-async fn a_document_is_known_by_its_content() {
+async fn a_document_is_detected_by_its_content_whatever_its_content_type() {
     let error = r#"{"error":{"message":"The model is overloaded, please retry","type":"overloaded_error"}}"#;
     let pieces = [(1, ""), (1, "\n \n"), (1, "\u{feff}"), (1 << 20, "")];
     let cases = DECLARED
@@ -324,7 +324,7 @@ async fn a_document_is_known_by_its_content() {
 
 /// Nobody asked for it: the reply may have been paid for, and would be compressed again.
 #[tokio::test]
-async fn a_compressed_reply_is_named_and_not_asked_for_again() {
+async fn a_compressed_reply_is_a_permanent_error_that_names_the_compression() {
     let gzip = b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03\xabV\xcaH\xcd\xc9\xc9\x07\x00";
     let brotli = b"\x8b\x04\x80{\"a\":1}\x03";
     for (coding, body) in [
@@ -366,7 +366,7 @@ async fn a_compressed_reply_is_named_and_not_asked_for_again() {
 }
 
 #[tokio::test]
-async fn a_stream_without_a_reply_is_no_success() {
+async fn a_stream_without_a_reply_is_malformed() {
     let server = Server::scripted([Script::events(&["data: [DONE]\n\n"])]).await;
     for provider in both(&server) {
         let (texts, end) = collect(provider.as_ref()).await;
@@ -377,7 +377,7 @@ async fn a_stream_without_a_reply_is_no_success() {
 
 /// Older Ollama and SGLang write an empty reason into every chunk where others write null.
 #[tokio::test]
-async fn an_empty_reason_to_stop_is_none() {
+async fn an_empty_finish_reason_is_ignored() {
     let chunk = |reason: &str| {
         format!(
             "data: {{\"choices\":[{{\"index\":0,\"delta\":{{\"content\":\"a\"}},\"finish_reason\":\"{reason}\"}}]}}\n\n"
@@ -407,7 +407,7 @@ async fn an_empty_reason_to_stop_is_none() {
 }
 
 #[tokio::test]
-async fn frames_that_make_no_sense_are_a_malformed_reply() {
+async fn events_that_are_not_json_are_a_malformed_reply() {
     let server = Server::scripted([Script::events(&["data: {nonsense\n\ndata: [DONE]\n\n"])]).await;
     for provider in both(&server) {
         let error = collect(provider.as_ref()).await.1.unwrap_err();
@@ -422,7 +422,7 @@ async fn frames_that_make_no_sense_are_a_malformed_reply() {
 }
 
 #[tokio::test]
-async fn events_and_texts_are_bounded() {
+async fn the_sizes_of_events_and_texts_are_limited() {
     let long = format!(
         "data: {{\"choices\":[{{\"delta\":{{\"content\":\"{}\"}}}}]}}\n\n",
         "x".repeat(400)
@@ -449,7 +449,7 @@ async fn events_and_texts_are_bounded() {
 }
 
 #[tokio::test]
-async fn text_comes_as_it_is_written() {
+async fn text_is_yielded_while_it_is_being_written() {
     use futures::StreamExt as _;
     let text = "data: {\"choices\":[{\"delta\":{\"content\":\"a\"}}]}\n\n";
     let server = Server::scripted([Script::event_head().send(text).then(Act::Hang)]).await;

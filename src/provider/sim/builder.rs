@@ -1,19 +1,19 @@
-//! [`SimBuilder`]: every setting of the simulated provider and its default.
+//! [`SimBuilder`]: the settings of the simulated provider and their defaults.
 
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::limits::{Change, Enforcement, Headers, Limiter, Limits};
+use super::limits::{Change, Enforcement, Headers, LimitSet, Limits};
 use super::model::{Fault, Model, ReplyFn, Tokens};
 use super::{Policy, Sim};
 use crate::error::ErrorKind;
 use crate::provider::OutputCharge;
 use crate::request::Request;
 
-/// Builds a [`Sim`]; made by [`Sim::builder`].
+/// Builds a [`Sim`]. Returned by [`Sim::builder`].
 ///
-/// Without any setting there is no limit and no fault, and answers come at once.
+/// By default there are no limits and no faults, and answers come at once.
 #[must_use = "a builder does nothing until `build`"]
 #[derive(Default)]
 pub struct SimBuilder {
@@ -27,7 +27,7 @@ pub struct SimBuilder {
 }
 
 /// # Limits
-/// None by default. Zero panics when the provider is built: it never means "no limit".
+/// By default there are none. A limit of zero panics when the provider is built.
 impl SimBuilder {
     /// Limits the calls per minute.
     pub fn requests_per_minute(mut self, requests: u64) -> Self {
@@ -53,41 +53,40 @@ impl SimBuilder {
         self
     }
 
-    /// Limits the calls in flight at one time.
+    /// Limits the calls in flight.
     pub fn in_flight(mut self, calls: usize) -> Self {
         self.limits.in_flight = Some(calls);
         self
     }
 
-    /// Refuses calls as overloaded (503) while `calls` are in flight: a number that no header tells.
+    /// Refuses calls as overloaded (503) while `calls` are in flight. No header reports this limit.
     pub fn overload_in_flight(mut self, calls: usize) -> Self {
         self.limits.overload_in_flight = Some(calls);
         self
     }
 
-    /// Says how the limits per minute are enforced: by default a bucket that holds a minute.
+    /// Sets how the limits per minute are enforced. The default is a token bucket that holds a minute.
     pub fn enforcement(mut self, enforcement: Enforcement) -> Self {
         self.enforcement = enforcement;
         self
     }
 
-    /// Says how the answer's tokens are charged: by default `max_tokens` on admission, of
-    /// which nothing is given back. Tokens above what was reserved (all of them, without
-    /// `max_tokens` or with [`OutputCharge::Produced`]) are charged when the call ends;
-    /// they can bring a limit into debt.
+    /// Sets how output tokens are charged. By default `max_tokens` are charged on admission and
+    /// not refunded. Tokens above that (without `max_tokens` or with
+    /// [`OutputCharge::Produced`]: all of them) are charged when the call ends, and may leave a debt.
     pub fn output_charge(mut self, charge: OutputCharge) -> Self {
         self.policy.output_charge = charge;
         self
     }
 
-    /// Says whether a call refused by a rate limit counts against the requests per minute,
+    /// Sets whether a call refused by a rate limit counts against the requests per minute,
     /// as at OpenAI. Off by default.
     pub fn rejected_calls_count(mut self, count: bool) -> Self {
         self.policy.rejected_calls_count = count;
         self
     }
 
-    /// Changes the limits once `after` has passed since the provider was built. Changes
+    /// Schedules a change of the limits, at a time after the provider was built. Changes
     /// apply in the order of their times.
     ///
     /// ```
@@ -111,29 +110,29 @@ impl SimBuilder {
     }
 }
 
-/// # What the provider says
+/// # Metadata and refusals
 impl SimBuilder {
-    /// Says what rate-limit metadata replies and errors carry: by default all there is.
+    /// Sets the rate-limit metadata of replies and errors. The default is all of it.
     pub fn headers(mut self, headers: Headers) -> Self {
         self.policy.headers = headers;
         self
     }
 
-    /// Says whether a 429 tells how long to wait. On by default: the time after which
-    /// the same call is let in unless others come first.
+    /// Sets whether a 429 names a wait: the time after which the same call is admitted unless
+    /// others come first. On by default.
     pub fn retry_after(mut self, tell: bool) -> Self {
         self.policy.hide_retry_after = !tell;
         self
     }
 
-    /// Refuses every call as `insufficient_quota` once `calls` have been let in.
+    /// Refuses every call as `insufficient_quota` after `calls` have been admitted.
     pub fn insufficient_quota_after(mut self, calls: u64) -> Self {
         self.limits.total_calls = Some(calls);
         self
     }
 
     /// Refuses every call as unauthorized (401), until
-    /// [`Sim::set_unauthorized`] says otherwise.
+    /// [`Sim::set_unauthorized`] changes that.
     pub fn unauthorized(mut self) -> Self {
         self.unauthorized = true;
         self
@@ -142,22 +141,22 @@ impl SimBuilder {
 
 /// # Answers and latency
 impl SimBuilder {
-    /// Seeds the answers, the jitter and the faults; 0 by default. The same seed gives
-    /// the same run, whatever the order in which calls arrive.
+    /// Sets the seed of answers, jitter and faults. The default is 0. The same seed gives the
+    /// same run, whatever the order in which calls arrive.
     pub fn seed(mut self, seed: u64) -> Self {
         self.model.seed = seed;
         self
     }
 
-    /// Sets the part of the latency that does not depend on the answer: all of it, unless
-    /// one of the other two is set. A stream spreads its text over it.
+    /// Sets the part of the latency that does not depend on the answer. It is all of the
+    /// latency unless one of the next two is set. A stream spreads its text over it.
     pub fn latency(mut self, latency: Duration) -> Self {
         self.model.latency = latency;
         self
     }
 
-    /// As [`latency`](Self::latency), for the calls whose last message has these `words`: to rehearse a
-    /// pipeline whose steps take different times. Of several that fit, the one set last counts.
+    /// Sets the [`latency`](Self::latency) of calls whose last message contains `words`, to rehearse a
+    /// pipeline with steps of different latencies. If several match, the one set last applies.
     ///
     /// ```
     /// use std::time::Duration;
@@ -191,7 +190,7 @@ impl SimBuilder {
         self
     }
 
-    /// Makes each latency longer or shorter by up to this part of it: 0.2 is ±20 %.
+    /// Varies each latency by up to this part of it: 0.2 is ±20 %.
     ///
     /// # Panics
     /// If it is not within 0.0 and 1.0.
@@ -204,17 +203,17 @@ impl SimBuilder {
         self
     }
 
-    /// Sets how many tokens answers have, before `max_tokens` cuts them. By default 8 to
-    /// 40, or with [`reply`](Self::reply) a token for every four bytes of its text.
+    /// Sets the tokens of answers before `max_tokens` cuts them. The default is 8 to 40, or with
+    /// [`reply`](Self::reply) one for every four bytes of the text.
     pub fn output_tokens(mut self, tokens: Tokens) -> Self {
         self.model.output = Some(tokens);
         self
     }
 
-    /// Sets the text of the answers. By default it is prose without a meaning, drawn
-    /// from the seed, the item key and the request's digest.
+    /// Sets the text of the answers. The default is meaningless prose, drawn from the seed, the
+    /// item key and the request's digest.
     ///
-    /// It is called once for each call that is let in.
+    /// The closure is called once for each admitted call.
     pub fn reply<T: Into<String>>(
         mut self,
         reply: impl Fn(&Request) -> T + Send + Sync + 'static,
@@ -223,8 +222,8 @@ impl SimBuilder {
         self
     }
 
-    /// As [`reply`](Self::reply), for the calls whose last message has these `words`. Of several that
-    /// fit, the one set last counts.
+    /// Sets the [`reply`](Self::reply) to calls whose last message contains `words`. If several
+    /// match, the one set last applies.
     pub fn reply_when<T: Into<String>>(
         mut self,
         words: impl Into<String>,
@@ -237,16 +236,16 @@ impl SimBuilder {
 }
 
 /// # Faults
-/// They strike admitted calls, so they cost what a call costs of the limits. Rates lie in
-/// 0.0..=1.0, as does their sum; each of these panics otherwise.
+/// Faults happen to admitted calls, which are charged to the limits. Each rate is a probability, and
+/// so is their sum; otherwise these methods panic.
 impl SimBuilder {
     fn fault(mut self, fault: Fault, rate: f64) -> Self {
         self.model.faults.set(fault, rate);
         self
     }
 
-    /// Ends the calls whose last message has these `words` with an error of this `kind`, after their latency, however
-    /// often they are sent; not billed. For tests of what becomes of the rest.
+    /// Fails every call whose last message contains `words` with an error of this `kind`, after its
+    /// latency. It is not billed.
     ///
     /// ```
     /// use throughline::{Context, ErrorKind, Sim};
@@ -263,35 +262,37 @@ impl SimBuilder {
         self
     }
 
-    /// How often a call ends with a 500, at a random time of its latency; not billed.
+    /// Sets how often a call ends with a 500, at a random time of its latency. It is not billed.
     pub fn error_rate(self, rate: f64) -> Self {
         self.fault(Fault::Error, rate)
     }
 
-    /// How often the connection is reset, at a random time of the latency; not billed.
+    /// Sets how often the connection is reset, at a random time of the latency. The call is not
+    /// billed.
     pub fn reset_rate(self, rate: f64) -> Self {
         self.fault(Fault::Reset, rate)
     }
 
-    /// How often a call is never answered. It stays in flight until it is dropped; not billed.
+    /// Sets how often a call is never answered. It stays in flight until it is dropped, and is not
+    /// billed.
     pub fn hang_rate(self, rate: f64) -> Self {
         self.fault(Fault::Hang, rate)
     }
 
-    /// How often an answer is cut in the middle: a stream ends without its
-    /// [`Delta::End`](crate::request::Delta::End), a whole reply is malformed. What was generated
-    /// until then is billed.
+    /// Sets how often an answer is cut: a stream ends without its
+    /// [`Delta::End`](crate::request::Delta::End), a whole reply is malformed. The tokens generated
+    /// until then are billed.
     pub fn cut_rate(self, rate: f64) -> Self {
         self.fault(Fault::Cut, rate)
     }
 
-    /// How often a call is refused at once as overloaded (503); not billed.
+    /// Sets how often a call is refused at once as overloaded (503). It is not billed.
     pub fn overload_rate(self, rate: f64) -> Self {
         self.fault(Fault::Overload, rate)
     }
 
-    /// How often a call is refused at once with a 429 though it is within all limits; not billed. It names no
-    /// wait, and its headers show what is left.
+    /// Sets how often a call is refused at once with a 429 although it is within all limits. It is
+    /// not billed and names no wait, and its metadata shows the limits as they are.
     pub fn throttle_rate(self, rate: f64) -> Self {
         self.fault(Fault::Throttle, rate)
     }
@@ -299,26 +300,25 @@ impl SimBuilder {
 
 /// # Billing
 impl SimBuilder {
-    /// Says whether a call that the client drops is billed for what was generated until
-    /// then, as real providers do. On by default.
+    /// Sets whether a call that the client drops is billed for the tokens generated until then, as
+    /// by real providers. On by default.
     pub fn bill_cancelled(mut self, bill: bool) -> Self {
         self.policy.cancelled_is_free = !bill;
         self
     }
 
-    /// Keeps the bills in a file too: a JSON line for each, appended in one write at the
-    /// moment of billing, so that it survives the process. Read it with
-    /// [`Ledger::read`](super::Ledger::read).
+    /// Appends each bill to a file as a JSON line, in one write at the moment of billing, so that
+    /// it survives the process. [`Ledger::read`](super::Ledger::read) reads the file.
     ///
-    /// What the file has already stays. If it cannot be opened or written, the call fails
-    /// with [`ErrorKind::Io`](crate::ErrorKind::Io), and so does every later one.
+    /// The existing content of the file is kept. If the file cannot be opened or written, the call
+    /// fails with [`ErrorKind::Io`](crate::ErrorKind::Io), and so does every later one.
     pub fn ledger_file(mut self, path: impl Into<PathBuf>) -> Self {
         self.ledger_file = Some(path.into());
         self
     }
 
-    /// Builds the provider. Its time begins now, on the clock of the runtime it is built in:
-    /// build it inside the one whose clock is paused.
+    /// Builds the provider. Its time starts now, on the clock of the current runtime: to use a
+    /// paused clock, call this inside the runtime with that clock.
     ///
     /// # Panics
     /// If a limit is zero, at once or by a scheduled change, or a window has no length.
@@ -328,8 +328,8 @@ impl SimBuilder {
             self.enforcement != Enforcement::FixedWindow(Duration::ZERO),
             "a window must have a length"
         );
-        let limiter = Limiter::new(self.limits, self.enforcement, self.schedule);
-        let sim = Sim::new(limiter, self.policy, self.model, self.ledger_file);
+        let limits = LimitSet::new(self.limits, self.enforcement, self.schedule);
+        let sim = Sim::new(limits, self.policy, self.model, self.ledger_file);
         sim.set_unauthorized(self.unauthorized);
         sim
     }

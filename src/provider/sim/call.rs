@@ -1,4 +1,4 @@
-//! One admitted call: a guard that settles with the account however the call ends.
+//! One admitted call: a guard that settles with the account when the call ends or is dropped.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,10 +14,10 @@ use crate::request::RequestDigest;
 use crate::request::reply::{Delta, Reply, ReplyStream};
 use crate::usage::{RateSnapshot, Usage};
 
-/// A call in flight. Dropping it before it is settled is what a cancelled client does.
+/// A call in flight. Dropping it before it is settled cancels it.
 pub(super) struct Call {
     pub(super) inner: Arc<Inner>,
-    /// Where the ledger puts it.
+    /// The key in the ledger.
     pub(super) key: Arc<str>,
     pub(super) digest: RequestDigest,
     pub(super) input_tokens: u64,
@@ -31,7 +31,7 @@ pub(super) struct Call {
 }
 
 impl Call {
-    /// Lives through what happens before an answer begins.
+    /// Waits for a fault that precedes the answer.
     pub(super) async fn begin(mut self) -> Result<Self> {
         if let Some(kind) = self.plan.failure {
             self.until(self.plan.total).await;
@@ -49,7 +49,7 @@ impl Call {
         self.until(self.plan.fault_at).await;
         let rate = self.settle(None)?;
         let error = Error::new(kind, "a fault of the simulation");
-        // A broken connection brings neither a status nor headers.
+        // A broken connection has neither a status nor headers.
         Err(match kind {
             ErrorKind::Connection => error,
             ErrorKind::Overloaded => error.with_http_status(503).with_rate(rate),
@@ -70,7 +70,7 @@ impl Call {
         self.reply()
     }
 
-    /// Yields the answer as it is written.
+    /// Yields the answer while it is being written.
     pub(super) fn pieces(self) -> ReplyStream {
         let mut pieces = self.plan.pieces();
         if self.plan.fault == Some(Fault::Cut) {
@@ -99,7 +99,7 @@ impl Call {
         tokio::time::sleep_until(self.admitted + after_admission).await;
     }
 
-    /// The call is complete: bills it.
+    /// Bills the call as complete and returns its reply.
     fn reply(&mut self) -> Result<Reply> {
         let rate = self.settle(Some(Ended::Complete))?;
         let usage = Usage::new(self.input_tokens, self.plan.output_tokens);
@@ -116,7 +116,7 @@ impl Call {
         self.inner.settle(self, ended)
     }
 
-    /// What the call used until `now`.
+    /// Returns the tokens that the call has used until `now`.
     pub(super) fn used(&self, ended: Ended, now: Instant) -> Usage {
         let output = match ended {
             Ended::Complete => self.plan.output_tokens,
@@ -132,10 +132,10 @@ impl Call {
 impl Drop for Call {
     fn drop(&mut self) {
         if !self.settled {
-            // A fault that nobody waited for was going to be free.
+            // Calls with these faults are not billed.
             let free = self.plan.failure.is_some()
                 || matches!(self.plan.fault, Some(fault) if fault != Fault::Cut);
-            // Nobody is left to tell: the account remembers and fails the next call.
+            // The caller is gone. If the ledger file fails, the next call reports it.
             let _ = self.settle((!free).then_some(Ended::Cancelled));
         }
     }

@@ -1,4 +1,4 @@
-//! [`Ledger`]: what the simulated provider saw and what it billed, in memory and in a file.
+//! [`Ledger`]: the calls that the simulated provider has seen and billed, in memory and in a file.
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
@@ -10,43 +10,42 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::request::RequestDigest;
-use crate::request::Usage;
+use crate::request::{RequestDigest, Usage};
 
-/// What the provider saw and billed until one moment: a copy, taken by
+/// The calls that the provider has seen and billed: a copy, taken by
 /// [`Sim::ledger`](super::Sim::ledger) or [read](Ledger::read) from a file.
 ///
 /// It grows with the calls: the simulated provider is for tests and examples.
 #[derive(Debug, Clone, Default, PartialEq)]
 #[non_exhaustive]
 pub struct Ledger {
-    /// The sums over all calls.
-    pub total: Account,
-    /// The sums by item key; calls without one are under their digest.
-    pub accounts: BTreeMap<Arc<str>, Account>,
-    /// Every call that was billed, in the order of billing.
+    /// The totals of all calls.
+    pub total: Totals,
+    /// The totals by item key. Calls without a key are under their digest.
+    pub by_key: BTreeMap<Arc<str>, Totals>,
+    /// All billed calls, in the order of billing.
     pub bills: Vec<Bill>,
     /// The calls in flight now.
     pub in_flight: usize,
     /// The most calls that were ever in flight at one time.
     pub peak_in_flight: usize,
-    /// When each admitted call was let in, counted from the start.
+    /// The time at which each call was admitted, counted from the start.
     pub grants: Vec<Duration>,
-    /// Second by second from the start: what was let in, what was refused.
+    /// The calls admitted and refused in each second from the start.
     pub seconds: Vec<Second>,
-    /// Lines of the file that are not a bill: a line cut in half by a crash.
+    /// Lines of the file that are no bill, because a crash cut them.
     pub torn_lines: usize,
 }
 
-/// The calls of one key, or of all.
+/// The calls and tokens of one key, or of all.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
-pub struct Account {
-    /// Calls that were let in.
+pub struct Totals {
+    /// Calls that were admitted.
     pub admitted: u64,
     /// Calls refused by a rate limit (429).
     pub rejected: u64,
-    /// Calls refused for the account's sake: an empty one (429) or wrong credentials (401).
+    /// Calls refused because of the account: an exhausted quota (429) or wrong credentials (401).
     pub denied: u64,
     /// Admitted calls that ended in a fault of the simulation, cut ones included.
     pub faults: u64,
@@ -62,7 +61,7 @@ pub struct Account {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Second {
-    /// Calls let in.
+    /// Calls admitted.
     pub accepted: u32,
     /// Calls refused by a rate limit (429).
     pub rejected: u32,
@@ -74,14 +73,14 @@ pub struct Second {
 pub struct Bill {
     /// The version of this record, 1.
     pub v: u32,
-    /// Counts up by one with each bill, from 0 or from where the file ended when it was
-    /// opened; so two processes that share a file can use the same number.
+    /// Increases by one with each bill, from 0 or from the end of the file when it was opened.
+    /// Two processes that share a file may use the same number.
     pub seq: u64,
-    /// The item's key, or the digest if there was none.
+    /// The key of the item, or the digest if it has none.
     pub key: Arc<str>,
-    /// What was asked.
+    /// The digest of the request.
     pub digest: RequestDigest,
-    /// The tokens billed.
+    /// The billed tokens.
     #[serde(flatten)]
     pub usage: Usage,
     /// How the call ended.
@@ -97,17 +96,16 @@ pub enum Ended {
     Complete,
     /// By a fault, after generation had begun.
     Cut,
-    /// By the client, which did not wait for the end.
+    /// By the client, which dropped the call.
     Cancelled,
 }
 
 impl Ledger {
-    /// Reads the bills of a ledger file, of however many processes wrote to it.
+    /// Reads the bills of a ledger file, which several processes may have written.
     ///
-    /// A file that is not there is an empty ledger. A line that is no bill, as a process
-    /// killed in the middle of a write leaves one at the end, is counted in
-    /// [`torn_lines`](Ledger::torn_lines). The file knows nothing but bills: the other
-    /// sums are zero.
+    /// A missing file is an empty ledger. A line that is no bill, such as the last line of a
+    /// process that was killed during a write, is counted in
+    /// [`torn_lines`](Ledger::torn_lines). The file has only bills: the other totals are zero.
     ///
     /// # Errors
     /// If the file cannot be read.
@@ -119,7 +117,7 @@ impl Ledger {
         let mut ledger = Self::default();
         for line in bytes.split(|byte| *byte == b'\n') {
             match serde_json::from_slice::<Bill>(line) {
-                Ok(bill) => ledger.enter(bill),
+                Ok(bill) => ledger.record(bill),
                 Err(_) if line.is_empty() => {}
                 Err(_) => ledger.torn_lines += 1,
             }
@@ -127,18 +125,18 @@ impl Ledger {
         Ok(ledger)
     }
 
-    /// The sums of one key: zeros if it was never seen.
-    pub fn account(&self, key: &str) -> Account {
-        self.accounts.get(key).copied().unwrap_or_default()
+    /// Returns the totals of one key, which are zero if it was never seen.
+    pub fn of_key(&self, key: &str) -> Totals {
+        self.by_key.get(key).copied().unwrap_or_default()
     }
 
-    /// The keys that were billed more than once, and how often.
+    /// Returns the keys that were billed more than once, and how often.
     pub fn billed_again(&self) -> impl Iterator<Item = (&str, u64)> {
-        let again = self.accounts.iter().filter(|(_, a)| a.billed > 1);
-        again.map(|(key, account)| (&**key, account.billed))
+        let again = self.by_key.iter().filter(|(_, a)| a.billed > 1);
+        again.map(|(key, totals)| (&**key, totals.billed))
     }
 
-    /// How often each request was billed, by its digest: what was paid for twice is there with 2.
+    /// Returns how often each request was billed, by its digest.
     pub fn times_billed(&self) -> BTreeMap<RequestDigest, u64> {
         let mut times = BTreeMap::new();
         for bill in &self.bills {
@@ -147,7 +145,7 @@ impl Ledger {
         times
     }
 
-    /// The most calls let in within any stretch of `window`, its end not included.
+    /// Returns the most calls admitted in any window of this length, its end excluded.
     pub fn most_granted_in(&self, window: Duration) -> usize {
         let mut first = 0;
         let within = |(last, at): (usize, &Duration)| {
@@ -164,16 +162,16 @@ impl Ledger {
             .unwrap_or(0)
     }
 
-    /// Changes the sums of `key` and of all alike.
-    pub(super) fn note(&mut self, key: &Arc<str>, change: impl Fn(&mut Account)) {
+    /// Changes the totals of `key` and of all calls.
+    pub(super) fn count(&mut self, key: &Arc<str>, change: impl Fn(&mut Totals)) {
         change(&mut self.total);
-        match self.accounts.get_mut(key) {
-            Some(account) => change(account),
-            None => change(self.accounts.entry(key.clone()).or_default()),
+        match self.by_key.get_mut(key) {
+            Some(totals) => change(totals),
+            None => change(self.by_key.entry(key.clone()).or_default()),
         }
     }
 
-    /// The second that `at` lies in.
+    /// Returns the second that contains `at`.
     pub(super) fn second(&mut self, at: Duration) -> &mut Second {
         let index = at.as_secs() as usize;
         if index >= self.seconds.len() {
@@ -182,26 +180,26 @@ impl Ledger {
         &mut self.seconds[index]
     }
 
-    pub(super) fn enter(&mut self, bill: Bill) {
-        self.note(&bill.key, |account| {
-            account.billed += 1;
-            account.usage += bill.usage;
+    pub(super) fn record(&mut self, bill: Bill) {
+        self.count(&bill.key, |totals| {
+            totals.billed += 1;
+            totals.usage += bill.usage;
         });
         self.bills.push(bill);
     }
 }
 
-/// The file that bills are appended to, if there is one, and the number of the next.
+/// The file to which bills are appended, if there is one, and the number of the next bill.
 #[derive(Debug, Default)]
-pub(super) struct Book {
+pub(super) struct LedgerFile {
     file: Option<File>,
     next: u64,
-    /// Why the file is of no use: once it has failed it is not trusted again.
+    /// The error of the file. It is not used again after its first failure.
     broken: Option<Error>,
 }
 
-impl Book {
-    /// Opens `path` for appending, after what is there.
+impl LedgerFile {
+    /// Opens `path` for appending.
     pub(super) fn open(path: &Path) -> Self {
         Self::try_open(path).unwrap_or_else(|error| Self {
             broken: Some(unwritable(error)),
@@ -212,26 +210,26 @@ impl Book {
     fn try_open(path: &Path) -> Result<Self> {
         let so_far = Ledger::read(path)?;
         let mut file = OpenOptions::new().append(true).create(true).open(path)?;
-        // Ends a line that a crash left half written, or the next bill would be lost in it.
+        // Ends a line that a crash left incomplete; otherwise the next bill would become part of it.
         if so_far.torn_lines > 0 && !std::fs::read(path)?.ends_with(b"\n") {
             file.write_all(b"\n")?;
         }
         let last = so_far.bills.iter().map(|bill| bill.seq).max();
         Ok(Self {
             next: last.map_or(0, |seq| seq + 1),
-            ..Self::over(file)
+            ..Self::from_file(file)
         })
     }
 
-    pub(super) fn over(file: File) -> Self {
+    pub(super) fn from_file(file: File) -> Self {
         Self {
             file: Some(file),
             ..Self::default()
         }
     }
 
-    /// Takes the next number.
-    pub(super) fn number(&mut self) -> u64 {
+    /// Returns the number of the next bill.
+    pub(super) fn next_number(&mut self) -> u64 {
         self.next += 1;
         self.next - 1
     }
@@ -252,8 +250,8 @@ impl Book {
         })
     }
 
-    /// In one write, so that a killed process leaves the line whole or not at all, and
-    /// processes that share the file do not mix their lines.
+    /// Appends the bill in one write, so that a killed process leaves the line whole or not at
+    /// all, and processes that share the file do not mix their lines.
     fn write(&mut self, bill: &Bill) -> Result<()> {
         let Some(file) = &mut self.file else {
             return Ok(());
@@ -295,7 +293,7 @@ mod tests {
     }
 
     #[test]
-    fn the_line_is_flat_json_and_fixed() {
+    fn the_format_of_a_line_is_stable() {
         let line = serde_json::to_string(&bill(7, "k")).unwrap();
         assert_eq!(
             line,
@@ -309,30 +307,30 @@ mod tests {
     }
 
     #[test]
-    fn a_line_cut_in_half_is_counted_and_not_written_into() {
+    fn a_cut_line_is_counted_and_the_next_bill_starts_a_new_line() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("ledger");
         assert_eq!(Ledger::read(&path).unwrap(), Ledger::default());
 
-        let mut book = Book::open(&path);
-        book.append(&bill(0, "a")).unwrap();
-        book.append(&bill(1, "b")).unwrap();
+        let mut file = LedgerFile::open(&path);
+        file.append(&bill(0, "a")).unwrap();
+        file.append(&bill(1, "b")).unwrap();
         let whole = std::fs::read(&path).unwrap();
         std::fs::write(&path, &whole[..whole.len() - 30]).unwrap();
         let cut = Ledger::read(&path).unwrap();
         assert_eq!((cut.total.billed, cut.torn_lines), (1, 1));
 
-        let mut book = Book::open(&path);
-        assert_eq!(book.number(), 1);
-        book.append(&bill(1, "b")).unwrap();
+        let mut file = LedgerFile::open(&path);
+        assert_eq!(file.next_number(), 1);
+        file.append(&bill(1, "b")).unwrap();
         let ledger = Ledger::read(&path).unwrap();
         assert_eq!((ledger.total.billed, ledger.torn_lines), (2, 1));
-        assert_eq!(ledger.account("b").usage, Usage::new(3, 4));
+        assert_eq!(ledger.of_key("b").usage, Usage::new(3, 4));
         assert_eq!(ledger.billed_again().count(), 0);
     }
 
     #[test]
-    fn the_busiest_window() {
+    fn most_granted_in_finds_the_busiest_window() {
         let mut ledger = Ledger::default();
         assert_eq!(ledger.most_granted_in(Duration::from_secs(1)), 0);
         ledger.grants = [0, 0, 900, 1000, 1800].map(Duration::from_millis).into();

@@ -1,12 +1,12 @@
-//! [`Limits`] and how they are enforced: which call is let in, and what is said of it.
+//! [`Limits`] and their enforcement: which calls are admitted, and the rate-limit metadata of replies.
 
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use super::meter::{Bucket, Meter, Window};
+use super::limit::{FixedWindow, Limit, TokenBucket};
 use crate::usage::{Quota, RateSnapshot};
 
-/// The limits of the simulated account. `None` is no limit; zero panics where it is set.
+/// The limits of the simulated account. `None` is no limit; setting zero panics.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Limits {
@@ -22,8 +22,8 @@ pub struct Limits {
     pub in_flight: Option<usize>,
     /// Calls in flight at one time above which the provider is overloaded (503).
     pub overload_in_flight: Option<usize>,
-    /// Calls the account is good for: every later one is refused as `insufficient_quota`,
-    /// which no waiting cures. Zero is allowed here: the account is empty from the start.
+    /// Calls until the quota is exhausted: every later one is refused as `insufficient_quota`.
+    /// Zero is allowed here: the quota is exhausted from the start.
     pub total_calls: Option<u64>,
 }
 
@@ -62,24 +62,24 @@ impl Limits {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Enforcement {
-    /// A bucket that starts full, holds `burst` worth of the limit (one unit at least)
+    /// A token bucket that starts full, holds `burst` at the limit's rate (at least one unit)
     /// and refills continuously. In any window of length `w` at most
     /// `limit × (burst + w)` passes.
     ///
-    /// A call for more tokens than the bucket holds passes when it is full, and owes the rest.
+    /// A call for more tokens than the bucket holds passes when it is full, and leaves a debt.
     TokenBucket {
-        /// How much of the limit may pass at once, as a time. A minute is what
-        /// Anthropic documents and what OpenAI's headers show.
+        /// The burst, as the time in which the bucket refills. It is a minute in Anthropic's
+        /// documentation and according to OpenAI's headers.
         burst: Duration,
     },
     /// Windows of this length, aligned to the start of the simulation, each with its share
-    /// of the limit; what one does not use is gone. A minute is the textbook counter, a
-    /// second the strict reading of "60 per minute" as "1 per second".
+    /// of the limit. An unused share is lost. A minute is the textbook counter; a second is the
+    /// strict reading of "60 per minute" as "1 per second".
     FixedWindow(Duration),
 }
 
 impl Default for Enforcement {
-    /// A bucket that holds a minute.
+    /// Returns a token bucket that holds a minute.
     fn default() -> Self {
         Self::TokenBucket {
             burst: Duration::from_secs(60),
@@ -88,10 +88,10 @@ impl Default for Enforcement {
 }
 
 impl Enforcement {
-    fn meter(self, per_minute: u64, now: Duration) -> Box<dyn Meter> {
+    fn limit(self, per_minute: u64, now: Duration) -> Box<dyn Limit> {
         match self {
-            Self::TokenBucket { burst } => Box::new(Bucket::full(per_minute, burst, now)),
-            Self::FixedWindow(length) => Box::new(Window::new(per_minute, length, now)),
+            Self::TokenBucket { burst } => Box::new(TokenBucket::full(per_minute, burst, now)),
+            Self::FixedWindow(length) => Box::new(FixedWindow::new(per_minute, length, now)),
         }
     }
 }
@@ -100,52 +100,53 @@ impl Enforcement {
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 #[non_exhaustive]
 pub enum Headers {
-    /// Every limit there is: the limit per minute, what is left now, and how long until
-    /// all of it is back.
+    /// For every limit: the limit per minute, the remaining amount, and the time until it is
+    /// unused again.
     #[default]
     All,
     /// The limit on requests only.
     RequestsOnly,
-    /// Every limit, with limit and remainder multiplied by this factor: a provider that
-    /// does not say the truth. The resets stay right.
+    /// As `All`, with limit and remaining amount multiplied by this factor: a provider with
+    /// wrong headers. The resets stay right.
     Wrong(f64),
-    /// None.
+    /// No metadata.
     None,
 }
 
-/// A change of the limits in the middle of the simulation.
+/// A scheduled change of the limits.
 pub(super) type Change = Box<dyn Fn(&mut Limits) + Send>;
 
-/// What a call takes of each limit, in the order of `RESOURCES`.
+/// The cost of a call for each limit, in the order of `RESOURCES`.
 pub(super) type Cost = [u64; 4];
 
 const RESOURCES: [&str; 4] = ["requests", "tokens", "input tokens", "output tokens"];
 
-/// Why a call is not let in.
+/// The reason why a call is not admitted.
 pub(super) struct Refusal {
     pub(super) message: String,
-    /// How long until the same call would be let in, unless others come first. Unknown
-    /// for calls in flight: nobody can say when one of them ends.
+    /// The time until the same call would be admitted, unless others come first. Unknown for
+    /// the limit on calls in flight, because the end of a call is not known in advance.
     pub(super) wait: Option<Duration>,
 }
 
 /// All limits of the account at one moment.
-pub(super) struct Limiter {
+pub(super) struct LimitSet {
     limits: Limits,
     enforcement: Enforcement,
-    meters: [Option<Box<dyn Meter>>; 4],
-    /// By time, earliest first.
+    /// One for each of `RESOURCES`.
+    by_resource: [Option<Box<dyn Limit>>; 4],
+    /// In the order of time.
     schedule: VecDeque<(Duration, Change)>,
 }
 
-impl Limiter {
+impl LimitSet {
     pub(super) fn new(
         limits: Limits,
         enforcement: Enforcement,
         mut schedule: Vec<(Duration, Change)>,
     ) -> Self {
         schedule.sort_by_key(|(at, _)| *at);
-        // A rehearsal, so that a wrong change is found here and not in the middle of a run.
+        // Applies all changes once, so that an invalid one panics here and not during a run.
         let mut rehearsal = limits;
         rehearsal.check();
         for (_, change) in &schedule {
@@ -155,69 +156,69 @@ impl Limiter {
         Self {
             limits,
             enforcement,
-            meters: limits
+            by_resource: limits
                 .rates()
-                .map(|rate| rate.map(|rate| enforcement.meter(rate, Duration::ZERO))),
+                .map(|rate| rate.map(|rate| enforcement.limit(rate, Duration::ZERO))),
             schedule: schedule.into(),
         }
     }
 
-    pub(super) fn limits(&self) -> Limits {
+    pub(super) fn current(&self) -> Limits {
         self.limits
     }
 
-    /// Moves on to `now`, through every change scheduled until then.
+    /// Advances to `now`, and applies every change that was scheduled until then.
     pub(super) fn advance(&mut self, now: Duration) {
         while self.schedule.front().is_some_and(|(at, _)| *at <= now) {
             if let Some((at, change)) = self.schedule.pop_front() {
                 let mut limits = self.limits;
                 change(&mut limits);
-                self.retune(at, limits);
+                self.apply(at, limits);
             }
         }
-        self.advance_meters(now);
+        self.advance_limits(now);
     }
 
-    fn advance_meters(&mut self, now: Duration) {
-        for meter in self.meters.iter_mut().flatten() {
-            meter.advance(now);
+    fn advance_limits(&mut self, now: Duration) {
+        for limit in self.by_resource.iter_mut().flatten() {
+            limit.advance(now);
         }
     }
 
-    /// Puts `limits` in force at `now`. A limit that was there keeps what is used of it;
-    /// a new one starts unused.
-    pub(super) fn retune(&mut self, now: Duration, limits: Limits) {
+    /// Applies `limits` at `now`. A limit that existed before keeps its used amount; a new one
+    /// starts unused.
+    pub(super) fn apply(&mut self, now: Duration, limits: Limits) {
         limits.check();
-        self.advance_meters(now);
+        self.advance_limits(now);
         self.limits = limits;
-        for (meter, rate) in self.meters.iter_mut().zip(limits.rates()) {
-            match (meter.as_mut(), rate) {
-                (Some(meter), Some(rate)) => meter.retune(rate),
-                (_, rate) => *meter = rate.map(|rate| self.enforcement.meter(rate, now)),
+        for (limit, rate) in self.by_resource.iter_mut().zip(limits.rates()) {
+            match (limit.as_mut(), rate) {
+                (Some(limit), Some(rate)) => limit.set_rate(rate),
+                (_, rate) => *limit = rate.map(|rate| self.enforcement.limit(rate, now)),
             }
         }
     }
 
-    /// Lets a call in and takes its cost of every limit, or refuses it and takes nothing;
-    /// with `refusals_count` a refusal takes a request where one is left.
+    /// Admits a call and charges every limit, or refuses it and charges none. With
+    /// `refusals_count`, a refusal costs a request if one is left.
     pub(super) fn admit(
         &mut self,
         cost: Cost,
         in_flight: usize,
         refusals_count: bool,
     ) -> Result<(), Refusal> {
-        let crowded = self.limits.in_flight.filter(|limit| in_flight >= *limit);
-        let short = self.shortest(cost);
-        if crowded.is_none() && short.is_none() {
-            self.spend(cost);
+        let full = self.limits.in_flight.filter(|limit| in_flight >= *limit);
+        let short = self.longest_wait(cost);
+        if full.is_none() && short.is_none() {
+            self.charge(cost);
             return Ok(());
         }
-        if refusals_count && let Some(requests) = &mut self.meters[0] {
-            requests.waste();
+        if refusals_count && let Some(requests) = &mut self.by_resource[0] {
+            requests.charge_refusal();
         }
-        // Asked again, as the refusal itself may have moved it.
-        let wait = self.shortest(cost);
-        Err(match (crowded, short) {
+        // Again, because the charge for the refusal may have changed it.
+        let wait = self.longest_wait(cost);
+        Err(match (full, short) {
             (Some(limit), _) => Refusal {
                 message: format!("{limit} calls in flight is the limit"),
                 wait: None,
@@ -236,25 +237,25 @@ impl Limiter {
         })
     }
 
-    /// The limit that keeps `cost` waiting longest, and for how long.
-    fn shortest(&self, cost: Cost) -> Option<(usize, u128)> {
-        let waits = self.meters.iter().zip(cost).enumerate();
+    /// Returns the limit with the longest wait for `cost`, and that wait.
+    fn longest_wait(&self, cost: Cost) -> Option<(usize, u128)> {
+        let waits = self.by_resource.iter().zip(cost).enumerate();
         waits
-            .filter_map(|(i, (meter, cost))| Some((i, meter.as_ref()?.wait(cost))))
+            .filter_map(|(i, (limit, cost))| Some((i, limit.as_ref()?.wait(cost))))
             .filter(|(_, wait)| *wait > 0)
             .max_by_key(|(_, wait)| *wait)
     }
 
-    /// Takes a cost that is known only afterwards.
-    pub(super) fn spend(&mut self, cost: Cost) {
-        for (meter, cost) in self.meters.iter_mut().zip(cost) {
-            if let Some(meter) = meter {
-                meter.spend(cost);
+    /// Charges a cost that is known only when the call ends.
+    pub(super) fn charge(&mut self, cost: Cost) {
+        for (limit, cost) in self.by_resource.iter_mut().zip(cost) {
+            if let Some(limit) = limit {
+                limit.charge(cost);
             }
         }
     }
 
-    /// What a provider with these `headers` says of its limits.
+    /// Returns the rate-limit metadata of a provider with these `headers`.
     pub(super) fn snapshot(&self, headers: Headers) -> RateSnapshot {
         let (shown, factor) = match headers {
             Headers::All => (4, 1.0),
@@ -264,12 +265,12 @@ impl Limiter {
         };
         let scaled = |n: u64| (n as f64 * factor).round() as u64;
         let mut quotas = [Quota::default(); 4];
-        for (i, (meter, rate)) in self.meters.iter().zip(self.limits.rates()).enumerate() {
-            if let (Some(meter), true) = (meter, i < shown) {
+        for (i, (limit, rate)) in self.by_resource.iter().zip(self.limits.rates()).enumerate() {
+            if let (Some(limit), true) = (limit, i < shown) {
                 quotas[i] = Quota {
                     limit: rate.map(scaled),
-                    remaining: Some(scaled(meter.remaining())),
-                    reset: Some(duration(meter.reset())),
+                    remaining: Some(scaled(limit.remaining())),
+                    reset: Some(duration(limit.reset())),
                 };
             }
         }
@@ -301,30 +302,30 @@ mod tests {
     }
 
     #[test]
-    fn all_or_nothing_and_the_longest_wait() {
-        let mut limiter = Limiter::new(limits(60, 600), Enforcement::default(), Vec::new());
-        assert!(limiter.admit([1, 600, 0, 0], 0, false).is_ok());
-        let refusal = limiter.admit([1, 10, 0, 0], 0, false).err().unwrap();
+    fn a_refused_call_is_charged_nothing_and_told_the_longest_wait() {
+        let mut set = LimitSet::new(limits(60, 600), Enforcement::default(), Vec::new());
+        assert!(set.admit([1, 600, 0, 0], 0, false).is_ok());
+        let refusal = set.admit([1, 10, 0, 0], 0, false).err().unwrap();
         assert_eq!(refusal.wait, Some(Duration::from_secs(1)));
         assert!(refusal.message.contains("for tokens: limit 600"));
-        let said = limiter.snapshot(Headers::All);
-        assert_eq!(said.requests.remaining, Some(59));
-        assert_eq!(said.tokens.remaining, Some(0));
-        assert_eq!(said.tokens.reset, Some(Duration::from_secs(60)));
-        assert_eq!(said.input_tokens, Quota::default());
+        let metadata = set.snapshot(Headers::All);
+        assert_eq!(metadata.requests.remaining, Some(59));
+        assert_eq!(metadata.tokens.remaining, Some(0));
+        assert_eq!(metadata.tokens.reset, Some(Duration::from_secs(60)));
+        assert_eq!(metadata.input_tokens, Quota::default());
     }
 
     #[test]
-    fn a_refusal_that_counts_moves_its_own_wait() {
+    fn a_refusal_that_counts_prolongs_its_own_wait() {
         let burst = Duration::from_secs(1);
-        let mut limiter = Limiter::new(
+        let mut set = LimitSet::new(
             limits(60, 600),
             Enforcement::TokenBucket { burst },
             Vec::new(),
         );
-        assert!(limiter.admit([1, 1, 0, 0], 0, true).is_ok());
-        limiter.advance(Duration::from_millis(900));
-        let refusal = limiter.admit([1, 1, 0, 0], 0, true).err().unwrap();
+        assert!(set.admit([1, 1, 0, 0], 0, true).is_ok());
+        set.advance(Duration::from_millis(900));
+        let refusal = set.admit([1, 1, 0, 0], 0, true).err().unwrap();
         assert_eq!(refusal.wait, Some(Duration::from_secs(1)));
     }
 
@@ -332,7 +333,7 @@ mod tests {
     fn scheduled_changes_happen_in_order_at_their_own_time() {
         let change = |n| -> Change { Box::new(move |l| l.requests_per_minute = Some(n)) };
         let burst = Duration::from_secs(60);
-        let mut limiter = Limiter::new(
+        let mut set = LimitSet::new(
             limits(60, 600),
             Enforcement::TokenBucket { burst },
             vec![
@@ -340,18 +341,18 @@ mod tests {
                 (Duration::from_secs(10), change(6)),
             ],
         );
-        limiter.spend([60, 0, 0, 0]);
-        // 10 s at 60 a minute is 10, of which 6 fit; 10 s at 6 add none; 1 s at 120 adds 2.
-        limiter.advance(Duration::from_secs(21));
-        assert_eq!(limiter.snapshot(Headers::All).requests.remaining, Some(8));
-        assert_eq!(limiter.limits().requests_per_minute, Some(120));
+        set.charge([60, 0, 0, 0]);
+        // 10 s at 60 a minute add 10, of which 6 fit; 10 s at 6 add none; 1 s at 120 adds 2.
+        set.advance(Duration::from_secs(21));
+        assert_eq!(set.snapshot(Headers::All).requests.remaining, Some(8));
+        assert_eq!(set.current().requests_per_minute, Some(120));
     }
 
     #[test]
     #[should_panic(expected = "a limit of zero requests per minute")]
-    fn a_scheduled_zero_is_found_at_once() {
+    fn a_scheduled_limit_of_zero_panics_at_once() {
         let zero: Change = Box::new(|l| l.requests_per_minute = Some(0));
-        Limiter::new(
+        LimitSet::new(
             limits(60, 600),
             Enforcement::default(),
             vec![(Duration::from_secs(1), zero)],

@@ -1,11 +1,10 @@
-//! [`Sim`]: a provider that is not there, with limits that are.
+//! [`Sim`]: a simulated provider that enforces the rate limits of an account.
 //!
-//! It answers out of a seed, takes its time on Tokio's clock, enforces the limits of an
-//! account exactly, fails as often as it is told to, and keeps a [`Ledger`] of what it
-//! let in and what it billed. Under Tokio's paused clock an hour of limits passes in
-//! milliseconds, and the same seed gives the same run.
+//! It draws answers from a seed, takes its latency on Tokio's clock, enforces limits exactly, injects faults at given
+//! rates, and keeps a [`Ledger`] of the calls that it admitted and billed. Under Tokio's paused clock an hour passes in
+//! less than a second, and the same seed gives the same run.
 //!
-//! # Example: a limit, and the wait that cures it
+//! # Example: a refused call succeeds after the wait that the provider names
 //!
 //! ```
 //! use std::time::Duration;
@@ -35,19 +34,18 @@
 //! }
 //! ```
 //!
-//! # In which order a call is judged
+//! # Order of checks
 //!
-//! Credentials, quota of the account, then the limits: a call takes all it needs of all
-//! limits, or is refused and takes nothing (but see
-//! [`rejected_calls_count`](SimBuilder::rejected_calls_count)). What is let in may meet a
-//! fault. It is billed when its answer is complete; when it is cut, for what was
-//! generated; and when the client drops it, likewise. A refusal comes at once.
+//! Credentials, quota of the account, then the limits: a call is charged to all limits, or refused
+//! at once and charged to none (but see [`rejected_calls_count`](SimBuilder::rejected_calls_count)). An
+//! admitted call may end in a fault. A complete answer is billed; so are the tokens that were
+//! generated before a cut or before the client dropped the call.
 
 mod builder;
 mod call;
 mod ledger;
+mod limit;
 mod limits;
-mod meter;
 mod model;
 
 use std::collections::HashMap;
@@ -60,13 +58,13 @@ use async_trait::async_trait;
 use tokio::time::Instant;
 
 pub use self::builder::SimBuilder;
-pub use self::ledger::{Account, Bill, Ended, Ledger, Second};
+pub use self::ledger::{Bill, Ended, Ledger, Second, Totals};
 pub use self::limits::{Enforcement, Headers, Limits};
 pub use self::model::Tokens;
 
 use self::call::Call;
-use self::ledger::Book;
-use self::limits::{Cost, Limiter};
+use self::ledger::LedgerFile;
+use self::limits::{Cost, LimitSet};
 use self::model::{Model, Plan};
 use super::{Capabilities, OutputCharge, Provider};
 use crate::error::{Error, ErrorKind, Result};
@@ -86,7 +84,7 @@ struct Inner {
     account: Mutex<State>,
 }
 
-/// What the provider does besides limits and answers.
+/// The settings besides limits and answers.
 #[derive(Debug, Clone, Copy, Default)]
 struct Policy {
     output_charge: OutputCharge,
@@ -97,52 +95,52 @@ struct Policy {
 }
 
 struct State {
-    limiter: Limiter,
+    limits: LimitSet,
     unauthorized: bool,
     ledger: Ledger,
-    /// How often each call was let in before.
+    /// How often each call was admitted.
     admitted: HashMap<(Arc<str>, RequestDigest), u64>,
-    book: Book,
+    file: LedgerFile,
 }
 
 impl Sim {
-    /// A provider to be set up.
+    /// Returns a builder.
     pub fn builder() -> SimBuilder {
         SimBuilder::default()
     }
 
-    fn new(limiter: Limiter, policy: Policy, model: Model, file: Option<PathBuf>) -> Self {
+    fn new(limits: LimitSet, policy: Policy, model: Model, path: Option<PathBuf>) -> Self {
         Self(Arc::new(Inner {
             model,
             policy,
             start: Instant::now(),
             account: Mutex::new(State {
-                limiter,
+                limits,
                 unauthorized: false,
                 ledger: Ledger::default(),
                 admitted: HashMap::new(),
-                book: file.map_or_else(Book::default, |path| Book::open(&path)),
+                file: path.map_or_else(LedgerFile::default, |path| LedgerFile::open(&path)),
             }),
         }))
     }
 
-    /// What was seen and billed until now.
+    /// Returns the calls seen and billed until now.
     pub fn ledger(&self) -> Ledger {
         self.0.lock().ledger.clone()
     }
 
-    /// The calls in flight now.
+    /// Returns the number of calls in flight.
     pub fn in_flight(&self) -> usize {
         self.0.lock().ledger.in_flight
     }
 
-    /// The limits in force now.
+    /// Returns the current limits.
     pub fn limits(&self) -> Limits {
-        self.0.advanced().1.limiter.limits()
+        self.0.advanced().1.limits.current()
     }
 
-    /// Changes the limits from now on, keeping what is used of them. Changes that were
-    /// scheduled still come.
+    /// Changes the limits from now on and keeps their used amounts. Scheduled changes still
+    /// apply.
     ///
     /// # Panics
     /// If a limit becomes zero.
@@ -150,7 +148,7 @@ impl Sim {
         let mut limits = self.limits();
         change(&mut limits);
         let (now, mut state) = self.0.advanced();
-        state.limiter.retune(now, limits);
+        state.limits.apply(now, limits);
     }
 
     /// Changes the limit on calls per minute from now on.
@@ -161,12 +159,12 @@ impl Sim {
         self.set_limits(|limits| limits.requests_per_minute = Some(requests));
     }
 
-    /// Refuses every call as unauthorized (401) from now on, or no longer.
+    /// Sets whether every call is refused as unauthorized (401) from now on.
     pub fn set_unauthorized(&self, unauthorized: bool) {
         self.0.lock().unauthorized = unauthorized;
     }
 
-    /// Lets the call in or refuses it, at once.
+    /// Admits the call or refuses it.
     fn admit(&self, request: &Request) -> Result<Call> {
         let inner = &self.0;
         let digest = request.digest();
@@ -198,10 +196,13 @@ impl Sim {
             plan: Plan::default(),
             settled: false,
         };
-        // Only now, outside the lock and under the guard: the user's closure may panic.
+        // Outside the lock and under the drop guard, because the user's closure may panic.
         call.plan = inner.model.plan(request, &call.key, &digest, nth);
         if call.plan.fault.is_some() || call.plan.failure.is_some() {
-            inner.lock().ledger.note(&call.key, |a| a.faults += 1);
+            inner
+                .lock()
+                .ledger
+                .count(&call.key, |totals| totals.faults += 1);
         }
         Ok(call)
     }
@@ -209,25 +210,24 @@ impl Sim {
 
 impl Inner {
     fn lock(&self) -> MutexGuard<'_, State> {
-        // Nothing below leaves the state half changed: a panic elsewhere is no reason
-        // for a drop guard to panic too.
+        // The state is consistent at every possible panic, so a poisoned lock need not make a drop guard panic.
         self.account.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The account with its limits brought to the present, and the time since the start.
+    /// Locks the account, advances its limits to the present, and returns the time since the start.
     fn advanced(&self) -> (Duration, MutexGuard<'_, State>) {
         let mut state = self.lock();
         let now = Instant::now().saturating_duration_since(self.start);
-        state.limiter.advance(now);
+        state.limits.advance(now);
         (now, state)
     }
 
-    /// How often the call was let in before, and how many calls were in all.
+    /// Returns how often the call was admitted before, and the number of all admitted calls.
     fn admit(&self, key: &Arc<str>, digest: RequestDigest, cost: Cost) -> Result<(u64, u64)> {
         let (now, mut state) = self.advanced();
         let state = &mut *state;
-        state.book.check()?;
-        let spent = state.limiter.limits().total_calls;
+        state.file.check()?;
+        let spent = state.limits.current().total_calls;
         let denial = if state.unauthorized {
             let error = Error::new(ErrorKind::Unauthorized, "the key is not known");
             Some(error.with_http_status(401).with_code("invalid_api_key"))
@@ -238,26 +238,26 @@ impl Inner {
             None
         };
         if let Some(error) = denial {
-            state.ledger.note(key, |account| account.denied += 1);
+            state.ledger.count(key, |totals| totals.denied += 1);
             return Err(error);
         }
 
         let in_flight = state.ledger.in_flight;
-        let most = state.limiter.limits().overload_in_flight;
-        if most.is_some_and(|most| in_flight >= most) {
-            state.ledger.note(key, |account| account.rejected += 1);
+        let limit = state.limits.current().overload_in_flight;
+        if limit.is_some_and(|limit| in_flight >= limit) {
+            state.ledger.count(key, |totals| totals.rejected += 1);
             state.ledger.second(now).rejected += 1;
-            let rate = state.limiter.snapshot(self.policy.headers);
+            let rate = state.limits.snapshot(self.policy.headers);
             let error = Error::new(ErrorKind::Overloaded, "too many calls in flight");
             return Err(error.with_http_status(503).with_rate(rate));
         }
-        let verdict = state
-            .limiter
+        let admitted = state
+            .limits
             .admit(cost, in_flight, self.policy.rejected_calls_count);
-        if let Err(refusal) = verdict {
-            state.ledger.note(key, |account| account.rejected += 1);
+        if let Err(refusal) = admitted {
+            state.ledger.count(key, |totals| totals.rejected += 1);
             state.ledger.second(now).rejected += 1;
-            let mut rate = state.limiter.snapshot(self.policy.headers);
+            let mut rate = state.limits.snapshot(self.policy.headers);
             let mut error = Error::new(ErrorKind::Throttled, refusal.message)
                 .with_http_status(429)
                 .with_code("rate_limit_exceeded");
@@ -269,7 +269,7 @@ impl Inner {
         }
 
         let ledger = &mut state.ledger;
-        ledger.note(key, |account| account.admitted += 1);
+        ledger.count(key, |totals| totals.admitted += 1);
         ledger.second(now).accepted += 1;
         ledger.grants.push(now);
         ledger.in_flight += 1;
@@ -279,7 +279,7 @@ impl Inner {
         Ok((*times - 1, ledger.total.admitted))
     }
 
-    /// Takes a call out of flight and bills it, unless `ended` is `None`.
+    /// Ends a call and bills it, unless `ended` is `None`.
     fn settle(&self, call: &Call, ended: Option<Ended>) -> Result<RateSnapshot> {
         let (_, mut state) = self.advanced();
         let state = &mut *state;
@@ -287,18 +287,18 @@ impl Inner {
         if ended == Some(Ended::Cancelled) {
             state
                 .ledger
-                .note(&call.key, |account| account.cancelled += 1);
+                .count(&call.key, |totals| totals.cancelled += 1);
         }
         let free = ended == Some(Ended::Cancelled) && self.policy.cancelled_is_free;
         if let Some(ended) = ended {
             let usage = call.used(ended, Instant::now());
             let late = usage.output_tokens.saturating_sub(call.reserved);
-            state.limiter.spend([0, late, 0, late]);
+            state.limits.charge([0, late, 0, late]);
             if !free {
                 state.bill(call, ended, usage)?;
             }
         }
-        Ok(state.limiter.snapshot(self.policy.headers))
+        Ok(state.limits.snapshot(self.policy.headers))
     }
 }
 
@@ -306,14 +306,14 @@ impl State {
     fn bill(&mut self, call: &Call, ended: Ended, usage: Usage) -> Result<()> {
         let bill = Bill {
             v: 1,
-            seq: self.book.number(),
+            seq: self.file.next_number(),
             key: call.key.clone(),
             digest: call.digest,
             usage,
             ended,
         };
-        let written = self.book.append(&bill);
-        self.ledger.enter(bill);
+        let written = self.file.append(&bill);
+        self.ledger.record(bill);
         written.map_err(|error| error.with_billed(Some(true)))
     }
 }
@@ -325,7 +325,7 @@ impl Provider for Sim {
     }
 
     /// # Cancel safety
-    /// Dropping it frees its place in flight; what was generated until then is billed.
+    /// Dropping the future ends the call. The tokens generated until then are billed.
     async fn generate(&self, request: &Request) -> Result<Reply> {
         self.admit(request)?.begin().await?.whole().await
     }
@@ -345,7 +345,7 @@ impl fmt::Debug for Sim {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let state = self.0.lock();
         f.debug_struct("Sim")
-            .field("limits", &state.limiter.limits())
+            .field("limits", &state.limits.current())
             .field("policy", &self.0.policy)
             .field("model", &self.0.model)
             .field("in_flight", &state.ledger.in_flight)
@@ -362,7 +362,7 @@ mod tests {
         let file = tempfile::NamedTempFile::new().unwrap();
         let sim = Sim::builder().build();
         let read_only = std::fs::File::open(file.path()).unwrap();
-        sim.0.lock().book = Book::over(read_only);
+        sim.0.lock().file = LedgerFile::from_file(read_only);
 
         let request = Request::new("a");
         let paid = sim.generate(&request).await.unwrap_err();
@@ -377,11 +377,11 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_bill_nobody_waits_for_is_not_lost_silently_either() {
+    async fn a_bill_of_a_dropped_call_that_cannot_be_written_fails_the_next_call() {
         let file = tempfile::NamedTempFile::new().unwrap();
         let sim = Sim::builder().latency(Duration::from_secs(1)).build();
         let read_only = std::fs::File::open(file.path()).unwrap();
-        sim.0.lock().book = Book::over(read_only);
+        sim.0.lock().file = LedgerFile::from_file(read_only);
 
         let request = Request::new("a");
         let limit = Duration::from_millis(1);

@@ -1,9 +1,9 @@
-//! The simulated model: what a call will answer, how long it takes, and its luck.
+//! The simulated model: the answer, the latency and the fault of a call.
 //!
-//! The answer is drawn from the seed, the item key and the digest, so an item that asks
-//! again gets the same answer. Luck (jitter, faults) is drawn from these and how often
-//! the call was let in before, so a retry has new luck. Neither depends on the order in
-//! which calls arrive: a run with other parallelism meets the same answers and faults.
+//! The answer is drawn from the seed, the item key and the digest, so an item that sends a request
+//! again gets the same answer. Jitter and faults are drawn from these and the number of times that
+//! the call was admitted before, so a retry draws anew. Nothing depends on the order in
+//! which calls arrive: a run with another parallelism gets the same answers and faults.
 
 use std::fmt;
 use std::ops::RangeInclusive;
@@ -13,11 +13,9 @@ use std::time::Duration;
 use fastrand::Rng;
 
 use crate::error::ErrorKind;
-use crate::request::FinishReason;
-use crate::request::Request;
-use crate::request::RequestDigest;
+use crate::request::{FinishReason, Request, RequestDigest};
 
-/// How many tokens answers have.
+/// A distribution of the tokens of answers.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Tokens(Shape);
 
@@ -28,12 +26,12 @@ enum Shape {
 }
 
 impl Tokens {
-    /// Always `n`.
+    /// Returns a distribution with the one value `n`.
     pub const fn fixed(n: u64) -> Self {
         Self(Shape::Uniform { least: n, most: n })
     }
 
-    /// Each number of the range equally often.
+    /// Returns the uniform distribution over a range.
     ///
     /// # Panics
     /// If the range is empty.
@@ -43,8 +41,8 @@ impl Tokens {
         Self(Shape::Uniform { least, most })
     }
 
-    /// Log-normal, as answer lengths tend to be: half of them are below `median`, one in a
-    /// hundred is above `p99`, and a few are far above. At least 1.
+    /// Returns a log-normal distribution, which real answer lengths resemble: half of them are
+    /// below `median`, one in a hundred is above `p99`, and a few are far above. At least 1.
     ///
     /// # Panics
     /// If `median` is zero, or `p99` below it.
@@ -69,7 +67,7 @@ impl Tokens {
     }
 }
 
-/// What goes wrong with an admitted call.
+/// A fault of an admitted call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Fault {
     /// 500.
@@ -86,7 +84,7 @@ pub(super) enum Fault {
     Throttle,
 }
 
-/// How often each fault happens, in parts of one.
+/// The probability of each fault.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct FaultRates(pub(super) [f64; 6]);
 
@@ -124,26 +122,26 @@ impl FaultRates {
 
 pub(super) type ReplyFn = Arc<dyn Fn(&Request) -> String + Send + Sync>;
 
-/// What holds for the calls whose last message has certain words.
+/// Values for the calls whose last message contains certain words.
 #[derive(Clone)]
-pub(super) struct ByWords<T>(Vec<(String, T)>);
+pub(super) struct ByPrompt<T>(Vec<(String, T)>);
 
-impl<T> Default for ByWords<T> {
+impl<T> Default for ByPrompt<T> {
     fn default() -> Self {
         Self(Vec::new())
     }
 }
 
-impl<T> ByWords<T> {
-    pub(super) fn add(&mut self, words: String, what: T) {
-        self.0.push((words, what));
+impl<T> ByPrompt<T> {
+    pub(super) fn add(&mut self, words: String, value: T) {
+        self.0.push((words, value));
     }
 
-    /// The last one that fits.
+    /// Returns the last value that matches.
     fn find(&self, request: &Request) -> Option<&T> {
-        let asked = request.last_text();
-        let fits = |(words, _): &&(String, T)| asked.contains(words);
-        self.0.iter().rev().find(fits).map(|(_, what)| what)
+        let prompt = request.last_text();
+        let matches = |(words, _): &&(String, T)| prompt.contains(words);
+        self.0.iter().rev().find(matches).map(|(_, value)| value)
     }
 }
 
@@ -151,14 +149,14 @@ impl<T> ByWords<T> {
 pub(super) struct Model {
     pub(super) seed: u64,
     pub(super) latency: Duration,
-    pub(super) latencies: ByWords<Duration>,
+    pub(super) latencies: ByPrompt<Duration>,
     pub(super) first_token: Duration,
     pub(super) per_token: Duration,
     pub(super) jitter: f64,
     pub(super) output: Option<Tokens>,
     pub(super) reply: Option<ReplyFn>,
-    pub(super) replies: ByWords<ReplyFn>,
-    pub(super) failures: ByWords<ErrorKind>,
+    pub(super) replies: ByPrompt<ReplyFn>,
+    pub(super) failures: ByPrompt<ErrorKind>,
     pub(super) faults: FaultRates,
 }
 
@@ -176,7 +174,7 @@ impl fmt::Debug for Model {
     }
 }
 
-/// The course one call will take.
+/// The course of one call, decided when it is admitted.
 #[derive(Debug, Default)]
 pub(super) struct Plan {
     pub(super) text: String,
@@ -188,9 +186,9 @@ pub(super) struct Plan {
     /// From admission to the end.
     pub(super) total: Duration,
     pub(super) fault: Option<Fault>,
-    /// What it ends with in the place of an answer, without being a matter of luck.
+    /// The error that the call ends with because of its prompt, not by chance.
     pub(super) failure: Option<ErrorKind>,
-    /// When the fault strikes, counted from admission.
+    /// The time of the fault, counted from admission.
     pub(super) fault_at: Duration,
 }
 
@@ -206,16 +204,16 @@ impl Model {
             let seed = self.seed.to_le_bytes();
             Rng::with_seed(fnv(&[&seed, key.as_bytes(), digest.as_bytes(), nth]))
         };
-        let mut luck = rng(&admitted_before.to_le_bytes());
-        let fault = self.faults.draw(&mut luck);
-        let swing = 1.0 + self.jitter * (2.0 * luck.f64() - 1.0);
-        let strikes = luck.f64();
+        let mut chance = rng(&admitted_before.to_le_bytes());
+        let fault = self.faults.draw(&mut chance);
+        let jitter = 1.0 + self.jitter * (2.0 * chance.f64() - 1.0);
+        let fault_part = chance.f64();
 
         let (mut text, whole) = self.answer(request, rng(&[]));
         let output_tokens = whole.min(request.max_tokens.unwrap_or(u64::MAX));
         let too_long = output_tokens < whole;
         if too_long {
-            // As much of the text as of its tokens.
+            // The text is cut in proportion to its tokens.
             let keep = text.chars().count() as u128 * u128::from(output_tokens);
             let keep = (keep / u128::from(whole)) as usize;
             text = text.chars().take(keep).collect();
@@ -224,13 +222,13 @@ impl Model {
         let generation = self.per_token.as_nanos() as f64 * output_tokens as f64;
         let latency = self.latencies.find(request).unwrap_or(&self.latency);
         let total = self.first_token + *latency + Duration::from_nanos(generation as u64);
-        let total = total.mul_f64(swing);
-        let first_token = self.first_token.mul_f64(swing);
+        let total = total.mul_f64(jitter);
+        let first_token = self.first_token.mul_f64(jitter);
         let fault_at = match fault {
-            // Something is generated before a cut, and nothing before another fault.
-            Some(Fault::Cut) => first_token + (total - first_token).mul_f64(strikes),
+            // A cut comes after some text, other faults come before any.
+            Some(Fault::Cut) => first_token + (total - first_token).mul_f64(fault_part),
             Some(Fault::Overload | Fault::Throttle) => Duration::ZERO,
-            _ => total.mul_f64(strikes),
+            _ => total.mul_f64(fault_part),
         };
         Plan {
             text,
@@ -244,7 +242,7 @@ impl Model {
         }
     }
 
-    /// The whole answer and its tokens.
+    /// Returns the whole answer and its tokens.
     fn answer(&self, request: &Request, mut rng: Rng) -> (String, u64) {
         let drawn = self.output.map(|tokens| tokens.draw(&mut rng));
         match self.replies.find(request).or(self.reply.as_ref()) {
@@ -270,7 +268,7 @@ impl Plan {
         }
     }
 
-    /// The tokens that exist `elapsed` after admission.
+    /// Returns the tokens that have been generated `elapsed` after admission.
     pub(super) fn generated(&self, elapsed: Duration) -> u64 {
         if elapsed >= self.total {
             return self.output_tokens;
@@ -280,9 +278,9 @@ impl Plan {
         (u128::from(self.output_tokens) * generating / whole.max(1)) as u64
     }
 
-    /// The text in pieces of about a token, 200 at most, each with the time it is there:
-    /// the first at the first token, the last at the end, the others evenly between.
-    /// They break where they like, within words too.
+    /// Returns the text in at most 200 pieces of about a token, each with its time: the first
+    /// at the first token, the last at the end, the others evenly between. Pieces may end within
+    /// words.
     pub(super) fn pieces(&self) -> Vec<(Duration, String)> {
         let chars: Vec<char> = self.text.chars().collect();
         let count = (self.output_tokens.clamp(1, 200) as usize).min(chars.len());
@@ -320,7 +318,7 @@ const WORDS: [&str; 48] = [
     "each", "other", "water", "measures", "answers", "north", "open",
 ];
 
-/// Sentences of `words` words in all: a word is a token here.
+/// Returns sentences with `words` words in all. A word counts as a token.
 fn prose(words: u64, rng: &mut Rng) -> String {
     let mut text = String::new();
     let mut left_in_sentence = 0;
@@ -354,7 +352,7 @@ mod tests {
     }
 
     #[test]
-    fn the_tail_is_as_heavy_as_asked_for() {
+    fn a_heavy_tail_has_the_given_median_and_percentile() {
         let mut rng = Rng::with_seed(7);
         let tokens = Tokens::heavy_tailed(200, 2_000);
         let mut drawn: Vec<u64> = (0..20_000).map(|_| tokens.draw(&mut rng)).collect();
@@ -369,7 +367,7 @@ mod tests {
     }
 
     #[test]
-    fn asked_again_the_answer_is_the_same_and_the_luck_is_not() {
+    fn a_repeated_call_has_the_same_answer_and_another_latency() {
         let model = Model {
             latency: Duration::from_secs(1),
             jitter: 0.5,

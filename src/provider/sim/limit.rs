@@ -1,42 +1,41 @@
 //! The arithmetic of one limit, exact: whole units, whole nanoseconds, no rounding in
-//! the caller's favour. It shares nothing with the crate's own pacing, because it is
-//! the witness that the pacing is tested against.
+//! the caller's favour. It shares no code with `ratelimit`, which is tested against it.
 
 use std::time::Duration;
 
 /// Nanoseconds in a minute. An amount times this is a "level": a limit of `n` per minute
-/// then refills by exactly `n` levels a nanosecond.
+/// refills by exactly `n` levels a nanosecond.
 const MINUTE: u128 = 60_000_000_000;
 
-/// One limit at one moment. `advance` goes first; the rest speaks of the time it set.
-pub(super) trait Meter: Send {
-    /// Moves on to `now`, counted from the start of the simulation.
+/// One limit at one moment. `advance` sets the time that the other methods refer to.
+pub(super) trait Limit: Send {
+    /// Advances to `now`, counted from the start of the simulation.
     fn advance(&mut self, now: Duration);
 
-    /// Nanoseconds until `amount` may pass, 0 if it may now.
+    /// Returns the nanoseconds until `amount` may pass, 0 if it may now.
     ///
-    /// An amount above what ever fits at once may pass when nothing is used, and is
-    /// then owed. An amount of 0 may pass where 1 may.
+    /// An amount above the capacity may pass when nothing is used, and leaves a debt. An amount of 0 may pass when 1
+    /// may.
     fn wait(&self, amount: u64) -> u128;
 
-    /// Uses `amount`, in debt if need be.
-    fn spend(&mut self, amount: u64);
+    /// Charges `amount`, which may leave a debt.
+    fn charge(&mut self, amount: u64);
 
-    /// Uses 1 if it is there: what a refused call costs where refusals count.
-    fn waste(&mut self);
+    /// Charges 1 if it is available: the cost of a refused call, where refusals count.
+    fn charge_refusal(&mut self);
 
-    /// Whole units left.
+    /// Returns the whole units that are available.
     fn remaining(&self) -> u64;
 
-    /// Nanoseconds until all is back.
+    /// Returns the nanoseconds until the limit is unused.
     fn reset(&self) -> u128;
 
-    /// Changes the limit, keeping what is used.
-    fn retune(&mut self, per_minute: u64);
+    /// Changes the rate and keeps the used amount.
+    fn set_rate(&mut self, per_minute: u64);
 }
 
-/// A bucket that refills continuously.
-pub(super) struct Bucket {
+/// A token bucket, which refills continuously.
+pub(super) struct TokenBucket {
     per_minute: u128,
     burst: u128,
     /// In levels; negative when in debt.
@@ -44,8 +43,8 @@ pub(super) struct Bucket {
     at: u128,
 }
 
-impl Bucket {
-    /// A full bucket that holds `burst` worth of the limit, and one unit at least.
+impl TokenBucket {
+    /// Creates a full bucket with a capacity of `burst` at the rate, at least one unit.
     pub(super) fn full(per_minute: u64, burst: Duration, now: Duration) -> Self {
         let mut bucket = Self {
             per_minute: per_minute.into(),
@@ -70,7 +69,7 @@ fn levels(amount: u64) -> i128 {
     (u128::from(amount) * MINUTE) as i128
 }
 
-impl Meter for Bucket {
+impl Limit for TokenBucket {
     fn advance(&mut self, now: Duration) {
         let elapsed = now.as_nanos().saturating_sub(self.at);
         self.at += elapsed;
@@ -81,12 +80,12 @@ impl Meter for Bucket {
         self.until(levels(amount.max(1)).min(self.capacity()))
     }
 
-    fn spend(&mut self, amount: u64) {
+    fn charge(&mut self, amount: u64) {
         self.level -= levels(amount);
     }
 
-    fn waste(&mut self) {
-        // Not below zero: a crowd of refused calls keeps the bucket empty, not in debt.
+    fn charge_refusal(&mut self) {
+        // Not below zero: refused calls keep the bucket empty and leave no debt.
         self.level -= self.level.clamp(0, MINUTE as i128);
     }
 
@@ -98,36 +97,34 @@ impl Meter for Bucket {
         self.until(self.capacity())
     }
 
-    fn retune(&mut self, per_minute: u64) {
+    fn set_rate(&mut self, per_minute: u64) {
         self.per_minute = per_minute.into();
         self.level = self.level.min(self.capacity());
     }
 }
 
-/// Windows of a fixed length that begin with the simulation; each lets its share through
-/// and forgets what was not used.
+/// Windows of a fixed length that begin with the simulation. Each lets its share pass; an unused share is lost.
 ///
-/// By the end of window `k` the windows have let `allowed(k + 1)` through at most, the
-/// share of all of them rounded up; so 90 per minute in windows of a second is 2, 1,
-/// 2, 1, …, and the long run is exact. A window without a unit of its own prolongs the
-/// one before: 30 per minute in windows of a second is one call in every two seconds.
-pub(super) struct Window {
+/// Until the end of window `k` at most `allowed(k + 1)` pass, the share of all windows rounded up. So 90 per minute in
+/// windows of a second is 2, 1, 2, 1, …, and exact in the long run. A window without a unit of its own prolongs the one
+/// before: 30 per minute in windows of a second is one call every two seconds.
+pub(super) struct FixedWindow {
     per_minute: u128,
     length: u128,
-    /// The window we are in.
+    /// The current window.
     index: u128,
-    /// How far along `allowed` the calls have come. Ahead of `allowed(index + 1)`: a debt.
-    mark: u128,
+    /// The part of `allowed` that is used or lost. Above `allowed(index + 1)` it is a debt.
+    used: u128,
     at: u128,
 }
 
-impl Window {
+impl FixedWindow {
     pub(super) fn new(per_minute: u64, length: Duration, now: Duration) -> Self {
         let mut window = Self {
             per_minute: per_minute.into(),
             length: length.as_nanos(),
             index: 0,
-            mark: 0,
+            used: 0,
             at: 0,
         };
         window.advance(now);
@@ -138,19 +135,19 @@ impl Window {
         (windows * self.per_minute * self.length).div_ceil(MINUTE)
     }
 
-    /// What window `index` still has, and whether nothing of it is used.
+    /// Returns the units that window `index` has left, and whether none of it is used.
     fn left(&self, index: u128) -> (u128, bool) {
         let from = self.allowed(index);
         let to = self.allowed(index + 1);
-        (to.saturating_sub(self.mark.max(from)), self.mark <= from)
+        (to.saturating_sub(self.used.max(from)), self.used <= from)
     }
 
-    /// The first window of which `allowed(index + 1)` reaches `mark`.
-    fn reaching(&self, mark: u128) -> u128 {
-        // Not above it, and two steps below at most.
+    /// Returns the first window of which `allowed(index + 1)` reaches `used`.
+    fn reaching(&self, used: u128) -> u128 {
+        // This is not above the result, and at most two below it.
         let share = self.per_minute * self.length;
-        let mut index = (mark.saturating_sub(1) * MINUTE / share).saturating_sub(1);
-        while self.allowed(index + 1) < mark {
+        let mut index = (used.saturating_sub(1) * MINUTE / share).saturating_sub(1);
+        while self.allowed(index + 1) < used {
             index += 1;
         }
         index
@@ -161,33 +158,33 @@ impl Window {
     }
 }
 
-impl Meter for Window {
+impl Limit for FixedWindow {
     fn advance(&mut self, now: Duration) {
         self.at = self.at.max(now.as_nanos());
         self.index = self.reaching(self.allowed(self.at / self.length + 1));
-        self.mark = self.mark.max(self.allowed(self.index));
+        self.used = self.used.max(self.allowed(self.index));
     }
 
     fn wait(&self, amount: u64) -> u128 {
         let amount = u128::from(amount.max(1));
-        // Nothing passes before the debt is paid and a unit is left; from there it is
-        // a step or two to a window with room, or to an untouched one.
-        let mut index = self.reaching(self.mark + 1);
+        // No amount passes before the debt is paid and a unit is left. The window with room, or the unused one, is one
+        // or two further.
+        let mut index = self.reaching(self.used + 1);
         loop {
-            let (left, untouched) = self.left(index);
-            if left >= amount || (untouched && left > 0) {
+            let (left, unused) = self.left(index);
+            if left >= amount || (unused && left > 0) {
                 return self.until(index);
             }
             index += 1;
         }
     }
 
-    fn spend(&mut self, amount: u64) {
-        self.mark += u128::from(amount);
+    fn charge(&mut self, amount: u64) {
+        self.used += u128::from(amount);
     }
 
-    fn waste(&mut self) {
-        self.mark += self.left(self.index).0.min(1);
+    fn charge_refusal(&mut self) {
+        self.used += self.left(self.index).0.min(1);
     }
 
     fn remaining(&self) -> u64 {
@@ -195,19 +192,19 @@ impl Meter for Window {
     }
 
     fn reset(&self) -> u128 {
-        if self.mark <= self.allowed(self.index) {
+        if self.used <= self.allowed(self.index) {
             return 0;
         }
-        // The window after the one that `mark` ends in or exhausts.
-        let last = self.reaching(self.mark);
+        // The window after the one that `used` ends in or exhausts.
+        let last = self.reaching(self.used);
         self.until(self.reaching(self.allowed(last + 1) + 1))
     }
 
-    fn retune(&mut self, per_minute: u64) {
-        let used = self.mark - self.allowed(self.index);
+    fn set_rate(&mut self, per_minute: u64) {
+        let in_window = self.used - self.allowed(self.index);
         self.per_minute = per_minute.into();
         self.index = self.reaching(self.allowed(self.at / self.length + 1));
-        self.mark = self.allowed(self.index) + used;
+        self.used = self.allowed(self.index) + in_window;
     }
 }
 
@@ -225,8 +222,8 @@ mod tests {
 
     #[test]
     fn a_bucket_refills_to_the_nanosecond() {
-        let mut bucket = Bucket::full(7, SECOND, Duration::ZERO);
-        bucket.spend(1);
+        let mut bucket = TokenBucket::full(7, SECOND, Duration::ZERO);
+        bucket.charge(1);
         // A seventh of a minute is no whole number of nanoseconds: rounded up.
         let wait = 8_571_428_572;
         assert_eq!(bucket.wait(1), wait);
@@ -237,56 +234,56 @@ mod tests {
     }
 
     #[test]
-    fn more_than_a_bucket_waits_for_a_full_one_and_is_owed() {
-        let mut bucket = Bucket::full(600, SECOND, Duration::ZERO);
+    fn an_amount_above_the_capacity_waits_for_a_full_bucket_and_leaves_a_debt() {
+        let mut bucket = TokenBucket::full(600, SECOND, Duration::ZERO);
         assert_eq!(bucket.remaining(), 10);
         assert_eq!(bucket.wait(25), 0);
-        bucket.spend(25);
+        bucket.charge(25);
         assert_eq!(bucket.wait(1), nanos(Duration::from_millis(1600)));
         assert_eq!(bucket.wait(25), nanos(Duration::from_millis(2500)));
         assert_eq!(bucket.reset(), bucket.wait(25));
     }
 
     #[test]
-    fn windows_of_a_broken_share_keep_the_rate_in_the_long_run() {
-        let mut window = Window::new(90, SECOND, Duration::ZERO);
-        let mut let_through = Vec::new();
+    fn windows_with_a_fractional_share_keep_the_rate_in_the_long_run() {
+        let mut window = FixedWindow::new(90, SECOND, Duration::ZERO);
+        let mut passed_by_second = Vec::new();
         for second in 0..4 {
             window.advance(SECOND * second);
             let mut passed = 0;
             while window.wait(1) == 0 {
-                window.spend(1);
+                window.charge(1);
                 passed += 1;
             }
-            let_through.push(passed);
+            passed_by_second.push(passed);
         }
-        assert_eq!(let_through, [2, 1, 2, 1]);
+        assert_eq!(passed_by_second, [2, 1, 2, 1]);
     }
 
     #[test]
-    fn a_window_forgets_what_was_not_used_but_not_what_is_owed() {
-        let mut window = Window::new(120, SECOND, Duration::ZERO);
+    fn a_window_loses_its_unused_share_but_not_its_debt() {
+        let mut window = FixedWindow::new(120, SECOND, Duration::ZERO);
         window.advance(SECOND * 10);
         assert_eq!((window.remaining(), window.reset()), (2, 0));
-        window.spend(5);
+        window.charge(5);
         assert_eq!((window.remaining(), window.wait(1)), (0, nanos(SECOND * 2)));
         assert_eq!(window.reset(), nanos(SECOND * 3));
         window.advance(SECOND * 12);
         assert_eq!((window.remaining(), window.wait(2)), (1, nanos(SECOND)));
     }
 
-    fn meter(bucket: bool, per_minute: u64, span: Duration) -> Box<dyn Meter> {
+    fn limit(bucket: bool, per_minute: u64, span: Duration) -> Box<dyn Limit> {
         if bucket {
-            Box::new(Bucket::full(per_minute, span, Duration::ZERO))
+            Box::new(TokenBucket::full(per_minute, span, Duration::ZERO))
         } else {
-            Box::new(Window::new(per_minute, span, Duration::ZERO))
+            Box::new(FixedWindow::new(per_minute, span, Duration::ZERO))
         }
     }
 
     proptest! {
-        /// What it says to wait is enough, and a nanosecond less is not.
+        /// The amount passes after the wait, and not a nanosecond before.
         #[test]
-        fn the_wait_is_tight(
+        fn the_wait_is_as_short_as_possible(
             bucket: bool,
             per_minute in 1_u64..5_000,
             span_ms in 1_u64..70_000,
@@ -295,23 +292,23 @@ mod tests {
             later_ms in 0_u64..100_000,
         ) {
             let later = Duration::from_millis(later_ms);
-            let mut meter = meter(bucket, per_minute, Duration::from_millis(span_ms));
+            let mut limit = limit(bucket, per_minute, Duration::from_millis(span_ms));
             let mut now = Duration::ZERO;
             for (gap_ms, spend) in spends {
                 now += Duration::from_millis(gap_ms);
-                meter.advance(now);
-                meter.spend(spend);
+                limit.advance(now);
+                limit.charge(spend);
             }
-            let wait = meter.wait(amount);
+            let wait = limit.wait(amount);
             if wait > 0 {
-                meter.advance(now + Duration::from_nanos(wait as u64 - 1));
-                prop_assert!(meter.wait(amount) > 0);
-                meter.advance(now + Duration::from_nanos(wait as u64));
-                prop_assert_eq!(meter.wait(amount), 0);
+                limit.advance(now + Duration::from_nanos(wait as u64 - 1));
+                prop_assert!(limit.wait(amount) > 0);
+                limit.advance(now + Duration::from_nanos(wait as u64));
+                prop_assert_eq!(limit.wait(amount), 0);
             }
-            // And whoever comes later finds no less.
-            meter.advance(now + Duration::from_nanos(wait as u64) + later);
-            prop_assert_eq!(meter.wait(amount), 0);
+            // It also passes later.
+            limit.advance(now + Duration::from_nanos(wait as u64) + later);
+            prop_assert_eq!(limit.wait(amount), 0);
         }
     }
 }
