@@ -30,7 +30,11 @@ async fn redirects_are_not_followed_so_that_no_other_server_gets_the_key() {
             assert!(error.message().contains(&elsewhere.url()), "{error}");
         }
     }
-    assert_eq!(elsewhere.connections(), 0, "the key is sent to no other server");
+    assert_eq!(
+        elsewhere.connections(),
+        0,
+        "the key is sent to no other server"
+    );
 }
 
 /// Everything that can be printed of an error.
@@ -156,7 +160,10 @@ async fn no_key_and_no_prompt_is_in_a_log_or_a_span() {
     assert!(cx.generate("the prompt").await.is_err());
 
     let log = String::from_utf8(log.0.lock().unwrap().clone()).unwrap();
-    assert!(log.contains("chat") && log.contains("unauthorized"), "{log}");
+    assert!(
+        log.contains("chat") && log.contains("unauthorized"),
+        "{log}"
+    );
     for secret in [KEY, HIDDEN, "the prompt", "Rhône"] {
         assert!(!log.contains(secret), "{secret:?} in {log}");
     }

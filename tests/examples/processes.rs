@@ -503,10 +503,7 @@ fn acknowledged_rows_survive_kill_9() {
     let (store, mut least) = (dir.path().join("notes.db"), 0);
     for _ in 0..5 {
         let mut process = Command::new(std::env::current_exe().unwrap())
-            .args([
-                "--exact",
-                "processes::acknowledged_rows_survive_kill_9",
-            ])
+            .args(["--exact", "processes::acknowledged_rows_survive_kill_9"])
             .arg("--nocapture")
             .env("THROUGHLINE_NOTES", &store)
             .stdout(Stdio::piped())

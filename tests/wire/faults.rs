@@ -1,12 +1,10 @@
 //! What networks and servers do wrong, over a real socket: silence, resets, lies about
 //! lengths, too much of everything, and keys where they must not be.
 
-use std::error::Error as _;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use throughline::ErrorKind::*;
-use throughline::{Anthropic, Error, OpenAi, Provider};
+use throughline::{Anthropic, OpenAi, Provider};
 
 use crate::support::server::{Act, Script, Server, reply};
 use crate::support::{KEY, OPENAI_BODY, both, collect, openai, request};
