@@ -1,12 +1,12 @@
-//! Futures that are dropped at every poll, beside others that use the same lanes: afterwards all permits are
-//! back, nobody waits for ever, the lanes are as fast as before, and the tally names every call that was sent.
+//! Futures are dropped at every poll while other calls use the same lanes. Afterwards all permits are back, no caller
+//! waits for ever, the lanes are as fast as before, and the tally counts every call that was sent.
 //!
-//! The first test goes through all polls of all operations, the second draws combinations by seed. All on the
-//! paused clock but for those of the threads; a failure prints the seed.
+//! The first test visits all polls of all operations, the last draws combinations by seed, on the paused clock except
+//! for runs with several threads. A failure prints its seed.
 //!
 //! ```text
 //! THROUGHLINE_SEED=17 cargo test --all-features --test cancellation random      # one combination
-//! THROUGHLINE_LONG=1 THROUGHLINE_MINUTES=25 cargo test --release …              # for so long
+//! THROUGHLINE_LONG=1 THROUGHLINE_MINUTES=25 cargo test --release …              # runs for 25 minutes
 //! ```
 
 #[path = "support/long.rs"]
@@ -34,7 +34,7 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 
 const SECOND: Duration = Duration::from_secs(1);
-/// Nobody waits so long on the paused clock unless it is for ever.
+/// A wait of this length on the paused clock means that it never ends.
 const FOR_EVER: Duration = Duration::from_secs(48 * 3600);
 /// How long a future that is not polled is held before it is dropped or polled again.
 const HELD: Duration = Duration::from_secs(20);
@@ -43,7 +43,7 @@ fn number(variable: &str) -> Option<u64> {
     std::env::var(variable).ok()?.parse().ok()
 }
 
-/// How a future ends, or is left alone for a while, after a number of polls.
+/// How a future is interrupted after a number of polls.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Interruption {
     /// Dropped at once after that poll.
@@ -65,8 +65,8 @@ impl Interruption {
     ];
 }
 
-/// Runs `future` and interrupts it after `polls` polls. Gives what it came to, if it came to its end, and whether
-/// that was before.
+/// Runs `future` and interrupts it after `polls` polls. Returns its output, if it completed, and whether it completed
+/// before the interruption.
 async fn interrupt<F: Future>(
     future: F,
     polls: usize,
@@ -112,7 +112,7 @@ enum Answer {
     Refused,
 }
 
-/// A provider that counts what it sees. Its answers go round.
+/// A provider that counts its calls and gives different answers in turn.
 #[derive(Clone)]
 struct Account(Arc<State>);
 
@@ -124,7 +124,7 @@ struct State {
     throttled: AtomicU64,
     /// Calls that failed, those that were throttled not counted.
     failed: AtomicU64,
-    /// Calls that failed so that nobody knows whether they are paid for.
+    /// Failed calls of which it is unknown whether they are billed.
     ambiguous: AtomicU64,
     dropped: AtomicU64,
 }
@@ -229,7 +229,7 @@ impl Provider for Account {
     }
 }
 
-/// What the futures are dropped from.
+/// An operation whose future is dropped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Operation {
     Generate,
@@ -350,7 +350,7 @@ impl Operation {
     }
 }
 
-/// What is drawn for a combination.
+/// The parameters that are drawn for a combination.
 #[derive(Clone)]
 struct Plan {
     /// Of the one deployment or of both.
@@ -362,7 +362,7 @@ struct Plan {
     latencies: Vec<Duration>,
     /// How long a future that is not polled is held.
     held: Duration,
-    /// How many others use the lanes, and how often each.
+    /// The number of other callers that use the lanes, and of their calls.
     neighbours: u64,
     calls: u64,
 }
@@ -445,7 +445,7 @@ impl World {
         tasks
     }
 
-    /// Everything is as if nothing had been dropped.
+    /// Checks that nothing is left of the dropped operation.
     async fn audit(&self, plan: &Plan, what: &dyn fmt::Debug) {
         // Tasks whose futures were dropped end the next time the runtime gets to them.
         for _ in 0..1_000 {
@@ -498,7 +498,7 @@ impl World {
         }
     }
 
-    /// All slots are there, and calls take as long as on lanes that are new.
+    /// Checks that all slots are free and that calls take as long as on new lanes.
     async fn audit_speed(&self, plan: &Plan, what: &dyn fmt::Debug) {
         for (lane, pace) in self.cx.lanes().zip(&plan.paces) {
             let fresh = Lane::new(pace.clone());
@@ -521,7 +521,7 @@ impl World {
                 }
                 took.push(began.elapsed());
             }
-            // Not later, for nothing is owed for what was not sent; not earlier either.
+            // Not later, because calls that were not sent leave no debt, and not earlier.
             let tolerance = took[1].mul_f64(0.02) + Duration::from_millis(2);
             assert!(took[0].abs_diff(took[1]) <= tolerance, "{what:?}: {took:?}");
         }
@@ -533,15 +533,15 @@ fn runtime() -> tokio::runtime::Runtime {
     builder.enable_all().start_paused(true).build().unwrap()
 }
 
-/// Runs the operation in a new world beside its neighbours, interrupted after so many polls. Says whether it had
-/// ended before.
+/// Runs the operation in a new world with other callers, interrupted after a number of polls. Returns whether it had
+/// completed before.
 fn run_one(plan: &Plan, operation: Operation, polls: usize, how: Interruption, seed: u64) -> bool {
     fastrand::seed(seed);
     runtime().block_on(async {
         let what = (operation, polls, how, seed);
         let world = World::new(plan);
         let mut tasks = world.neighbours(plan);
-        // The neighbours are in front of it.
+        // The other callers are ahead of it in the queue.
         tokio::task::yield_now().await;
         let victim = interrupt(operation.start(&world, 99), polls, how, plan.held);
         let victim = tokio::spawn(victim);
@@ -617,8 +617,8 @@ fn dropping_any_operation_at_any_poll_does_not_block_the_others() {
     assert!(runs > 500);
 }
 
-/// When five permits are granted on a lane for one call a second, one of which has just gone, and an operation is
-/// interrupted before it sends anything. `None` where it had sent something by then.
+/// Returns the times of five grants on a lane for one call a second after a first call, while an operation is
+/// interrupted before it sends a call. `None` if it had sent one by then.
 fn five_permits_beside(operation: Option<(Operation, usize, Interruption)>) -> Option<Duration> {
     runtime().block_on(async {
         let pace = Pace::per_minute(60).burst(SECOND);
@@ -658,8 +658,7 @@ fn calls_dropped_before_they_are_sent_are_not_charged_to_the_rate() {
     let alone = five_permits_beside(None).unwrap();
     let mut granted = 0;
     for operation in [Operation::Lane, Operation::Pool, Operation::Generate] {
-        // A permit that is held until the limit has recovered has cost what it held up: documented, and not of
-        // interest here.
+        // A permit that is held until the limit has recovered is charged for the time, as documented.
         for (how, polls) in [
             (Interruption::Dropped, 3),
             (Interruption::DroppedWhenWoken, 2),
@@ -814,7 +813,7 @@ fn draw(rng: &mut Rng, threads: bool) -> (Plan, Vec<(Operation, usize, Interrupt
     (plan, victims)
 }
 
-/// One in sixteen runs on two threads and the machine's clock, for what a single thread cannot interleave.
+/// One in sixteen runs on two threads and the real clock, because one thread cannot interleave everything.
 fn run_random(seed: u64) {
     let threads = seed % 16 == 15;
     let mut rng = Rng::with_seed(seed);
@@ -879,7 +878,7 @@ fn run_random(seed: u64) {
                 world.cx.lanes().collect::<Vec<_>>()
             );
         }
-        // On the machine's clock there is no hour to wait for.
+        // Waiting for an hour is impossible on the real clock.
         let plan = match threads {
             true => Plan {
                 answers: vec![Answer::Refused],
@@ -898,7 +897,7 @@ fn random_combinations_of_dropped_operations_leave_no_trace() {
     }
     let began = std::time::Instant::now();
     let (first, budget) = match long::is_long() {
-        // Others than those of the last time.
+        // Seeds differ from run to run.
         true => (
             fastrand::u64(..) >> 16,
             60 * number("THROUGHLINE_MINUTES").unwrap_or(5),

@@ -1,4 +1,4 @@
-//! What callers may send, share and move, pinned: losing one of these is a breaking change.
+//! The auto traits of the public types: losing one is a breaking change.
 
 use static_assertions::{assert_impl_all, assert_not_impl_any, assert_obj_safe};
 use throughline::{
@@ -48,7 +48,7 @@ assert_obj_safe!(Provider, Observer);
 
 fn send<T: Send>(_: &T) {}
 
-/// The futures of the crate go into `tokio::spawn`.
+/// All futures of the crate can be spawned.
 #[tokio::test]
 async fn futures_are_send() {
     struct Silent;

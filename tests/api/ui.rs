@@ -1,4 +1,4 @@
-//! Compiler errors of common mistakes say how to mend them.
+//! The compiler errors of common mistakes name the remedy.
 //!
 //! Each file of `tests/ui` is compiled by `rustc` against the library that this test itself is linked with, so nothing
 //! else is built. The lines that start with `//~ ` must all be in the compiler's output, and it must report one error;
@@ -28,7 +28,7 @@ fn library(executable: &Path) -> PathBuf {
         .unwrap_or_else(|| panic!("no libthroughline-*.rlib beside {}", executable.display()))
 }
 
-/// Compiles one file up to its metadata; gives whether it compiles, and what the compiler says.
+/// Checks one file with the compiler. Returns whether it compiles, and the compiler's output.
 fn compile(case: &Path, library: &Path) -> (bool, String) {
     let dependencies = library.parent().unwrap();
     let rustc = env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
@@ -49,7 +49,7 @@ fn compile(case: &Path, library: &Path) -> (bool, String) {
     (output.status.success(), text)
 }
 
-/// What is wrong with the compiler's answer to this file.
+/// Compares the compiler's output with the expectations in the file.
 fn complaint(source: &str, compiles: bool, output: &str) -> Option<String> {
     let expected: Vec<_> = source
         .lines()

@@ -168,8 +168,7 @@ async fn a_failed_etude_leaves_eleven_and_a_partial_routine() {
     }
 }
 
-/// A context that counts what its observers hear of a failing store, and a log in a store that
-/// takes 75 ms for a round trip.
+/// Returns a context that counts the failures of its store, and a log in a store whose round trips take 75 ms.
 async fn quality_log() -> (Context, Arc<AtomicU64>, Arc<Counted>, QualityLog) {
     let told = Arc::new(AtomicU64::new(0));
     let counter = Arc::clone(&told);
@@ -214,7 +213,7 @@ async fn many_classes_are_noted_in_few_round_trips_and_the_last_are_read_in_two(
             async move { class(&cx, log, number).await }
         })
         .await;
-    // The first commit may be under way by now; that it takes 75 ms nobody notices.
+    // The first commit may be running; its 75 ms delay no class.
     assert_eq!(began.elapsed(), Duration::from_secs(8));
     assert_eq!(settled.oks().count(), 150);
     log.journal.flush().await.unwrap();
@@ -224,7 +223,7 @@ async fn many_classes_are_noted_in_few_round_trips_and_the_last_are_read_in_two(
     store.forget();
     let recent = log.classes.last(100).await.unwrap();
     assert_eq!(store.trips(), 2);
-    // They stand in the order in which they ended, and these ended together.
+    // Rows are in the order in which their classes ended, and these ended together.
     let mut numbers: Vec<_> = recent.iter().map(|class| class.number).collect();
     numbers.sort_unstable();
     assert_eq!(numbers, Vec::from_iter(50..150));

@@ -1,7 +1,7 @@
-//! The main job as people run it: a process that is killed, stopped, fed nonsense and
-//! started again. Its witness is the file in which the simulated provider keeps its bills.
+//! The example `generate` as a process that is killed, interrupted, restarted and given invalid input. The ledger file
+//! of the simulated provider shows its bills.
 //!
-//! Real processes and the real clock: that is what is tested here.
+//! These tests need real processes and the real clock.
 #![cfg(all(
     unix,
     feature = "sim",
@@ -27,7 +27,7 @@ use crate::support::{KEY, OPENAI_BODY};
 
 const RECORDS: usize = 1_707;
 
-/// None of the runs here takes longer by itself.
+/// No run takes longer, unless it hangs.
 const PATIENCE: Duration = Duration::from_secs(20);
 
 fn earthquakes() -> PathBuf {
@@ -65,7 +65,7 @@ impl Job {
         self.dir.path().join("out.jsonl")
     }
 
-    /// The command, at no limit worth mentioning unless `arguments` say one.
+    /// Returns the command, with a very high limit unless `arguments` set one.
     fn command(&self, arguments: &str) -> Command {
         let mut command = Command::new(program("generate"));
         let ledger = self.dir.path().join("ledger");
@@ -171,7 +171,7 @@ impl From<Output> for Ran {
 }
 
 impl Ran {
-    /// Waits for the end, but not for ever.
+    /// Waits for the end, within [`PATIENCE`].
     fn waited(child: Child) -> Self {
         let id = child.id().to_string();
         let (over, ended) = mpsc::channel::<()>();
@@ -220,7 +220,7 @@ fn signal(child: &Child, name: &str) {
     assert!(sent.unwrap().success());
 }
 
-// The whole of it
+// Complete runs
 
 #[test]
 fn each_record_gets_one_line_and_the_figures_are_right() {
@@ -268,7 +268,7 @@ fn each_record_gets_one_line_and_the_figures_are_right() {
         .sums_up("calls 1407 attempts, 0 refused");
     assert_eq!(job.ids().len(), RECORDS);
 
-    // Nothing is left to do, and nothing is asked.
+    // All records are done, so no call is made.
     let nothing = job.run("").exits(0);
     nothing
         .sums_up("calls 0 attempts, 0 refused")
@@ -277,7 +277,7 @@ fn each_record_gets_one_line_and_the_figures_are_right() {
     assert_eq!(job.ledger().total.billed as usize, RECORDS);
 }
 
-// Ends that nobody planned
+// Kills and interrupts
 
 #[test]
 fn a_job_that_is_killed_repeatedly_completes_and_pays_for_no_result_twice() {
@@ -409,7 +409,7 @@ fn a_second_interrupt_drops_calls_in_flight() {
     job.run("--sim-latency 5").exits(0).sums_up("results 8 in");
 }
 
-// What people feed it
+// Invalid input
 
 #[test]
 fn unusable_lines_are_reported_and_the_others_processed() {
@@ -490,7 +490,7 @@ fn what_cannot_run_at_all_says_why_and_exits_with_2() {
         .says("the next start continues");
 }
 
-/// `--output` given by mistake a file that somebody needs.
+/// A file of another program given as `--output` by mistake.
 #[test]
 fn a_foreign_output_file_is_not_overwritten() {
     let job = Job::numbered(3);
@@ -510,11 +510,11 @@ fn a_foreign_output_file_is_not_overwritten() {
     assert_eq!(left, 2, "there is a file beside the input and the notes");
 }
 
-// What the provider does to it
+// Failures of the provider
 
 #[test]
 fn failures_are_stored_counted_by_kind_and_repeated() {
-    // Not so many that the retry budget runs dry, and retries wait for half a minute.
+    // With more failures the retry budget would be exhausted, and retries would wait for half a minute.
     let job = Job::numbered(24);
     let ran = job
         .run("--sim-errors 0.75 --sim-seed 3 --sim-latency 1")
@@ -572,7 +572,7 @@ async fn a_refused_key_ends_the_run_and_a_valid_one_resumes_it() {
         .await
         .exits(1)
         .says("no call can succeed any more: credentials refused");
-    // Those that were under way, and no more: 4 in flight with as many as may wait for them.
+    // At most the items that were open: 4 in flight, and the ones that wait for them.
     let asked = refusing.requests().len();
     assert!(
         asked < 50,

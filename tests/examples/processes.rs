@@ -1,6 +1,6 @@
-//! The examples of durable systems, as processes: killed, cut off, and looked at from outside.
+//! The examples of durable systems as processes that are killed and stopped.
 //!
-//! Real processes, sockets and the real clock: that is what is tested here.
+//! These tests need real processes, sockets and the real clock.
 #![cfg(all(
     unix,
     feature = "signal",
@@ -29,7 +29,7 @@ use throughline::{Runner, request::RequestDigest, store::Journal};
 use crate::long::is_long;
 use crate::program::program;
 
-/// None of the runs here takes longer by itself.
+/// No run takes longer, unless it hangs.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 #[test]
@@ -44,7 +44,7 @@ fn card_stories() {
     let has = |line: &str| said.lines().any(|said| said == line);
     assert!(has("864 of 864 items are completed, each once"));
     assert_eq!(said.matches("completed once each; sound").count(), 3);
-    // It was killed in the middle of the last phase, and the provider has the bills of what was done by then.
+    // It was killed during the last phase, and the provider has the bills until then.
     let (_, kept) = said
         .split_once("\n0 of ")
         .expect("nothing is paid for again");
@@ -96,7 +96,7 @@ impl Service {
         (self.process, self.at) = Self::spawn(&self.dir, latency);
     }
 
-    /// The stop that a supervisor asks for; false if it does not come in time.
+    /// Stops the service as a supervisor does; false if it does not stop in time.
     fn terminate(&mut self) -> bool {
         let pid = self.process.id().to_string();
         let sent = Command::new("kill").args(["-TERM", &pid]).status();
@@ -173,7 +173,7 @@ impl Service {
         ledger.unwrap().times_billed()
     }
 
-    /// The requests whose replies are committed, looked at from outside.
+    /// Reads the requests with committed replies from the store.
     fn committed(&self) -> Vec<RequestDigest> {
         let look = async {
             let url = format!(
@@ -313,7 +313,7 @@ fn programs_can_be_followed_and_cancelled_and_time_out() {
         0
     );
 
-    // A stop in the middle of things ends open streams, and what was paid for is written.
+    // A stop during the work ends open streams, and paid replies are stored.
     service.submit(BOB, &json!({"goal": "a ride", "weeks": 52}));
     sleep(Duration::from_millis(300));
     thread::scope(|scope| {
@@ -373,7 +373,7 @@ fn two_hundred_programs_survive_kill_9() {
         "{PROGRAMS} programs submitted by 8 clients: {median:.1?} at the median, {slowest:.1?} at most"
     );
 
-    // In the middle of it.
+    // During the work.
     let until = Instant::now() + PATIENCE;
     while service.committed().len() < 2 * PROGRAMS / 3 && Instant::now() < until {
         sleep(Duration::from_millis(10));
@@ -430,7 +430,7 @@ fn two_hundred_programs_survive_kill_9() {
     assert_eq!(service.all_over(ADA).len(), PROGRAMS / 2 + 40);
 }
 
-/// Killed again and again in the middle of its work, as by an impatient supervisor, the service loses no program.
+/// The service is killed repeatedly during its work and loses no program.
 #[test]
 fn no_program_is_lost_however_often_the_service_is_killed() {
     let (programs, weeks, kills) = if is_long() { (60, 4, 50) } else { (12, 2, 4) };
@@ -474,7 +474,7 @@ fn no_program_is_lost_however_often_the_service_is_killed() {
     );
 }
 
-/// Notes classes of ten rows without end, and says how many rows are acknowledged.
+/// Notes classes of ten rows for ever, and prints the number of acknowledged rows.
 async fn note_classes(store: OsString) {
     let store = Arc::new(Sqlite::open(store).await.unwrap());
     let runner = Runner::new(Arc::clone(&store));
@@ -491,8 +491,8 @@ async fn note_classes(store: OsString) {
     }
 }
 
-/// Killed while it writes behind the work, as at a shutdown that was not waited for: what was acknowledged is there, in order,
-/// and no class in part. The process that is killed is this test, started by itself.
+/// A process is killed while it writes in the background. All acknowledged rows are stored, in order, and no class in
+/// part. The killed process is this test, which starts itself.
 #[test]
 fn acknowledged_rows_survive_kill_9() {
     let runtime = tokio::runtime::Runtime::new().unwrap();
@@ -522,7 +522,7 @@ fn acknowledged_rows_survive_kill_9() {
         }
         process.kill().unwrap();
         process.wait().unwrap();
-        // It may have said more before it died.
+        // It may have printed more before it died.
         while let Some(more) = acknowledged() {
             rows = more;
         }

@@ -1,5 +1,5 @@
-//! The simulated provider on the paused clock: it is the witness of the other tests, so
-//! what it lets in, says and bills is checked to the unit here.
+//! The simulated provider on the paused clock. Other tests rely on it, so its admissions, metadata and bills are
+//! checked exactly.
 #![cfg(feature = "sim")]
 
 use std::cell::Cell;
@@ -41,7 +41,7 @@ fn keyed(key: &str) -> Request {
     request
 }
 
-/// How many of `calls` made right now are let in.
+/// Makes `calls` at once and returns how many are admitted.
 async fn let_in(sim: &Sim, calls: usize) -> usize {
     let request = ten_tokens();
     let results = join_all((0..calls).map(|_| sim.generate(&request))).await;
@@ -322,8 +322,8 @@ fn on_paused_clock<T>(future: impl Future<Output = T>) -> T {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(96))]
 
-    /// Whatever the pattern of arrival: what is let in within any window is the burst and
-    /// the rate times the window at most, and no refusal was needless.
+    /// For any pattern of arrival, the calls admitted in any window are at most burst + rate × window, and no call is
+    /// refused without need.
     #[test]
     fn no_window_has_more_calls_than_the_limit_allows(
         per_minute in 1_u64..3_000,
@@ -343,7 +343,7 @@ proptest! {
             }
             sim.ledger()
         });
-        // All in sixty-thousandths of a call, so that it is exact.
+        // In units of a sixty-thousandth of a call, so that the arithmetic is exact.
         let burst = (per_minute * burst_ms).max(60_000);
         for (i, from) in ledger.grants.iter().enumerate() {
             for (n, to) in ledger.grants[i..].iter().enumerate() {
@@ -354,7 +354,7 @@ proptest! {
         prop_assert!(!ledger.grants.is_empty());
     }
 
-    /// Tokens likewise, in windows and under calls of all sizes that fit.
+    /// The same for tokens, in windows and with calls of all sizes that fit.
     #[test]
     fn no_window_has_more_tokens_than_the_limit_allows(
         arrivals in prop::collection::vec((0_u64..400, 1_u64..90), 1..120),
@@ -469,7 +469,7 @@ async fn a_stream_spreads_its_text_over_the_latency() {
     assert_eq!(sim.ledger().total.billed, 2);
 }
 
-// What it says
+// Rate-limit metadata
 
 #[tokio::test(start_paused = true)]
 async fn replies_carry_limit_remaining_amount_and_reset() {
@@ -678,7 +678,7 @@ async fn the_ledger_file_has_each_bill_at_once_and_is_continued() {
     assert_eq!(Ledger::read(&path).unwrap().bills, sim.ledger().bills);
     drop(sim);
 
-    // What a killed process leaves: the last line cut in half.
+    // A killed process may leave an incomplete last line.
     let whole = std::fs::read(&path).unwrap();
     std::fs::write(&path, [&whole[..], &whole[..20]].concat()).unwrap();
     let ledger = Ledger::read(&path).unwrap();
@@ -741,7 +741,7 @@ async fn fail_when_takes_the_latency_and_is_not_billed() {
     let sim = Sim::builder()
         .latency_when("four", Duration::from_secs(4))
         .latency_when("five", Duration::from_secs(9))
-        // The last one that fits.
+        // The last one that matches applies.
         .latency_when("fi", Duration::from_secs(5))
         .reply(|_| "a number")
         .reply_when("ve", |request| format!("{}!", request.last_text()))
@@ -752,7 +752,7 @@ async fn fail_when_takes_the_latency_and_is_not_billed() {
     assert_eq!(failed.kind(), ErrorKind::InvalidRequest);
     assert_eq!(began.elapsed(), Duration::from_secs(4));
     assert!(sim.stream(&Request::new("four")).await.is_err());
-    // Nor is one that nobody waits for.
+    // A dropped call is not billed either.
     let request = Request::new("four");
     let dropped = timeout(Duration::from_secs(1), sim.generate(&request)).await;
     assert!(dropped.is_err());

@@ -1,6 +1,6 @@
 //! An account behind [`Server::answering`](super::server::Server::answering): a token bucket
 //! on the real clock that refuses with 429, calls that take their time, and faults.
-#![allow(dead_code, missing_docs, unreachable_pub)] // Each user takes its part of this.
+#![allow(dead_code, missing_docs, unreachable_pub)] // Each test uses a part.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
@@ -10,27 +10,27 @@ use fastrand::Rng;
 
 use crate::server::{Act, Recorded, Script};
 
-/// What the account enforces and how it fails.
+/// The limits and faults of the account.
 #[derive(Debug, Clone, Copy)]
 pub struct Terms {
     pub per_minute: u64,
     pub burst: Duration,
     pub latency: Duration,
-    /// From when on another rate holds, counted from the first call.
+    /// A later time, counted from the first call, and the rate from then on.
     pub drop: Option<(Duration, u64)>,
-    /// Shares of the admitted calls that end with a 500, a reset, not at all, and with
+    /// Shares of the admitted calls that end with a 500, with a reset, never, and with
     /// half a reply.
     pub faults: [f64; 4],
 }
 
-/// What it saw.
+/// The calls that the account has seen.
 #[derive(Debug, Clone, Default)]
 pub struct Seen {
     pub admitted: u64,
     pub rejected: u64,
     /// Calls that were never answered, by prompt.
     pub hung: HashMap<String, u32>,
-    /// Whole replies that were sent, by prompt: what is paid.
+    /// Whole replies that were sent and billed, by prompt.
     pub answered: HashMap<String, u32>,
 }
 
@@ -42,7 +42,7 @@ pub struct Account {
 struct State {
     seen: Seen,
     level: f64,
-    /// When the first call came, and when the level was true.
+    /// The time of the first call, and the time of `level`.
     times: Option<(Instant, Instant)>,
     luck: Rng,
 }
@@ -65,7 +65,7 @@ impl Account {
         self.state.lock().unwrap().seen.clone()
     }
 
-    /// Lets the request in or refuses it.
+    /// Admits the request or refuses it.
     pub fn answer(&self, request: &Recorded) -> Script {
         let prompt = request.json()["messages"][0]["content"].to_string();
         let mut state = self.state.lock().unwrap();
@@ -110,7 +110,7 @@ impl Account {
 }
 
 impl State {
-    /// Brings the level to the present; the rate that holds now.
+    /// Refills the bucket up to now and returns the current rate.
     fn refill(&mut self, terms: &Terms) -> u64 {
         let now = Instant::now();
         let (first, at) = *self.times.get_or_insert((now, now));

@@ -1,16 +1,15 @@
-//! The lower bound on a run's makespan: what no client can beat, however it paces.
+//! The lower bound on the makespan of a run, which no client can beat.
 //!
 //! T ≥ max( maxᵢ min{t : Bᵢ + ∫ rᵢ ≥ Wᵢ} + shortest call, Σ latency / C, longest path )
 //!
-//! Wᵢ is what the provider charges of limit i until it has admitted the last call; that
-//! call still takes its time, so the shortest latency is added. Bᵢ belongs to whoever
-//! binds: the burst of the provider's bucket, or that of the caller's own configuration
-//! where it is the tighter of the two, for a lane told to go slower cannot go faster.
-#![allow(dead_code, missing_docs, unreachable_pub)] // Each user takes its part of this.
+//! Wᵢ is the amount charged to limit i until the last call is admitted. The shortest latency is added, because that
+//! call still takes its time. Bᵢ is the burst of the provider's bucket, or of the caller's own limit if that is the
+//! tighter one, because a lane does not exceed the limit that it was given.
+#![allow(dead_code, missing_docs, unreachable_pub)] // Each test uses a part.
 
 use std::time::Duration;
 
-/// What one limit lets through over time, as the one who enforces it counts.
+/// The amount that one limit lets pass over time.
 #[derive(Debug, Clone)]
 pub enum Curve {
     /// A bucket that starts full and holds `burst` seconds of its rate, one unit at least.
@@ -90,10 +89,10 @@ pub struct Limit {
 }
 
 impl Limit {
-    /// For calls that are charged `costs` when they are admitted.
+    /// Creates a limit for calls that are charged `costs` when they are admitted.
     ///
-    /// One that is larger than a limit holds is admitted when the limit is full and owes
-    /// the rest, so the last one may leave its debt behind.
+    /// A call above the capacity is admitted when the limit is full and leaves a debt. The
+    /// debt of the last call delays no other.
     pub fn new(curves: Vec<Curve>, costs: impl IntoIterator<Item = u64>) -> Self {
         let holds = curves.iter().map(|curve| curve.holds(0.0));
         let holds = holds.fold(f64::INFINITY, f64::min);
@@ -108,11 +107,10 @@ impl Limit {
         }
     }
 
-    /// The most that passes in `0..=end`.
+    /// Returns the most that passes in `0..=end`.
     ///
-    /// No stretch lets more through than the tightest of the curves does in it, and that
-    /// holds for every way to cut the time in stretches: the best of them counts, with
-    /// cuts where a rate changes.
+    /// In any interval, no more passes than the tightest curve allows. That is true for every way to divide the time
+    /// into intervals, so the smallest sum counts. Intervals end where a rate changes.
     fn passes(&self, end: f64) -> f64 {
         let tightest = |from: f64, to: f64| {
             let each = self.curves.iter().map(|curve| curve.between(from, to));
@@ -129,7 +127,7 @@ impl Limit {
         if cuts.len() == 1 {
             return tightest(0.0, end);
         }
-        // No more than this has passed by each cut.
+        // The most that passes until each cut.
         let mut passed = vec![(0.0, 0.0)];
         for to in &cuts[1..] {
             let ways = passed
@@ -140,7 +138,7 @@ impl Limit {
         passed.last().expect("the end").1
     }
 
-    /// min{t : what passes until t ≥ the work}, by halving: it only grows with t.
+    /// Returns the smallest t at which all work has passed, by bisection.
     pub fn earliest(&self) -> Duration {
         if self.curves.is_empty() || self.passes(0.0) >= self.work {
             return Duration::ZERO;
@@ -174,7 +172,7 @@ pub struct Calls {
     pub in_flight: Option<usize>,
 }
 
-/// No client is done before this.
+/// Returns the time before which no client can be done.
 pub fn lower_bound(limits: &[Limit], calls: Calls) -> Duration {
     let admitted = limits.iter().map(Limit::earliest).max().unwrap_or_default();
     let slots = calls.in_flight.map_or(Duration::ZERO, |slots| {

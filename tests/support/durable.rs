@@ -1,4 +1,4 @@
-//! What the tests of runs and workers share.
+//! Helpers for the tests of runs and workers.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -34,7 +34,8 @@ pub fn worker<S: Queue>(store: &Arc<S>, sim: &Sim) -> WorkerBuilder {
     Worker::builder(Arc::clone(store), cx).register("ask", ask())
 }
 
-/// Counters are rows, the log has no gap, and says of each item once that it ended. Gives the items by status.
+/// Checks that counters equal the rows, and that the log has no gap and ends each item once. Returns the number of
+/// items by status.
 pub async fn check(store: &(impl Store + Clone), run: RunId) -> BTreeMap<&'static str, u64> {
     let runner = Runner::new(store.clone());
     let audit = runner.audit(run).await.unwrap().unwrap();

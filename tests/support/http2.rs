@@ -1,8 +1,8 @@
-//! An HTTP/2 server without TLS, written by hand, because libraries do not misbehave: it falls
-//! silent, closes connections in order and out of order, and refuses streams, as it is told.
+//! An HTTP/2 server without TLS. It is written by hand, because it must misbehave: it falls silent, closes connections
+//! gracefully or not, and refuses streams.
 //!
 //! It answers every request with the same JSON and reads no header.
-#![allow(dead_code, missing_docs, unreachable_pub)] // Each test uses its part of this.
+#![allow(dead_code, missing_docs, unreachable_pub)] // Each test uses a part.
 
 use std::collections::VecDeque;
 use std::net::SocketAddr;
@@ -28,18 +28,18 @@ const END_STREAM: u8 = 1;
 const END_HEADERS: u8 = 4;
 const REFUSED_STREAM: u32 = 7;
 
-/// What becomes of one connection.
+/// The behaviour of one connection.
 #[derive(Debug, Clone, Copy)]
 pub enum Fate {
-    /// It serves for ever.
+    /// Serves all requests.
     Serves,
-    /// After so many requests it says that it takes no more (GOAWAY), answers those and closes.
+    /// Announces after this number of requests that it accepts no more (GOAWAY), answers those and closes.
     ClosesAfter(usize),
-    /// The same, but it closes without an answer to the last of them.
+    /// The same, but it closes without an answer to the last one.
     BreaksAfter(usize),
-    /// After so many answers it reads and writes nothing more and stays open.
+    /// Stays open after this number of answers and neither reads nor writes.
     SilentAfter(usize),
-    /// It refuses every stream.
+    /// Refuses every stream.
     Refuses,
 }
 
@@ -47,7 +47,7 @@ pub struct Plan {
     pub max_streams: u32,
     /// From the end of a request to its answer.
     pub delay: Duration,
-    /// What becomes of the connection with this index.
+    /// The behaviour of the connection with this index.
     pub fate: fn(usize) -> Fate,
 }
 
@@ -60,7 +60,7 @@ pub struct Http2Server {
 #[derive(Default)]
 struct Counts {
     connections: AtomicUsize,
-    /// Requests that were run, whether they were answered or not.
+    /// Requests that were processed, with or without an answer.
     served: AtomicUsize,
     refused: AtomicUsize,
 }
@@ -133,7 +133,7 @@ struct Frame {
 }
 
 impl Connection {
-    /// Serves until the client is gone or the fate of the connection has come.
+    /// Serves until the client disconnects or the behaviour ends the connection.
     async fn serve(mut self, max_streams: u32, delay: Duration) -> Option<()> {
         let mut preface = [0; PREFACE];
         self.stream.read_exact(&mut preface).await.ok()?;
@@ -147,7 +147,7 @@ impl Connection {
             }
             if last.is_some() && self.due.is_empty() {
                 if let Fate::ClosesAfter(_) = self.fate {
-                    // In order: closed with something unread, it would be reset.
+                    // Closing a socket with unread data would reset it.
                     self.stream.shutdown().await.ok()?;
                     while self.stream.read_u8().await.is_ok() {}
                 }
@@ -160,7 +160,7 @@ impl Connection {
                     None => std::future::pending().await,
                 }
             };
-            // A frame's first byte is waited for without taking it, which may be dropped.
+            // `fill_buf` waits for a frame without taking a byte, so it may be dropped.
             tokio::select! {
                 biased;
                 () = soon => {
@@ -186,7 +186,7 @@ impl Connection {
                 _ => {}
             }
             let ends = matches!(frame.kind, DATA | HEADERS) && frame.flags & END_STREAM != 0;
-            // What comes behind the last stream is never looked at.
+            // Streams after the last one are ignored.
             if !ends || last.is_some_and(|last| frame.stream > last) {
                 continue;
             }

@@ -1,5 +1,5 @@
-//! What the integration tests of this crate share.
-#![allow(dead_code, missing_docs, unreachable_pub)] // Each test uses its part of this.
+//! Helpers for the tests of the HTTP providers.
+#![allow(dead_code, missing_docs, unreachable_pub)] // Each test uses a part.
 
 pub mod http2;
 pub mod server;
@@ -44,7 +44,7 @@ pub fn request() -> Request {
     Request::new("Name a river.").model("m")
 }
 
-/// Reads a stream to its end: the texts, and how it ended.
+/// Reads a stream to its end. Returns its texts and its result.
 pub async fn collect(provider: &dyn Provider) -> (Vec<String>, Result<Reply, Error>) {
     let mut texts = Vec::new();
     let mut stream = match provider.stream(&request()).await {

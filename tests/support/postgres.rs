@@ -1,5 +1,5 @@
-//! The Postgres of `scripts/services`, and schemas in it that no other test uses.
-#![allow(dead_code, missing_docs, unreachable_pub)] // Each test uses its part of this.
+//! The Postgres server of `scripts/services`, with a schema for each test.
+#![allow(dead_code, missing_docs, unreachable_pub)] // Each test uses a part.
 
 use std::ffi::OsStr;
 use std::path::Path;
@@ -16,7 +16,7 @@ pub struct Schemas {
 }
 
 impl Schemas {
-    /// The server, started if it does not run. Says loudly if there is none.
+    /// Finds the server, and starts it if necessary. Prints a warning if there is none.
     pub fn find() -> Option<Self> {
         static SERVER: OnceLock<Result<String, String>> = OnceLock::new();
         let server = || match std::env::var("THROUGHLINE_TEST_POSTGRES") {
@@ -35,7 +35,7 @@ impl Schemas {
                     std::env::var_os("THROUGHLINE_REQUIRE_POSTGRES").is_none(),
                     "{message}"
                 );
-                // Not `eprintln`: the test harness would swallow it.
+                // `eprintln` would be captured by the test harness.
                 use std::io::Write as _;
                 let _ = std::io::stderr().write_all(message.as_bytes());
                 None
@@ -43,7 +43,7 @@ impl Schemas {
         }
     }
 
-    /// A schema name of its own.
+    /// Returns the name of a new schema.
     pub fn name(&self) -> String {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
         let mut names = self.names.lock().unwrap();
@@ -52,18 +52,18 @@ impl Schemas {
         name
     }
 
-    /// The schema that was named last.
+    /// Returns the newest schema.
     pub fn newest(&self) -> String {
         self.names.lock().unwrap().last().unwrap().clone()
     }
 
-    /// A store in a schema of its own.
+    /// Opens a store in a new schema.
     pub async fn open(&self) -> Postgres {
         let builder = Postgres::builder(&self.url).schema(self.name());
         builder.connect().await.unwrap()
     }
 
-    /// A connection beside the stores, that looks into the newest schema.
+    /// Opens a separate connection to the newest schema.
     pub async fn connection(&self) -> PgConnection {
         let mut connection = PgConnection::connect(&self.url).await.unwrap();
         let newest = self.names.lock().unwrap().last().cloned();
@@ -74,7 +74,7 @@ impl Schemas {
         connection
     }
 
-    /// Executes SQL beside the stores.
+    /// Executes SQL on a separate connection.
     pub async fn raw(&self, sql: &str) {
         let mut connection = self.connection().await;
         sqlx::raw_sql(AssertSqlSafe(sql))
@@ -83,7 +83,7 @@ impl Schemas {
             .unwrap();
     }
 
-    /// Removes the schemas that were made.
+    /// Drops all schemas.
     pub async fn clear(&self) {
         let names = std::mem::take(&mut *self.names.lock().unwrap());
         for name in names {
@@ -93,13 +93,13 @@ impl Schemas {
     }
 }
 
-/// Starts the server, if it does not run, and says where it is.
+/// Starts the server if necessary and returns its URL.
 fn start() -> Result<String, String> {
     services("start", &[])?;
     services("url", &[])
 }
 
-/// What `scripts/services` answers to `word` with these variables, or why it fails.
+/// Runs `scripts/services` with this word and these variables. Returns its output, or the error.
 pub fn services(word: &str, variables: &[(&str, &OsStr)]) -> Result<String, String> {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/services");
     let mut command = Command::new(&script);

@@ -1,5 +1,5 @@
-//! A Postgres server of a test's own, for tests that kill it.
-#![allow(dead_code, missing_docs, unreachable_pub)] // Each test uses its part of this.
+//! A separate Postgres server, for tests that kill it.
+#![allow(dead_code, missing_docs, unreachable_pub)] // Each test uses a part.
 
 use std::process::Command;
 use std::thread::sleep;
@@ -15,7 +15,7 @@ pub struct Server {
 }
 
 impl Server {
-    /// What `scripts/services` answers to `word` for this server.
+    /// Runs `scripts/services` with this word for this server.
     pub fn script(&self, word: &str) -> String {
         let (home, port) = (self.dir.path().as_os_str(), self.port.to_string());
         let port = ("THROUGHLINE_TEST_POSTGRES_PORT", port.as_ref());
@@ -25,7 +25,7 @@ impl Server {
     pub fn start() -> Self {
         use std::os::unix::fs::PermissionsExt as _;
         let dir = tempfile::tempdir().unwrap();
-        // Postgres does not run as root, and has to get in.
+        // Postgres does not run as root and needs access to the folder.
         std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
         let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let port = free.local_addr().unwrap().port();
@@ -35,7 +35,7 @@ impl Server {
         server
     }
 
-    /// Stops it at once, in the middle of whatever it does, as a crash would.
+    /// Kills the server like a crash.
     pub fn crash(&self) {
         let data = self.dir.path().join("throughline-services/postgres");
         let file = data.join("postmaster.pid");

@@ -1,9 +1,9 @@
-//! The examples as programs.
+//! Finds the executables of the examples.
 #![allow(dead_code)] // Not every set of features has a test that uses it.
 
 use std::path::PathBuf;
 
-/// Cargo builds the examples before it runs the tests, beside them.
+/// Returns the executable of an example. Cargo builds the examples before it runs the tests.
 pub fn program(name: &str) -> PathBuf {
     let test = std::env::current_exe().unwrap();
     let program = test.ancestors().nth(2).unwrap().join("examples").join(name);

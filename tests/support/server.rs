@@ -1,9 +1,9 @@
-//! An HTTP/1.1 server whose every byte is scripted, on a real socket.
+//! An HTTP/1.1 server on a real socket with scripted answers.
 //!
-//! [`Server::scripted`] answers each request with the next script and records what it
-//! was asked; [`Server::answering`] asks a closure for the script and records nothing;
-//! [`Server::fixed`] answers all with the same bytes as fast as it can.
-#![allow(dead_code, missing_docs, unreachable_pub)] // Each test uses its part of this.
+//! [`Server::scripted`] answers each request with the next script and records the requests,
+//! [`Server::answering`] calls a closure for the script, and [`Server::fixed`] sends the same bytes
+//! as fast as it can.
+#![allow(dead_code, missing_docs, unreachable_pub)] // Each test uses a part.
 
 use std::collections::VecDeque;
 use std::net::SocketAddr;
@@ -16,22 +16,22 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::runtime::Runtime;
 use tokio::task::{JoinHandle, JoinSet};
 
-/// A runtime on the thread that asks for it.
+/// Creates a runtime on the current thread.
 pub fn runtime() -> Runtime {
     let mut builder = tokio::runtime::Builder::new_current_thread();
     builder.enable_all().build().unwrap()
 }
 
-/// What the server does, one after the other, when a request has come in.
+/// A step of the server's answer to a request.
 #[derive(Debug, Clone)]
 pub enum Act {
     Send(Vec<u8>),
     Wait(Duration),
-    /// Says nothing more and keeps the connection open.
+    /// Stays silent and keeps the connection open.
     Hang,
-    /// Closes the connection in order (FIN).
+    /// Closes the connection (FIN).
     Close,
-    /// Breaks the connection (RST).
+    /// Resets the connection (RST).
     Reset,
 }
 
@@ -44,18 +44,17 @@ impl Script {
         Self::default()
     }
 
-    /// A whole reply with its length.
+    /// Sends a whole reply with its length.
     pub fn reply(status: u16, headers: &[(&str, &str)], body: impl AsRef<[u8]>) -> Self {
         Self::new().send(reply(status, headers, body.as_ref()))
     }
 
-    /// A whole JSON reply.
+    /// Sends a whole JSON reply.
     pub fn json(status: u16, body: &str) -> Self {
         Self::reply(status, &[("content-type", "application/json")], body)
     }
 
-    /// A reply whose body lasts until the connection is closed, in these pieces. Each
-    /// is flushed by itself.
+    /// Sends a body in pieces, which are flushed separately, and closes the connection.
     pub fn events(pieces: &[impl AsRef<[u8]>]) -> Self {
         pieces
             .iter()
@@ -63,7 +62,7 @@ impl Script {
             .then(Act::Close)
     }
 
-    /// The head of a stream that lasts until the connection is closed.
+    /// Sends the head of a stream that ends with the connection.
     pub fn event_head() -> Self {
         Self::new().send("HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nx-request-id: req_1\r\nconnection: close\r\n\r\n")
     }
@@ -80,7 +79,7 @@ impl Script {
     }
 }
 
-/// The bytes of a whole reply.
+/// Returns the bytes of a whole reply.
 pub fn reply(status: u16, headers: &[(&str, &str)], body: &[u8]) -> Vec<u8> {
     let mut bytes = format!("HTTP/1.1 {status} X\r\ncontent-length: {}\r\n", body.len());
     for (name, value) in headers {
@@ -92,7 +91,7 @@ pub fn reply(status: u16, headers: &[(&str, &str)], body: &[u8]) -> Vec<u8> {
     bytes
 }
 
-/// A request as it came in.
+/// A received request.
 #[derive(Debug, Clone)]
 pub struct Recorded {
     pub line: String,
@@ -139,7 +138,7 @@ impl Server {
         .await
     }
 
-    /// Answers each request with the script that `answer` gives, and records nothing.
+    /// Answers each request with the script that `answer` returns, without recording.
     pub async fn answering(answer: impl Fn(Recorded) -> Script + Send + Sync + 'static) -> Self {
         let answer = Arc::new(answer);
         Self::start(Arc::default(), move |stream, _| {
@@ -149,8 +148,7 @@ impl Server {
         .await
     }
 
-    /// Answers every request with the same bytes, keeps connections alive and records
-    /// nothing.
+    /// Answers every request with the same bytes, without recording, and keeps connections open.
     pub async fn fixed(reply: Vec<u8>) -> Self {
         let reply: Arc<[u8]> = reply.into();
         Self::start(Arc::default(), move |stream, _| {
@@ -159,7 +157,7 @@ impl Server {
         .await
     }
 
-    /// The URL of such a server on a thread of its own, which lasts as long as the process.
+    /// Starts a server on its own thread, which runs until the process ends, and returns its URL.
     pub fn apart<F: Future<Output = Self>>(start: impl FnOnce() -> F + Send + 'static) -> String {
         let (tell, told) = std::sync::mpsc::channel();
         std::thread::spawn(move || {
@@ -240,12 +238,12 @@ async fn play(mut stream: TcpStream, answer: impl Fn(Recorded) -> Script) {
         buffer.drain(..end);
         for act in script.0 {
             match act {
-                // The client may have hung up on purpose.
+                // The client may have disconnected on purpose.
                 Act::Send(bytes) => {
                     if stream.write_all(&bytes).await.is_err() {
                         return;
                     }
-                    // Lets a client on the same thread read this piece by itself.
+                    // A client on the same thread can read this piece separately.
                     tokio::task::yield_now().await;
                 }
                 Act::Wait(duration) => tokio::time::sleep(duration).await,
@@ -267,7 +265,7 @@ async fn repeat(mut stream: TcpStream, reply: Arc<[u8]>) {
     }
 }
 
-/// Reads until the buffer holds a whole request: the lengths of its head and its body.
+/// Reads until the buffer holds a whole request. Returns the lengths of its head and its body.
 async fn read_head(stream: &mut TcpStream, buffer: &mut Vec<u8>) -> Option<(usize, usize)> {
     let mut searched = 0;
     let head = loop {

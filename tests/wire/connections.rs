@@ -1,5 +1,4 @@
-//! The connections under the calls: how many there are, how long they last, and what it means
-//! for a call that one was closed, died or could not be opened.
+//! Connections: their number and lifetime, and the errors of calls whose connection closes, breaks or cannot be opened.
 
 use std::time::{Duration, Instant};
 
@@ -13,7 +12,7 @@ use crate::support::{OPENAI_BODY, openai, request};
 
 const PING: Duration = Duration::from_millis(150);
 
-/// What a client offers in its TLS handshake.
+/// Returns the TLS client hello of a provider.
 async fn client_hello(build: impl FnOnce(String) -> Box<dyn Provider>) -> Vec<u8> {
     use tokio::io::AsyncReadExt as _;
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -114,7 +113,7 @@ async fn http2_shares_one_connection() {
     let replies = generate_concurrently(&openai, 150).await;
     assert!(replies.iter().all(Result::is_ok));
     assert_eq!((server.connections(), server.served()), (1, 151));
-    // It stays alive by answering pings.
+    // The server answers pings, so the connection stays open.
     tokio::time::sleep(5 * PING).await;
     openai.generate(&request()).await.unwrap();
     assert_eq!(server.connections(), 1);
@@ -178,12 +177,12 @@ async fn an_http2_connection_that_dies_unused_costs_no_call() {
     assert_eq!((server.connections(), server.served()), (2, 2));
 }
 
-/// A server that closes its connections in order has run each request once, and no caller sees it.
+/// A server that closes its connections gracefully processes each request once, and no call fails.
 #[tokio::test]
 async fn requests_that_a_server_has_not_processed_are_resent() {
     let server = http2_server(|_| Fate::ClosesAfter(30)).await;
     let openai = http2(&server);
-    // Fewer than share a connection, and more.
+    // Less and more than the 100 streams of a connection.
     for calls in [60, 90, 250, 200] {
         for result in generate_concurrently(&openai, calls).await {
             assert_eq!(result.unwrap(), "Rhône");
@@ -218,7 +217,7 @@ async fn a_request_that_is_never_processed_fails_unbilled() {
     assert!((2..20).contains(&server.refused()), "{}", server.refused());
 }
 
-/// This test is two processes: the outer one serves, and runs itself again under a limit.
+/// The test runs itself again as a second process with a limit on open files.
 #[cfg(target_os = "linux")]
 #[test]
 fn running_out_of_file_descriptors_is_an_unbilled_error_that_names_the_limit() {
@@ -235,7 +234,7 @@ fn running_out_of_file_descriptors_is_an_unbilled_error_that_names_the_limit() {
         Server::scripted([script.send(reply)]).await
     });
     let port = port.rsplit(':').next().unwrap();
-    // A name needs descriptors too, for looking it up.
+    // The lookup of a name needs descriptors too.
     for host in ["127.0.0.1", "localhost"] {
         let output = std::process::Command::new("sh")
             .args(["-c", "ulimit -n 64; exec \"$0\" \"$@\""])
@@ -276,7 +275,7 @@ async fn few_descriptors(url: &str, calls: usize) {
             "{error}"
         );
     }
-    // There are descriptors again when the calls are over: a retry is enough.
+    // Calls that end free their descriptors, so retries succeed.
     let cx = Context::builder(openai).model("m").build();
     let settled = cx
         .fan_out("call", 0..calls)

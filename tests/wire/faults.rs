@@ -1,5 +1,4 @@
-//! What networks and servers do wrong, over a real socket: silence, resets, lies about
-//! lengths, too much of everything, and keys where they must not be.
+//! Faults of networks and servers over a real socket: silence, resets, wrong lengths and excessive sizes.
 
 use std::time::{Duration, Instant};
 
@@ -11,7 +10,7 @@ use crate::support::{KEY, OPENAI_BODY, both, collect, openai, request};
 
 const SHORT: Duration = Duration::from_millis(60);
 
-/// A silent server is waited for only so long, and the message says which patience ended.
+/// Checks that a call to a silent server times out and that the message names the timeout.
 async fn times_out(provider: &dyn Provider, what: &str) {
     let start = Instant::now();
     let whole = provider.generate(&request()).await.unwrap_err();
@@ -50,7 +49,7 @@ async fn a_pause_within_the_reply_times_out() {
     times_out(&openai.build().unwrap(), "next piece").await;
 }
 
-/// A server that is never silent for long is stopped by the call's own time.
+/// A server that never pauses for long is stopped by the timeout of the whole call.
 #[tokio::test]
 async fn an_endless_slow_reply_times_out() {
     let head = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncontent-length: 999\r\n\r\n";
@@ -105,7 +104,7 @@ async fn a_refused_connection_is_not_billed() {
     assert!(!format!("{error:?}").contains("q-secret"), "{error:?}");
 }
 
-/// A server that accepts and then says nothing is not connected to before TLS is made.
+/// Connecting includes TLS: a server that accepts and stays silent is a connection timeout.
 #[tokio::test]
 async fn a_connection_timeout_is_not_billed() {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -162,7 +161,7 @@ async fn it_is_unknown_whether_a_broken_call_is_billed() {
     }
 }
 
-/// A pooled connection that the server has closed meanwhile is not a failed call.
+/// A pooled connection that the server has closed does not fail the next call.
 #[tokio::test]
 async fn a_closed_pooled_connection_is_replaced_before_the_request_is_sent() {
     let script = Script::json(200, OPENAI_BODY).then(Act::Close);

@@ -1,5 +1,4 @@
-//! Refusals as real services word them: which concern one request and which the account, what
-//! is waited for, and what a person is told.
+//! Error responses in the words of real services: request or account, wait, and message.
 
 use std::time::{Duration, Instant};
 
@@ -9,7 +8,7 @@ use throughline::{Context, Error, Pace, Provider};
 use crate::support::server::{Recorded, Script, Server};
 use crate::support::{ANTHROPIC_BODY, OPENAI_BODY, anthropic, both, collect, openai, request};
 
-/// What both providers make of each answer, asked for whole and streamed.
+/// Returns the errors of both providers for this answer, whole and streamed.
 async fn refused(scripts: impl IntoIterator<Item = Script>) -> Vec<Vec<Error>> {
     let scripts: Vec<_> = scripts.into_iter().collect();
     let twice = scripts
@@ -70,8 +69,7 @@ async fn a_request_within_the_limit_is_throttled() {
     }
 }
 
-/// A wait of a day is the server's word for one request; whether it holds for the account is
-/// not for the client to decide.
+/// A provider reports a wait of a day as it is; the rate limiter decides what it means for the account.
 #[tokio::test]
 async fn a_wait_of_a_day_is_reported_as_throttling() {
     let body = r#"{"error": {"code": "429", "message": "Requests to the ChatCompletions_Create Operation under Azure OpenAI API version 2024-08-01-preview have exceeded token rate limit of your current OpenAI S0 pricing tier. Please retry after 86400 seconds."}}"#;
@@ -132,7 +130,7 @@ async fn a_403_concerns_the_account_only_where_a_code_says_so() {
     }
 }
 
-/// Forty calls, of which one is refused in this way.
+/// Makes forty calls, one of which is refused with this answer.
 async fn batch_with_one_refusal(refusal: Script) {
     let server = Server::answering(move |asked: Recorded| {
         if String::from_utf8_lossy(&asked.body).contains("(7)") {
@@ -177,8 +175,7 @@ async fn one_forbidden_request_fails_alone() {
     }
 }
 
-/// Anthropic sends `retry-after` with its successes; an overload in the middle of such a reply
-/// asks for no wait by it.
+/// Anthropic sends `retry-after` with successes too. It is not the wait of an overload in the middle of such a reply.
 #[tokio::test]
 async fn a_wait_in_a_success_is_ignored() {
     let start = "event: message_start\ndata: {\"type\":\"message_start\",\"message\":{\"model\":\"c\",\"usage\":{\"input_tokens\":5,\"output_tokens\":1}}}\n\n";
@@ -251,7 +248,7 @@ async fn a_web_page_in_place_of_a_reply_is_not_billed() {
     }
 }
 
-/// A server's words can hold anything; what is shown is one line of text.
+/// A server's message can contain anything. The error shows it as one line.
 #[tokio::test]
 async fn messages_are_one_line_without_escape_sequences() {
     let body = r#"{"error":{"message":"bad \u001b[2J\u001b[31mred\r\nERROR 2026 forged log line\u0000","code":"a\nb"}}"#;

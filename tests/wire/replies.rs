@@ -1,5 +1,4 @@
-//! The HTTP providers against a real socket: what is sent, and what every reply and
-//! refusal of the providers' tables becomes.
+//! Requests and replies of the HTTP providers over a real socket, and the classification of every error response.
 
 use std::time::Duration;
 
@@ -97,7 +96,7 @@ async fn anthropic_replies_carry_usage_limits_ids_and_the_raw_body() {
     assert_eq!(sent.header("authorization"), None);
 }
 
-/// One line of the table: what both dialects make of a refusal.
+/// A line of the table: an error response and its classification in both dialects.
 struct Case {
     status: u16,
     headers: &'static [(&'static str, &'static str)],
@@ -253,7 +252,7 @@ fn table() -> Vec<Case> {
         )
         .wait(ms(45_800))
         .code("RESOURCE_EXHAUSTED"),
-        // A header knows better.
+        // A header overrides the kind.
         case(
             429,
             r#"{"error":{"code":429,"status":"RESOURCE_EXHAUSTED","details":[{"retryDelay":"45.8s"}]}}"#,
@@ -310,7 +309,7 @@ fn table() -> Vec<Case> {
         )
         .code("BadRequestError"),
         case(422, r#"{"detail":[{"loc":["body"],"msg":"bad"}]}"#, InvalidRequest),
-        // A validator that repeats the prompt speaks of nobody's account.
+        // A validator repeats the prompt, whose words are not about the account.
         case(
             400,
             r#"{"detail":[{"loc":["body"],"input":"What is a spending limit?"}]}"#,
@@ -330,7 +329,7 @@ fn table() -> Vec<Case> {
             .wait(ms(500)),
         case(498, r#"{"error":{"message":"capacity"}}"#, Overloaded),
         case(302, "", Config).headers(&[("location", "https://other.example/v1?token=1")]),
-        // Errors that come with a success
+        // Errors with a success status
         case(
             200,
             r#"{"error":{"code":429,"message":"Rate limited upstream"}}"#,
@@ -367,13 +366,13 @@ fn table() -> Vec<Case> {
             Throttled,
         )
         .code("rate_limit_error"),
-        // What is no reply at all
+        // Bodies that are no reply
         case(200, "<html>Log in</html>", MalformedReply),
         case(200, "", MalformedReply),
         case(200, r#"{"choices":[],"content":null}"#, MalformedReply),
         case(200, r#"{"id":"x"}"#, MalformedReply),
     ];
-    // The statuses by themselves
+    // Statuses without a body
     let plain = [
         (400, InvalidRequest),
         (401, Unauthorized),
@@ -422,7 +421,7 @@ async fn every_error_response_is_classified_in_both_dialects_whole_and_streamed(
                 assert_eq!(error.code(), case.code, "{what}");
                 assert_eq!(error.http_status(), Some(case.status), "{what}");
                 assert_eq!(error.request_id(), Some("req_9"), "{what}");
-                // A web page is not the API's: nothing was done for it.
+                // A web page does not come from the API, so the call is not billed.
                 let billed = case.kind == MalformedReply && !case.body.starts_with('<');
                 assert_eq!(error.billed(), Some(billed), "{what}");
                 assert!(!error.to_string().contains("token="), "{what}");
@@ -437,7 +436,7 @@ async fn every_error_response_is_classified_in_both_dialects_whole_and_streamed(
                 );
             }
         }
-        // Refused calls are made once, whatever the server says: two by each provider.
+        // Each provider makes one whole and one streamed call, and retries neither.
         assert_eq!(server.requests().len(), 4, "{} {}", case.status, case.body);
     }
 }
@@ -518,7 +517,7 @@ async fn unusual_but_valid_messages_are_parsed() {
     }
 }
 
-/// Azure leaves out the message of a choice that its filter has emptied.
+/// Azure omits the message of a choice that its filter has emptied.
 #[tokio::test]
 async fn a_choice_without_a_message_is_a_reply_only_if_it_was_filtered() {
     let body = |reason: &str| {

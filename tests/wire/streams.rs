@@ -1,4 +1,4 @@
-//! Streamed replies over a real socket: however the bytes are cut, and wherever they end.
+//! Streamed replies over a real socket, with any chunk boundaries and any end.
 
 use throughline::ErrorKind::{self, *};
 use throughline::{OpenAi, Provider, request::FinishReason};
@@ -6,7 +6,7 @@ use throughline::{OpenAi, Provider, request::FinishReason};
 use crate::support::server::{Act, Script, Server};
 use crate::support::{OPENAI_BODY, anthropic, both, collect, openai};
 
-/// A stream as OpenAI writes it.
+/// Returns a stream as OpenAI sends it.
 fn chat(words: &[&str]) -> String {
     let mut wire = String::from(
         "data: {\"model\":\"gpt-x-1\",\"choices\":[{\"index\":0,\"delta\":{\"role\":\"assistant\",\"content\":\"\"}}]}\n\n",
@@ -21,7 +21,7 @@ fn chat(words: &[&str]) -> String {
     wire + "data: [DONE]\n\n"
 }
 
-/// A stream as Anthropic writes it.
+/// Returns a stream as Anthropic sends it.
 fn messages(words: &[&str]) -> String {
     let mut wire = String::from(
         "event: message_start\ndata: {\"type\":\"message_start\",\"message\":{\"model\":\"claude-x-1\",\"content\":[],\"stop_reason\":null,\"usage\":{\"input_tokens\":5,\"cache_read_input_tokens\":4,\"cache_creation_input_tokens\":3,\"output_tokens\":1}}}\n\n\
@@ -112,8 +112,7 @@ async fn the_request_of_a_stream_asks_for_events_and_usage() {
     );
 }
 
-/// Wherever a stream is cut before the model said why it stopped, the error says that
-/// trying again may help and that nobody knows whether it was paid for.
+/// A stream that is cut before the finish reason is a temporary error, and it is unknown whether it is billed.
 #[tokio::test]
 async fn a_cut_stream_is_a_connection_error() {
     let wires = [chat(&WORDS), messages(&WORDS)];
@@ -260,7 +259,7 @@ const DECLARED: [&str; 7] = [
     "application/x-ndjson",
 ];
 
-/// A reply of known length that is declared to be something else, sent in pieces.
+/// Returns a reply with a wrong content type, sent in pieces.
 fn declared(kind: &str, body: &str, size: usize) -> Script {
     let head = format!(
         "HTTP/1.1 200 OK\r\ncontent-type: {kind}\r\nx-request-id: req_1\r\ncontent-length: {}\r\n\r\n",
@@ -284,7 +283,7 @@ async fn a_stream_is_detected_by_its_content_whatever_its_content_type() {
     for provider in both(&server) {
         for case in &cases {
             check_whole(provider.as_ref(), &format!("{} {case:?}", provider.name())).await;
-            // A server that streams unasked is understood as well.
+            // A server may stream although the request does not ask for it.
             let reply = provider.generate(&crate::support::request()).await.unwrap();
             assert_eq!(reply.text, WORDS.concat(), "{case:?}");
             assert_eq!(reply.finish, FinishReason::Length, "{case:?}");
@@ -322,7 +321,7 @@ async fn a_document_is_detected_by_its_content_whatever_its_content_type() {
     }
 }
 
-/// Nobody asked for it: the reply may have been paid for, and would be compressed again.
+/// A retry would get a compressed reply again, and perhaps be billed again.
 #[tokio::test]
 async fn a_compressed_reply_is_a_permanent_error_that_names_the_compression() {
     let gzip = b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03\xabV\xcaH\xcd\xc9\xc9\x07\x00";
@@ -375,7 +374,7 @@ async fn a_stream_without_a_reply_is_malformed() {
     }
 }
 
-/// Older Ollama and SGLang write an empty reason into every chunk where others write null.
+/// Older versions of Ollama and SGLang send an empty reason in every event where others send null.
 #[tokio::test]
 async fn an_empty_finish_reason_is_ignored() {
     let chunk = |reason: &str| {
