@@ -339,7 +339,7 @@ async fn work(store: Arc<dyn Queue>, args: WorkArgs) -> Result<ExitCode> {
     );
     Ok(match ended? {
         DriveOutcome::Done => ExitCode::SUCCESS,
-        DriveOutcome::Continue => {
+        _ => {
             eprintln!("the time budget is used up: start again to continue");
             ExitCode::from(75)
         }

@@ -1,4 +1,4 @@
-//! [`Audit`]: whether a run's record, items and log agree.
+//! [`Audit`]: checks that the record, the items and the log of a run agree.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -9,52 +9,52 @@ use super::Runner;
 use crate::error::Result;
 use crate::store::{Item, LogEntry, Run, RunId, Status, Store};
 
-/// How many items or entries are read at a time.
+/// The number of items or entries that are read at a time.
 const PAGE: u32 = 500;
 
-/// What a look at all that a run has left found ([`Runner::audit`]). `Display` is a line, and one more for each problem.
+/// The result of a check of all rows of a run ([`Runner::audit`]). `Display` writes one line, and one more for each problem.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Audit {
     /// The run.
     pub run: RunId,
-    /// How many items it has.
+    /// The number of items.
     pub items: u64,
-    /// How many of them its log says are completed, each once.
+    /// The number of items that the log reports as completed, each once.
     pub completed: u64,
-    /// What does not agree, one sentence each.
+    /// The contradictions, one sentence each.
     pub problems: Vec<String>,
 }
 
 impl Audit {
-    /// Whether everything agrees.
+    /// Returns whether everything agrees.
     pub fn is_sound(&self) -> bool {
         self.problems.is_empty()
     }
 
-    /// Looks at a run as it stands.
+    /// Checks a run.
     pub(crate) async fn of(store: &dyn Store, run: &Run) -> Result<Self> {
-        let mut look = Look::default();
+        let mut check = Check::default();
         loop {
-            let page = store.items(run.id, look.items, PAGE).await?;
+            let page = store.items(run.id, check.items, PAGE).await?;
             if page.is_empty() {
                 break;
             }
-            page.iter().for_each(|item| look.item(run, item));
+            page.iter().for_each(|item| check.item(run, item));
         }
         loop {
-            let page = store.log(run.id, look.entries, PAGE).await?;
+            let page = store.log(run.id, check.entries, PAGE).await?;
             if page.is_empty() {
                 break;
             }
-            page.iter().for_each(|entry| look.entry(entry));
+            page.iter().for_each(|entry| check.entry(entry));
         }
-        look.record(run);
+        check.record(run);
         Ok(Self {
             run: run.id,
-            items: look.items,
-            completed: look.completed.len() as u64,
-            problems: look.problems,
+            items: check.items,
+            completed: check.completed.len() as u64,
+            problems: check.problems,
         })
     }
 }
@@ -82,20 +82,20 @@ impl fmt::Display for Audit {
     }
 }
 
-/// What was seen so far.
+/// The state of a check.
 #[derive(Default)]
-struct Look {
+struct Check {
     items: u64,
     entries: u64,
-    /// Rows by how they stand: completed, failed, cancelled.
+    /// The numbers of completed, failed and cancelled rows.
     rows: [u64; 3],
-    /// The items that the log says ended so, since they were last tried again.
+    /// The items that the log reports as completed and failed since the last retry.
     completed: BTreeSet<u64>,
     failed: BTreeSet<u64>,
     problems: Vec<String>,
 }
 
-impl Look {
+impl Check {
     fn expect(&mut self, holds: bool, problem: impl FnOnce() -> String) {
         if !holds {
             self.problems.push(problem());
@@ -128,13 +128,13 @@ impl Look {
         self.expect(entry.seq == place, || {
             format!("in the place of log entry {place} is {}", entry.seq)
         });
-        // A gap must not be met again by each page.
+        // A gap is reported only once, not again by each page.
         self.entries = self.entries.max(entry.seq);
         match &*entry.kind {
             "settled" => {
                 let data: Value = serde_json::from_str(&entry.data).unwrap_or_default();
-                self.ended(&data, "completed", |look| &mut look.completed);
-                self.ended(&data, "failed", |look| &mut look.failed);
+                self.ended(&data, "completed", |check| &mut check.completed);
+                self.ended(&data, "failed", |check| &mut check.failed);
             }
             "retried" => self.failed.clear(),
             _ => {}
@@ -182,10 +182,10 @@ impl Look {
 }
 
 impl Runner {
-    /// Looks at all that a run has left: whether its counters are those of its rows, its log has no gap, and says of
-    /// each item once that it ended. `None` if there is no such run. For operators and tests: it reads every row.
+    /// Checks a run: its counters equal those of its rows, and its log has no gap and reports the end of each item once.
+    /// Returns `None` if the run does not exist. For operators and tests, because it reads every row.
     ///
-    /// Of a run that is worked on meanwhile it may find problems that are none, because what it reads changes.
+    /// The result is only reliable if no worker processes the run meanwhile.
     ///
     /// ```
     /// # use throughline::{Context, Runner, pipeline, store::Memory};
@@ -200,7 +200,7 @@ impl Runner {
     /// ```
     ///
     /// # Errors
-    /// The store's.
+    /// Those of the store.
     pub async fn audit(&self, run: RunId) -> Result<Option<Audit>> {
         match self.found(run).await? {
             Some(run) => Audit::of(&*self.store, &run).await.map(Some),
@@ -225,21 +225,21 @@ mod tests {
     }
 
     #[test]
-    fn gaps_and_second_ends_are_found() {
-        let mut look = Look::default();
-        look.entry(&entry(1, "created", "{}"));
-        look.entry(&entry(
+    fn an_audit_finds_gaps_and_items_that_ended_twice() {
+        let mut check = Check::default();
+        check.entry(&entry(1, "created", "{}"));
+        check.entry(&entry(
             2,
             "settled",
             r#"{"completed": [0, 1], "failed": [2]}"#,
         ));
-        look.entry(&entry(3, "retried", "{}"));
-        look.entry(&entry(4, "settled", r#"{"completed": [], "failed": [2]}"#));
-        assert!(look.problems.is_empty(), "{:?}", look.problems);
-        look.entry(&entry(6, "settled", r#"{"completed": [1], "failed": [2]}"#));
-        look.entry(&entry(7, "settled", r#"{"completed": [3]}"#));
+        check.entry(&entry(3, "retried", "{}"));
+        check.entry(&entry(4, "settled", r#"{"completed": [], "failed": [2]}"#));
+        assert!(check.problems.is_empty(), "{:?}", check.problems);
+        check.entry(&entry(6, "settled", r#"{"completed": [1], "failed": [2]}"#));
+        check.entry(&entry(7, "settled", r#"{"completed": [3]}"#));
         assert_eq!(
-            look.problems,
+            check.problems,
             [
                 "in the place of log entry 5 is 6",
                 "item 1 is completed twice",
@@ -250,7 +250,7 @@ mod tests {
     }
 
     #[test]
-    fn counters_that_are_not_the_rows_are_found() {
+    fn an_audit_finds_counters_that_differ_from_the_rows() {
         let run: Run = serde_json::from_value(serde_json::json!({
             "id": 7, "tenant": "", "name": "n", "status": "completed", "spec": "null",
             "total": 2, "completed": 2, "failed": 0, "cancelled": 0, "log_seq": 0, "error": null,
@@ -262,14 +262,14 @@ mod tests {
             "attempt": 1, "max_attempts": 3, "input": "1", "output": null, "error": null,
         }))
         .unwrap();
-        let mut look = Look::default();
-        look.item(&run, &item);
-        look.record(&run);
+        let mut check = Check::default();
+        check.item(&run, &item);
+        check.record(&run);
         let audit = Audit {
             run: run.id,
-            items: look.items,
+            items: check.items,
             completed: 0,
-            problems: look.problems,
+            problems: check.problems,
         };
         assert!(!audit.is_sound());
         assert_eq!(

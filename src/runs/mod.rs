@@ -1,4 +1,4 @@
-//! [`Runner`]: durable runs, seen from outside: submit, look, read, cancel, try again.
+//! Durable runs: [`Runner`] submits, observes, cancels and retries them, and [`Worker`] executes them.
 
 mod audit;
 mod notes;
@@ -27,10 +27,10 @@ use crate::store::{
     StoreExt as _,
 };
 
-/// Submits durable runs and says how they stand. Cheap to clone; needs no provider.
+/// Submits and observes durable runs. Cheap to clone; needs no provider.
 ///
-/// A run is many inputs for a pipeline, kept in a [store](crate::store) until a
-/// [`Worker`] has worked on them, here, in another process, or after a crash.
+/// A run is a list of inputs for a pipeline in a [store](crate::store). A [`Worker`] processes them, in this process, in
+/// another one, or after a crash.
 ///
 /// ```
 /// use std::sync::Arc;
@@ -62,31 +62,31 @@ use crate::store::{
 pub struct Runner {
     store: Arc<dyn Store>,
     poll: Duration,
-    /// Whose runs it sees; `None` for everybody's.
+    /// The tenant whose runs it sees; `None` for all tenants.
     tenant: Option<Arc<str>>,
-    /// The other tenant that it was narrowed to after that: it sees no runs at all.
-    beyond: Option<Arc<str>>,
+    /// A second tenant to which the runner was narrowed: it sees no runs at all.
+    conflicting_tenant: Option<Arc<str>>,
 }
 
 impl Runner {
-    /// A runner in front of `store`. Give it an `Arc` of the store to share it with a worker.
+    /// Creates a runner in front of `store`. Pass an `Arc` of the store to share it with a worker.
     pub fn new(store: impl Store) -> Self {
         Self {
             store: Arc::new(store),
             poll: Duration::from_millis(250),
             tenant: None,
-            beyond: None,
+            conflicting_tenant: None,
         }
     }
 
-    /// A runner for one tenant's runs: what it submits is theirs, and runs of others are not there, whatever is asked of
-    /// them. For services whose users must not see each other's: make it where the user is known, and hand on
-    /// nothing else.
+    /// Returns a runner for one tenant. The runs that it submits belong to the tenant, and the runs of other tenants do not
+    /// exist for it. A service whose users must not see each other's runs creates it where the user is known, and passes
+    /// on no other runner.
     ///
-    /// What concerns the store as a whole (`purge`, `ambiguous`, `dismiss`) it refuses.
+    /// It refuses calls that concern the whole store (`purge`, `ambiguous`, `dismiss`).
     ///
-    /// A runner is only ever narrowed: made for another tenant, one that is for a tenant already sees no runs, and refuses
-    /// to submit.
+    /// A runner can only be narrowed: a runner for one tenant that is narrowed to another one sees no runs and refuses to
+    /// submit.
     ///
     /// ```
     /// # use throughline::{Context, Runner, pipeline, store::{Memory, RunFilter}};
@@ -107,28 +107,28 @@ impl Runner {
         match &self.tenant {
             None => narrowed.tenant = Some(tenant),
             Some(ours) if *ours == tenant => {}
-            Some(_) => narrowed.beyond = Some(tenant),
+            Some(_) => narrowed.conflicting_tenant = Some(tenant),
         }
         narrowed
     }
 
-    /// Fails for a runner that was narrowed to two tenants.
-    fn has_tenant(&self) -> Result<()> {
-        match (&self.tenant, &self.beyond) {
-            (Some(tenant), Some(beyond)) => Err(Error::new(
+    /// Fails if the runner was narrowed to two tenants.
+    fn check_tenant(&self) -> Result<()> {
+        match (&self.tenant, &self.conflicting_tenant) {
+            (Some(tenant), Some(other)) => Err(Error::new(
                 ErrorKind::Config,
                 format!(
-                    "this runner was made for {beyond:?} out of one for {tenant:?}: it can submit for \
-                     neither; call `for_tenant` on the runner for all"
+                    "this runner for {tenant:?} was narrowed to {other:?} and can submit for neither: \
+                     call `for_tenant` on the runner for all tenants"
                 ),
             )),
             _ => Ok(()),
         }
     }
 
-    /// The run's record, if it is there for this runner.
+    /// Returns a run if it exists for this runner.
     async fn found(&self, run: RunId) -> Result<Option<Run>> {
-        if self.beyond.is_some() {
+        if self.conflicting_tenant.is_some() {
             return Ok(None);
         }
         let found = self.store.run(run).await?;
@@ -139,33 +139,33 @@ impl Runner {
         Ok(found.filter(theirs))
     }
 
-    /// Whether a run may be asked for more. Without a tenant the store is not asked.
+    /// Returns whether the runner may read the run. Asks the store only if the runner is for a tenant.
     async fn sees(&self, run: RunId) -> Result<bool> {
         Ok(self.tenant.is_none() || self.found(run).await?.is_some())
     }
 
-    /// Refuses what would reach beyond a tenant.
-    fn sees_all(&self, what: &str) -> Result<()> {
+    /// Fails if the runner is for a tenant.
+    fn check_all_tenants(&self, what: &str) -> Result<()> {
         match &self.tenant {
             None => Ok(()),
             Some(tenant) => Err(Error::new(
                 ErrorKind::Config,
-                format!("{what} concerns all runs, and this runner is for those of {tenant:?}"),
+                format!("{what} concerns all tenants, and this runner is for {tenant:?}"),
             )),
         }
     }
 
-    /// How often [`watch`](Self::watch) looks; 250 ms unless set, as each look is a round trip, and at least 1 ms.
+    /// Sets how often [`watch`](Self::watch) reads the run, each time with a round trip; 250 ms unless set, and at least 1 ms.
     #[must_use]
     pub fn poll_every(mut self, poll: Duration) -> Self {
         self.poll = poll.max(Duration::from_millis(1));
         self
     }
 
-    /// A run of the pipeline that workers know as `name`, over `inputs`. Await it to submit it: see
+    /// Returns a run of the pipeline that workers have registered as `name`, over `inputs`. Await it to submit it; see
     /// [`Submit`] for its options.
     ///
-    /// The pipeline itself is not kept, nor run: it says what the inputs are.
+    /// The pipeline is neither stored nor run here. It determines the type of the inputs.
     pub fn submit<P>(
         &self,
         name: impl Into<String>,
@@ -179,29 +179,29 @@ impl Runner {
         let inputs = inputs.into_iter().collect();
         Submit::new(Arc::clone(&self.store), name.into(), inputs)
             .only_for(self.tenant.clone())
-            .refused_by(self.has_tenant().err())
+            .refused_by(self.check_tenant().err())
     }
 
-    /// Where a run stands; `None` if there is no such run (any more). One indexed read.
+    /// Returns the status of a run, or `None` if it does not exist. One indexed read.
     ///
     /// # Errors
-    /// The store's, as for all methods here.
+    /// Those of the store, as for all methods of the runner.
     pub async fn status(&self, run: RunId) -> Result<Option<Status>> {
         Ok(self.found(run).await?.map(|run| run.status))
     }
 
-    /// The run's record, with what follows from it. One indexed read.
+    /// Returns the run with the figures that follow from it. One indexed read.
     ///
     /// # Errors
-    /// The store's.
+    /// Those of the store.
     pub async fn snapshot(&self, run: RunId) -> Result<Option<RunSnapshot>> {
         Ok(self.found(run).await?.map(RunSnapshot::from))
     }
 
-    /// At most `limit` entries of a run's log after the entry `after`, in order and without a gap; see [`Store::log`].
+    /// Returns at most `limit` entries of a run's log after the entry `after`, in order and without a gap; see [`Store::log`].
     ///
     /// # Errors
-    /// The store's.
+    /// Those of the store.
     pub async fn log_since(&self, run: RunId, after: u64, limit: u32) -> Result<Vec<LogEntry>> {
         match self.sees(run).await? {
             true => self.store.log(run, after, limit).await,
@@ -209,7 +209,7 @@ impl Runner {
         }
     }
 
-    /// The last `limit` entries of a run's log, in order: however long it is, two round trips.
+    /// Returns the last `limit` entries of a run's log, in order. Two round trips, however long the log is.
     ///
     /// ```
     /// # use std::sync::Arc;
@@ -226,7 +226,7 @@ impl Runner {
     /// ```
     ///
     /// # Errors
-    /// The store's.
+    /// Those of the store.
     pub async fn log_last(&self, run: RunId, limit: u32) -> Result<Vec<LogEntry>> {
         let Some(record) = self.found(run).await? else {
             return Ok(Vec::new());
@@ -235,12 +235,12 @@ impl Runner {
         self.store.log(run, after, limit).await
     }
 
-    /// At most `limit` runs, newest first. The next page is [`before`](RunFilter::before) the last one.
+    /// Returns at most `limit` runs, newest first. The next page is [`before`](RunFilter::before) the last one.
     ///
     /// # Errors
-    /// The store's.
+    /// Those of the store.
     pub async fn list(&self, mut filter: RunFilter, limit: u32) -> Result<Vec<Run>> {
-        if self.beyond.is_some() {
+        if self.conflicting_tenant.is_some() {
             return Ok(Vec::new());
         }
         if let Some(tenant) = &self.tenant {
@@ -252,11 +252,11 @@ impl Runner {
         self.store.runs(filter, limit).await
     }
 
-    /// Ends a run: what nobody works on stops at once, and calls in flight for it are aborted when their
-    /// worker looks (every second). Gives the number of items it stopped.
+    /// Cancels a run. Pending items stop at once, and the calls of running items are aborted when their worker next looks,
+    /// within a second. Returns the number of items that it stopped.
     ///
     /// # Errors
-    /// The store's.
+    /// Those of the store.
     pub async fn cancel(&self, run: RunId) -> Result<u64> {
         match self.sees(run).await? {
             true => self.store.cancel(run).await,
@@ -264,12 +264,12 @@ impl Runner {
         }
     }
 
-    /// Makes the failed items of a run pending again. What they have paid for is replayed, so a repaired parser costs
-    /// nothing. An item that fails again on a reply that was kept, with [`ErrorKind::InvalidOutput`] or
-    /// [`ErrorKind::Truncated`], asks for another one before it has failed. Gives their number.
+    /// Makes the failed items of a run pending again, and returns their number. Replies that they have paid for are replayed,
+    /// so a retry after a parser was repaired costs nothing. An item that fails again on a stored reply, with
+    /// [`ErrorKind::InvalidOutput`] or [`ErrorKind::Truncated`], asks for a new reply before it fails.
     ///
     /// # Errors
-    /// The store's.
+    /// Those of the store.
     pub async fn retry_failed(&self, run: RunId) -> Result<u64> {
         match self.sees(run).await? {
             true => self.store.retry_failed(run).await,
@@ -277,33 +277,33 @@ impl Runner {
         }
     }
 
-    /// Removes runs that ended at least so long ago and replies written at least so long ago, at most `limit`
-    /// of each and the oldest first: to be called now and then.
+    /// Removes runs that ended, and replies that were written, at least `older_than` ago, at most `limit` of each and the
+    /// oldest first. Call it regularly; see [`Store::purge`].
     ///
     /// # Errors
-    /// The store's.
+    /// Those of the store.
     pub async fn purge(&self, older_than: Duration, limit: u32) -> Result<Purged> {
-        self.sees_all("a purge")?;
+        self.check_all_tenants("a purge")?;
         self.store.purge(older_than, limit).await
     }
 
-    /// Calls that were sent and of which nobody knows the end, because their worker died: they may have been paid for.
-    /// At most `limit`, in the order of their names, after `after`. They stay listed, also when the
-    /// item has been done again, until they are [dismissed](Self::dismiss) or purged with their run.
+    /// Returns calls of unknown outcome: their worker died after it sent them, so they may have been paid for. At most
+    /// `limit`, in the order of their names, after `after`. A call stays listed, also after its item was repeated, until it
+    /// is [dismissed](Self::dismiss) or purged with its run.
     ///
     /// # Errors
-    /// The store's.
+    /// Those of the store.
     pub async fn ambiguous(&self, after: Option<IntentName>, limit: u32) -> Result<Vec<Intent>> {
-        self.sees_all("the list of ambiguous calls")?;
+        self.check_all_tenants("the list of ambiguous calls")?;
         self.store.ambiguous_intents(after, limit).await
     }
 
-    /// Takes calls off the list of [`ambiguous`](Self::ambiguous) ones: somebody has dealt with them.
+    /// Removes calls from the list of [ambiguous](Self::ambiguous) ones, after an operator has dealt with them.
     ///
     /// # Errors
-    /// The store's.
+    /// Those of the store.
     pub async fn dismiss(&self, intents: impl IntoIterator<Item = IntentName>) -> Result<()> {
-        self.sees_all("the list of ambiguous calls")?;
+        self.check_all_tenants("the list of ambiguous calls")?;
         let commit = Commit::new().ended_intents(intents);
         self.store.commit(commit).await.map(drop)
     }

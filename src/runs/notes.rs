@@ -1,4 +1,4 @@
-//! [`Notes`]: a log of values of one type, beside the work.
+//! [`Notes`]: a durable log of values of one type.
 
 use std::borrow::Borrow;
 use std::fmt;
@@ -15,10 +15,10 @@ use crate::store::{Commit, NewRun, Note, RunId};
 /// The kind of its entries.
 const KIND: &str = "note";
 
-/// A log of values, as of what was generated and how good it was ([`Runner::notes`]): written behind the work
-/// in batches, in order and without a gap, and read from its end.
+/// A durable log of values of one type, for example of generated texts and their quality ([`Runner::notes`]). It is
+/// written in order and without a gap, and read from its end.
 ///
-/// It is a run without items. Write with a [`Journal`](crate::store::Journal), so that nobody waits for the store:
+/// The log is a run without items. A [`Journal`](crate::store::Journal) writes it in the background, in batches:
 ///
 /// ```
 /// # use std::sync::Arc;
@@ -41,16 +41,16 @@ pub struct Notes<T> {
 }
 
 impl Runner {
-    /// The log of that name, made when it is asked for first; one round trip. Each tenant has its own
+    /// Returns the log with this name, and creates it if it does not exist; one round trip. Each tenant has logs of its own
     /// ([`for_tenant`](Self::for_tenant)).
     ///
-    /// To a [`purge`](Self::purge) it is a run that ended when it was made, and what is written behind its removal is lost: where you
-    /// purge, give a name to each month and open the new one.
+    /// For a [`purge`](Self::purge) the log is a run that ended when it was created, and values that are written after its
+    /// removal are lost. A service that purges should start a log with a new name regularly, for example each month.
     ///
     /// # Errors
-    /// The store's.
+    /// Those of the store.
     pub async fn notes<T>(&self, name: &str) -> Result<Notes<T>> {
-        self.has_tenant()?;
+        self.check_tenant()?;
         let tenant = self.tenant.as_deref().unwrap_or_default();
         let run = NewRun::new(tenant, name).idempotency_key(log_key(name));
         Ok(Notes {
@@ -62,12 +62,12 @@ impl Runner {
 }
 
 impl<T> Notes<T> {
-    /// The run that it is.
+    /// Returns the run that holds the log.
     pub fn run(&self) -> RunId {
         self.run
     }
 
-    /// Adds values to what is about to be written, with whatever else is in `commit`: all of it or nothing.
+    /// Adds values to a commit, which writes them in one transaction with its other rows.
     ///
     /// # Errors
     /// If a value cannot be written as JSON.
@@ -90,16 +90,16 @@ impl<T> Notes<T> {
         Ok(commit.notes(notes?))
     }
 
-    /// The last values, at most `limit`, in order: two round trips, however many there are.
+    /// Returns at most `limit` of the last values, in order. Two round trips, however many values there are.
     ///
     /// # Errors
-    /// The store's, and where a value is not a `T`.
+    /// Those of the store, and that of a value that is not a `T`.
     pub async fn last(&self, limit: u32) -> Result<Vec<T>>
     where
         T: DeserializeOwned,
     {
         let entries = self.runner.log_last(self.run, limit).await?;
-        // The store notes there too when the log was made.
+        // The log also has the store's entry about its creation.
         let notes = entries.iter().filter(|entry| entry.kind == KIND);
         notes
             .map(|entry| Ok(serde_json::from_str(&entry.data)?))

@@ -1,4 +1,4 @@
-//! [`RunSnapshot`]: how a run stands, once or as a stream.
+//! [`RunSnapshot`]: the progress of a run, once or as a stream.
 
 use std::fmt;
 use std::time::{Duration, SystemTime};
@@ -11,14 +11,14 @@ use super::Runner;
 use crate::error::Result;
 use crate::store::{Run, RunId, Status};
 
-/// How a run stands. `Display` gives one line for a person, `Serialize` a flat object for who has submitted it:
+/// The progress of a run. `Display` returns one line for people, and `Serialize` a flat object for clients of a service:
 ///
 /// ```json
 /// {"id": 7, "name": "week-plan", "status": "processing", "total": 100, "completed": 30, "failed": 2,
 ///  "cancelled": 0, "error": "what the item that failed first said", "elapsed_s": 5.1, "eta_s": 12.0}
 /// ```
 ///
-/// `error` and `eta_s` are null where there is none. The whole record is [`run`](Self::run), which is serialised with all its fields.
+/// `error` and `eta_s` may be null. [`run`](Self::run) is the whole record, which is serialisable too.
 ///
 /// ```
 /// # use throughline::{Context, Runner, pipeline, store::Memory};
@@ -35,7 +35,7 @@ use crate::store::{Run, RunId, Status};
 pub struct RunSnapshot {
     /// The run's record.
     pub run: Run,
-    /// How long it has been there, or took until it ended.
+    /// The time since the creation of the run, or until its end.
     pub elapsed: Duration,
 }
 
@@ -50,24 +50,24 @@ impl From<Run> for RunSnapshot {
 }
 
 impl RunSnapshot {
-    /// Items that are not over.
+    /// Returns the number of open items.
     pub fn remaining(&self) -> u64 {
         self.run.total - self.run.ended()
     }
 
-    /// Items that ended in a second, over the whole time. `None` before the first.
+    /// Returns the number of items that ended per second, on average. `None` before the first.
     pub fn per_second(&self) -> Option<f64> {
         let seconds = self.elapsed.as_secs_f64();
         (self.run.ended() > 0 && seconds > 0.0).then(|| self.run.ended() as f64 / seconds)
     }
 
-    /// How long the rest takes if it goes on as it went so far.
+    /// Returns the time that the open items take at the average rate.
     pub fn eta(&self) -> Option<Duration> {
         let rest = self.remaining() as f64 / self.per_second()?;
         Duration::try_from_secs_f64(rest).ok()
     }
 
-    /// What there is to say of the time to its end while it is not over.
+    /// Returns the estimated seconds to the end of an open run.
     fn to_go(&self) -> Option<f64> {
         let eta = self.eta().filter(|_| !self.run.status.is_over());
         eta.map(|eta| eta.as_secs_f64())
@@ -127,10 +127,10 @@ impl fmt::Display for RunSnapshot {
 }
 
 impl Runner {
-    /// How a run stands, now and each time that has changed, until it is over. Ends at once if there is no such run.
+    /// Returns a stream of the progress of a run: now, and after each change until the run has ended. The stream of a run that
+    /// does not exist is empty.
     ///
-    /// It looks every 250 ms ([`poll_every`](Self::poll_every)) and reads one row each time. An error is
-    /// yielded and does not end the stream.
+    /// It reads one row every 250 ms ([`poll_every`](Self::poll_every)). An error is yielded and does not end the stream.
     ///
     /// ```
     /// use futures::TryStreamExt as _;
@@ -146,7 +146,7 @@ impl Runner {
     /// ```
     pub fn watch(&self, run: RunId) -> BoxStream<'static, Result<RunSnapshot>> {
         let runner = self.clone();
-        let first: Option<Seen> = None;
+        let first: Option<Observed> = None;
         stream::unfold(Some((runner, first)), move |state| async move {
             let (runner, seen) = state?;
             loop {
@@ -157,7 +157,7 @@ impl Runner {
                         return Some((Err(error), Some((runner, seen))));
                     }
                 };
-                let now = Seen::of(&found.run);
+                let now = Observed::of(&found.run);
                 if seen != Some(now) {
                     let more = !found.run.status.is_over();
                     return Some((Ok(found), more.then_some((runner, Some(now)))));
@@ -169,15 +169,15 @@ impl Runner {
     }
 }
 
-/// What a watcher is told of when it changes.
+/// The values whose changes a watcher reports.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Seen {
+struct Observed {
     status: Status,
     ended: u64,
     log_seq: u64,
 }
 
-impl Seen {
+impl Observed {
     fn of(run: &Run) -> Self {
         Self {
             status: run.status,

@@ -1,4 +1,4 @@
-//! [`ItemResult`]: what became of the items of a run, in pages or as a stream.
+//! [`ItemResult`]: the outcomes of a run's items, in pages or as a stream.
 
 use futures::stream::{self, BoxStream, StreamExt as _, TryStreamExt as _};
 use serde::de::DeserializeOwned;
@@ -7,32 +7,32 @@ use super::Runner;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::{Item, RunId, Status};
 
-/// How many items a stream of results reads at a time.
+/// The number of items that a stream of results reads at a time.
 const PAGE: u32 = 256;
 
 /// An item of a run, with its output if it has one.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct ItemResult<O> {
-    /// Its place among the inputs, from 0.
+    /// The position among the inputs, from 0.
     pub index: u64,
-    /// Its name.
+    /// The name of the item.
     pub key: String,
-    /// Where it stands.
+    /// The status of the item.
     pub status: Status,
-    /// How often it was begun.
+    /// The number of attempts.
     pub attempt: u32,
-    /// The output, or why there is none; `None` while it is not over, and when it was cancelled.
+    /// The output or the error; `None` while the item is open, and if it was cancelled.
     pub result: Option<Result<O>>,
 }
 
 impl<O> ItemResult<O> {
-    /// The output of an item that is completed.
+    /// Returns the output of a completed item.
     pub fn output(&self) -> Option<&O> {
         self.result.as_ref()?.as_ref().ok()
     }
 
-    /// Why an item failed.
+    /// Returns the error of a failed item.
     pub fn error(&self) -> Option<&Error> {
         self.result.as_ref()?.as_ref().err()
     }
@@ -64,7 +64,7 @@ impl<O: DeserializeOwned> From<Item> for ItemResult<O> {
 }
 
 impl Runner {
-    /// At most `limit` items of a run in input order, from the index `from` on, as they stand now.
+    /// Returns at most `limit` items of a run in input order, from the index `from` on, with their present status.
     ///
     /// ```
     /// # use throughline::{Context, Runner, pipeline, store::{Memory, Status}};
@@ -79,7 +79,7 @@ impl Runner {
     /// ```
     ///
     /// # Errors
-    /// The store's. An output of another type than `O` is an error of its item.
+    /// Those of the store. An output of another type than `O` is an error of its item.
     pub async fn results<O: DeserializeOwned>(
         &self,
         run: RunId,
@@ -93,8 +93,8 @@ impl Runner {
         Ok(items.into_iter().map(ItemResult::from).collect())
     }
 
-    /// All items of a run in input order, as they stand when they are read: 256 at a time, so memory
-    /// does not grow with the run.
+    /// Returns a stream of all items of a run in input order. It reads 256 items at a time, so memory does not grow with the
+    /// run.
     ///
     /// ```
     /// use futures::TryStreamExt as _;
@@ -123,7 +123,7 @@ impl Runner {
             .boxed()
     }
 
-    /// The outputs of a run's completed items, in input order: what a next phase starts from.
+    /// Returns the outputs of a run's completed items in input order, for example for the next phase of the work.
     ///
     /// ```
     /// # use std::{sync::Arc, time::Duration};
@@ -142,7 +142,7 @@ impl Runner {
     /// ```
     ///
     /// # Errors
-    /// The store's, and that of an output of another type than `O`.
+    /// Those of the store, and that of an output of another type than `O`.
     pub async fn outputs<O: DeserializeOwned + Send + 'static>(
         &self,
         run: RunId,

@@ -1,4 +1,4 @@
-//! [`Submit`]: a run on its way into the store, and what names its items.
+//! [`Submit`]: the submission of a run, and the names of its items.
 
 use std::collections::{HashMap, HashSet};
 use std::fmt;
@@ -14,23 +14,23 @@ use sha2::{Digest as _, Sha256};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::request::digest::write_canonical;
-use crate::store::{NewItem, NewRun, RunId, Store};
+use crate::store::{MemoKey, NewItem, NewRun, RunId, Store};
 
-/// What a run's record says besides the store's own fields.
+/// The data in [`Run::spec`](crate::store::Run::spec).
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub(crate) struct Spec {
-    /// Whether it asks anew: its replies are remembered for this run alone.
+    /// Whether the run ignores stored replies and keeps its own for itself.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub(crate) fresh: bool,
-    /// When its time is up, in milliseconds since 1970: a time of day, because it outlives the process.
+    /// The deadline in milliseconds since 1970: a time of day, because it outlives the process.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) until: Option<u64>,
 }
 
 impl Spec {
-    /// How long it has from now; nothing where its time is up.
+    /// Returns the time to the deadline, zero if it has passed.
     pub(crate) fn left(&self) -> Option<Duration> {
-        // A time that no clock here can show never comes.
+        // A time that overflows the clock never comes.
         let until = UNIX_EPOCH.checked_add(Duration::from_millis(self.until?))?;
         Some(until.duration_since(SystemTime::now()).unwrap_or_default())
     }
@@ -38,7 +38,7 @@ impl Spec {
 
 type Key<I> = Box<dyn Fn(&I) -> String + Send>;
 
-/// A run to be submitted: await it to do so, and get its id at once ([`Runner::submit`](super::Runner::submit)).
+/// A run that is submitted when it is awaited, which returns its id ([`Runner::submit`](super::Runner::submit)).
 ///
 /// ```
 /// # use throughline::{Context, Runner, pipeline, store::Memory};
@@ -58,8 +58,8 @@ type Key<I> = Box<dyn Fn(&I) -> String + Send>;
 /// ```
 ///
 /// # Cancel safety
-/// Dropped while it is awaited, the run may be there or not; an
-/// [idempotency key](Self::idempotency_key) makes submitting it again harmless.
+/// If the future is dropped, the run may or may not have been created. An [idempotency key](Self::idempotency_key) makes
+/// submitting it again harmless.
 #[must_use = "a run is submitted when it is awaited"]
 pub struct Submit<I> {
     store: Arc<dyn Store>,
@@ -86,13 +86,13 @@ impl<I: Serialize + Send> Submit<I> {
         }
     }
 
-    /// For a runner that may submit nothing.
+    /// Makes the submission fail with this error, for a runner that must not submit.
     pub(super) fn refused_by(mut self, refusal: Option<Error>) -> Self {
         self.refusal = refusal;
         self
     }
 
-    /// For a runner that is for one tenant.
+    /// Restricts the submission to one tenant.
     pub(super) fn only_for(mut self, tenant: Option<Arc<str>>) -> Self {
         if let Some(tenant) = &tenant {
             self.run.tenant = tenant.to_string();
@@ -101,53 +101,52 @@ impl<I: Serialize + Send> Submit<I> {
         self
     }
 
-    /// Names each item. What is paid for an item is remembered under its name, so that a later run of the same
-    /// name and tenant replays it: take what stays the same when the input is edited. Of several
-    /// items with one key the second is called `key~1`, the third `key~2`, and so on, past names that other
-    /// items have as their keys.
+    /// Sets the function that names items. Replies are stored under the name of the item, so that a later run of the same
+    /// pipeline and tenant replays them: choose a name that stays the same when the input is edited. Of several items with
+    /// one key, the second is named `key~1`, the third `key~2`, and so on, without names that other items have as keys.
     ///
-    /// Without it, the name is a digest of the serialised input.
+    /// Unless set, the name is a digest of the serialised input.
     pub fn key(mut self, f: impl Fn(&I) -> String + Send + 'static) -> Self {
         self.key = Some(Box::new(f));
         self
     }
 
-    /// Whose run it is; nobody's (the empty name) unless set. Tenants share a worker fairly and share no replies.
+    /// Sets the tenant; the empty name unless set. Tenants share workers fairly and share no replies.
     pub fn tenant(mut self, tenant: impl Into<String>) -> Self {
         self.run.tenant = tenant.into();
         self
     }
 
-    /// A second run of the tenant with the same key is the first one again, whatever else differs.
+    /// Sets a key that makes the submission idempotent: with a key that the tenant has used before, the earlier run is
+    /// returned, even if the rest differs.
     pub fn idempotency_key(mut self, key: impl Into<String>) -> Self {
         self.run.idempotency_key = Some(run_key(key.into()));
         self
     }
 
-    /// Among the tenant's items lower goes first; 0 unless set.
+    /// Sets the priority among the items of the tenant, lowest first; 0 unless set.
     pub fn priority(mut self, priority: i32) -> Self {
         self.run.priority = priority;
         self
     }
 
-    /// How often a worker may die with an item alone in its hands before that item fails; 3 unless set. A worker's death
-    /// with several items in its hands counts for none of them; they are tried again in smaller company
+    /// Sets the number of times that a worker may die while it holds only one item before that item fails; 3 unless set. The
+    /// death of a worker that holds several items counts for none of them; they are retried beside fewer others
     /// ([`Handling`](crate::store::Handling)).
     pub fn max_attempts(mut self, attempts: u32) -> Self {
         self.run.max_attempts = attempts;
         self
     }
 
-    /// Asks anew: replies of earlier runs are not used. What this run has paid for is still
-    /// never paid for twice.
+    /// Ignores the replies of earlier runs. The replies of this run are still never paid for twice.
     pub fn fresh(mut self) -> Self {
         self.spec.fresh = true;
         self
     }
 
-    /// When the run must be over, counted from its submission; no limit unless set. From then on nothing is sent for it and calls in
-    /// flight are dropped: items that are not over fail with [`ErrorKind::DeadlineExceeded`] as soon as a
-    /// worker has them in hand. [`retry_failed`](crate::Runner::retry_failed) gives them no more time.
+    /// Sets the deadline of the run, counted from its submission; none unless set. After the deadline no call is sent for the
+    /// run and calls in flight are dropped. Open items fail with [`ErrorKind::DeadlineExceeded`] as soon as a worker
+    /// claims them. [`retry_failed`](crate::Runner::retry_failed) does not extend the deadline.
     ///
     /// Submitter and workers read the time of day on their own machines.
     ///
@@ -212,12 +211,13 @@ impl<I: Serialize + Send> Submit<I> {
     }
 }
 
-/// What the key of a log begins with. Runs and logs share the store's idempotency keys.
+/// The prefix of the keys of logs. Runs and logs share the idempotency keys of the store.
 const LOG: &str = "notes: ";
-/// What is put in front of the key of a run that begins like the key of a log.
+/// The prefix of the keys of runs that would otherwise begin like the key of a log.
 const RUN: &str = "run\u{1f}";
 
-/// The store's idempotency key for a run. No two keys become one, and most stay as they are: stores have them.
+/// Returns the idempotency key of a run in the store. Different keys stay different, and most are unchanged, because
+/// existing stores contain them.
 fn run_key(key: String) -> String {
     match key.starts_with(LOG) || key.starts_with(RUN) {
         true => format!("{RUN}{key}"),
@@ -225,7 +225,7 @@ fn run_key(key: String) -> String {
     }
 }
 
-/// The store's idempotency key for the log of that name.
+/// Returns the idempotency key of a log in the store.
 pub(super) fn log_key(name: &str) -> String {
     format!("{LOG}{name}")
 }
@@ -235,20 +235,18 @@ fn unusable(index: usize, why: &str) -> Error {
     Error::new(ErrorKind::Config, message)
 }
 
-/// The name of an input without a key. By its meaning, so that a map in another order is the same input.
+/// Returns the name of an input without a key. It does not depend on the order of the fields of an object.
 fn digest(text: &str) -> Result<String> {
     let mut canonical = String::with_capacity(text.len());
     write_canonical(&serde_json::from_str::<Value>(text)?, &mut canonical);
-    let digest = Sha256::digest(canonical.as_bytes());
-    // Half of it: 128 bits are enough for what nobody tries to forge.
-    Ok(digest[..16]
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect())
+    let mut digest = MemoKey::new(Sha256::digest(canonical.as_bytes()).into()).to_string();
+    // Half of the digits, 128 bits, are enough without an attacker.
+    digest.truncate(32);
+    Ok(digest)
 }
 
-/// A name of its own for each item. The first with a key is called by it; the others are told apart by their
-/// order among themselves, so that what comes between does not matter.
+/// Returns a unique name for each item. The first item with a key is named by it. The others are numbered among
+/// themselves, so that items with other keys do not change their names.
 fn unique(keys: Vec<String>) -> Vec<String> {
     let taken: HashSet<String> = keys.iter().cloned().collect();
     let mut counts = HashMap::new();
@@ -292,14 +290,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_inserted_input_names_nobody_anew() {
+    fn an_inserted_input_does_not_rename_others() {
         let names = |keys: &[&str]| unique(keys.iter().map(|key| (*key).to_owned()).collect());
         assert_eq!(names(&["a", "b", "a"]), ["a", "b", "a~1"]);
         assert_eq!(names(&["a", "new", "b", "a"]), ["a", "new", "b", "a~1"]);
     }
 
     #[test]
-    fn a_made_name_is_never_the_key_of_another_item() {
+    fn a_numbered_name_is_never_the_key_of_another_item() {
         let names = |keys: &[&str]| unique(keys.iter().map(|key| (*key).to_owned()).collect());
         assert_eq!(names(&["a", "a", "a~1"]), ["a", "a~2", "a~1"]);
         assert_eq!(names(&["a~1", "a", "a", "a"]), ["a~1", "a", "a~2", "a~3"]);
@@ -308,7 +306,7 @@ mod tests {
     }
 
     #[test]
-    fn the_keys_of_runs_and_logs_are_apart() {
+    fn the_keys_of_runs_and_logs_never_collide() {
         let keys = ["x", "notes: x", "run\u{1f}x", "run\u{1f}notes: x", ""];
         let mut stored: Vec<_> = keys.map(|key| run_key(key.to_owned())).into();
         stored.extend(["x", "notes: x", "run\u{1f}x", ""].map(log_key));
@@ -322,7 +320,7 @@ mod tests {
     }
 
     #[test]
-    fn an_input_is_named_by_what_it_means() {
+    fn the_name_of_an_input_does_not_depend_on_the_order_of_its_fields() {
         let same = digest(r#"{"a":1,"b":[2.0]}"#).unwrap();
         assert_eq!(digest(r#"{"b":[2],"a":1.0}"#).unwrap(), same);
         assert_ne!(digest(r#"{"b":[2],"a":2}"#).unwrap(), same);

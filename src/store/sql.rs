@@ -1,4 +1,4 @@
-//! What the SQL backends have in common: errors, trying again, numbers and rows.
+//! Helpers that both SQL backends need: transactions, retries, errors, numbers and rows.
 
 use std::ops::{Deref, DerefMut};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -9,16 +9,18 @@ use sqlx::{Database, Executor, Pool};
 
 use crate::error::{Error, ErrorKind, Persistence, Result};
 
-/// Runs an operation again while `$again` says, for its error and the number of the try, that
-/// another try may succeed. A macro, because what `$operation` borrows must stay visible to the compiler.
+/// Repeats an operation while `$again` returns, for its error and the number of earlier tries, that another try may
+/// succeed. This is a macro so that the compiler sees the borrows of `$operation`.
 macro_rules! retrying {
     ($again:expr, $operation:expr) => {{
         let again = $again;
+        let (first, longest) = $crate::store::sql::CONFLICT_WAITS;
+        let mut backoff = $crate::store::backoff::Backoff::new(first, longest);
         let mut tries = 0;
         loop {
             match $operation.await {
                 Err(error) if again(&error, tries) => {
-                    $crate::store::sql::pause(tries).await;
+                    tokio::time::sleep(backoff.next()).await;
                     tries += 1;
                 }
                 result => break result.map_err($crate::store::sql::failed),
@@ -28,14 +30,17 @@ macro_rules! retrying {
 }
 pub(super) use retrying;
 
-/// A transaction on a connection of a pool. The connection goes back to the pool only after
+/// The shortest and the longest wait after a conflict with another transaction.
+pub(super) const CONFLICT_WAITS: (Duration, Duration) =
+    (Duration::from_micros(500), Duration::from_millis(64));
+
+/// A transaction on a connection of a pool. The connection returns to the pool only after
 /// [`commit`](Self::commit) has succeeded. After an error, and when the future that owns the
-/// transaction is dropped at any point, it is closed, which rolls the transaction back.
+/// transaction is dropped at any point, the connection is closed, which rolls the transaction back.
 ///
-/// Not sqlx's `Transaction`, which relies on its own count of open transactions to decide whether to
-/// roll back. That count is wrong when `BEGIN` is dropped half-way on Postgres (sqlx #4385, #4393,
-/// fixed by #4394 in no release yet), and when SQLite has rolled back by itself, as it does
-/// on a full disk.
+/// This is not sqlx's `Transaction`, which decides by its own count of open transactions whether to roll back. That count is
+/// wrong when `BEGIN` is dropped half-way on Postgres (sqlx #4385, #4393, fixed by #4394 in no release yet), and after
+/// SQLite has rolled back by itself, as it does on a full disk.
 #[must_use = "a transaction that is dropped closes its connection"]
 pub(super) struct Transaction<D: Database> {
     connection: PoolConnection<D>,
@@ -47,7 +52,7 @@ where
     for<'c> &'c mut D::Connection: Executor<'c, Database = D>,
 {
     pub(super) async fn begin(pool: &Pool<D>, begin: &'static str) -> sqlx::Result<Self> {
-        // From here on the guard decides, also if `BEGIN` is dropped while it is under way.
+        // From here on the guard closes the connection, also if `BEGIN` is dropped half-way.
         let mut transaction = Self {
             connection: pool.acquire().await?,
             ended: false,
@@ -85,19 +90,13 @@ impl<D: Database> Drop for Transaction<D> {
     }
 }
 
-/// Up to 1 ms, 2 ms, 4 ms, … drawn by chance.
-pub(super) async fn pause(tries: u32) {
-    let ceiling = 1000 << tries.min(7);
-    tokio::time::sleep(Duration::from_micros(fastrand::u64(..ceiling))).await;
-}
-
-/// An error of ours on its way through a function whose other errors are sqlx's; [`failed`] gives it back.
+/// Wraps an error of this crate for a function whose other errors are sqlx's. [`failed`] unwraps it.
 #[cfg(feature = "sqlite")]
 pub(super) fn own_error(error: Error) -> sqlx::Error {
     sqlx::Error::AnyDriverError(Box::new(error))
 }
 
-/// The crate's error for one of sqlx's. Its text names no host, user or password.
+/// Converts an error of sqlx. The text of the result names no host, user or password.
 pub(super) fn failed(error: sqlx::Error) -> Error {
     use sqlx::Error::{
         AnyDriverError, Configuration, Database, Io, PoolClosed, PoolTimedOut, Protocol, Tls,
@@ -128,7 +127,7 @@ pub(super) fn failed(error: sqlx::Error) -> Error {
             Ok(error) => *error,
             Err(error) => store(error.to_string()),
         },
-        // It may quote the URL, and the URL has the password.
+        // The error may quote the URL, which contains the password.
         Configuration(_) => Error::new(ErrorKind::Config, "the URL of the database cannot be used"),
         Database(error) => {
             let code = error.code().map(|code| code.into_owned());
@@ -142,17 +141,16 @@ pub(super) fn failed(error: sqlx::Error) -> Error {
     }
 }
 
-/// Whether an error of this code passes by itself: SQLite's result codes are plain numbers,
-/// Postgres' have five characters.
+/// Returns whether an error with this code is transient. The codes of SQLite are plain numbers, those of Postgres have five
+/// characters.
 fn passes(code: &str) -> bool {
     match code.parse::<u32>() {
-        // SQLITE_BUSY, LOCKED, NOMEM, IOERR, FULL, CANTOPEN and PROTOCOL with their extended codes. A full
-        // disk is an input or output error where it meets the shared memory, and where a quota ends;
-        // and a file that was open before cannot be opened again where descriptors have run out.
+        // SQLITE_BUSY, LOCKED, NOMEM, IOERR, FULL, CANTOPEN and PROTOCOL with their extended codes. A full disk is
+        // reported as IOERR if it affects the shared memory or a quota, and CANTOPEN as well when the process has no
+        // file descriptor left.
         Ok(number) if code.len() < 5 => matches!(number & 0xff, 5 | 6 | 7 | 10 | 13 | 14 | 15),
-        // Connection, rollback of a transaction, resources, locks, operator's intervention, the system;
-        // a server that takes no writes, as after it has become a replica; a client that was idle
-        // inside a transaction for too long.
+        // Connection, rollback of a transaction, resources, locks, intervention of an operator, the system; a server
+        // that has become a read-only replica; a client that was idle inside a transaction for too long.
         _ => {
             matches!(code, "25006" | "25P03")
                 || ["08", "40", "53", "55", "57", "58"]
@@ -162,47 +160,48 @@ fn passes(code: &str) -> bool {
     }
 }
 
-/// Whether an error of this code is about the data: the same data will be refused again, and other data
-/// may not be.
+/// Returns whether an error with this code is caused by the data: the same data will be refused again, other data may be
+/// accepted.
 fn refuses(code: &str) -> bool {
     match code.parse::<u32>() {
         // SQLITE_TOOBIG, CONSTRAINT, MISMATCH.
         Ok(number) if code.len() < 5 => matches!(number & 0xff, 18..=20),
-        // Data exceptions, constraints, the program's limits (an index row or a statement that is too large).
+        // Data exceptions, constraints, program limits (an index row or a statement that is too large).
         _ => ["22", "23", "54"]
             .iter()
             .any(|class| code.starts_with(class)),
     }
 }
 
-/// A counter as SQL keeps it.
+/// Converts a counter for SQL.
 pub(super) fn to_sql(number: u64) -> i64 {
     i64::try_from(number).unwrap_or(i64::MAX)
 }
 
-/// A counter from SQL.
+/// Converts a counter from SQL.
 pub(super) fn from_sql(number: i64) -> u64 {
     u64::try_from(number).unwrap_or(0)
 }
 
-/// A small number as SQL keeps it: a column of 32 bits with a sign holds it.
+/// Converts a small number for SQL, where its column is a signed integer of 32 bits.
 pub(super) fn small(number: u32) -> i32 {
     i32::try_from(number).unwrap_or(i32::MAX)
 }
 
-/// A small number from SQL. SQLite keeps whatever was bound, which [`small`] has not always bounded.
+/// Converts a small number from SQL. Earlier releases did not bound it by [`small`], and SQLite kept the large value.
 pub(super) fn from_small(number: impl Into<i64>) -> u32 {
     u32::try_from(number.into().max(0)).unwrap_or(u32::MAX)
 }
 
-/// A stored error: one that cannot be read any more still says that there was one.
+/// Reads a stored error. A text that cannot be read becomes the message of an error.
 pub(super) fn read_error(text: Option<String>) -> Option<Error> {
     let text = text?;
     let read = serde_json::from_str(&text);
     Some(read.unwrap_or_else(|_| Error::new(ErrorKind::Other, text)))
 }
 
-/// The part of a stored error that says that a lease was lost. No other error has it: within a text its quotes would be escaped.
+/// The part of a stored error that says that a lease was lost. No other error contains it, because quotes within a text
+/// are escaped.
 macro_rules! kind_of_lost_lease {
     () => {
         r#""kind":"lease_lost""#
@@ -211,11 +210,11 @@ macro_rules! kind_of_lost_lease {
 pub(super) use kind_of_lost_lease;
 
 pub(super) fn write_error(error: &Error) -> String {
-    // Errors are plain records: they always serialise.
+    // An error is a plain record, whose serialisation does not fail.
     serde_json::to_string(error).unwrap_or_default()
 }
 
-/// `$small` is the type of columns that hold small numbers.
+/// Defines functions that read records from rows of type `$row`. `$small` is the type of columns with small numbers.
 macro_rules! decode {
     ($row:ty, $small:ty) => {
         fn wrong_word(error: $crate::error::Error) -> sqlx::Error {
@@ -295,7 +294,7 @@ macro_rules! decode {
             })
         }
 
-        /// A generation of the tenant it was looked up for.
+        /// A generation, given the tenant in whose name it was looked up.
         pub(super) fn generation(
             row: &$row,
             tenant: &str,
@@ -337,7 +336,7 @@ pub(super) fn bytes(bytes: &[u8]) -> sqlx::Result<[u8; 32]> {
         .map_err(|_| sqlx::Error::Decode("not 32 bytes".into()))
 }
 
-/// What `read` makes of each row that came back.
+/// Reads a record from each row.
 pub(super) fn each<R, T>(rows: &[R], read: impl FnMut(&R) -> sqlx::Result<T>) -> Result<Vec<T>> {
     rows.iter()
         .map(read)
@@ -345,7 +344,7 @@ pub(super) fn each<R, T>(rows: &[R], read: impl FnMut(&R) -> sqlx::Result<T>) ->
         .map_err(failed)
 }
 
-/// The tenant that a handle dealt to last: the next claim begins after it.
+/// The tenant that got the last item from a handle. The next claim begins after it.
 #[derive(Default)]
 pub(super) struct Cursor(Mutex<String>);
 
@@ -354,8 +353,8 @@ impl Cursor {
         self.lock().clone()
     }
 
-    /// The items of a claim that began after `cursor`, in the order in which they were
-    /// dealt; moves on to the last.
+    /// Sorts the items of a claim that began after `cursor` in the order in which they were dealt, and moves the cursor to
+    /// the last one.
     pub(super) fn deal(
         &self,
         items: Vec<(super::model::Item, i32)>,
@@ -373,8 +372,8 @@ impl Cursor {
     }
 }
 
-/// `Item`s in the order in which they were dealt: rank by rank, and tenant by tenant from the one
-/// after `cursor`. See [`Queue::claim`](super::Queue::claim).
+/// Sorts items in the order in which they were dealt: by rank within their tenant, then by tenant, beginning after
+/// `cursor`. See [`Queue::claim`](super::Queue::claim).
 fn dealt(mut items: Vec<(super::model::Item, i32)>, cursor: &str) -> Vec<super::model::Item> {
     items.sort_by(|(a, a_priority), (b, b_priority)| {
         let turn = |tenant: &str| tenant <= cursor;
@@ -406,7 +405,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_stored_error_of_a_lost_lease_is_told_by_its_kind() {
+    fn a_stored_error_of_a_lost_lease_is_recognised_by_its_kind() {
         let lost = Error::new(ErrorKind::LeaseLost, "no").with_code("x");
         assert!(write_error(&lost).contains(kind_of_lost_lease!()));
         let other = Error::new(ErrorKind::Other, kind_of_lost_lease!());

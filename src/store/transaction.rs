@@ -1,4 +1,4 @@
-//! What a transaction does to a run besides changing its items: counters and log.
+//! The effects of a transaction on runs: counters and log entries, and the units of time in stores.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -7,7 +7,7 @@ use serde_json::json;
 use super::model::{RunId, Status};
 use crate::error::{Error, ErrorKind};
 
-/// What one transaction did to one run.
+/// The changes of one run in one transaction.
 #[derive(Debug, Default)]
 pub(super) struct RunChange {
     /// Kind and data of the notes, in order.
@@ -21,7 +21,7 @@ pub(super) struct RunChange {
 }
 
 impl RunChange {
-    /// An item of the run ended.
+    /// Adds an item that ended, with its error if it failed.
     pub(super) fn settle(&mut self, seq: u64, error: Option<&Error>) {
         match error {
             None => self.completed.push(seq),
@@ -34,7 +34,7 @@ impl RunChange {
         }
     }
 
-    /// The entries for its log; `ended` says how the run ended, if it did.
+    /// Returns the entries for the run's log. `ended` is the status of the run if it ended.
     pub(super) fn entries(mut self, ended: Option<Status>) -> Vec<(String, String)> {
         let mut entries = self.notes;
         if !self.completed.is_empty() || !self.failed.is_empty() {
@@ -52,38 +52,38 @@ pub(super) fn ended_entry(status: Status) -> (String, String) {
     ("ended".to_owned(), json!({"status": status}).to_string())
 }
 
-/// Why an item failed whose worker died in its last attempt.
+/// Returns the error of an item whose worker died in its last attempt.
 pub(super) fn worker_died() -> Error {
     Error::new(
         ErrorKind::LeaseLost,
-        "its worker died, or lost its lease, with this item alone in hand, in the last attempt that the \
-         item had; `retry_failed` gives it new ones",
+        "the worker died or lost its lease while it held only this item, in the last attempt of the item; \
+         `retry_failed` gives it new attempts",
     )
 }
 
-/// A claim under a lease that is gone.
+/// Returns the error of a claim under a lease that is gone.
 pub(super) fn lease_lost(lease: super::LeaseId) -> Error {
     let message = format!("lease {lease} is gone or has expired: stop, and register again");
     Error::new(ErrorKind::LeaseLost, message)
 }
 
-/// Milliseconds since 1970.
+/// Converts a time to milliseconds since 1970.
 pub(super) fn millis(at: SystemTime) -> i64 {
     let since = at.duration_since(UNIX_EPOCH).unwrap_or_default();
     duration_millis(since)
 }
 
-/// `duration` in whole milliseconds, rounded up: a delay is never shorter than asked for.
+/// Converts a duration to milliseconds, rounded up so that a delay is never shorter than requested.
 pub(super) fn duration_millis(duration: Duration) -> i64 {
     let millis = duration.as_nanos().div_ceil(1_000_000);
-    // A thousand years is for ever, and cannot overflow when added to the present.
+    // At most a thousand years, which does not overflow when added to the present.
     millis.min(31_556_952_000_000) as i64
 }
 
-/// The time that is so many milliseconds after 1970.
+/// Converts milliseconds since 1970 to a time.
 pub(super) fn at_millis(millis: i64) -> SystemTime {
     UNIX_EPOCH + Duration::from_millis(millis.max(0) as u64)
 }
 
-/// Adds `item` to the changes of `run`, which are few: in the order of the runs' numbers.
+/// The changes of all runs in one transaction, in the order of the runs' numbers.
 pub(super) type RunChanges = std::collections::BTreeMap<RunId, RunChange>;

@@ -1,4 +1,4 @@
-//! [`WorkerBuilder`].
+//! [`WorkerBuilder`]: the options of a worker.
 
 use std::fmt;
 use std::sync::{Arc, Mutex};
@@ -19,7 +19,7 @@ use crate::store::journal::Journal;
 
 pub(super) type QueueOfTenant = Box<dyn Fn(&str) -> (Priority, Option<Tenant>) + Send + Sync>;
 
-/// How a worker works.
+/// The options of a worker.
 pub(super) struct Options {
     pub(super) name: String,
     pub(super) in_flight: usize,
@@ -31,7 +31,7 @@ pub(super) struct Options {
     pub(super) queue_of: QueueOfTenant,
 }
 
-/// Builds a [`Worker`].
+/// A builder for [`Worker`].
 #[must_use = "a builder does nothing until `build`"]
 pub struct WorkerBuilder {
     queue: Arc<dyn Queue>,
@@ -63,10 +63,10 @@ impl WorkerBuilder {
         }
     }
 
-    /// Works on the runs that were submitted as `name`.
+    /// Registers the pipeline for runs that were submitted as `name`.
     ///
     /// # Panics
-    /// If that name is taken.
+    /// If the name is taken.
     #[track_caller]
     pub fn register<P>(mut self, name: impl Into<Arc<str>>, pipeline: P) -> Self
     where
@@ -82,17 +82,17 @@ impl WorkerBuilder {
         self
     }
 
-    /// What people know it by in the store; `worker-` and the process id unless set. It need not be unique.
+    /// Sets the name of the worker for people; `worker-` and the process id unless set. It need not be unique.
     pub fn name(mut self, name: impl Into<String>) -> Self {
         self.options.name = name.into();
         self
     }
 
-    /// How many items it works on at a time; 64 unless set: enough that the lane is what limits most
-    /// accounts. They are what a crash can interrupt.
+    /// Sets the number of items that run concurrently; 64 unless set, enough for the lane to be the limit with most
+    /// accounts. A crash interrupts at most as many items.
     ///
     /// # Panics
-    /// If it is 0.
+    /// If `items` is 0.
     #[track_caller]
     pub fn in_flight(mut self, items: usize) -> Self {
         assert!(
@@ -103,46 +103,46 @@ impl WorkerBuilder {
         self
     }
 
-    /// How long others leave its items alone when nothing is heard of it; 30 s unless set. It is heard
-    /// of three times as often. At least 100 ms: with less, a busy machine would lose it again and again.
+    /// Sets how long after the last heartbeat other workers leave the items of this one alone; 30 s unless set, and at least
+    /// 100 ms, because a busy machine would lose shorter leases. Heartbeats are three times as frequent.
     ///
-    /// A worker takes items that other workers have died with when it has lived for one lease, and gives them their last
-    /// attempt when it has lived for 16; one that is [driven](Worker::drive) for a shorter time, in the second half of that time.
+    /// A worker takes suspects, items whose workers have died, after it has lived for one lease, and makes their last attempt
+    /// after 16. A worker that is [driven](Worker::drive) for a shorter time does so in the second half of that time.
     pub fn lease(mut self, lease: Duration) -> Self {
         self.options.lease = lease.clamp(Duration::from_millis(100), FOREVER);
         self
     }
 
-    /// How often it looks for work when there was none; 500 ms unless set, and at least 1 ms.
+    /// Sets how often an idle worker looks for items; 500 ms unless set, and at least 1 ms.
     pub fn poll_every(mut self, poll: Duration) -> Self {
         self.options.poll = poll.clamp(Duration::from_millis(1), FOREVER);
         self
     }
 
-    /// How long calls in flight may take to finish when it stops, before they are dropped; 30 s unless set.
-    /// Of a budget ([`Worker::drive`]) it takes a quarter at most.
+    /// Sets how long calls in flight may take to finish after the worker was stopped, before they are dropped; 30 s unless
+    /// set. It is at most a quarter of a budget ([`Worker::drive`]).
     pub fn drain_for(mut self, drain: Duration) -> Self {
         self.options.drain = drain.min(FOREVER);
         self
     }
 
-    /// Whether each call is written down before it is sent, so that after a crash
-    /// [`Runner::ambiguous`](crate::Runner::ambiguous) knows which may have been paid for in vain; on unless
-    /// set. It costs a call a wait for the store, a few milliseconds that it shares with all others of
-    /// that moment.
+    /// Sets whether each call is written down before it is sent, so that after a crash
+    /// [`Runner::ambiguous`](crate::Runner::ambiguous) lists the calls that may have been paid for in vain; on unless set.
+    /// Each call then waits for the store, a few milliseconds that concurrent calls share.
     pub fn intents(mut self, intents: bool) -> Self {
         self.options.intents = intents;
         self
     }
 
-    /// What to do with an item whose last worker died, or was stopped, with a call in flight; [`AmbiguousPolicy::Retry`] unless set.
+    /// Sets the policy for items whose last worker died, or was stopped, with a call in flight; [`AmbiguousPolicy::Retry`]
+    /// unless set.
     pub fn on_ambiguous(mut self, policy: AmbiguousPolicy) -> Self {
         self.options.ambiguous = policy;
         self
     }
 
-    /// In which line of the lane the calls of a tenant wait, by its name. Unless set, each tenant has a line
-    /// of its own, of weight 1 and [`Priority::Normal`].
+    /// Sets the priority and the queue of the lane in which the calls of a tenant wait, by the name of the tenant. Unless set,
+    /// each tenant has a queue of its own, of weight 1 and [`Priority::Normal`].
     ///
     /// ```
     /// use throughline::store::Memory;
@@ -166,7 +166,7 @@ impl WorkerBuilder {
         self
     }
 
-    /// The worker.
+    /// Builds the worker.
     pub fn build(self) -> Worker {
         let observers = self.cx.shared_observers();
         let journal = Journal::observed(Arc::clone(&self.queue) as _, observers);

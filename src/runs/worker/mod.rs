@@ -1,9 +1,11 @@
-//! [`Worker`]: claims the items of durable runs, works on them and commits what came of it.
+//! [`Worker`]: claims the items of durable runs, runs their pipelines and commits the results.
 
 mod builder;
+mod lease;
 mod registry;
 mod run_item;
 mod session;
+mod shutdown;
 mod suspects;
 
 use std::collections::{HashMap, HashSet};
@@ -24,26 +26,26 @@ use crate::call::memo::Memo;
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::runs::Spec;
+use crate::store::backoff::Backoff;
 use crate::store::journal::JournalStats;
 use crate::store::{Queue, RunFilter, RunId, Status, StoreExt as _};
 
-/// Works on durable runs: claims items, runs their pipelines, commits what came of them. Any number of
-/// workers share a store, in one process or in many.
+/// A worker on durable runs: it claims items, runs their pipelines and commits the results. Any number of workers share a
+/// store, in one process or in many.
 ///
-/// - **Nothing that was committed is paid for again.** Replies are kept as they come and looked for before a call
-///   is sent; what a crash can cost twice is the calls in flight then, and the last milliseconds of replies.
-/// - **Each item ends once.** Only the worker that holds an item can commit it. One that was thought dead
-///   and comes back is refused; the replies that it paid for are kept all the same.
-/// - **A worker that dies leaves nothing behind**: its lease runs out and the others take its items.
-/// - **Results are written in batches**, behind the work.
+/// - **No committed reply is paid for again.** Replies are stored as they come and looked up before each call. A crash can
+///   cost only the calls that were in flight, and the replies of the last milliseconds.
+/// - **Each item ends once.** Only the worker that holds an item can commit it. A worker that was thought dead
+///   and comes back is refused, but the replies that it paid for are kept.
+/// - **The items of a dead worker go to others** when its lease expires.
+/// - **Results are written in batches**, in the background.
+/// - **An item that ends its process harms no other.** The items of a dead worker are retried a few at a time and then one
+///   at a time, by workers that have lived for a while. The death of a worker counts as an attempt of an item only if the
+///   worker held no other.
 ///
-/// - **An item that ends its process harms no other.** Items that a dead worker held are tried again a few at a
-///   time and then one at a time, by workers that have lived for a while. Only a death with this item
-///   alone in hand counts as an attempt of it.
-///
-/// An item that fails or panics has failed: the guard has retried its calls already. It keeps its error, and
-/// [`Runner::retry_failed`](crate::Runner::retry_failed) gives it another chance. When the account is refused (credentials, quota), the worker stops, gives its items back
-/// and says why.
+/// An item whose pipeline returns an error or panics has failed, because its calls have been retried already. It keeps its
+/// error, and [`Runner::retry_failed`](crate::Runner::retry_failed) makes it pending again. If the account is refused
+/// (credentials, quota), the worker releases its items, stops and returns the error.
 ///
 /// ```
 /// use std::sync::Arc;
@@ -65,7 +67,7 @@ use crate::store::{Queue, RunFilter, RunId, Status, StoreExt as _};
 ///         .build();
 ///     let worker = Worker::builder(store, cx).register("summary", summary).build();
 ///
-///     // Where a call is cut off after five minutes, as in a serverless function.
+///     // In a serverless function that is cut off after five minutes.
 ///     let mut calls = 1;
 ///     while worker.drive(Duration::from_secs(300)).await? == DriveOutcome::Continue {
 ///         calls += 1;
@@ -80,50 +82,50 @@ use crate::store::{Queue, RunFilter, RunId, Status, StoreExt as _};
 #[derive(Clone)]
 pub struct Worker(Arc<Inner>);
 
-/// How a [`drive`](Worker::drive) ended.
+/// The outcome of [`drive`](Worker::drive).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[must_use = "there may be more to do"]
+#[non_exhaustive]
 pub enum DriveOutcome {
-    /// There was nothing left that this worker could claim, now or when it has lived for longer. Others may still be
-    /// at work.
+    /// There was nothing left that this worker could claim, now or when it has lived for longer. Other workers may still
+    /// hold items.
     Done,
-    /// The budget is used up and there may be more: drive again.
+    /// The budget is used up and there may be more to do: drive again.
     Continue,
 }
 
-/// What to do with an item whose last worker died, or was stopped, with a call in flight: nobody knows whether
-/// the call was paid for.
+/// The policy for an item whose last worker died, or was stopped, with a call in flight that may or may not have been paid
+/// for.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum AmbiguousPolicy {
-    /// Sends it again. It may be paid for twice, and is listed.
+    /// Sends the call again. It may be paid for twice, and is listed.
     #[default]
     Retry,
-    /// Fails the item. [`Runner::retry_failed`](crate::Runner::retry_failed) sends it again, and takes its calls
-    /// off the list of ambiguous ones.
-    /// Needs [intents](WorkerBuilder::intents) of the worker that died.
+    /// Fails the item. [`Runner::retry_failed`](crate::Runner::retry_failed) sends the call again and removes it from the
+    /// list of ambiguous calls. The worker that died must have written [intents](WorkerBuilder::intents).
     Fail,
 }
 
-/// What a worker has done so far ([`Worker::stats`]).
+/// The counters of a worker ([`Worker::stats`]).
 #[derive(Debug, Clone, Default)]
 #[non_exhaustive]
 pub struct WorkerStats {
-    /// Items that it claimed, again after each release.
+    /// Claimed items. An item counts again after each release.
     pub claimed: u64,
-    /// Items that ended with an output. Whether that could be committed says [`journal`](Self::journal).
+    /// Items that ended with an output. [`journal`](Self::journal) counts the committed ones.
     pub completed: u64,
     /// Items that ended with an error.
     pub failed: u64,
-    /// Items that it gave back, or lost, before they had an end.
+    /// Items that were released or lost before they ended.
     pub unfinished: u64,
-    /// Leases that it lost: others had its items before it was heard of again.
+    /// Lost leases: other workers took the items before a heartbeat arrived.
     pub leases_lost: u64,
     /// Replies that were paid for.
     pub replies_paid: u64,
-    /// Replies that the store had.
+    /// Replies that came from the store.
     pub replies_replayed: u64,
-    /// What became of the writes.
+    /// The counters of the journal that writes the results.
     pub journal: JournalStats,
 }
 
@@ -133,25 +135,25 @@ struct Inner {
     registry: Registry,
     options: Options,
     memo: Arc<Memo>,
-    /// When it was built. A worker that has lived for a while is not in a crash loop.
+    /// The time of its creation. A worker that has lived for a while is not in a crash loop.
     created_at: Instant,
-    /// Names of pipelines that it does not have and has warned of.
+    /// Unknown pipelines of which the worker has warned.
     unknown: Mutex<HashSet<String>>,
-    /// What there is to know of runs whose items were claimed.
+    /// A cache of the runs whose items were claimed.
     runs: Mutex<HashMap<RunId, Arc<RunInfo>>>,
     counters: Counters,
 }
 
-/// What a worker has to know of a run.
+/// The data of a run that its items need.
 struct RunInfo {
     name: String,
     spec: Spec,
-    /// When its time is up.
+    /// The deadline of the run.
     deadline: Option<Instant>,
 }
 
 impl RunInfo {
-    /// Whether its time is up.
+    /// Returns whether the deadline has passed.
     fn is_late(&self) -> bool {
         self.deadline.is_some_and(|end| end <= Instant::now())
     }
@@ -168,12 +170,17 @@ struct Counters {
     replayed: AtomicU64,
 }
 
-/// The longest time that anything here lasts: thirty years. Longer ones would overflow a clock.
+/// The upper bound of all durations, thirty years, because longer ones could overflow a clock.
 const FOREVER: Duration = Duration::from_secs(30 * 365 * 24 * 3600);
 
-/// `at` and `duration` together, or a time that nobody lives to see.
+/// Returns `at` plus `duration`, which is at most [`FOREVER`].
 fn later(at: Instant, duration: Duration) -> Instant {
     at + duration.min(FOREVER)
+}
+
+/// The waits for a store that is away.
+fn backoff() -> Backoff {
+    Backoff::new(Duration::from_millis(100), Duration::from_secs(5))
 }
 
 fn count(counter: &AtomicU64, by: u64) {
@@ -181,22 +188,22 @@ fn count(counter: &AtomicU64, by: u64) {
 }
 
 impl Worker {
-    /// A worker on `store` whose pipelines run below `cx`: with its provider, lane, retries, observers, deadline and cancellation.
-    /// Replies are remembered in `store`, whatever store the context has.
+    /// Returns a builder for a worker on `store` whose pipelines run below `cx`, with its provider, lane, retries, observers,
+    /// deadline and cancellation. Replies are kept in `store`, whatever store the context has.
     pub fn builder(store: impl Queue, cx: Context) -> WorkerBuilder {
         WorkerBuilder::new(Arc::new(store), cx)
     }
 
-    /// Works until `shutdown` is ready or the context is cancelled or drained; then stops claiming, lets the calls
-    /// in flight finish, gives back what is not done and returns when all is written.
+    /// Works until `shutdown` is ready or the context is cancelled or drained. Then it stops claiming, lets the calls in
+    /// flight finish, releases unfinished items and returns when all results are written.
     ///
     /// # Errors
-    /// Why no call can succeed any more (credentials, quota), and the store's error if it cannot be reached
-    /// at the start or at the end. What fails in between is tried again.
+    /// The error of a refused account (credentials, quota), and that of a store that cannot be reached at the start or at
+    /// the end. Failures in between are retried.
     ///
     /// # Cancel safety
-    /// Dropping it is a crash with a soft landing: calls in flight are dropped and may be billed, replies that
-    /// came are written, and others take its items when its lease has run out.
+    /// Dropping the future is a crash in which received replies are still written: calls in flight are dropped and may be
+    /// billed, and other workers take the items when the lease has expired.
     ///
     /// ```
     /// # use throughline::{Context, Worker, testing::Scripted, store::Memory};
@@ -215,24 +222,24 @@ impl Worker {
         self.work(shutdown, stop_at).await.map(drop)
     }
 
-    /// Works until there is nothing left to claim or the budget is used up: it stops claiming early enough that
-    /// calls in flight can finish ([`drain_for`](WorkerBuilder::drain_for)), gives back what is not done without charging an attempt,
-    /// and returns when all is written. Called again, it goes on where it was: what was paid for is replayed.
+    /// Works until there is nothing left to claim or the budget is used up. It stops claiming early enough for calls in
+    /// flight to finish ([`drain_for`](WorkerBuilder::drain_for)), releases unfinished items without charging an attempt, and
+    /// returns when all results are written. Another call continues the work and replays paid replies.
     ///
-    /// It is late only where the store is slower than a fifth of the drain, or away: what is paid for is waited for, ten
-    /// seconds at most.
+    /// It exceeds the budget only if the store is away or slower than a fifth of the drain, by at most ten seconds in
+    /// which it waits for paid results to be written.
     ///
     /// # Errors
-    /// As [`run_until`](Self::run_until).
+    /// Those of [`run_until`](Self::run_until).
     ///
     /// # Cancel safety
-    /// As [`run_until`](Self::run_until).
+    /// That of [`run_until`](Self::run_until).
     pub async fn drive(&self, budget: Duration) -> Result<DriveOutcome> {
         let stop_at = self.within(budget, true);
         self.work(future::pending(), stop_at).await
     }
 
-    /// StopCondition a budget is used up. One that is longer than a clock can show never is.
+    /// Returns the condition for a budget. A budget that overflows the clock never ends.
     fn within(&self, budget: Duration, idle: bool) -> StopCondition {
         StopCondition {
             end: Instant::now().checked_add(budget),
@@ -241,18 +248,19 @@ impl Worker {
         }
     }
 
-    /// As [`drive`](Self::drive), but until one run is over: also where others hold the last of its items, who may
-    /// die with them. The next phase of some work can start from its results then.
+    /// Works like [`drive`](Self::drive), but until one run has ended, also if other workers hold the last of its items. The
+    /// next phase of the work can then start from its results.
     ///
-    /// Meanwhile it works on whatever it can claim, and when the run is over it lets what is in flight
-    /// finish ([`drain_for`](WorkerBuilder::drain_for)) and gives the rest back. With [`DriveOutcome::Continue`] the run is not over, because the
-    /// budget is used up or the context was drained or cancelled. A run that is not there is over.
+    /// Meanwhile it works on all items that it can claim. When the run has ended, it lets calls in flight finish
+    /// ([`drain_for`](WorkerBuilder::drain_for)) and releases the rest. [`DriveOutcome::Continue`] means that the run
+    /// has not ended, because the budget is used up or the context was drained or cancelled. A run that does not exist
+    /// has ended.
     ///
     /// # Errors
-    /// As [`run_until`](Self::run_until). A store that is away for a while is waited for, until the budget is used up.
+    /// Those of [`run_until`](Self::run_until). It waits for a store that is away until the budget is used up.
     ///
     /// # Cancel safety
-    /// As [`run_until`](Self::run_until).
+    /// That of [`run_until`](Self::run_until).
     ///
     /// ```
     /// # use std::{sync::Arc, time::Duration};
@@ -279,23 +287,23 @@ impl Worker {
         let over = async {
             loop {
                 sleep(self.0.options.poll.min(LOST_ITEMS_INTERVAL)).await;
-                // A store that does not answer is asked again, and an error that stays is met elsewhere.
+                // A store that does not answer is asked again. A permanent error is reported below.
                 if let Ok(true) = self.is_over(run, stop_at.end).await {
                     return;
                 }
             }
         };
         let _ = self.work(over, stop_at).await?;
-        // The last item may have ended in the drain; and where the context was drained, the run is not over.
+        // The last item may have ended in the drain, and a drained context leaves the run open.
         Ok(match self.is_over(run, stop_at.end).await? {
             true => DriveOutcome::Done,
             false => DriveOutcome::Continue,
         })
     }
 
-    /// Whether a run is over, or not there. A store that is away is asked again until `end`.
+    /// Returns whether a run has ended or does not exist. A store that is away is asked again until `end`.
     async fn is_over(&self, run: RunId, end: Option<Instant>) -> Result<bool> {
-        let mut delay = Duration::from_millis(100);
+        let mut backoff = backoff();
         loop {
             match self.0.queue.run(run).await {
                 Ok(found) => return Ok(found.is_none_or(|run| run.status.is_over())),
@@ -306,13 +314,12 @@ impl Worker {
                 }
                 Err(error) => return Err(error),
             }
-            let at = later(Instant::now(), delay);
+            let at = Instant::now() + backoff.next();
             sleep_until(end.map_or(at, |end| at.min(end))).await;
-            delay = (delay * 2).min(Duration::from_secs(5));
         }
     }
 
-    /// What it has done so far.
+    /// Returns the counters so far.
     pub fn stats(&self) -> WorkerStats {
         let counters = &self.0.counters;
         let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
@@ -347,7 +354,7 @@ impl Worker {
 }
 
 impl Inner {
-    /// One session after the other: a lost lease is followed by a new one.
+    /// Runs one session after another, with a new lease after each lost one.
     async fn sessions(
         self: &Arc<Self>,
         stop: &CancellationToken,
@@ -370,19 +377,19 @@ impl Inner {
                 SessionEnd::OutOfTime => return Ok(DriveOutcome::Continue),
                 SessionEnd::LeaseLost => {
                     count(&self.counters.leases_lost, 1);
-                    tracing::warn!(%lease, worker = self.options.name, "lease lost: others have its items");
+                    tracing::warn!(%lease, worker = self.options.name, "lease lost: other workers have its items");
                 }
             }
         }
     }
 
-    /// A lease; `None` if it is time to stop before there is one.
+    /// Registers a lease. Returns `None` if it is time to stop before there is one.
     async fn register(
         &self,
         stop: &CancellationToken,
         end: Option<Instant>,
     ) -> Result<Option<crate::store::LeaseId>> {
-        let mut delay = Duration::from_millis(100);
+        let mut backoff = backoff();
         for attempt in 1.. {
             if stop.is_cancelled()
                 || self.cx.is_draining()
@@ -404,19 +411,17 @@ impl Inner {
             tracing::warn!(%error, "the worker waits for the store");
             tokio::select! {
                 () = stop.cancelled() => {}
-                () = sleep(delay) => {}
+                () = sleep(backoff.next()) => {}
             }
-            delay = (delay * 2).min(Duration::from_secs(5));
         }
         Ok(None)
     }
 
-    /// Says of the newest runs that wait for a pipeline which is not registered here, once for each name: it may be
-    /// misspelt.
+    /// Warns of the newest runs whose pipeline is not registered here, once for each name, which may be misspelt.
     async fn warn_of_unknown_pipelines(&self, names: &[String]) {
         const NEWEST: u32 = 50;
         let filter = RunFilter::new().status(Status::Pending);
-        // It is asked again before long.
+        // The next look asks again.
         let Ok(runs) = self.queue.runs(filter, NEWEST).await else {
             return;
         };
@@ -432,9 +437,9 @@ impl Inner {
         }
     }
 
-    /// What there is to know of a run; `None` if it is gone.
+    /// Returns the data of a run, or `None` if the run does not exist.
     async fn run_info(&self, run: RunId) -> Result<Option<Arc<RunInfo>>> {
-        /// Runs are few beside their items; what is orphans is read again.
+        /// The capacity of the cache. Runs are few compared to their items.
         const KNOWN: usize = 1024;
         let known = || self.runs.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(info) = known().get(&run) {
@@ -443,7 +448,7 @@ impl Inner {
         let Some(found) = self.queue.run(run).await? else {
             return Ok(None);
         };
-        // A spec of somebody else's making says nothing to us.
+        // A spec that another engine wrote has no meaning here.
         let spec: Spec = serde_json::from_str(&found.spec).unwrap_or_default();
         let deadline = spec
             .left()

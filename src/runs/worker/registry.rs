@@ -1,4 +1,4 @@
-//! [`Registry`]: pipelines by name, their types hidden. The one place where inputs and outputs are JSON.
+//! [`Registry`]: pipelines by name, with their types erased. Only here inputs and outputs are JSON.
 
 use std::collections::HashMap;
 use std::panic::AssertUnwindSafe;
@@ -15,7 +15,7 @@ use crate::pipeline::Pipeline;
 
 /// A pipeline from text to text.
 pub(super) trait Work: Send + Sync {
-    /// Runs it; a panic is an error.
+    /// Runs the pipeline. A panic becomes an error.
     fn run<'a>(&'a self, cx: &'a Context, input: &'a str) -> BoxFuture<'a, Result<String>>;
 }
 
@@ -30,7 +30,8 @@ where
     fn run<'a>(&'a self, cx: &'a Context, input: &'a str) -> BoxFuture<'a, Result<String>> {
         let run = async move {
             let input = serde_json::from_str(input).map_err(|error| {
-                let message = format!("the input is not one of this pipeline: {error}");
+                let message =
+                    format!("the input does not have the type of this pipeline's inputs: {error}");
                 Error::new(ErrorKind::Config, message)
             })?;
             let output = self.0.run(cx, input).await?;

@@ -1,4 +1,4 @@
-//! One item: from a claim to its end.
+//! The run of one item, from its claim to its end.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -11,52 +11,51 @@ use crate::context::Context;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::{Commit, Hold, IntentFilter, Item, ItemId, Settlement};
 
-/// How long an item rests that the store did not answer.
+/// The delay of an item that is released because the store did not answer.
 const STORE_RETRY_DELAY: Duration = Duration::from_secs(5);
 
-/// What its intents are numbered by. Not the attempt: that is given back with an item, and an intent of before
-/// would end with one of after.
+/// Returns the number of the item's intents: its epoch. The attempt does not serve, because a release takes it back, and
+/// then ending a new intent would end an old one too.
 fn number(item: &Item) -> u32 {
     u32::try_from(item.epoch).unwrap_or(u32::MAX)
 }
 
-/// Why an item is not done again whose last worker died, or stopped, with a call in flight.
+/// Returns the error of an item that is not repeated because its last worker died, or stopped, with a call in flight.
 pub(super) fn sent_before() -> Error {
-    let message = "its worker died, or stopped, with a call in flight, which may have been paid for; \
-                   the policy is not to send it again, and `retry_failed` does";
+    let message = "the worker died, or stopped, with a call in flight, which may have been paid for; \
+                   the policy is not to send the call again, and `retry_failed` sends it";
     Error::new(ErrorKind::LeaseLost, message).with_billed(None)
 }
 
-/// How an item ends that was not begun before its run's time was up. It is not tried: a pipeline with a
-/// fallback for calls that fail would end well.
+/// Returns the error of an item that was not started before the deadline of its run. Its pipeline is not run, because a
+/// fallback for failing calls would give it an output.
 pub(super) fn too_late() -> Error {
-    let message = "the deadline of its run passed before it was begun";
+    let message = "the deadline of the run passed before the item was started";
     Error::new(ErrorKind::DeadlineExceeded, message).with_billed(Some(false))
 }
 
-/// How an item ends whose pipeline gave an output although the deadline had ended one of its batches early.
+/// Returns the error of an item with an output although the deadline ended one of its batches early.
 fn cut_by_deadline() -> Error {
     let message = "the deadline passed while a batch of the item was reading its inputs";
     Error::new(ErrorKind::DeadlineExceeded, message)
 }
 
-/// What an item came to for who claimed it.
+/// The end of an item's task.
 pub(super) enum ItemEnd {
-    /// It has its outcome, which is on its way into the store.
+    /// The item has its outcome, which the journal writes.
     Settled,
-    /// It has none, and others may have it after a while.
+    /// The item has no outcome and is released with this delay.
     Release(Hold, Duration),
-    /// A part of it was refused or cut short, so what came of it may be a fallback: not even
-    /// an output is to be trusted.
+    /// A part of the work was refused or cut short. The result may be a fallback, so not even an output is trusted.
     Interrupted(Hold, Result<String>),
-    /// Nobody's calls can succeed any more: it goes back, and the worker stops.
+    /// The account was refused, so no call can succeed. The item is released and the worker stops.
     AccountFailed(Hold, Error),
 }
 
-/// An item that can be run.
+/// An item with everything that its run needs.
 pub(super) struct ReadyItem {
     pub(super) item: Item,
-    /// Above the contexts of its runs: cancelled with the item.
+    /// The parent of the contexts of its runs, cancelled with the item.
     pub(super) cx: Context,
     run: Arc<RunInfo>,
     name: Arc<str>,
@@ -65,7 +64,7 @@ pub(super) struct ReadyItem {
 }
 
 impl Inner {
-    /// The item with its pipeline and its context; `None` if there is no such pipeline here.
+    /// Returns the item with its pipeline and context, or `None` if the pipeline is not registered.
     pub(super) fn ready(
         &self,
         parent: &Context,
@@ -95,8 +94,8 @@ impl Inner {
         })
     }
 
-    /// Runs it to its end. An item that fails on a reply which was kept is run again and asks for another one: as it
-    /// is, it could never succeed. Once it has failed on a reply that is new, it has failed.
+    /// Runs an item to its end. An item that fails on a stored reply is run again and asks for a new reply, because with the
+    /// stored one it could never succeed. An item that fails on a new reply has failed.
     pub(super) async fn run_item(&self, mut ready: ReadyItem) -> ItemEnd {
         loop {
             let (cx, result) = self.run_once(&ready).await;
@@ -104,7 +103,7 @@ impl Inner {
             if cx.bounds().was_cut() {
                 return ItemEnd::Interrupted(hold, result);
             }
-            // An output made of the inputs that a batch had taken when the time was up is not the item's.
+            // An output of a batch that the deadline cut short is not the output of the item.
             let result = result.and_then(|output| match cx.bounds().was_late() {
                 true => Err(cut_by_deadline()),
                 false => Ok(output),
@@ -114,7 +113,7 @@ impl Inner {
                 .err()
                 .and_then(|error| ready.place.retake(error));
             if let Some(place) = again {
-                tracing::debug!(item = %hold.item, "it failed on a reply that was kept, and asks for another");
+                tracing::debug!(item = %hold.item, "the item failed on a stored reply and asks for a new one");
                 ready.place = Arc::new(place);
                 continue;
             }
@@ -155,14 +154,13 @@ impl Inner {
         (cx, result)
     }
 
-    /// Those of the items whose earlier attempts sent calls of which nobody knows the end, where
-    /// such an item is not to be done again.
+    /// Returns the items whose earlier attempts sent calls of unknown outcome, if the policy is not to repeat such items.
     pub(super) async fn ambiguous(&self, items: &[Item]) -> Result<HashSet<ItemId>> {
         let mut ambiguous = HashSet::new();
         if self.options.ambiguous == AmbiguousPolicy::Retry {
             return Ok(ambiguous);
         }
-        // Of all of them: a worker that stopped with a call in flight has given its item back without charge.
+        // Also for first attempts: a worker that stops with a call in flight releases its item without charge.
         let known: HashMap<_, _> = items.iter().map(|item| (item.id, item)).collect();
         let filter = IntentFilter::items(known.keys().copied());
         for intent in self.queue.intents(filter, u32::MAX).await? {
@@ -170,7 +168,7 @@ impl Inner {
             let Some(item) = known.get(&intent.item).filter(earlier) else {
                 continue;
             };
-            // Its reply may have been kept by a worker that was only thought dead.
+            // A worker that was only thought dead may have stored the reply.
             let kept = self.queue.generations(&item.tenant, &[intent.key]).await?;
             if kept.is_empty() {
                 ambiguous.insert(intent.item);

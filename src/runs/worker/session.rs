@@ -1,4 +1,4 @@
-//! [`Session`]: what a worker does under one lease.
+//! [`Session`]: the work of a worker under one lease. It claims items, starts them and collects their outcomes.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use futures::{FutureExt as _, StreamExt as _, stream};
 use tokio::task::{JoinError, JoinSet};
-use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until, timeout, timeout_at};
+use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::run_item::{ItemEnd, ReadyItem, sent_before, too_late};
@@ -14,43 +14,38 @@ use super::suspects::SuspectPolicy;
 use super::{Inner, count, later};
 use crate::context::Context;
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::{
-    Claim, Handling, Hold, Item, ItemId, LeaseId, Queue as _, QueueExt as _, RunId,
-};
+use crate::store::{Claim, Handling, Hold, Item, ItemId, LeaseId, RunId};
 
-/// As many are claimed at a time at most.
+/// The most items in one claim.
 const MAX_CLAIM: usize = 512;
-/// As many runs are read at a time: no more than a pool has connections for.
+/// The most runs that are read concurrently: a pool has no more connections.
 const MAX_RUN_READS: usize = 16;
-/// Between two claims that only fill a few places.
+/// The shortest time between two claims that can start only a few items.
 const MIN_CLAIM_INTERVAL: Duration = Duration::from_millis(20);
-/// How often a worker asks whether somebody took its items away, and whether the run that it is driven for is over.
+/// How often a worker looks for items that it has lost, and whether the run that it is driven for has ended.
 pub(super) const LOST_ITEMS_INTERVAL: Duration = Duration::from_secs(1);
-/// How much later than its time a worker may stop for a store that is slow or away: what is not written is
-/// lost with the process.
-const STORE_GRACE: Duration = Duration::from_secs(10);
-/// How often a worker without work looks for runs of pipelines that it does not have, to warn of them.
+/// How often an idle worker looks for runs of pipelines that it does not have, to warn of them.
 const UNKNOWN_PIPELINE_INTERVAL: Duration = Duration::from_secs(30);
 
-/// When to stop.
+/// The conditions under which a session stops.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct StopCondition {
-    /// When everything must be over.
+    /// The time when everything must have ended.
     pub(super) end: Option<Instant>,
-    /// Whether to stop where there is nothing to do.
+    /// Whether to stop when there is nothing to do.
     pub(super) idle: bool,
-    /// How long calls in flight may finish.
+    /// How long calls in flight may take to finish.
     pub(super) drain: Duration,
 }
 
 impl StopCondition {
-    /// When nothing more is claimed.
+    /// Returns the time from which on nothing is claimed.
     fn last_claim(&self) -> Option<Instant> {
         self.end.map(|end| end - self.drain)
     }
 }
 
-/// Why a session ended.
+/// The reason why a session ended.
 #[derive(Debug)]
 pub(super) enum SessionEnd {
     Idle,
@@ -60,43 +55,44 @@ pub(super) enum SessionEnd {
 }
 
 pub(super) struct Session {
-    worker: Arc<Inner>,
-    lease: LeaseId,
-    /// Above the contexts of all items: drained and cancelled with the session.
-    cx: Context,
-    /// The items that are being worked on.
+    pub(super) worker: Arc<Inner>,
+    pub(super) lease: LeaseId,
+    /// The parent of the contexts of all items, drained and cancelled with the session.
+    pub(super) cx: Context,
+    /// The items whose tasks run.
     running: Mutex<HashMap<ItemId, Running>>,
 }
 
-struct Running {
-    hold: Hold,
+pub(super) struct Running {
+    pub(super) hold: Hold,
     handling: Handling,
-    cx: Context,
-    lost: bool,
+    pub(super) cx: Context,
+    pub(super) lost: bool,
 }
 
-/// The items under way, also those of leases that were lost: their calls are paid for already, so they
-/// go on to their end, and their replies are kept.
+/// The tasks of items, including those of leases that were lost: their calls are paid for already, so they run to their
+/// end and their replies are kept.
 #[derive(Default)]
 pub(super) struct InFlight {
-    tasks: JoinSet<FinishedTask>,
-    /// Items to give back, each with the time that others leave it alone. They stay here until the store has them.
+    pub(super) tasks: JoinSet<FinishedTask>,
+    /// Items to release, each with its delay. They stay here until the store has released them.
     release: Vec<(Hold, Duration)>,
+    /// The error of a refused account, which stops the worker.
     account_error: Option<Error>,
 }
 
-/// What a worker looks for in the store.
+/// A kind of look into the store.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Lookup {
     /// Items that the lease holds and no task works on, because the answer to a claim was lost.
     Orphans,
-    /// Items that workers have died with.
+    /// Items whose workers have died.
     Suspects,
     /// All other items.
     Normal,
 }
 
-struct FinishedTask {
+pub(super) struct FinishedTask {
     lease: LeaseId,
     item: ItemId,
     end: ItemEnd,
@@ -112,7 +108,7 @@ impl Session {
         }
     }
 
-    fn running(&self) -> MutexGuard<'_, HashMap<ItemId, Running>> {
+    pub(super) fn running(&self) -> MutexGuard<'_, HashMap<ItemId, Running>> {
         self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -146,7 +142,7 @@ impl Session {
         }
     }
 
-    /// Claims and runs until there is a reason not to.
+    /// Claims and starts items until there is a reason to end the session.
     async fn claim_and_run(
         &self,
         in_flight: &mut InFlight,
@@ -167,7 +163,7 @@ impl Session {
             last_claim,
         );
         let (mut claim_at, mut release_at, mut unknown_at) = (now, now, now);
-        // Whether an answer got lost that may have given us items.
+        // Whether the answer of a claim was lost, which may have taken items.
         let mut in_doubt = false;
         self.reap().await;
         let ended = loop {
@@ -214,7 +210,7 @@ impl Session {
             let found = tokio::select! {
                 biased;
                 found = look => found,
-                // What a dropped claim has taken goes back with the lease.
+                // The items of a dropped claim are released with the lease.
                 () = stop.cancelled() => continue,
                 () = self.cx.bounds().drained() => continue,
                 () = sleep_until(last_claim.unwrap_or(now)), if last_claim.is_some() => continue,
@@ -274,7 +270,7 @@ impl Session {
                 () = sleep_until(release_at), if !in_flight.release.is_empty() => {}
                 () = sleep_until(last_claim.unwrap_or(now)), if last_claim.is_some() => {}
             }
-            // Room for many is worth a look, unless the last one found nothing.
+            // An idle worker looks at once when its last task has ended.
             if in_flight.tasks.is_empty() && stop_at.idle && !in_doubt {
                 claim_at = Instant::now();
             }
@@ -286,7 +282,7 @@ impl Session {
         ended
     }
 
-    /// Claims items that workers have died with, as many as may be run now.
+    /// Claims suspects, as many as may be run now.
     async fn claim_suspects(
         &self,
         suspects: &mut SuspectPolicy,
@@ -300,7 +296,7 @@ impl Session {
             return Ok(items);
         }
         for (handling, limit) in wanted {
-            // An item to be run alone is enough.
+            // One item that is run alone is enough.
             let alone = |item: &Item| item.handling >= Handling::Alone;
             if handling >= Handling::Alone && items.iter().any(alone) {
                 break;
@@ -311,7 +307,7 @@ impl Session {
         Ok(items)
     }
 
-    /// Starts what was claimed, or puts it aside where it is to be run alone.
+    /// Starts claimed items, and sets an item aside that is to be run alone.
     async fn take(&self, in_flight: &mut InFlight, suspects: &mut SuspectPolicy, items: Vec<Item>) {
         count(&self.worker.counters.claimed, items.len() as u64);
         let mut others = Vec::with_capacity(items.len());
@@ -331,25 +327,25 @@ impl Session {
         }
     }
 
-    /// Starts an item that is to be run with nothing beside it.
+    /// Starts an item that is to be run alone.
     async fn run_alone(&self, in_flight: &mut InFlight, suspects: &mut SuspectPolicy, item: Item) {
-        // What has ended and is not written yet is still held by this lease, and then a death does not count.
-        // So it is written first; a store that is away is not waited for.
+        // The lease still holds items whose outcome is not written, and a death with several items does not count. So
+        // outcomes are written first, unless the store is away.
         let written = self.worker.memo.journal().flush();
         let _ = timeout(self.worker.options.lease / 3, written).await;
         tracing::warn!(
             item = %item.id, key = item.key, attempt = item.attempt,
-            "workers have died with this item: it is run alone"
+            "workers have died while they held this item: it is run alone"
         );
         let id = item.id;
         self.start(in_flight, suspects, vec![item]).await;
         if !self.running().contains_key(&id) {
-            // It has ended, or went back, before it began.
+            // The item ended or was released before it was started.
             suspects.end_isolation(Instant::now());
         }
     }
 
-    /// Starts items. What must not be begun ends here, and what nobody here can do goes back.
+    /// Starts items. Settles items that must not be started, and releases items that this worker cannot run.
     async fn start(
         &self,
         in_flight: &mut InFlight,
@@ -360,13 +356,13 @@ impl Session {
         let ambiguous = match self.worker.ambiguous(&items).await {
             Ok(ambiguous) => ambiguous,
             Err(error) => {
-                tracing::warn!(%error, "intents cannot be read: the items go back");
+                tracing::warn!(%error, "intents cannot be read: the items are released");
                 let back = items.iter().map(|item| (item.hold(), poll));
                 in_flight.release.extend(back);
                 return;
             }
         };
-        // Several at a time: else the last of many small runs starts a round trip for each later.
+        // Reads concurrently, because the items of many small runs would otherwise wait for a round trip per run.
         let runs: HashSet<RunId> = items.iter().map(|item| item.run).collect();
         let read = |run| async move { (run, self.worker.run_info(run).await) };
         let runs = stream::iter(runs).map(read).buffer_unordered(MAX_RUN_READS);
@@ -381,7 +377,7 @@ impl Session {
                 Some(Ok(Some(info))) => info,
                 gone => {
                     if let Some(Err(error)) = gone {
-                        tracing::warn!(%error, run = %item.run, "a run cannot be read: its item goes back");
+                        tracing::warn!(%error, run = %item.run, "a run cannot be read: its item is released");
                     }
                     in_flight.release.push((hold, poll));
                     continue;
@@ -397,7 +393,7 @@ impl Session {
                 None => {
                     tracing::error!(
                         pipeline = info.name,
-                        "the store gave an item of a pipeline that was not asked for: it goes back"
+                        "the store returned an item of a pipeline that was not asked for: it is released"
                     );
                     in_flight.release.push((hold, UNKNOWN_PIPELINE_INTERVAL));
                 }
@@ -442,16 +438,16 @@ impl Session {
         }
     }
 
-    /// Gives the handling of the item that has ended, if it is one of this lease.
-    fn end(
+    /// Handles the outcome of a task. Returns the handling of its item, if this lease holds it.
+    pub(super) fn end(
         &self,
         in_flight: &mut InFlight,
         done: Result<FinishedTask, JoinError>,
     ) -> Option<Handling> {
-        // Panics of pipelines are caught where they are run.
+        // A panic of a pipeline is an error of its item, so a task fails only when it is aborted.
         let done = done.ok()?;
         if done.lease != self.lease {
-            // Of a lease that was lost: others have it.
+            // Its lease was lost, so other workers have the item.
             if !matches!(done.end, ItemEnd::Settled) {
                 count(&self.worker.counters.unfinished, 1);
             }
@@ -464,10 +460,10 @@ impl Session {
             ItemEnd::Interrupted(hold, result) => {
                 let lost = running.is_some_and(|running| running.lost);
                 if lost || self.cx.is_draining() {
-                    // Somebody else's by now, or given back with the lease.
+                    // Another worker has the item, or it is released with the lease.
                     count(&self.worker.counters.unfinished, 1);
                 } else {
-                    // The pipeline itself has ended a part of its work.
+                    // The pipeline itself has cut its work short.
                     self.worker.settle(hold, result);
                 }
             }
@@ -484,19 +480,18 @@ impl Session {
         handling
     }
 
-    /// Gives back what is not to be kept; false if the store did not take all of it. What it did not take stays in
-    /// hand, for the next time.
-    async fn release(&self, in_flight: &mut InFlight) -> bool {
+    /// Releases items. Returns false if the store failed; the remaining items are released next time.
+    pub(super) async fn release(&self, in_flight: &mut InFlight) -> bool {
         let mut delays = HashMap::<Duration, Vec<Hold>>::new();
         for (hold, delay) in &in_flight.release {
             delays.entry(*delay).or_default().push(*hold);
         }
         for (delay, holds) in delays {
             match self.worker.queue.release(&holds, delay, false).await {
-                // Of those that it did not find somebody else has decided.
+                // Items that the store did not release have changed hands.
                 Ok(_) => in_flight.release.retain(|(_, other)| *other != delay),
                 Err(error) => {
-                    tracing::warn!(%error, items = holds.len(), "items could not be given back");
+                    tracing::warn!(%error, items = holds.len(), "items could not be released");
                     return false;
                 }
             }
@@ -518,129 +513,5 @@ impl Session {
             .release(&orphans, Duration::ZERO, false)
             .await?;
         Ok(())
-    }
-
-    /// Lets calls in flight finish, writes everything and gives the rest back.
-    async fn shut_down(&self, in_flight: &mut InFlight, stop_at: StopCondition) -> Result<()> {
-        self.cx.drain();
-        let now = Instant::now();
-        // The last fifth of the drain is for the store.
-        let finish = match stop_at.end {
-            Some(end) => end - stop_at.drain / 5,
-            None => later(now, stop_at.drain),
-        };
-        self.finish(in_flight, finish).await;
-        let written = later(stop_at.end.unwrap_or(finish).max(now), STORE_GRACE);
-        let flushed = timeout_at(written, self.flush()).await;
-        let flushed = flushed.unwrap_or_else(|_| Err(self.unwritten()));
-        self.release(in_flight).await;
-        let retired = self.worker.queue.retire(self.lease).await;
-        flushed.and(retired.map(drop))
-    }
-
-    fn unwritten(&self) -> Error {
-        let stats = self.worker.memo.journal().stats();
-        let message = format!("{} results could not be written in time", stats.waiting);
-        let error = Error::new(ErrorKind::Store, message);
-        match stats.last_error {
-            Some(last) => error.with_source(last),
-            None => error,
-        }
-    }
-
-    /// StopCondition it succeeds: the caller bounds it.
-    async fn flush(&self) -> Result<()> {
-        loop {
-            match self.worker.memo.journal().flush().await {
-                Err(error) if error.kind() != ErrorKind::Config => {
-                    tracing::warn!(%error, "the worker waits for the store before it stops");
-                }
-                done => return done,
-            }
-        }
-    }
-
-    /// Waits for all items, and drops their calls when it is time.
-    async fn finish(&self, in_flight: &mut InFlight, at: Instant) {
-        let all = async |in_flight: &mut InFlight| {
-            while let Some(done) = in_flight.tasks.join_next().await {
-                self.end(in_flight, done);
-            }
-        };
-        if timeout_at(at, all(in_flight)).await.is_err() {
-            self.cx.cancel();
-            // Who does not listen is not waited for.
-            let _ = timeout_at(later(at, Duration::from_secs(1)), all(in_flight)).await;
-            in_flight.tasks.abort_all();
-            all(in_flight).await;
-        }
-    }
-
-    /// Keeps the lease, and aborts the items that were taken away. Returns when the lease is lost.
-    async fn keep_lease(&self) {
-        let worker = &self.worker;
-        let tick = |every| {
-            let mut interval = interval(every);
-            interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
-            interval
-        };
-        let mut beat = tick((worker.options.lease / 3).max(Duration::from_millis(1)));
-        let mut look = tick(LOST_ITEMS_INTERVAL.min(worker.options.lease));
-        loop {
-            tokio::select! {
-                biased;
-                _ = beat.tick() => {
-                    match worker.queue.heartbeat(self.lease, worker.options.lease).await {
-                        Ok(true) => {}
-                        Ok(false) => return,
-                        Err(error) => tracing::warn!(%error, "no heartbeat"),
-                    }
-                }
-                _ = look.tick() => self.cancel_lost_items().await,
-            }
-        }
-    }
-
-    async fn cancel_lost_items(&self) {
-        let holds: Vec<_> = self.running().values().map(|item| item.hold).collect();
-        if holds.is_empty() {
-            return;
-        }
-        match self.worker.queue.lost(self.lease, &holds).await {
-            Ok(lost) => {
-                let mut running = self.running();
-                for id in lost {
-                    if let Some(item) = running.get_mut(&id) {
-                        item.lost = true;
-                        item.cx.cancel();
-                    }
-                }
-            }
-            Err(error) => tracing::warn!(%error, "the worker cannot ask for lost items"),
-        }
-    }
-
-    async fn reap_regularly(&self) {
-        let every = (self.worker.options.lease / 2)
-            .clamp(Duration::from_millis(10), Duration::from_secs(5));
-        loop {
-            sleep(every.mul_f64(0.75 + fastrand::f64() / 2.0)).await;
-            self.reap().await;
-        }
-    }
-
-    async fn reap(&self) {
-        match self.worker.queue.reap().await {
-            Ok(reaped) if reaped.leases > 0 => {
-                let (requeued, failed) = (reaped.requeued, reaped.failed);
-                tracing::warn!(
-                    requeued,
-                    failed,
-                    "workers died: their items are pending again"
-                );
-            }
-            Ok(_) => {}
-            Err(error) => tracing::warn!(%error, "no reaping"),
-        }
     }
 }

@@ -1,8 +1,8 @@
-//! [`SuspectPolicy`]: when a worker takes items that workers have died with, and how many of them.
+//! [`SuspectPolicy`]: when a worker takes suspects, items whose workers have died, and how many of them.
 //!
-//! A death says nothing by itself: the worker may have been killed from outside. So a worker takes such items only when it
-//! has lived for a while, which one in a crash loop never does; then few at a time, so that the next
-//! death leaves few to suspect; and then one with nothing beside it.
+//! The cause of a death is unknown: the worker may have been killed from outside. So a worker takes suspects only
+//! after it has lived for a while, which a worker in a crash loop never does. It takes few at a time, so that the next
+//! death leaves few suspects, and then runs one item alone.
 
 use std::time::Duration;
 
@@ -10,39 +10,39 @@ use tokio::time::Instant;
 
 use crate::store::{Handling, Item};
 
-/// The last attempt of an item is made by a worker that has lived for this many leases.
+/// The number of leases that a worker must have lived for before it makes the last attempt of an item.
 const LEASES_BEFORE_LAST_ATTEMPT: u32 = 16;
 /// The longest time between two looks for suspects.
 const MAX_LOOK_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Which suspects a worker takes, and when. It is told the time.
+/// Decides which suspects a worker takes, and when. Time is an argument.
 pub(super) struct SuspectPolicy {
-    /// How many of those that are run a few at a time. With the square root of n of n items, as many rounds are
-    /// needed to run n suspects as there are items to run alone after a death in one of the rounds.
+    /// The most suspects with [`Handling::Few`] at a time: the square root of the items in flight. With n suspects the
+    /// number of rounds then equals the number of items that a death in one of the rounds leaves to run alone.
     few: usize,
     few_running: usize,
-    /// From when on the worker has lived long enough for suspects, and for those in their last attempt.
+    /// The times from which on the worker takes suspects, and those in their last attempt.
     from: Instant,
     last_from: Instant,
     every: Duration,
     look_at: Instant,
     isolation: Isolation,
-    /// From when on another item may be run alone: as long after the last one as that took.
+    /// The time from which on another item may be run alone: as long after the last one as that took.
     isolate_from: Instant,
-    /// Whether there was nothing else to claim when the worker looked last.
+    /// Whether the last look found no other items to claim.
     pub(super) nothing_else: bool,
 }
 
 enum Isolation {
     None,
-    /// The item waits until the others have ended; nothing is claimed since then.
+    /// The item waits for the others to end. Nothing has been claimed since this time.
     Waiting(Box<Item>, Instant),
     Running(Instant),
 }
 
 impl SuspectPolicy {
-    /// For a worker that lives since `created_at` and may claim from `now` until `last_claim`. Who has little time
-    /// takes suspects in the second half of it.
+    /// Creates the policy of a worker that was created at `created_at` and may claim from `now` until `last_claim`. A worker
+    /// with little time takes suspects in the second half of it.
     pub(super) fn new(
         in_flight: usize,
         lease: Duration,
@@ -69,12 +69,12 @@ impl SuspectPolicy {
         }
     }
 
-    /// When to look for suspects next.
+    /// Returns the time of the next look for suspects.
     pub(super) fn look_at(&self) -> Instant {
         self.look_at
     }
 
-    /// What to claim at this look, and how much of it, where `free` items may be started.
+    /// Returns what to claim at this look, and how many items of each handling, if `free` items may be started.
     pub(super) fn wanted(&mut self, now: Instant, free: usize) -> Vec<(Handling, usize)> {
         self.look_at = now + self.every;
         let mut wanted = Vec::new();
@@ -90,7 +90,7 @@ impl SuspectPolicy {
         wanted
     }
 
-    /// An item that is to be run alone was claimed. Gives it back where another one waits.
+    /// Sets an item aside that is to be run alone. Returns it if another item is isolated already.
     pub(super) fn isolate(&mut self, item: Item, now: Instant) -> Option<Item> {
         if self.is_isolating() {
             return Some(item);
@@ -99,12 +99,12 @@ impl SuspectPolicy {
         None
     }
 
-    /// Whether an item is run alone, or waits for the others to end: nothing is claimed then.
+    /// Returns whether an item runs alone or waits for the others to end. Nothing is claimed meanwhile.
     pub(super) fn is_isolating(&self) -> bool {
         !matches!(self.isolation, Isolation::None)
     }
 
-    /// The item that waits to be run alone.
+    /// Returns the item that waits to be run alone.
     pub(super) fn waiting(&self) -> Option<&Item> {
         match &self.isolation {
             Isolation::Waiting(item, _) => Some(item),
@@ -112,7 +112,7 @@ impl SuspectPolicy {
         }
     }
 
-    /// The item to run alone now that nothing else runs.
+    /// Takes the item that is to be run alone, when no other task runs.
     pub(super) fn begin_isolated(&mut self) -> Option<Item> {
         match std::mem::replace(&mut self.isolation, Isolation::None) {
             Isolation::Waiting(item, since) => {
@@ -126,12 +126,12 @@ impl SuspectPolicy {
         }
     }
 
-    /// An item was started.
+    /// Records that an item was started.
     pub(super) fn started(&mut self, handling: Handling) {
         self.few_running += usize::from(handling == Handling::Few);
     }
 
-    /// An item that was started has ended.
+    /// Records that an item has ended.
     pub(super) fn ended(&mut self, handling: Handling, now: Instant) {
         match handling {
             Handling::Normal => return,
@@ -141,7 +141,7 @@ impl SuspectPolicy {
         self.look_at = now;
     }
 
-    /// The item that was to be run alone has ended, or was not begun.
+    /// Records that the isolated item has ended or was not started.
     pub(super) fn end_isolation(&mut self, now: Instant) {
         if let Isolation::Running(since) | Isolation::Waiting(_, since) = self.isolation {
             self.isolate_from = now + now.saturating_duration_since(since);
@@ -167,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn a_young_worker_takes_no_suspects_and_an_older_one_a_few() {
+    fn a_worker_takes_a_few_suspects_after_it_has_lived_for_a_lease() {
         let created_at = Instant::now();
         let mut suspects = SuspectPolicy::new(64, LEASE, created_at, created_at, None);
         assert_eq!(suspects.look_at(), created_at + LEASE);
@@ -194,13 +194,13 @@ mod tests {
     }
 
     #[test]
-    fn a_worker_with_little_time_takes_them_in_the_second_half_of_it() {
+    fn a_worker_with_little_time_takes_suspects_in_the_second_half_of_it() {
         let now = Instant::now();
         let last_claim = Some(now + 20 * SECOND);
         let mut suspects = SuspectPolicy::new(1, LEASE, now, now, last_claim);
         assert!(suspects.wanted(now + 9 * SECOND, 1).is_empty());
         assert_eq!(suspects.wanted(now + 10 * SECOND, 1).len(), 3);
-        // It was created_at earlier and is old enough.
+        // A worker that was created earlier takes suspects at once.
         let created_at = now;
         let now = now + LEASE;
         let suspects = SuspectPolicy::new(1, LEASE, created_at, now, Some(now + 20 * SECOND));

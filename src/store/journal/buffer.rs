@@ -1,4 +1,4 @@
-//! What waits to be written, and when it is to be: a state machine that is told the time.
+//! [`WriteBuffer`]: the rows that wait to be written, and when to write them. A pure state machine: time is an argument.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::time::Duration;
@@ -7,7 +7,7 @@ use tokio::time::Instant;
 
 use crate::store::{Commit, Generation, Intent, IntentName, MemoKey, Note, Settlement};
 
-/// One thing to write.
+/// One row to write.
 #[derive(Debug, Clone)]
 pub(super) enum Entry {
     Generation(Generation),
@@ -17,9 +17,9 @@ pub(super) enum Entry {
 }
 
 impl Entry {
-    /// About how many bytes it makes a commit longer.
+    /// Returns the approximate number of bytes that the row adds to a commit.
     fn bytes(&self) -> usize {
-        /// Numbers, keys and what stands between the texts.
+        /// Numbers, keys and separators.
         const FIXED: usize = 128;
         let texts = match self {
             Self::Generation(generation) => generation.tenant.len() + generation.body.len(),
@@ -33,7 +33,8 @@ impl Entry {
         FIXED + texts
     }
 
-    /// Which of the [`KINDS`](Self::KINDS) it is: a store that takes one of a kind can take the others.
+    /// Returns the index of the row's kind, below [`KINDS`](Self::KINDS). A store that accepts one row of a kind can accept
+    /// others.
     pub(super) fn kind(&self) -> usize {
         match self {
             Self::Generation(_) => 0,
@@ -46,22 +47,22 @@ impl Entry {
     pub(super) const KINDS: usize = 4;
 }
 
-/// How much goes into a commit, how much may wait, and how long.
+/// The limits of a commit and of the buffer.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Limits {
-    /// Entries in one commit.
+    /// The most entries in one commit.
     pub(super) batch: usize,
-    /// Bytes in one commit, unless a single entry has more.
+    /// The most bytes in one commit, unless a single entry is larger.
     pub(super) batch_bytes: usize,
-    /// Entries and intents that wait, beyond which there is no room for more.
+    /// The number of waiting entries and intents from which on callers should wait.
     pub(super) max_waiting: usize,
-    /// Bytes that wait, beyond which there is no room for more.
+    /// The number of waiting bytes from which on callers should wait.
     pub(super) max_waiting_bytes: usize,
-    /// How long an entry may wait for others.
+    /// The longest time that an entry waits for others.
     pub(super) linger: Duration,
 }
 
-/// What is written next, in one call each.
+/// The rows to write next: intents in one call, entries in another.
 #[derive(Debug, Default)]
 pub(super) struct Batch {
     pub(super) intents: Vec<Intent>,
@@ -71,37 +72,37 @@ pub(super) struct Batch {
 #[derive(Debug)]
 pub(super) enum Next {
     Write(Batch),
-    /// Nothing to do before then, or before there is more.
+    /// There is nothing to do until this time or until more rows come.
     Wait(Option<Instant>),
-    /// Closed, and all is written.
+    /// The buffer is closed and everything is written.
     End,
 }
 
-/// Entries in the order in which they came. An entry leaves in a batch and counts as waiting
-/// until [`done`](Self::done) says that the batch is written.
+/// Rows in the order in which they came. A row leaves with a batch and counts as waiting until [`done`](Self::done)
+/// confirms that the batch is written.
 #[derive(Debug)]
 pub(super) struct WriteBuffer {
     limits: Limits,
     entries: VecDeque<Entry>,
-    /// The bytes of `entries`, and those of all entries that are not done.
+    /// The bytes of `entries`, and those of all entries that are not confirmed.
     queued_bytes: usize,
     waiting_bytes: usize,
     intents: VecDeque<Intent>,
-    /// How many entries there had been after each commit that is not done.
+    /// The position of the last entry of each commit that is not confirmed.
     ends: VecDeque<u64>,
-    /// Replies that are not in the store yet, or not known to be.
+    /// Replies that are not confirmed to be in the store.
     replies: HashMap<MemoKey, Generation>,
-    /// When the oldest entry came.
+    /// The time when the oldest entry came.
     since: Option<Instant>,
-    /// How many entries there have been, and how many are done.
+    /// The numbers of rows that have come, and of those that are confirmed.
     entered: Positions,
     done: Positions,
-    /// Everything up to here is to be written at once.
+    /// The position up to which entries are to be written at once.
     flush_until: u64,
     closed: bool,
 }
 
-/// How far the two lines have come.
+/// Positions in the sequences of entries and intents.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct Positions {
     pub(super) entries: u64,
@@ -129,7 +130,7 @@ impl WriteBuffer {
     pub(super) fn push(&mut self, commit: Commit, now: Instant) {
         let before = self.entries.len();
         for generation in commit.generations {
-            // The first one under a key stays, here as in the store.
+            // The first reply under a key stays, here as in the store.
             let known = self.replies.entry(generation.key);
             known.or_insert_with(|| generation.clone());
             self.entries.push_back(Entry::Generation(generation));
@@ -163,23 +164,23 @@ impl WriteBuffer {
         self.entered.intents
     }
 
-    /// Whether the writer would have to do something at once that it had not to do before.
+    /// Returns whether the writer has something to do at once.
     pub(super) fn is_due(&self) -> bool {
         !self.intents.is_empty() || self.is_batch() || self.closed
     }
 
-    /// Whether there is enough for a commit.
+    /// Returns whether there is enough for a full commit.
     fn is_batch(&self) -> bool {
         self.entries.len() >= self.limits.batch || self.queued_bytes >= self.limits.batch_bytes
     }
 
-    /// Whether more results may be made.
+    /// Returns whether callers may add more rows.
     pub(super) fn has_capacity(&self) -> bool {
         self.waiting() < self.limits.max_waiting
             && self.waiting_bytes < self.limits.max_waiting_bytes
     }
 
-    /// Lets nothing wait that is there now, and gives the mark it reaches up to.
+    /// Makes all present entries due. Returns the position of the last one.
     pub(super) fn flush_until(&mut self) -> u64 {
         self.flush_until = self.entered.entries;
         self.flush_until
@@ -218,9 +219,9 @@ impl WriteBuffer {
         })
     }
 
-    /// The oldest entries, as many as a commit may hold and one at least. An item that is settled twice, by this process before and after it lost its
-    /// lease, is so in two batches: no commit may hold both. What came together stays together, if a batch can
-    /// hold it.
+    /// Takes the oldest entries: at least one, and at most as many as a commit may hold. Two settlements of one item, which a
+    /// process makes before and after it lost a lease, go into two batches, because a commit may not hold both.
+    /// Entries that came in one commit stay together if a batch can hold them.
     fn take_entries(&mut self) -> Vec<Entry> {
         let mut items = HashSet::new();
         let mut bytes = 0;
@@ -248,7 +249,7 @@ impl WriteBuffer {
         taken
     }
 
-    /// These are not written after all, and are the oldest again.
+    /// Puts entries back that were not written. They are the oldest again.
     pub(super) fn give_back(&mut self, entries: Vec<Entry>, now: Instant) {
         for entry in entries.into_iter().rev() {
             self.queued_bytes += entry.bytes();
@@ -257,14 +258,14 @@ impl WriteBuffer {
         self.since = Some(now);
     }
 
-    /// These intents are not written after all, and are the oldest again.
+    /// Puts intents back that were not written. They are the oldest again.
     pub(super) fn give_back_intents(&mut self, intents: Vec<Intent>) {
         for intent in intents.into_iter().rev() {
             self.intents.push_front(intent);
         }
     }
 
-    /// These are written, or given up.
+    /// Confirms that rows are written or given up.
     pub(super) fn done(&mut self, entries: &[Entry], intents: usize) {
         for entry in entries {
             self.waiting_bytes -= entry.bytes();
@@ -294,7 +295,7 @@ impl WriteBuffer {
     }
 }
 
-/// The commit that writes these.
+/// Returns the commit that writes these entries.
 pub(super) fn commit_of(entries: &[Entry]) -> Commit {
     let mut commit = Commit::new();
     for entry in entries.iter().cloned() {
@@ -350,7 +351,7 @@ mod tests {
     }
 
     #[test]
-    fn by_size_at_once_and_by_time_in_the_end() {
+    fn a_full_batch_is_due_at_once_and_a_partial_one_after_its_linger_time() {
         let now = Instant::now();
         let linger = Duration::from_millis(5);
         let mut buffer = buffer(4, linger);
@@ -358,7 +359,7 @@ mod tests {
         buffer.push(notes(6), now);
         assert_eq!(written(buffer.next(now)), 4);
         let Next::Wait(Some(due)) = buffer.next(now) else {
-            panic!("two are left, and not due");
+            panic!("two entries are left and not due");
         };
         assert_eq!(due, now + linger);
         assert_eq!(written(buffer.next(due)), 2);
@@ -368,7 +369,7 @@ mod tests {
     }
 
     #[test]
-    fn what_comes_together_is_written_together_unless_it_is_too_much() {
+    fn entries_of_one_commit_stay_together_unless_a_batch_cannot_hold_them() {
         let now = Instant::now();
         let mut buffer = buffer(4, Duration::ZERO);
         for n in [3, 3, 1, 9, 1] {
@@ -376,7 +377,7 @@ mod tests {
         }
         let mut sizes = Vec::new();
         while let Next::Write(batch) = buffer.next(now) {
-            // One is under way while the next is chosen.
+            // A batch is being written while the next one is chosen.
             sizes.push(batch.entries.len());
             if sizes.len() == 2 {
                 buffer.give_back(batch.entries, now);
@@ -389,13 +390,13 @@ mod tests {
     }
 
     #[test]
-    fn who_flushes_does_not_wait_and_what_came_later_does() {
+    fn a_flush_makes_present_entries_due_and_no_later_ones() {
         let now = Instant::now();
         let mut buffer = buffer(4, Duration::from_secs(1));
         buffer.push(notes(1), now);
         assert_eq!(buffer.flush_until(), 1);
         let Next::Write(batch) = buffer.next(now) else {
-            panic!("somebody waits");
+            panic!("a flush waits");
         };
         buffer.done(&batch.entries, 0);
         buffer.push(notes(1), now);
@@ -406,7 +407,7 @@ mod tests {
     }
 
     #[test]
-    fn an_item_settled_twice_is_so_in_two_batches() {
+    fn two_settlements_of_one_item_go_into_two_batches() {
         let now = Instant::now();
         let mut buffer = buffer(8, Duration::ZERO);
         for item in [1, 2, 1] {
@@ -417,7 +418,7 @@ mod tests {
     }
 
     #[test]
-    fn a_commit_is_bounded_in_bytes_and_an_entry_that_is_larger_goes_alone() {
+    fn a_commit_is_bounded_in_bytes_and_a_larger_entry_is_written_alone() {
         let now = Instant::now();
         let mut buffer = buffer(512, Duration::from_secs(1));
         let note = |bytes: usize| {
@@ -430,7 +431,7 @@ mod tests {
         for bytes in [4_000, 4_000, 4_000, 50_000, 4_000] {
             buffer.push(note(bytes), now);
         }
-        // There is more than one commit may hold, so nothing lingers but the rest.
+        // There is more than one commit may hold, so only the rest lingers.
         assert!(buffer.has_capacity());
         let mut sizes = Vec::new();
         while let Next::Write(batch) = buffer.next(now) {

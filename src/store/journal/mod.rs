@@ -1,4 +1,4 @@
-//! [`Journal`]: results on their way into a store, written in batches behind the work.
+//! [`Journal`]: writes results into a store in batches, in the background.
 
 mod buffer;
 
@@ -14,10 +14,11 @@ use tokio::time::{Instant, sleep, sleep_until};
 use self::buffer::{Batch, Entry, Limits, Next, Positions, WriteBuffer, commit_of};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::{Event, Observers};
+use crate::store::backoff::Backoff;
 use crate::store::{Commit, Generation, Intent, MemoKey, Store};
 
-/// Beyond 512 entries or 16 MiB a commit gets longer, and not cheaper; and a database takes no
-/// message of a gigabyte. Entries linger for less than a disk takes to write them.
+/// Commits of more than 512 entries or 16 MiB take longer without being cheaper by the row, and a database refuses a
+/// message of a gigabyte. The linger time is shorter than a disk takes to write.
 const LIMITS: Limits = Limits {
     batch: 512,
     batch_bytes: 16 << 20,
@@ -25,25 +26,25 @@ const LIMITS: Limits = Limits {
     max_waiting_bytes: 16 * (16 << 20),
     linger: Duration::from_millis(5),
 };
-/// The longest wait between two tries.
-const LONGEST_DELAY: Duration = Duration::from_secs(2);
-/// How many entries are refused, each alone and with nothing taken, before it must be the store.
+/// The first and the longest wait between two tries.
+const WAITS: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(2));
+/// The number of entries refused one by one, with none accepted, after which the store is assumed to be the cause.
 const MAX_REJECTED: usize = 32;
-/// How long a journal that nobody holds any more goes on trying.
+/// How long a journal keeps trying after its last handle was dropped.
 const CLOSED_RETRY_TIME: Duration = Duration::from_secs(10);
 
-/// Results on their way into a store: handing them over costs no round trip, and N of them are
-/// written in ⌈N / 512⌉.
+/// A write-behind buffer in front of a store: handing results over costs no round trip, and N of them are written in
+/// ⌈N / 512⌉ round trips.
 ///
-/// They are written when there are 512 or 16 MiB, when the oldest has waited for 5 ms, or when somebody waits in
-/// [`flush`](Self::flush). A write that fails is tried again until it succeeds, told to observers
-/// ([`Event::StoreFailed`]), logged, counted ([`stats`](Self::stats)), and told to who flushes. A batch
-/// that fails with a permanent error is written in halves, so that one entry does not hold up the others.
-/// Given up, alone and as loudly, is only an entry that can never be written: the store says
-/// [`ErrorKind::Config`] of it, or refuses it for good while it takes others of its kind.
+/// A batch is written when there are 512 results or 16 MiB, when the oldest has waited for 5 ms, or when a caller waits
+/// in [`flush`](Self::flush). A failed write is retried until it succeeds. It is reported to observers
+/// ([`Event::StoreFailed`]) and to callers of `flush`, logged, and counted in [`stats`](Self::stats). A batch that fails
+/// with a permanent error is split in halves, so that one entry does not block the others. Only an entry that can
+/// never be written is given up, and reported in the same ways: one that the store refuses with
+/// [`ErrorKind::Config`], or permanently while it accepts others of the same kind.
 ///
-/// Clones share one journal. One task writes; it is started by the first entry. When the last clone is dropped, it
-/// writes what is left, tries for ten seconds at most, and ends; call `flush` before the runtime stops.
+/// Clones share one journal. The first entry starts the one task that writes. When the last clone is dropped, the task
+/// writes the rest, retries for at most ten seconds, and ends. Call `flush` before the runtime stops.
 ///
 /// ```
 /// use std::sync::Arc;
@@ -67,27 +68,27 @@ const CLOSED_RETRY_TIME: Duration = Duration::from_secs(10);
 #[derive(Clone)]
 pub struct Journal(Arc<Handle>);
 
-/// What a journal has done so far ([`Journal::stats`]).
+/// The counters of a journal ([`Journal::stats`]).
 #[derive(Debug, Clone, Default)]
 #[non_exhaustive]
 pub struct JournalStats {
-    /// Commits that succeeded: each a round trip.
+    /// Successful commits, each one round trip.
     pub commits: u64,
-    /// Writes of intents that succeeded: each a round trip.
+    /// Successful writes of intents, each one round trip.
     pub intent_writes: u64,
-    /// Replies, settlements, notes and ended intents that were written.
+    /// Written replies, settlements, notes and ends of intents.
     pub written: u64,
-    /// Items that were settled by it.
+    /// Items that its commits settled.
     pub settled: u64,
-    /// Settlements that came too late: somebody else has decided about the item.
+    /// Settlements that were fenced, because the item had changed hands.
     pub fenced: u64,
-    /// Writes that failed. They were tried again.
+    /// Failed writes. They were retried.
     pub failures: u64,
-    /// Entries that the store can never keep, and those of a closed journal whose store did not come back.
+    /// Entries that were given up: the store can never keep them, or stayed away after the journal was closed.
     pub given_up: u64,
-    /// Entries that are not written yet.
+    /// Entries and intents that are not written yet.
     pub waiting: usize,
-    /// Why the newest failure failed.
+    /// The error of the newest failure.
     pub last_error: Option<Error>,
 }
 
@@ -111,26 +112,26 @@ struct Core {
 struct State {
     buffer: WriteBuffer,
     stats: JournalStats,
-    /// Whether there is a writer.
+    /// Whether a writer task runs.
     running: bool,
-    /// Since when a closed journal's writes fail.
+    /// The time since when the writes of a closed journal fail.
     failing_since: Option<Instant>,
-    /// How often in a row the store has refused a write for good.
-    refusals: u32,
+    /// The waits after permanent refusals in a row.
+    refusals: Backoff,
 }
 
-/// What those who wait are told.
+/// The progress that waiting callers see.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 struct Progress {
     reached: Positions,
     failures: u64,
     given_up: u64,
-    /// How often the writer has stopped, by itself or with its runtime.
+    /// The number of times that the writer task has stopped, by itself or with its runtime.
     stops: u64,
 }
 
 impl Journal {
-    /// A journal in front of `store`.
+    /// Creates a journal in front of `store`.
     pub fn new(store: Arc<dyn Store>) -> Self {
         Self::observed(store, Arc::default())
     }
@@ -144,7 +145,7 @@ impl Journal {
                 stats: JournalStats::default(),
                 running: false,
                 failing_since: None,
-                refusals: 0,
+                refusals: backoff(),
             }),
             wake: Notify::new(),
             progress: watch::Sender::default(),
@@ -159,10 +160,10 @@ impl Journal {
         &self.core().store
     }
 
-    /// Takes over what is to be written, in the order in which it comes. What one call takes over is written in one
-    /// commit, unless it is more than 512 entries or 16 MiB.
+    /// Hands a commit over and returns at once. Commits are written in order, and the rows of one commit in one
+    /// transaction, unless they are more than 512 entries or 16 MiB.
     ///
-    /// Outside of a runtime it is kept until somebody calls [`flush`](Self::flush) or writes inside of one.
+    /// Called outside of a runtime, it keeps the rows until a call of [`flush`](Self::flush) or `write` inside of one.
     pub fn write(&self, commit: Commit) {
         let mut state = self.core().lock();
         let first = state.buffer.waiting() == 0;
@@ -171,18 +172,18 @@ impl Journal {
         self.core().ensure_writer(state, wake);
     }
 
-    /// Writes down calls that are about to be sent, and returns when they are: many that come at a
-    /// time are written together.
+    /// Writes down calls that are about to be sent, and returns when they are written. Intents of concurrent callers are
+    /// written together.
     ///
     /// # Cancel safety
-    /// What is dropped may be written still.
+    /// If the future is dropped, the intents may be written all the same.
     pub async fn put_intents(&self, intents: impl IntoIterator<Item = Intent>) {
         let until = self.core().change(|buffer| buffer.push_intents(intents));
         self.wait_for(|progress| progress.reached.intents >= until)
             .await;
     }
 
-    /// Waits for progress, and becomes the one who starts the writer if it has stopped with its runtime.
+    /// Waits until `reached` holds. Starts the writer if it has stopped with its runtime.
     async fn wait_for(&self, reached: impl Fn(&Progress) -> bool) -> Progress {
         let mut progress = self.core().progress.subscribe();
         loop {
@@ -196,14 +197,13 @@ impl Journal {
         }
     }
 
-    /// Returns when all is written that was handed over before.
+    /// Waits until everything is written that was handed over before the call.
     ///
     /// # Errors
-    /// The first failure that it meets while it waits. What is not written yet is still tried again
-    /// behind your back: another flush waits for it.
+    /// The first failure while it waits. The rows are still retried in the background, and another flush waits for them.
     ///
     /// # Cancel safety
-    /// Dropping it loses nothing.
+    /// Dropping the future loses nothing.
     pub async fn flush(&self) -> Result<()> {
         let before = *self.core().progress.borrow();
         let until = self.core().change(WriteBuffer::flush_until);
@@ -219,18 +219,18 @@ impl Journal {
         }
     }
 
-    /// Returns when not too many results wait for the store: to be asked before making more.
+    /// Waits until few enough results wait for the store. Called before a result is produced.
     pub(crate) async fn capacity(&self) {
         let has_capacity = |_: &Progress| self.core().lock().buffer.has_capacity();
         self.wait_for(has_capacity).await;
     }
 
-    /// A reply that is not in the store yet.
+    /// Returns a reply that is not in the store yet.
     pub(crate) fn unwritten_reply(&self, key: &MemoKey) -> Option<Generation> {
         self.core().lock().buffer.reply(key).cloned()
     }
 
-    /// What it has done so far.
+    /// Returns the counters so far.
     pub fn stats(&self) -> JournalStats {
         let state = self.core().lock();
         JournalStats {
@@ -240,17 +240,17 @@ impl Journal {
     }
 }
 
-/// Why something could not be written.
+/// The reason why rows were not written.
 enum WriteFailure {
-    /// The store says that it can never keep this.
+    /// The store says that it can never keep these rows.
     Rejected(Error),
-    /// The store refuses it for good, and does not say that the data is to blame.
+    /// The store refuses the rows permanently, without saying that they are the cause.
     Permanent(Error),
-    /// The journal was closed and its store did not come back.
+    /// The journal is closed and its store stayed away.
     TooLate(Error),
 }
 
-/// Two halves in the place of the last part.
+/// Replaces the last part by its two halves.
 fn halve<T>(parts: &mut Vec<Vec<T>>) {
     if let Some(mut first) = parts.pop() {
         let second = first.split_off(first.len() / 2);
@@ -258,18 +258,16 @@ fn halve<T>(parts: &mut Vec<Vec<T>>) {
     }
 }
 
-/// How long to wait after so many tries: 20 ms, 40 ms, 80 ms, …, a part of it drawn by chance.
-fn delay(tries: u32) -> Duration {
-    let delay = Duration::from_millis(20 << tries.min(10)).min(LONGEST_DELAY);
-    delay.mul_f64(0.5 + fastrand::f64() / 2.0)
+fn backoff() -> Backoff {
+    Backoff::new(WAITS.0, WAITS.1)
 }
 
-/// What is being written, the next part last. It goes back if the runtime stops in the middle: whoever
-/// waits for it or touches the journal in another runtime writes it.
+/// The entries of a batch in parts, the next part last. Dropped with the runtime, it returns them to the buffer, and a
+/// caller that waits or writes in another runtime starts a writer there.
 struct UnwrittenEntries<'a> {
     core: &'a Core,
     stack: Vec<Vec<Entry>>,
-    /// Entries that were refused alone, while nothing else tells whether that is the fault of the store.
+    /// Entries that were refused one by one, while it is open whether they or the store are the cause.
     rejected_entries: Vec<Entry>,
 }
 
@@ -284,7 +282,7 @@ impl Drop for UnwrittenEntries<'_> {
     }
 }
 
-/// The same of intents.
+/// The intents of a batch in parts; see [`UnwrittenEntries`].
 struct UnwrittenIntents<'a> {
     core: &'a Core,
     stack: Vec<Vec<Intent>>,
@@ -299,7 +297,7 @@ impl Drop for UnwrittenIntents<'_> {
     }
 }
 
-/// The writer, as long as it runs. When it stops, those who wait are woken: one of them starts another.
+/// A running writer. When it stops, it wakes the waiting callers, one of which starts another.
 struct Writer(Arc<Core>);
 
 impl Drop for Writer {
@@ -324,7 +322,7 @@ impl Core {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Changes what is buffer so that there is something to do at once.
+    /// Changes the buffer and wakes the writer.
     fn change(self: &Arc<Self>, change: impl FnOnce(&mut WriteBuffer) -> u64) -> u64 {
         let mut state = self.lock();
         let until = change(&mut state.buffer);
@@ -332,12 +330,12 @@ impl Core {
         until
     }
 
-    /// Makes sure that somebody writes, and tells it if there is something new to do.
+    /// Starts a writer if there is none, and wakes it if there is something new to do.
     fn ensure_writer(self: &Arc<Self>, mut state: MutexGuard<'_, State>, wake: bool) {
         let idle = !state.running && state.buffer.waiting() > 0;
         let runtime = idle.then(runtime::Handle::try_current).and_then(Result::ok);
         state.running |= runtime.is_some();
-        // A runtime that is being shut down drops what it is to spawn, and the guard takes the lock.
+        // A runtime that shuts down drops the task at once, and then its guard takes the lock.
         drop(state);
         if let Some(runtime) = runtime {
             let writer = Writer(Arc::clone(self));
@@ -363,7 +361,7 @@ impl Core {
         }
     }
 
-    /// Side by side, because who waits for an intent holds a place in the lane.
+    /// Writes intents and entries concurrently, because a caller that waits for an intent holds a permit of the lane.
     async fn write(&self, batch: Batch) {
         let Batch { intents, entries } = batch;
         future::join(self.write_intents(intents), self.write_entries(entries)).await;
@@ -413,13 +411,13 @@ impl Core {
     }
 
     async fn write_entries(&self, entries: Vec<Entry>) {
-        // Halves of what was refused as a whole: who is to blame is found, and the others are written.
+        // A refused batch is split in halves until the rejected entries are found and all others are written.
         let mut parts = UnwrittenEntries {
             core: self,
             stack: vec![entries],
             rejected_entries: Vec::new(),
         };
-        // The kinds of which the store has taken an entry since the batch was begun.
+        // The kinds of which the store has accepted an entry of this batch.
         let mut taken = [false; Entry::KINDS];
         let mut refused = None;
         while let Some(entries) = parts.stack.last() {
@@ -472,12 +470,12 @@ impl Core {
         if let Some(error) = refused {
             self.drop_rejected(&mut parts.rejected_entries, taken, error)
                 .await;
-            // Those that are left go back, and next time what has come meanwhile goes with them.
+            // The rest goes back to the buffer and is written with later entries.
         }
     }
 
-    /// Gives up those rejected_entries that the store has refused while it took others of their kind. For the rest
-    /// waits: then it may be the store, and no paid reply is given up for that.
+    /// Gives up the entries that the store has refused while it accepted others of their kind. Waits for the rest: the store
+    /// may be the cause, and then no paid reply is given up.
     async fn drop_rejected(
         &self,
         rejected_entries: &mut Vec<Entry>,
@@ -501,17 +499,17 @@ impl Core {
         }
     }
 
-    /// Tries until it succeeds, is refused, or has been closed for too long.
+    /// Retries until the write succeeds or is refused, or the journal has been closed for too long.
     async fn write_with_retries<T, F: Future<Output = Result<T>>>(
         &self,
         write: impl Fn() -> F,
     ) -> Result<T, WriteFailure> {
-        let mut tries = 0;
+        let mut backoff = backoff();
         loop {
             let error = match write().await {
                 Ok(done) => {
                     let mut state = self.lock();
-                    (state.failing_since, state.refusals) = (None, 0);
+                    (state.failing_since, state.refusals) = (None, self::backoff());
                     return Ok(done);
                 }
                 Err(error) if error.kind() == ErrorKind::Config => {
@@ -523,27 +521,21 @@ impl Core {
             if !self.may_retry(&error) {
                 return Err(WriteFailure::TooLate(error));
             }
-            sleep(delay(tries)).await;
-            tries += 1;
+            sleep(backoff.next()).await;
         }
     }
 
-    /// Waits after a write that the store has refused for good, longer each time in a row. False if it is
-    /// not to be tried again.
+    /// Waits after a write that the store has refused permanently, longer each time in a row. Returns whether to try again.
     async fn pause_after_refusal(&self, error: &Error) -> bool {
         let may_retry = self.may_retry(error);
-        let refusals = {
-            let mut state = self.lock();
-            state.refusals = state.refusals.saturating_add(1);
-            state.refusals
-        };
         if may_retry {
-            sleep(delay(refusals)).await;
+            let wait = self.lock().refusals.next();
+            sleep(wait).await;
         }
         may_retry
     }
 
-    /// Counts and tells a failure. Says whether to try again: a journal that is closed does not for ever.
+    /// Counts and reports a failure. Returns whether to try again: a closed journal stops after a while.
     fn may_retry(&self, error: &Error) -> bool {
         let mut state = self.lock();
         state.stats.failures += 1;
@@ -563,7 +555,7 @@ impl Core {
     }
 
     fn give_up(&self, state: &mut State, entries: usize, error: Error) {
-        tracing::error!(%error, entries, "given up: the store will never have these");
+        tracing::error!(%error, entries, "entries are given up: the store cannot keep them");
         state.stats.given_up += entries as u64;
         state.stats.last_error = Some(error);
     }
@@ -575,7 +567,7 @@ impl Core {
             given_up: state.stats.given_up,
             stops: self.progress.borrow().stops,
         };
-        // Under the lock, so that what they see never goes back.
+        // Under the lock, so that the progress that callers see never decreases.
         self.progress.send_replace(progress);
         drop(state);
     }

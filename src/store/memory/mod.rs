@@ -1,4 +1,4 @@
-//! [`Memory`]: the store that forgets when the process ends, and the model of the others.
+//! [`Memory`]: the store in memory, and the model that other stores are compared with.
 
 mod state;
 
@@ -23,17 +23,16 @@ use super::transaction::{
 use super::{Queue, Store};
 use crate::error::{Error, ErrorKind, Result};
 
-/// Everything in memory: for tests, and for work that need not outlive the process.
+/// A store in memory, for tests and for work that need not outlive the process.
 ///
-/// Its clock is Tokio's, so that leases and delays run out on the paused clock of a test.
-/// Clone an `Arc` of it to share it.
+/// Its clock is Tokio's, so leases and delays expire on the paused clock of a test. Put it into an `Arc` to share it.
 pub struct Memory {
     state: Mutex<State>,
     start: (SystemTime, Instant),
 }
 
 impl Memory {
-    /// An empty store.
+    /// Creates an empty store.
     pub fn new() -> Self {
         Self {
             state: Mutex::default(),
@@ -41,7 +40,7 @@ impl Memory {
         }
     }
 
-    /// The state, and the present in milliseconds since 1970.
+    /// Locks the state. Returns the present in milliseconds since 1970 with it.
     fn lock(&self) -> (i64, MutexGuard<'_, State>) {
         let (then, start) = self.start;
         let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
@@ -300,7 +299,7 @@ impl Store for Memory {
         state
             .intents
             .retain(|name, _| state.items.contains_key(&name.item));
-        // Since when the generations of a tenant are needed.
+        // The time since when the generations of each tenant are needed.
         let mut floors: HashMap<&str, i64> = HashMap::new();
         for run in state.runs.values() {
             let needs = matches!(

@@ -1,4 +1,4 @@
-//! The state of [`Memory`](super::Memory), and how an item changes hands in it.
+//! The state of [`Memory`](super::Memory) and the transitions of its items.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
@@ -10,8 +10,8 @@ use crate::store::model::{
 };
 use crate::store::transaction::{RunChanges, at_millis};
 
-/// Pending items that can be claimed: of each pipeline and handling that has any, of each tenant, by priority
-/// and number.
+/// Pending items that can be claimed, by pipeline and handling, then by tenant, then by priority and number. There are
+/// no empty collections in it.
 pub(super) type Ready = BTreeMap<(Arc<str>, Handling), BTreeMap<String, BTreeSet<(i32, ItemId)>>>;
 
 #[derive(Default)]
@@ -29,11 +29,11 @@ pub(super) struct State {
     pub(super) logs: HashMap<RunId, Vec<LogEntry>>,
     pub(super) generations: HashMap<(String, MemoKey), (i64, Generation)>,
     pub(super) intents: BTreeMap<IntentName, Intent>,
-    /// When each lease expires.
+    /// The expiry time of each lease.
     pub(super) leases: BTreeMap<LeaseId, i64>,
-    /// The last number given to a run, an item, a lease.
+    /// The last numbers assigned to a run, an item and a lease.
     pub(super) last: [i64; 3],
-    /// The tenant that got something last.
+    /// The tenant that got the last item.
     pub(super) cursor: String,
 }
 
@@ -72,7 +72,7 @@ impl State {
         }
     }
 
-    /// Gives an item another status and the next epoch, and takes it off whatever list it was on.
+    /// Sets the status of an item, raises its epoch and removes it from the list that it is on.
     pub(super) fn turn(&mut self, id: ItemId, status: Status) -> Option<&mut Row> {
         let row = self.items.get_mut(&id)?;
         if row.item.status == Status::Pending {
@@ -89,12 +89,12 @@ impl State {
         Some(row)
     }
 
-    /// Makes an item pending, from `due` on.
+    /// Makes an item pending. It can be claimed from `due` on.
     pub(super) fn requeue(&mut self, id: ItemId, due: Option<i64>) {
         self.requeue_as(id, due, |_| {});
     }
 
-    /// As [`requeue`](Self::requeue), with a change to the item before it is on a list again.
+    /// Makes an item pending like [`requeue`](Self::requeue), and changes it before it goes on a list.
     pub(super) fn requeue_as(
         &mut self,
         id: ItemId,
@@ -120,7 +120,7 @@ impl State {
         row.is_some_and(|row| row.item.epoch == hold.epoch && !row.item.status.is_over())
     }
 
-    /// Ends an item and says so among the `changes`.
+    /// Ends an item and adds it to `changes`.
     pub(super) fn settle(&mut self, id: ItemId, result: Result<String>, changes: &mut RunChanges) {
         let status = if result.is_ok() {
             Status::Completed
@@ -145,7 +145,7 @@ impl State {
         }
     }
 
-    /// Writes the logs of what changed, and ends runs whose last item ended.
+    /// Writes log entries for the changes, and ends runs whose last item ended.
     pub(super) fn apply(&mut self, changes: RunChanges, now: i64) {
         for (id, change) in changes {
             let Some(run) = self.runs.get_mut(&id) else {

@@ -26,21 +26,21 @@ use super::sql::{
 use super::transaction::duration_millis;
 use crate::error::{Error, ErrorKind, Result};
 
-/// Items in one statement: what more would gain is lost in the size of the message.
+/// Items in one statement. A larger message costs as much as it saves.
 const ROWS: usize = 10_000;
 
-/// Ends the session of a client that stops in the middle of a transaction, as a process does that is
-/// suspended or whose machine is gone: what it has locked, others wait for.
+/// Ends the session of a client that stops in the middle of a transaction, such as a suspended process, because other
+/// clients wait for its locks.
 const IDLE: (&str, &str) = ("idle_in_transaction_session_timeout", "30s");
 
-/// More than any server takes; a pool has a place for each from the start.
+/// The upper bound of a pool, which reserves memory for each connection from the start. No server accepts as many.
 const MOST_CONNECTIONS: u32 = 10_000;
 
-/// The store in a Postgres database, for workers on any number of machines. It asks for Postgres
-/// 12 or newer, and makes its tables in a schema of its own.
+/// A store in a Postgres database (version 12 or newer), for workers on any number of machines. Its tables have a schema of
+/// their own.
 ///
-/// The connection is encrypted where the server can; `?sslmode=verify-full` in the URL demands it, with
-/// the server's certificate checked. A pooler in between must keep a session to a connection.
+/// The connection is encrypted if the server supports it. `?sslmode=verify-full` in the URL requires encryption and checks
+/// the certificate of the server. A pooler in between must assign one connection to a session.
 ///
 /// ```no_run
 /// # async fn example() -> throughline::Result<()> {
@@ -52,12 +52,11 @@ pub struct Postgres(Arc<Inner>);
 struct Inner {
     schema: String,
     pool: PgPool,
-    /// The tenant that got something last.
     cursor: Cursor,
     round_trips: AtomicU64,
 }
 
-/// Sets a [`Postgres`] up.
+/// A builder for [`Postgres`].
 #[derive(Clone)]
 #[must_use = "a builder does nothing until `connect`"]
 pub struct PostgresBuilder {
@@ -67,23 +66,23 @@ pub struct PostgresBuilder {
 }
 
 impl PostgresBuilder {
-    /// The schema for the tables; `throughline` unless set. It is made if it is not there.
+    /// Sets the schema of the tables; `throughline` unless set. It is created if it does not exist.
     pub fn schema(mut self, schema: impl Into<String>) -> Self {
         self.schema = schema.into();
         self
     }
 
-    /// The most connections of this store; 8 unless set, 10,000 at most.
+    /// Sets the largest number of connections of this store; 8 unless set, at most 10,000.
     pub fn connections(mut self, connections: u32) -> Self {
         self.connections = connections;
         self
     }
 
-    /// Connects, and makes the tables or brings them to this release's version.
+    /// Connects, and creates the tables or migrates them to the version of this release.
     ///
     /// # Errors
     /// [`ErrorKind::Config`] for a URL or a schema name that cannot be used; [`ErrorKind::Store`] if the
-    /// server cannot be reached (temporary) or refuses, or the tables are of a newer release.
+    /// server cannot be reached (temporary) or refuses the connection, or the tables are of a newer release.
     pub async fn connect(self) -> Result<Postgres> {
         let first = self.schema.bytes().next();
         let plain = |c: u8| c == b'_' || c.is_ascii_lowercase() || c.is_ascii_digit();
@@ -102,19 +101,18 @@ impl PostgresBuilder {
             options = options.application_name("throughline");
         }
         let options = options
-            // Short statements whose cost the planner cannot know: compiling one takes 50 ms,
-            // running it 2.
+            // The planner overestimates the cost of these short statements: compiling one takes 50 ms, running it 2 ms.
             .options([("search_path", &*self.schema), ("jit", "off"), IDLE])
             .disable_statement_logging();
-        // By itself, because a pool would try for as long as it may before it says why not.
+        // Without the pool, which would retry until its timeout before it reports an error.
         let mut first = options.connect().await.map_err(failed)?;
         schema::migrate(&mut first, &self.schema).await?;
         first.close().await.map_err(failed)?;
         let pool = PgPoolOptions::new()
             .max_connections(self.connections.clamp(1, MOST_CONNECTIONS))
             .acquire_timeout(Duration::from_secs(30))
-            // A ping before each statement would double the round trips; one that has been idle may
-            // have been ended by the server, or by a firewall in between.
+            // A ping before each statement would double the round trips. A connection that was idle may have been ended
+            // by the server or by a firewall.
             .test_before_acquire(false)
             .before_acquire(|connection, meta| {
                 Box::pin(async move {
@@ -132,7 +130,7 @@ impl PostgresBuilder {
     }
 }
 
-/// Writes everything of a commit but the new intents, in one statement.
+/// Writes all rows of a commit except the new intents, in one statement.
 async fn write_rows(commit: &Commit, executor: impl PgExecutor<'_>) -> sqlx::Result<Committed> {
     let Commit {
         generations,
@@ -238,7 +236,7 @@ async fn write_intents(intents: &[Intent], executor: impl PgExecutor<'_>) -> sql
 }
 
 impl fmt::Debug for PostgresBuilder {
-    /// Without the URL: it has the password.
+    /// Leaves out the URL, which contains the password.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("PostgresBuilder")
             .field("schema", &self.schema)
@@ -252,12 +250,13 @@ impl Postgres {
     /// [`builder`](Self::builder).
     ///
     /// # Errors
-    /// As [`PostgresBuilder::connect`].
+    /// Those of [`PostgresBuilder::connect`].
     pub async fn connect(url: impl Into<String>) -> Result<Self> {
         Self::builder(url).connect().await
     }
 
-    /// A store at this URL, to be set up. The server knows it as `throughline`, or by the URL's `application_name`.
+    /// Returns a builder for a store at this URL. The connections have the application name `throughline`, unless the URL sets
+    /// one.
     pub fn builder(url: impl Into<String>) -> PostgresBuilder {
         PostgresBuilder {
             url: url.into(),
@@ -266,14 +265,14 @@ impl Postgres {
         }
     }
 
-    /// Closes all connections, with what is under way done.
+    /// Waits for calls in progress and closes all connections.
     pub async fn close(&self) {
         self.0.pool.close().await;
     }
 
-    /// How many statements were sent since it was connected: one for each batch, two or three where a
-    /// transaction needs several, and more only where another worker was in the way. The begin and the
-    /// end of a transaction and the pings of idle connections are not counted.
+    /// Returns the number of statements that were sent: one for each batch, two or three in transactions that need
+    /// several, and more only after conflicts with other workers. The begin and the end of a transaction and the pings of idle
+    /// connections are not counted.
     pub fn round_trips(&self) -> u64 {
         self.0.round_trips.load(Ordering::Relaxed)
     }
@@ -282,7 +281,7 @@ impl Postgres {
 detached_calls!(Postgres);
 
 impl Inner {
-    /// The connections, for one statement.
+    /// Returns the pool for one statement, which it counts.
     fn pool(&self) -> &PgPool {
         self.round_trips.fetch_add(1, Ordering::Relaxed);
         &self.pool
@@ -367,7 +366,7 @@ impl Inner {
         Ok(committed)
     }
 
-    /// Executes a statement that cancels or tries again what is in a run.
+    /// Executes a statement that cancels the items of a run or makes its failed items pending.
     async fn turn_run(&self, sql: &'static str, run: RunId) -> sqlx::Result<u64> {
         let mut transaction = self.begin().await?;
         let turn = sqlx::query(rows::ONE_AT_A_TIME).bind(run.0);
@@ -390,10 +389,10 @@ impl fmt::Debug for Postgres {
     }
 }
 
-/// How often a transaction is tried again that only its neighbours made fail.
+/// The most retries of a transaction that failed because of concurrent ones.
 const TRIES: u32 = 10;
 
-/// Whether to try again: only another transaction made it fail, by a deadlock or a conflict of two.
+/// Returns whether to retry: the transaction failed by a deadlock or a serialisation conflict.
 fn is_conflict(error: &sqlx::Error, tries: u32) -> bool {
     let code = error.as_database_error().and_then(|error| error.code());
     tries < TRIES && code.is_some_and(|code| matches!(&*code, "40P01" | "40001"))
@@ -415,7 +414,7 @@ impl Store for Inner {
                 .bind(&run.tenant)
                 .bind(&run.idempotency_key)
                 .fetch_optional(self.pool());
-            // It is gone again if it was purged in between.
+            // The run does not exist if it was purged in between.
             if let Some(id) = known.await.map_err(failed)? {
                 return Ok(Created {
                     run: RunId(id),

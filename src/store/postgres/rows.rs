@@ -1,5 +1,5 @@
-//! The statements. Each is one round trip whatever the number of rows, and each has its index:
-//! `tests/stores/large.rs` holds them to it.
+//! The SQL statements. Each is one round trip, whatever the number of rows, and finds its rows by an index, which
+//! `tests/stores/large.rs` checks.
 
 use sqlx::postgres::PgRow;
 
@@ -7,7 +7,7 @@ use crate::store::sql::{decode, kind_of_lost_lease};
 
 decode!(PgRow, i32);
 
-/// The present, as the database has it: workers need not agree on theirs.
+/// The present by the clock of the database.
 macro_rules! now {
     () => {
         "(extract(epoch FROM now()) * 1000)::bigint"
@@ -28,8 +28,8 @@ macro_rules! item {
     };
 }
 
-/// What follows when items ended, `done (run_id, seq, error)`, or when there are
-/// `notes (run_id, kind, data, place)`: counters and logs. The locked row of the run gives the order.
+/// Updates counters and logs for ended items, `done (run_id, seq, error)`, and for `notes (run_id, kind, data, place)`. The
+/// lock on the row of the run determines the order.
 macro_rules! count_and_log {
     () => {
         concat!(
@@ -147,8 +147,8 @@ pub(super) const GENERATIONS: &str = "
         reasoning_tokens, cost_micros
     FROM generations WHERE tenant = $1 AND memo_key = ANY ($2::bytea[])";
 
-/// Everything of a commit. The items are fenced on the epoch; that they are not over is said in words that
-/// fit no index: one on the status would tempt the planner to read all that is in process.
+/// Writes a commit. The items are fenced by their epoch. The condition on the status is written so that no index matches
+/// it, because with an index on the status the planner might read all items in process.
 pub(super) const COMMIT: &str = concat!(
     "WITH input AS (
         SELECT * FROM unnest($1::bigint[], $2::bigint[], $3::text[], $4::text[]) AS s (id, epoch, output, error)),
@@ -208,8 +208,8 @@ pub(super) const INTENTS: &str = intents_where!("");
 
 pub(super) const INTENTS_OF_ITEMS: &str = intents_where!(" AND t.item_id = ANY ($6)");
 
-/// Cancelling and trying again take turns for each run: neither must overlook what the other changes
-/// while it reads. Commits need not: they change items that they name.
+/// A lock for each run, held by cancellations and retries, because each must see all changes of the other. Commits do not
+/// need it: they change the items that they name.
 pub(super) const ONE_AT_A_TIME: &str =
     "SELECT pg_advisory_xact_lock(hashtext(current_schema()), hashint8($1))";
 
@@ -252,7 +252,7 @@ pub(super) const RETRY: &str = concat!(
     SELECT items FROM n"
 );
 
-/// `floors`: since when the generations of a tenant are needed.
+/// `floors` has for each tenant the time since when its generations are needed.
 pub(super) const PURGE: &str = concat!(
     "WITH old AS (
         SELECT id FROM runs WHERE ended_at <= ",
@@ -293,13 +293,13 @@ pub(super) const HEARTBEAT: &str = concat!(
     " + $2 WHERE id = $1"
 );
 
-/// The lease first and its items second, each with its own view: see `Queue::reap`.
+/// Executed before `RETIRE_ITEMS`, each with its own view of the data: see `Queue::reap`.
 pub(super) const RETIRE: &str = "DELETE FROM leases WHERE id = $1";
 
 pub(super) const RETIRE_ITEMS: &str = "UPDATE items SET status = 'pending', lease_id = NULL, \
     epoch = epoch + 1, attempt = greatest(attempt - 1, 0) WHERE lease_id = $1";
 
-/// The first tenant of any of the pipelines `$4` with something to claim, of those that `$which` names.
+/// The first tenant with items to claim of the pipelines `$4`, among the tenants that `$which` selects.
 macro_rules! next_tenant {
     ($which:literal) => {
         concat!(
@@ -311,10 +311,10 @@ macro_rules! next_tenant {
     };
 }
 
-/// Tenants with something to claim are found one after the other, each by one step into the index for each
-/// pipeline; then each one's part, and of all parts the first `$2` in the order of dealing.
+/// Finds the tenants with items to claim one by one, with one index lookup for each pipeline, then the part of each
+/// tenant, and of all parts the first `$2` items in the order of dealing.
 ///
-/// The lease is locked against its removal until this is committed, and read before any item is changed.
+/// The lease is read before any item is changed, and locked against removal until the statement is committed.
 pub(super) const CLAIM: &str = concat!(
     "WITH RECURSIVE lease AS MATERIALIZED (
         SELECT id FROM leases WHERE id = $1 AND expires_at > ",
@@ -383,7 +383,7 @@ pub(super) const LIVE: &str = concat!(
     ")"
 );
 
-/// `$3`: how long from now, if at all. `$4`: what is not charged.
+/// `$3` is the delay or null, `$4` the number of attempts to give back.
 pub(super) const RELEASE: &str = concat!(
     "UPDATE items AS i SET status = 'pending', lease_id = NULL, epoch = i.epoch + 1,
         attempt = greatest(i.attempt - $4, 0), not_before = ", now!(), " + $3

@@ -1,22 +1,22 @@
-//! The tables, as a list of steps that is only ever added to.
+//! The tables: a list of migrations, to which releases only add.
 
 use sqlx::{Acquire as _, AssertSqlSafe, PgConnection};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::sql::failed;
 
-/// Step n brings the tables from version n to n + 1. A step that has been released is never changed.
+/// Migration n takes the tables from version n to n + 1. A released migration is never changed.
 const STEPS: &[&str] = &[include_str!("0001.sql"), include_str!("0002.sql")];
 
-/// Brings the tables in `schema`, which is the connection's search path, to this release's version.
+/// Migrates the tables in `schema`, the search path of the connection, to the version of this release.
 pub(super) async fn migrate(connection: &mut PgConnection, schema: &str) -> Result<()> {
     let newest = STEPS.len() as i32;
-    // Mostly there is nothing to do, and then no right to create anything is needed.
+    // Usually there is nothing to do, and then no privilege to create tables is needed.
     if version(connection).await.map_err(failed)? == Some(newest) {
         return Ok(());
     }
     let mut transaction = connection.begin().await.map_err(failed)?;
-    // One at a time: `IF NOT EXISTS` alone fails when two do it at once.
+    // The lock is needed because `IF NOT EXISTS` fails when two sessions create the same object.
     for prepare in [
         format!("SELECT pg_advisory_xact_lock(hashtext('throughline:{schema}'))"),
         format!("CREATE SCHEMA IF NOT EXISTS \"{schema}\""),

@@ -1,4 +1,4 @@
-//! [`Sqlite`]: the store in one file.
+//! [`Sqlite`]: the store in one SQLite file.
 
 #[cfg(test)]
 mod plans;
@@ -30,30 +30,29 @@ use super::sql::{Cursor, Transaction, each, failed, own_error, retrying, small, 
 use super::transaction::millis;
 use crate::error::{Error, ErrorKind, Persistence, Result};
 
-/// What a commit survives.
+/// The kind of failure that a commit survives.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Durability {
-    /// What is committed survives the loss of power: each commit waits for the disk
-    /// (`synchronous = FULL`). Batches make it cheap.
+    /// Committed data survives the loss of power: each commit waits for the disk (`synchronous = FULL`). Batches make
+    /// this cheap.
     #[default]
     Power,
-    /// What is committed survives the end of the process, however it comes. The loss of power can
-    /// undo the latest commits, never a part of one (`synchronous = NORMAL`).
+    /// Committed data survives any end of the process. The loss of power can undo the latest commits, but never a part of
+    /// one (`synchronous = NORMAL`).
     Process,
 }
 
-/// The store in one SQLite file, for any number of processes on one machine: the embedded
-/// default for durable work. SQLite itself is built in.
+/// A store in one SQLite file, for any number of processes on one machine: the embedded default for durable work. SQLite
+/// itself is built in.
 ///
-/// Writers take turns, also between processes; readers never wait and never keep anybody waiting
-/// (WAL). So the file must be on a local disk: WAL does not work over a network.
+/// Writers take turns, also between processes. Readers do not wait and block no writer (write-ahead log). The file
+/// must be on a local disk, because a write-ahead log does not work over a network.
 ///
-/// The file must stay where it is while the store is open. If it is removed, or another file is put in its
-/// place, every later call fails with a permanent [`ErrorKind::Store`]: what SQLite would go on writing
-/// into the removed file would be lost with the process.
+/// The file must stay in its place while the store is open. If it is removed or replaced, every later call fails with a
+/// permanent [`ErrorKind::Store`], because writes into a removed file would be lost with the process.
 ///
-/// On a full disk calls fail with a temporary error, and succeed again when there is room.
+/// On a full disk calls fail with a temporary error. They succeed again when there is space.
 ///
 /// ```no_run
 /// # async fn example() -> throughline::Result<()> {
@@ -63,20 +62,19 @@ pub enum Durability {
 pub struct Sqlite(Arc<Inner>);
 
 struct Inner {
-    /// Absolute, so that it still names the file after the process has changed its directory.
+    /// The absolute path, which still names the file after the process has changed its directory.
     path: PathBuf,
-    /// Which file was opened.
+    /// The identity of the file that was opened.
     file: FileId,
     busy_timeout: Duration,
-    /// One connection: SQLite has one writer at a time, and here they wait in order of arrival.
+    /// One connection: SQLite has one writer at a time, and the pool serves writers in order of arrival.
     writer: SqlitePool,
     readers: SqlitePool,
-    /// The tenant that got something last.
     cursor: Cursor,
     round_trips: AtomicU64,
 }
 
-/// Sets a [`Sqlite`] up.
+/// A builder for [`Sqlite`].
 #[derive(Debug, Clone)]
 #[must_use = "a builder does nothing until `open`"]
 pub struct SqliteBuilder {
@@ -86,25 +84,25 @@ pub struct SqliteBuilder {
 }
 
 impl SqliteBuilder {
-    /// What a commit survives; the loss of power unless set.
+    /// Sets the kind of failure that a commit survives; the loss of power unless set.
     pub fn durability(mut self, durability: Durability) -> Self {
         self.durability = durability;
         self
     }
 
-    /// How long a call waits while another process writes, before it fails with a temporary error;
-    /// 30 s unless set. A call that is queued behind others of this process waits for up to four times as long.
+    /// Sets how long a call waits for a write of another process before it fails with a temporary error; 30 s unless
+    /// set. A call that is queued behind others of this process waits up to four times as long.
     pub fn busy_timeout(mut self, timeout: Duration) -> Self {
         // SQLite counts it in milliseconds in 32 bits.
         self.busy_timeout = timeout.min(Duration::from_millis(i32::MAX as u64));
         self
     }
 
-    /// Opens the file, or makes it.
+    /// Opens the file, or creates it.
     ///
     /// # Errors
     /// [`ErrorKind::Config`] if the path is empty, `:memory:` or a URL. [`ErrorKind::Store`] if the file cannot be
-    /// opened, is a database of something else, or was written by a newer release of this library.
+    /// opened, is a database of another program, or was written by a newer release of this library.
     pub async fn open(self) -> Result<Sqlite> {
         let path = absolute(&self.path)?;
         let named = |error: Error| {
@@ -116,7 +114,7 @@ impl SqliteBuilder {
             .filename(&path)
             .busy_timeout(self.busy_timeout)
             .foreign_keys(true)
-            // A claim's rows at once: with the usual 50 the threads wait for each other.
+            // All rows of a claim at once: with the default of 50 the threads wait for each other.
             .row_buffer_size(1024)
             .disable_statement_logging()
             .synchronous(match self.durability {
@@ -124,7 +122,7 @@ impl SqliteBuilder {
                 Durability::Process => SqliteSynchronous::Normal,
             });
         let making = options.clone().create_if_missing(true);
-        // A file that cannot be opened is mostly a passing lack of something, but not without a folder.
+        // A file that cannot be opened is mostly a transient lack of resources, unless its folder does not exist.
         let first = retrying!(&is_busy, making.connect()).map_err(named);
         let folder = path.parent().is_some_and(Path::is_dir);
         let mut first = first.map_err(|error| match error.is_temporary() && !folder {
@@ -137,7 +135,7 @@ impl SqliteBuilder {
         let file = file.map_err(failed).map_err(named)?;
         first.close().await.map_err(failed).map_err(named)?;
 
-        // Connections are kept: the last one to close would take the write-ahead log with it.
+        // Connections stay open: closing the last one removes the write-ahead log.
         let pool = |max| {
             SqlitePoolOptions::new()
                 .min_connections(1)
@@ -148,8 +146,8 @@ impl SqliteBuilder {
                 .acquire_timeout(self.busy_timeout.saturating_mul(4))
         };
         let readers = options.clone().pragma("query_only", "on");
-        // 32 MiB of pages at hand, and the log moved into the file every 16 MiB and not every 4:
-        // pages that change again and again are written there once.
+        // A cache of 32 MiB, and a checkpoint every 16 MiB instead of 4, so that a page that changes again and again is
+        // written into the file once.
         let writer = options
             .pragma("cache_size", "-32768")
             .pragma("wal_autocheckpoint", "4096");
@@ -166,15 +164,15 @@ impl SqliteBuilder {
 }
 
 impl Sqlite {
-    /// Opens the file, or makes it, with the defaults of [`builder`](Self::builder).
+    /// Opens the file, or creates it, with the defaults of [`builder`](Self::builder).
     ///
     /// # Errors
-    /// As [`SqliteBuilder::open`].
+    /// Those of [`SqliteBuilder::open`].
     pub async fn open(path: impl AsRef<Path>) -> Result<Self> {
         Self::builder(path).open().await
     }
 
-    /// A store in this file, to be set up.
+    /// Returns a builder for a store in this file.
     pub fn builder(path: impl AsRef<Path>) -> SqliteBuilder {
         SqliteBuilder {
             path: path.as_ref().to_owned(),
@@ -183,15 +181,14 @@ impl Sqlite {
         }
     }
 
-    /// Closes the file, with all that is under way done. Dropping the store does it too,
-    /// some time later.
+    /// Waits for calls in progress and closes the file. Dropping the store also closes it, some time later.
     pub async fn close(&self) {
         self.0.readers.close().await;
         self.0.writer.close().await;
     }
 
-    /// How many transactions and single reads there were since it was opened: one for each call,
-    /// whatever the number of rows, and more only where another process was in the way.
+    /// Returns the number of transactions and single reads since the store was opened: one for each call, whatever the
+    /// number of rows, and more only if another process held a lock.
     pub fn round_trips(&self) -> u64 {
         self.0.round_trips.load(Ordering::Relaxed)
     }
@@ -200,22 +197,22 @@ impl Sqlite {
 detached_calls!(Sqlite);
 
 impl Inner {
-    /// The connections for single reads.
+    /// Returns the connections for single reads.
     fn reader(&self) -> Result<&SqlitePool> {
         self.check_file().map_err(failed)?;
         self.round_trips.fetch_add(1, Ordering::Relaxed);
         Ok(&self.readers)
     }
 
-    /// A transaction that has the right to write from the start: taking it later could fail.
+    /// Begins a transaction with the write lock. Taking the lock later could fail.
     async fn begin(&self) -> sqlx::Result<Transaction<Db>> {
         self.check_file()?;
         self.round_trips.fetch_add(1, Ordering::Relaxed);
         Transaction::begin(&self.writer, "BEGIN IMMEDIATE").await
     }
 
-    /// Refuses to go on when the path names another file than the one that is open, or none: what is
-    /// written into a file without a name is lost with the process. One `stat`, about a microsecond.
+    /// Fails if the path no longer names the open file, because writes into a file without a name are lost with the
+    /// process. Costs one `stat`, about a microsecond.
     fn check_file(&self) -> sqlx::Result<()> {
         let what = match FileId::of(&self.path) {
             Ok(file) if file == self.file => return Ok(()),
@@ -224,20 +221,19 @@ impl Inner {
             Err(error) => return Err(sqlx::Error::Io(error)),
         };
         let message = format!(
-            "{}: {what} while the store was open: nothing that is written now would last. \
-             Open the store again",
+            "{}: {what} while the store was open, so writes would be lost: open the store again",
             self.path.display()
         );
         Err(own_error(Error::new(ErrorKind::Store, message)))
     }
 
-    /// Whether to try again: while another process's lock is in the way, for the busy timeout.
+    /// Returns a condition for retries: another process holds a lock, and the busy timeout has not passed.
     fn is_busy(&self) -> impl Fn(&sqlx::Error, u32) -> bool + use<> {
         while_busy(self.busy_timeout)
     }
 }
 
-/// What tells a file from another one at the same path.
+/// The identity of a file, which differs for another file at the same path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct FileId {
     device: u64,
@@ -255,7 +251,7 @@ impl FileId {
         })
     }
 
-    /// Elsewhere a file that is open cannot be removed, and only its absence is noticed.
+    /// On other systems an open file cannot be removed, and only its absence is detected.
     #[cfg(not(unix))]
     fn of(path: &Path) -> io::Result<Self> {
         std::fs::metadata(path)?;
@@ -266,10 +262,13 @@ impl FileId {
     }
 }
 
-/// The path of a file. SQLite itself would take some names for something else.
+/// Returns the absolute path. Refuses names that SQLite does not treat as paths.
 fn absolute(path: &Path) -> Result<PathBuf> {
     let refuse = |why: &str| {
-        let message = format!("{:?} is no path of a database file: {why}", path.display());
+        let message = format!(
+            "{:?} is not a path of a database file: {why}",
+            path.display()
+        );
         Err(Error::new(ErrorKind::Config, message))
     };
     let text = path.to_string_lossy();
@@ -293,24 +292,24 @@ impl fmt::Debug for Sqlite {
     }
 }
 
-/// The present.
+/// Returns the present in milliseconds since 1970.
 fn now() -> i64 {
     millis(SystemTime::now())
 }
 
-/// Whether only another process's lock made an operation fail, and the time to wait for it is not over.
+/// Returns a condition for retries: the operation failed because of a lock, and less than `timeout` has passed.
 fn while_busy(timeout: Duration) -> impl Fn(&sqlx::Error, u32) -> bool + use<> {
     let until = Instant::now() + timeout;
     move |error, _| {
         let code = error.as_database_error().and_then(|error| error.code());
         let number = code.and_then(|code| code.parse::<u32>().ok());
-        // SQLITE_BUSY and SQLITE_LOCKED with their extended codes. SQLite waits by itself for most locks,
-        // so what is seen here is mostly the end of that wait.
+        // SQLITE_BUSY and SQLITE_LOCKED with their extended codes. SQLite itself waits for most locks, so these errors
+        // mostly come at the end of that wait.
         number.is_some_and(|number| matches!(number & 0xff, 5 | 6)) && Instant::now() < until
     }
 }
 
-/// Readers and the writer side by side. The mode stays in the file, so mostly it is there.
+/// Sets the write-ahead log, which lets readers and the writer work side by side. The mode is stored in the file.
 async fn write_ahead(connection: &mut sqlx::SqliteConnection) -> sqlx::Result<()> {
     let mode = sqlx::query_scalar::<_, String>("PRAGMA journal_mode");
     if mode.fetch_one(&mut *connection).await? != "wal" {
@@ -456,7 +455,7 @@ impl Store for Inner {
     }
 }
 
-/// The number in the first column.
+/// Returns the number in the first column.
 fn first(row: &sqlx::sqlite::SqliteRow) -> sqlx::Result<i64> {
     row.try_get(0)
 }

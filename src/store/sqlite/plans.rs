@@ -1,4 +1,4 @@
-//! Every statement finds its rows by an index, whatever the statistics say.
+//! Tests that every statement finds its rows by an index, whatever the statistics are.
 
 use sqlx::{AssertSqlSafe, Connection as _, Row as _, SqliteConnection};
 
@@ -8,7 +8,7 @@ use super::write::settle_statement;
 use crate::store::inputs::Settlement;
 use crate::store::model::{Hold, ItemId};
 
-/// What the planner says of a statement, step by step.
+/// Returns the steps of the plan for a statement.
 async fn plan(connection: &mut SqliteConnection, sql: &str) -> Vec<String> {
     let explain = sqlx::query(AssertSqlSafe(format!("EXPLAIN QUERY PLAN {sql}")));
     let steps = explain.fetch_all(connection).await;
@@ -19,7 +19,7 @@ async fn plan(connection: &mut SqliteConnection, sql: &str) -> Vec<String> {
         .collect()
 }
 
-/// Reads a whole table of those that grow. `leases` has a row for each live worker.
+/// Returns whether a step reads the whole of a table that grows. `leases` has only a row for each live worker.
 fn scans(step: &str) -> bool {
     const LARGE: [&str; 9] = [
         "items",
@@ -35,7 +35,7 @@ fn scans(step: &str) -> bool {
     let table = step
         .strip_prefix("SCAN ")
         .and_then(|rest| rest.split(' ').next());
-    // The turns of a claim are called `t` as well, and have a bloom filter or nothing after them.
+    // The turns of a claim are named `t` too. Their step has a bloom filter or nothing after the name.
     table.is_some_and(|table| LARGE.contains(&table)) && step != "SCAN t"
 }
 
@@ -96,8 +96,8 @@ async fn every_statement_uses_an_index() {
         &settle,
     ];
 
-    // None; those of an empty file and of a small one, gone stale; those of a million rows
-    // that are all in process, or all of one run, or all pending of one tenant.
+    // No statistics; stale ones of an empty and of a small file; those of a million rows that are all in process, or all
+    // pending of one tenant and of one run.
     let small = "INSERT INTO items (v, run_id, seq, pipeline, tenant, priority, max_attempts, key, input) \
                  SELECT 1, id, 0, 'p', 'a', 0, 3, 'k', '1' FROM runs; ANALYZE;";
     let stat = |index: &str, numbers: &str| {
@@ -133,13 +133,13 @@ async fn every_statement_uses_an_index() {
             .await
             .unwrap();
         connection.close().await.unwrap();
-        // Opening the store puts them right.
+        // Opening the store writes the fixed statistics.
         Sqlite::open(&path).await.unwrap().close().await;
         let mut connection = SqliteConnection::connect(&url).await.unwrap();
         for sql in statements {
             let steps = plan(&mut connection, sql).await;
             if sql == RUNS {
-                // By the key itself, backwards, and never further than the page.
+                // This reads the primary key backwards and stops after a page.
                 assert!(steps.len() == 1 && steps[0].ends_with("runs") || !scans(&steps[0]));
                 continue;
             }

@@ -115,7 +115,7 @@ impl Queue for Inner {
 
     async fn reap(&self) -> Result<Reaped> {
         let reader = self.reader()?;
-        // Mostly there is nothing, and then nobody is kept waiting for the right to write.
+        // Usually there is nothing to reap, and then the write lock is not taken.
         let anything = retrying!(
             self.is_busy(),
             sqlx::query_scalar::<_, bool>(rows::ANYTHING_TO_REAP)
@@ -130,7 +130,7 @@ impl Queue for Inner {
 }
 
 impl Inner {
-    /// `None` if the lease is not live.
+    /// Claims items. Returns `None` if the lease is not live.
     async fn take(
         &self,
         lease: LeaseId,

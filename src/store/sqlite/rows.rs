@@ -1,6 +1,6 @@
-//! The statements. Each is one round trip whatever the number of rows, and each has its index:
-//! `plans.rs` holds them to it. `NOT INDEXED` says: by the key of the table itself. Without it
-//! SQLite reads a whole index where statistics are older than the rows.
+//! The SQL statements. Each is one round trip, whatever the number of rows, and finds its rows by an index, which
+//! `plans.rs` checks. `NOT INDEXED` demands the primary key of the table. Without it SQLite reads a whole index if the
+//! statistics are older than the rows.
 
 use sqlx::sqlite::SqliteRow;
 
@@ -66,8 +66,8 @@ pub(super) const INTENTS_OF_ITEMS: &str =
 /// A lease that is live.
 pub(super) const LIVE: &str = "SELECT 1 FROM leases WHERE id = ?1 AND expires_at > ?2";
 
-/// Tenants with something to claim are found one after the other, each by one step into the index for each
-/// pipeline (`?4`); then each one's part, and of all parts the first `?2` in the order of dealing.
+/// Finds the tenants with items to claim one by one, with one index lookup for each pipeline (`?4`), then the part of each
+/// tenant, and of all parts the first `?2` items in the order of dealing.
 pub(super) const CLAIM: &str = "\
 UPDATE items NOT INDEXED SET status = 'processing', lease_id = ?1, epoch = epoch + 1, attempt = attempt + 1 \
 WHERE id IN ( \
@@ -113,8 +113,7 @@ pub(super) const SUSPECTS: &str = "SELECT EXISTS (SELECT 1 FROM json_each(?1) AS
 pub(super) const START_RUNS: &str = "UPDATE runs NOT INDEXED SET status = 'processing', log_seq = log_seq + 1 \
     WHERE id IN (SELECT value FROM json_each(?1)) AND status = 'pending' RETURNING id, log_seq";
 
-/// `?1`: run, notes, completed, failed, error. Gives the run, where its log is now, and how it
-/// ended if it did by this.
+/// `?1` has run, notes, completed, failed, error. Returns the run, the number of its last log entry, and its status.
 pub(super) const COUNT: &str = "\
 UPDATE runs NOT INDEXED SET \
     completed = completed + d.done, failed = failed + d.broken, \
@@ -143,7 +142,7 @@ pub(super) const RETIRE: &str = "DELETE FROM leases WHERE id = ?1";
 pub(super) const RETIRE_ITEMS: &str = "UPDATE items SET status = 'pending', lease_id = NULL, \
     epoch = epoch + 1, attempt = max(attempt - 1, 0) WHERE lease_id = ?1";
 
-/// `?1`: items and epochs. `?2`: until when, `?3`: what is not charged.
+/// `?1` has items and epochs, `?2` is the due time or null, `?3` the number of attempts to give back.
 pub(super) const RELEASE: &str = "UPDATE items NOT INDEXED SET status = 'pending', lease_id = NULL, \
     epoch = items.epoch + 1, attempt = max(attempt - ?3, 0), not_before = ?2 \
     FROM (SELECT value ->> 0 AS id, value ->> 1 AS epoch FROM json_each(?1)) AS h \
@@ -186,7 +185,7 @@ pub(super) const CANCEL_RUN: &str = "UPDATE runs SET status = 'cancelled', \
 pub(super) const RETRY_ITEMS: &str = "UPDATE items SET status = 'pending', epoch = epoch + 1, \
     attempt = 0, error = NULL, handling = min(handling, 2) WHERE run_id = ?1 AND status = 'failed'";
 
-/// Before the items are pending again.
+/// Executed before the items are pending again.
 pub(super) const RETRY_INTENTS: &str = concat!(
     "DELETE FROM intents WHERE item_id IN (SELECT id FROM items \
     WHERE run_id = ?1 AND status = 'failed' AND instr(error, '",
@@ -200,7 +199,7 @@ pub(super) const RETRY_RUN: &str = "UPDATE runs SET status = 'pending', failed =
 pub(super) const PURGE_RUNS: &str = "DELETE FROM runs WHERE id IN \
     (SELECT id FROM runs WHERE ended_at <= ?1 ORDER BY ended_at, id LIMIT ?2)";
 
-/// `floors`: since when the generations of a tenant are needed. Few runs are of the statuses that ask for it.
+/// `floors` has for each tenant the time since when its generations are needed. Few runs have these statuses.
 pub(super) const PURGE_GENERATIONS: &str = "DELETE FROM generations WHERE rowid IN ( \
     WITH floors (tenant, since) AS MATERIALIZED ( \
         SELECT tenant, min(created_at) FROM runs INDEXED BY runs_status \

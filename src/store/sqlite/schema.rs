@@ -1,4 +1,4 @@
-//! The tables, as a list of steps that is only ever added to.
+//! The tables: a list of migrations, to which releases only add.
 
 use std::path::Path;
 
@@ -7,15 +7,14 @@ use sqlx::{Connection as _, Row as _, SqliteConnection};
 use super::super::sql::failed;
 use crate::error::{Error, ErrorKind, Result};
 
-/// Says that a file is ours: `thln`.
+/// Marks a file as one of this library: `thln`.
 const APPLICATION_ID: i32 = i32::from_be_bytes(*b"thln");
 
-/// Step n brings a file from version n to n + 1. A step that has been released is never changed.
+/// Migration n takes a file from version n to n + 1. A released migration is never changed.
 const STEPS: &[&str] = &[include_str!("0001.sql"), include_str!("0002.sql")];
 
-/// What the planner is told of the tables: fixed, and those of a large file. Statistics that were
-/// gathered while a file was small make it read whole tables when the file has grown, and
-/// nothing here is made slower by being ready for many rows.
+/// Fixed statistics for the query planner, those of a large file. With statistics of a small file the planner would read
+/// whole tables after the file has grown, and plans for many rows are not slower with few.
 const STATISTICS: &[(&str, Option<&str>, &str)] = &[
     ("generations", Some("generations_age"), "1000000 1"),
     (
@@ -41,10 +40,10 @@ const STATISTICS: &[(&str, Option<&str>, &str)] = &[
     ("runs", Some("runs_tenant"), "10000 100 1"),
 ];
 
-/// Brings the file to this release's version.
+/// Migrates the file to the version of this release.
 pub(super) async fn migrate(connection: &mut SqliteConnection, path: &Path) -> Result<()> {
     let newest = STEPS.len() as i32;
-    // Mostly there is nothing to do, and then nobody is kept waiting for the right to write.
+    // Usually there is nothing to do, and then the write lock is not taken.
     if state(connection).await.map_err(failed)? == (APPLICATION_ID, newest, false)
         && statistics(connection).await.map_err(failed)? == wanted()
     {
@@ -88,7 +87,7 @@ pub(super) async fn migrate(connection: &mut SqliteConnection, path: &Path) -> R
     transaction.commit().await.map_err(failed)
 }
 
-/// Application, version, and whether the file is empty.
+/// Returns the application, the version, and whether the file is empty.
 async fn state(connection: &mut SqliteConnection) -> sqlx::Result<(i32, i32, bool)> {
     let row = sqlx::query(
         "SELECT (SELECT application_id FROM pragma_application_id), \
@@ -111,7 +110,7 @@ fn wanted() -> Vec<(String, Option<String>, String)> {
     STATISTICS.iter().map(own).collect()
 }
 
-/// What the planner is told now.
+/// Returns the present statistics.
 async fn statistics(
     connection: &mut SqliteConnection,
 ) -> sqlx::Result<Vec<(String, Option<String>, String)>> {
@@ -126,9 +125,9 @@ async fn statistics(
     all.fetch_all(connection).await
 }
 
-/// Tells the planner of connections to come.
+/// Writes the fixed statistics, which later connections use.
 async fn tell(connection: &mut SqliteConnection) -> sqlx::Result<()> {
-    // This makes the table for them.
+    // This creates the table of statistics.
     sqlx::raw_sql("ANALYZE sqlite_schema; DELETE FROM sqlite_stat1")
         .execute(&mut *connection)
         .await?;

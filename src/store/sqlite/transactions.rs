@@ -1,5 +1,4 @@
-//! Transactions that do not come to their end: in a file that may not grow, as on a full disk, and where
-//! their future is dropped, as when the runtime stops.
+//! Tests of transactions that do not complete: on a full disk, and when their future is dropped.
 
 use std::future::poll_fn;
 use std::pin::pin;
@@ -16,7 +15,7 @@ fn run_of(items: usize) -> NewRun {
     NewRun::new("a", "p").items(items)
 }
 
-/// Lets the file of the writer's present connection grow by this many pages and no more.
+/// Lets the file grow by at most this many pages, for the present connection of the writer.
 async fn limit(store: &Sqlite, pages: i64) {
     let mut writer = store.0.writer.acquire().await.unwrap();
     let count = sqlx::query_scalar::<_, i64>("PRAGMA page_count");
@@ -31,13 +30,13 @@ async fn a_full_disk_is_a_temporary_error_and_later_writes_succeed() {
     let store = Sqlite::open(dir.path().join("full.db")).await.unwrap();
     let first = store.create_run(run_of(3)).await.unwrap().run;
     let mut expected = vec![first];
-    // It ends in the first statement of a transaction, and in a later one.
+    // The disk is full at the first statement of a transaction, or at a later one.
     for pages in [0, 1, 20, 200] {
         limit(&store, pages).await;
         let error = store.create_run(run_of(2000)).await.unwrap_err();
         assert!(error.is_temporary(), "{error:?}");
         assert_eq!(error.code(), Some("13"), "{error:?}");
-        // The connection that was told the limit is gone, as the disk's fullness would be.
+        // The failed transaction has closed the connection with the limit, so the disk has space again.
         expected.push(store.create_run(run_of(3)).await.unwrap().run);
     }
     let mut kept: Vec<_> = store.runs(Default::default(), 100).await.unwrap();
@@ -62,7 +61,7 @@ async fn a_full_disk_is_a_temporary_error_and_later_writes_succeed() {
     assert_eq!((kept.completed, kept.log_seq), (3, 3));
 }
 
-/// Polls a future so often, each time that it wakes, and drops it. Says whether it was ready.
+/// Polls a future at most `polls` times, each time that it wakes, and drops it. Returns whether it was ready.
 async fn polled(future: impl Future, polls: usize) -> bool {
     let mut future = pin!(future);
     let mut left = polls;
@@ -84,10 +83,10 @@ async fn a_transaction_that_is_dropped_at_any_poll_is_rolled_back_and_disturbs_n
     let mut dropped = 0;
     let mut written = Vec::new();
     for polls in 1..60 {
-        // Four statements and more beside the begin and the end.
+        // At least four statements between `BEGIN` and `COMMIT`.
         let large = run_of(1200);
         let whole = polled(store.0.write_run(&large), polls).await;
-        // Acknowledged, and seen by those who read.
+        // A later write is acknowledged and visible to readers.
         let run = store.create_run(run_of(2)).await.unwrap().run;
         let read = store.run(run).await.unwrap().unwrap();
         assert_eq!(read.total, 2);

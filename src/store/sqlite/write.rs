@@ -1,4 +1,4 @@
-//! The transactions that write runs and what becomes of their items.
+//! The transactions that write runs and the outcomes of their items.
 
 use std::collections::HashMap;
 
@@ -11,7 +11,7 @@ use crate::store::model::{Committed, Created, Generation, Intent, ItemId, RunId,
 use crate::store::sql::{small, to_sql, write_error};
 use crate::store::transaction::{RunChanges, ended_entry};
 
-/// Rows in one statement: more gain nothing, and SQLite takes 32,766 parameters at most.
+/// Rows in one statement. More are not faster, and SQLite allows at most 32,766 parameters.
 const ROWS: usize = 500;
 
 impl Inner {
@@ -173,7 +173,7 @@ async fn add_items(
     items: &[NewItem],
     connection: &mut SqliteConnection,
 ) -> sqlx::Result<()> {
-    // What they share is bound once and named by its number.
+    // Values that all items share are bound once.
     let mut insert =
         QueryBuilder::<Db>::new("WITH shared (run, pipeline, tenant, priority, most) AS (VALUES (");
     let mut shared = insert.separated(", ");
@@ -197,7 +197,7 @@ async fn add_items(
     Ok(())
 }
 
-/// Gives how many were new.
+/// Writes generations. Returns the number of new ones.
 async fn add_generations(
     generations: &[Generation],
     now: i64,
@@ -225,7 +225,7 @@ async fn add_generations(
     Ok(insert.build().execute(connection).await?.rows_affected())
 }
 
-/// Gives the item, run and place of those that were not fenced.
+/// Settles items. Returns item, run and `seq` of those that were not fenced.
 async fn settle(
     settlements: &[Settlement],
     connection: &mut SqliteConnection,
@@ -250,8 +250,8 @@ pub(super) fn settle_statement(settlements: &[Settlement]) -> QueryBuilder<Db> {
             .push_bind(result.clone().ok())
             .push_bind(result.as_ref().err().map(write_error));
     });
-    // Fenced on the epoch. That it is not over is said in words that fit no index: one on
-    // the status would tempt a planner to read all that is in process.
+    // Items are fenced by their epoch. The condition on the status is written so that no index matches it, because with
+    // an index on the status the planner might read all items in process.
     update.push(
         ") UPDATE items NOT INDEXED SET status = iif(s.error IS NULL, 'completed', 'failed'), \
          output = s.output, error = s.error, lease_id = NULL, not_before = NULL, \
@@ -262,7 +262,7 @@ pub(super) fn settle_statement(settlements: &[Settlement]) -> QueryBuilder<Db> {
     update
 }
 
-/// Counters and logs of what changed.
+/// Updates the counters and logs of changed runs.
 pub(super) async fn apply(
     mut changes: RunChanges,
     now: i64,
@@ -302,7 +302,7 @@ pub(super) async fn apply(
     add_log(logs, now, connection).await
 }
 
-/// Adds entries to logs, each with the number of its last one.
+/// Adds entries to logs, given the number of the last entry of each log.
 pub(super) async fn add_log(
     logs: impl IntoIterator<Item = (RunId, i64, Vec<(String, String)>)>,
     now: i64,
@@ -316,7 +316,7 @@ pub(super) async fn add_log(
     Ok(())
 }
 
-/// Log entries of one run that go in from `last` backwards.
+/// Numbers the log entries of one run, the last of which has the number `last`.
 fn numbered(
     run: RunId,
     last: i64,
@@ -327,7 +327,7 @@ fn numbered(
     entries.map(move |((kind, data), seq)| (run, seq, kind, data))
 }
 
-/// Rows for logs, as one JSON text.
+/// Returns rows for logs as one JSON text.
 fn log_rows(rows: impl IntoIterator<Item = (RunId, i64, String, String)>) -> String {
     let rows: Vec<_> = rows
         .into_iter()

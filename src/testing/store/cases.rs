@@ -1,4 +1,4 @@
-//! The contract, promise by promise.
+//! Cases about runs, commits, generations and logs.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -72,7 +72,7 @@ pub(super) fn entry(kind: &str, data: Value) -> (String, Value) {
     (kind.to_owned(), data)
 }
 
-pub(super) async fn a_run_is_kept_as_it_was_given(store: Store) {
+pub(super) async fn a_run_is_stored_unchanged(store: Store) {
     let odd = "\u{1F30A} ' \" \\ \u{1} \u{7f} \u{feff} \n\r\t $1 ?1 {} %s -- \u{10FFFF}";
     let large = "x".repeat(1 << 20);
     let items = [
@@ -162,7 +162,7 @@ pub(super) async fn creating_a_run_twice_is_harmless(store: Store) {
     assert_eq!(claim(&store, lease(&*store).await, 10).await.len(), 3);
 }
 
-pub(super) async fn what_cannot_be_kept_is_refused(store: Store) {
+pub(super) async fn data_that_a_backend_cannot_keep_is_refused(store: Store) {
     let refused = |result: Result<()>| {
         assert_eq!(result.unwrap_err().kind(), ErrorKind::Config);
     };
@@ -186,7 +186,7 @@ pub(super) async fn what_cannot_be_kept_is_refused(store: Store) {
     refused(store.commit(twice).await.map(drop));
     assert_eq!(read(&*store, run).await.ended(), 0);
 
-    // Nothing to write is no mistake.
+    // An empty write is no error.
     assert!(
         store
             .commit(Commit::default())
@@ -262,7 +262,7 @@ pub(super) async fn items_are_dealt_fairly_and_by_priority(store: Store) {
         let keys: Vec<_> = items.iter().map(|item| item.key.clone()).collect();
         keys.join(" ")
     };
-    // Each has one before anybody has two, though b came first with a hundred.
+    // Each tenant gets one item before any gets two, although b submitted a hundred first.
     assert_eq!(dealt(4).await, "a-1.0 b0.0 c0.0 a-1.1");
     assert_eq!(dealt(3).await, "b0.1 a0.0 b0.2");
     assert_eq!(dealt(4).await, "a1.0 b0.3 a1.1 b0.4");
@@ -286,14 +286,14 @@ pub(super) async fn a_claim_takes_only_items_of_the_pipelines_it_names(store: St
     };
     assert_eq!(dealt(&[], 9).await, "");
     assert_eq!(dealt(&["unheard of"], 9).await, "");
-    // Tenants take turns whatever the pipeline, and a name counts once.
+    // Tenants take turns across pipelines, and a repeated name counts once.
     assert_eq!(dealt(&["q", "p", "q"], 4).await, "qa0 pb0 qc0 qa1");
     assert_eq!(dealt(&["p"], 9).await, "pb1 pb2");
     // Within a tenant the lowest number goes first, whatever the pipeline.
     assert_eq!(dealt(&["r", "p", "q"], 9).await, "qc1 qa2 rb0 qc2 rb1 rb2");
 }
 
-pub(super) async fn more_tenants_than_places_take_turns(store: Store) {
+pub(super) async fn more_tenants_than_the_limit_take_turns(store: Store) {
     for tenant in ["", "B", "a", "\u{e9}"] {
         create(&*store, tenant, 2).await;
     }
@@ -304,7 +304,7 @@ pub(super) async fn more_tenants_than_places_take_turns(store: Store) {
         assert_eq!(items.len(), if tenants.len() < 6 { 3 } else { 2 });
         tenants.extend(items.into_iter().map(|item| item.tenant));
     }
-    // By bytes, and round and round.
+    // In byte order, round after round.
     assert_eq!(tenants, ["B", "a", "\u{e9}", "", "B", "a", "\u{e9}", ""]);
 }
 
@@ -353,7 +353,7 @@ pub(super) async fn a_commit_counts_logs_and_ends_the_run(store: Store) {
     assert_eq!(
         run.error.unwrap().message(),
         "third",
-        "the first to fail, not the first by place"
+        "the error of the first item to fail, not of the first item"
     );
     let kept = all_items(&*store, one).await;
     assert_eq!(kept[0].output.as_deref(), Some("[1]"));
@@ -394,7 +394,7 @@ pub(super) async fn a_commit_sent_again_changes_nothing(store: Store) {
         (after.completed, after.log_seq),
         (before.completed, before.log_seq)
     );
-    // Nor does another result for the epoch that the item has now: it is over.
+    // Another result for the present epoch changes nothing either, because the item has ended.
     let now = store.items(run, 0, 1).await.unwrap()[0].hold();
     assert_eq!(
         commit(&store, vec![settle(now, Err(broken("late")))]).await,
@@ -406,7 +406,7 @@ pub(super) async fn a_commit_sent_again_changes_nothing(store: Store) {
     );
 }
 
-pub(super) async fn who_lost_an_item_cannot_commit_it_but_its_generation_stays(store: Store) {
+pub(super) async fn a_lost_item_cannot_be_committed_but_its_generation_is_kept(store: Store) {
     let run = create(&*store, "a", 1).await;
     let lease = lease(&*store).await;
     let slow = claim(&store, lease, 1).await.remove(0);
@@ -553,7 +553,7 @@ pub(super) async fn old_runs_and_generations_are_purged(store: Store) {
     );
 }
 
-pub(super) async fn a_purge_leaves_what_a_run_may_need_again(store: Store) {
+pub(super) async fn a_purge_keeps_generations_that_a_run_may_need(store: Store) {
     let age = Duration::from_secs(1);
     let (slow, failed) = (create(&*store, "a", 2).await, create(&*store, "b", 1).await);
     let (slow, failed) = (
@@ -570,7 +570,7 @@ pub(super) async fn a_purge_leaves_what_a_run_may_need_again(store: Store) {
     };
     tokio::time::sleep(age + Duration::from_millis(100)).await;
 
-    // The run of `a` goes on, that of `b` failed just now and can be tried again, and `c` has none.
+    // The run of `a` is open, that of `b` has just failed and can be retried, and `c` has none.
     let ended = std::time::Instant::now();
     let error = Err(broken("b"));
     assert_eq!(
@@ -580,18 +580,18 @@ pub(super) async fn a_purge_leaves_what_a_run_may_need_again(store: Store) {
     let purged = store.purge(age, 100).await.unwrap();
     assert_eq!(purged.runs, 0);
     assert_eq!((kept("a").await, kept("c").await), (1, 0));
-    // A machine that stalls for so long has made the failed run old enough.
+    // On a machine that stalls for this long the failed run is old enough to be purged.
     if ended.elapsed() < age {
         assert_eq!(kept("b").await, 1);
     }
 
-    // Nothing needs it any more: its age decides.
+    // No run needs the generations any more, so their age decides.
     assert_eq!(commit(&store, vec![done(slow[1].hold())]).await, 1);
     store.purge(Duration::ZERO, 100).await.unwrap();
     assert_eq!((kept("a").await, kept("b").await), (0, 0));
 }
 
-pub(super) async fn numbers_without_end_stop_nobody(store: Store) {
+pub(super) async fn the_largest_numbers_are_accepted(store: Store) {
     let items = || [NewItem::new("k", "1")];
     let endless = NewRun::new("a", "p").max_attempts(u32::MAX).items(items());
     let run = store.create_run(endless).await.unwrap().run;

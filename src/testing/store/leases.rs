@@ -1,4 +1,4 @@
-//! The contract of leases, cancellation, second tries and intents.
+//! Cases about leases, cancellation, retries and intents.
 
 use std::time::Duration;
 
@@ -16,14 +16,14 @@ fn one() -> Claim {
     Claim::new(["p"], 1)
 }
 
-pub(super) async fn a_lease_that_is_over_claims_nothing(store: Store) {
+pub(super) async fn an_expired_lease_claims_nothing(store: Store) {
     create(&*store, "a", 2).await;
     let expired = store.register("w", Duration::ZERO).await.unwrap();
     let lost = store.claim(expired, one()).await.unwrap_err();
     assert_eq!(lost.kind(), ErrorKind::LeaseLost);
     assert!(
         store.heartbeat(expired, LONG).await.unwrap(),
-        "nobody has reaped it yet"
+        "it has not been reaped yet"
     );
     assert_eq!(claim(&store, expired, 1).await.len(), 1);
 
@@ -36,7 +36,7 @@ pub(super) async fn a_lease_that_is_over_claims_nothing(store: Store) {
         ErrorKind::LeaseLost
     );
     let fresh = lease(&*store).await;
-    assert_ne!(fresh, expired, "a number is not used again");
+    assert_ne!(fresh, expired, "a number is not reused");
     assert_eq!(super::claim_any(&*store, fresh, 5).await.len(), 2);
     let never = crate::store::LeaseId(fresh.0 + 1000);
     assert_eq!(
@@ -45,8 +45,8 @@ pub(super) async fn a_lease_that_is_over_claims_nothing(store: Store) {
     );
 }
 
-/// A worker that starts again under its old name must not keep the items of its dead self.
-pub(super) async fn a_lease_of_the_same_name_is_another_lease(store: Store) {
+/// A restarted worker must not keep the items of its former process alive.
+pub(super) async fn a_worker_of_the_same_name_has_another_lease(store: Store) {
     create(&*store, "a", 3).await;
     let dead = store.register("w", LONG).await.unwrap();
     assert_eq!(claim(&store, dead, 2).await.len(), 2);
@@ -58,7 +58,7 @@ pub(super) async fn a_lease_of_the_same_name_is_another_lease(store: Store) {
     assert_eq!(super::claim_any(&*store, again, 5).await.len(), 3);
 }
 
-pub(super) async fn a_retired_lease_gives_its_items_back_without_charge(store: Store) {
+pub(super) async fn a_retired_lease_releases_its_items_without_charge(store: Store) {
     let run = create(&*store, "a", 3).await;
     let first = lease(&*store).await;
     let items = claim(&store, first, 3).await;
@@ -77,9 +77,7 @@ pub(super) async fn a_retired_lease_gives_its_items_back_without_charge(store: S
     assert_eq!(read(&*store, run).await.completed, 1);
 }
 
-pub(super) async fn an_item_that_was_alone_when_its_workers_died_fails_after_its_attempts(
-    store: Store,
-) {
+pub(super) async fn an_item_held_alone_by_dying_workers_fails_after_its_attempts(store: Store) {
     let items = ["a", "b"].map(|key| NewItem::new(key, "1"));
     let new = NewRun::new("t", "p").max_attempts(2).items(items);
     let run = store.create_run(new).await.unwrap().run;
@@ -111,7 +109,7 @@ pub(super) async fn an_item_that_was_alone_when_its_workers_died_fails_after_its
     let last = claim(&store, lease(&*store).await, 5).await;
     assert_eq!(commit(&store, vec![done(last[0].hold())]).await, 1);
     assert_eq!(read(&*store, run).await.status, Status::Failed);
-    // Whoever gives it another chance gives it alone.
+    // A retried item is still run alone.
     assert_eq!(store.retry_failed(run).await.unwrap(), 1);
     let again = super::claim_any(&*store, lease(&*store).await, 5).await;
     assert_eq!(
@@ -120,7 +118,7 @@ pub(super) async fn an_item_that_was_alone_when_its_workers_died_fails_after_its
     );
 }
 
-/// However often: it may be that one of the others ended the process.
+/// However often the worker dies: one of the other items may have ended the process.
 pub(super) async fn an_item_never_fails_for_a_worker_that_held_others_too(store: Store) {
     let items = (0..3).map(|n| NewItem::new(n.to_string(), "1"));
     let new = NewRun::new("t", "p").max_attempts(1).items(items);
@@ -224,7 +222,7 @@ pub(super) async fn a_cancelled_run_stops_at_once(store: Store) {
     assert_eq!(store.cancel(RunId(other.0 + 1000)).await.unwrap(), 0);
 }
 
-pub(super) async fn failed_items_can_be_tried_again(store: Store) {
+pub(super) async fn failed_items_can_be_retried(store: Store) {
     let run = create(&*store, "a", 3).await;
     let lease = lease(&*store).await;
     let items = claim(&store, lease, 3).await;
@@ -271,7 +269,7 @@ pub(super) async fn failed_items_can_be_tried_again(store: Store) {
     );
 }
 
-pub(super) async fn intents_of_items_that_nobody_holds_are_ambiguous(store: Store) {
+pub(super) async fn intents_of_items_without_a_live_lease_are_ambiguous(store: Store) {
     create(&*store, "a", 3).await;
     let (alive, dying) = (lease(&*store).await, lease(&*store).await);
     let mut items = claim(&store, alive, 1).await;
@@ -337,7 +335,7 @@ pub(super) async fn intents_of_items_that_nobody_holds_are_ambiguous(store: Stor
     store.commit(ended).await.unwrap();
     assert_eq!(store.ambiguous_intents(None, 10).await.unwrap(), open[1..2]);
 
-    // Whoever tries again what failed for its call has decided about it; that of an item that failed otherwise stays.
+    // A retry removes the intent of an item that failed because of its call, and no other.
     let items = super::claim_any(&*store, alive, 2).await;
     let other = items.iter().find(|item| item.id != open[1].item).unwrap();
     let stays = Intent {

@@ -1,4 +1,4 @@
-//! A random walk over a store and [`Memory`] side by side: each must answer as the other does.
+//! A random walk over a store and [`Memory`], the model: both must answer alike.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -16,8 +16,8 @@ use crate::store::{
     NewItem, NewRun, Note, Queue, RunFilter, RunId, Settlement, Status, Store as _, StoreExt as _,
 };
 
-/// Takes `steps` random steps on `store`, which must be empty, and on a [`Memory`], and compares
-/// what they answer and, now and then, all that they hold. The same `seed` walks the same way.
+/// Takes `steps` random steps on `store`, which must be empty, and on a [`Memory`], and compares their answers and, every
+/// few steps, all their rows. The same `seed` takes the same steps.
 ///
 /// # Panics
 /// At the first difference, with the steps that led to it.
@@ -42,7 +42,7 @@ pub async fn against_model(store: Arc<dyn Queue>, seed: u64, steps: usize) {
     super::audit(&walk.model).await;
 }
 
-/// The same thing in the model and in the store.
+/// The ids of one object in the model and in the store.
 type Twin<T> = (T, T);
 
 struct Walk {
@@ -51,9 +51,9 @@ struct Walk {
     store: Arc<dyn Queue>,
     runs: Vec<Twin<RunId>>,
     leases: Vec<Twin<LeaseId>>,
-    /// All that were ever held: most of them are stale.
+    /// All holds so far, most of them stale.
     holds: Vec<Twin<Hold>>,
-    /// The model's number of each item of the store.
+    /// The number in the model of each item in the store.
     items: HashMap<ItemId, ItemId>,
     trail: Vec<String>,
 }
@@ -74,7 +74,7 @@ macro_rules! both {
     }};
 }
 
-/// Which of two twins.
+/// Selects one side of a [`Twin`].
 #[derive(Clone, Copy)]
 struct Pick(bool);
 
@@ -100,13 +100,13 @@ impl Walk {
 
     fn lease(&mut self) -> Twin<LeaseId> {
         let nobody = (LeaseId(i64::MAX), LeaseId(i64::MAX));
-        // Mostly the latest: the others are gone by and by.
+        // Mostly the latest lease, because older ones expire.
         let last = self.leases.last().copied();
         let any = self.rng.choice(&self.leases).copied();
         if self.rng.u8(..4) > 0 { last } else { any }.unwrap_or(nobody)
     }
 
-    /// Up to six holds of different items, most of them recent.
+    /// Returns up to six holds of different items, most of them recent.
     fn some_holds(&mut self) -> Vec<Twin<Hold>> {
         let mut some: Vec<Twin<Hold>> = Vec::new();
         let recent = self.holds.len().saturating_sub(12);
@@ -125,7 +125,7 @@ impl Walk {
         MemoKey::new([self.rng.u8(..6); 32])
     }
 
-    /// The comparable part of an item, with the model's number.
+    /// Returns the comparable part of an item, with its number in the model.
     fn seen(&self, item: &Item, of_store: bool) -> String {
         let id = if of_store {
             self.items[&item.id]
@@ -245,7 +245,7 @@ impl Walk {
         let (lease, limit) = (self.lease(), self.rng.u32(..9));
         let names = [&["p", "q"][..], &["q", "p", "p"], &["p"], &["q"], &[]];
         let names = names[self.rng.usize(..names.len())];
-        // Mostly the normal one: it is what most items have.
+        // Mostly the normal handling, which most items have.
         let handling = Handling::from_i32(self.rng.i32(-4..4).max(0));
         let claim = Claim::new(names, limit).handling(handling);
         self.trail.push(format!("{lease:?} {claim:?}"));
@@ -338,7 +338,7 @@ impl Walk {
         self.same((model, store.into_iter().map(ours).collect()));
     }
 
-    /// All runs, items, logs and generations of both sides.
+    /// Compares all runs, items, logs and generations of both sides.
     async fn compare(&self) {
         for (model, store) in &self.runs {
             let mut sides = Vec::new();

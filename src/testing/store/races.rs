@@ -1,4 +1,4 @@
-//! What holds only if transactions do: many tasks on one store at the same time.
+//! Cases with many concurrent tasks on one store.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -13,7 +13,7 @@ use crate::store::{Claim, Commit, Item, NewItem, NewRun, Note, Queue, Settlement
 
 type Store = Arc<dyn Queue>;
 
-/// Runs `n` of them as tasks, at the same time where the runtime has the threads.
+/// Runs `n` tasks, in parallel if the runtime has several threads.
 async fn together<F>(n: usize, of: impl Fn(usize) -> F)
 where
     F: Future<Output = ()> + Send + 'static,
@@ -69,7 +69,7 @@ pub(super) async fn claimers_never_share_an_item(store: Store) {
     while let Some(id) = claimed.recv().await {
         assert!(seen.insert(id), "item {id} was claimed twice");
     }
-    // Who finds all that is left locked by others may stop early: nothing is lost by that.
+    // A task may stop early if others hold locks on all remaining items. No item is lost by that.
     let rest = Claim::new(&["p"], 600);
     let rest = store
         .claim(lease(&*store).await, rest)
@@ -87,7 +87,7 @@ pub(super) async fn counters_and_logs_are_exact_under_concurrent_commits(store: 
     for run in &runs {
         items.extend(super::all_items(&*store, *run).await);
     }
-    // Every commit touches every run, in one order or the other, and overlaps with its neighbours.
+    // Every commit changes every run, in one of two orders, and overlaps with its neighbours.
     let items = Arc::new(items);
     let runs = Arc::new(runs);
     together(6, |worker| {
@@ -128,7 +128,7 @@ pub(super) async fn counters_and_logs_are_exact_under_concurrent_commits(store: 
     }
 }
 
-pub(super) async fn one_of_many_that_create_the_same_run_creates_it(store: Store) {
+pub(super) async fn concurrent_creations_with_one_key_create_one_run(store: Store) {
     let created = Arc::new(AtomicUsize::new(0));
     together(8, |i| {
         let (store, created) = (Arc::clone(&store), Arc::clone(&created));
@@ -151,8 +151,8 @@ pub(super) async fn one_of_many_that_create_the_same_run_creates_it(store: Store
     );
 }
 
-/// Workers that die, reapers, cancellations and commits that come too late, all at once.
-pub(super) async fn each_item_is_settled_once_whoever_dies(store: Store) {
+/// Workers that die, reaps and late commits, all at the same time.
+pub(super) async fn each_item_is_settled_once_although_workers_die(store: Store) {
     let mut runs = Vec::new();
     for tenant in ["a", "b"] {
         let items = (0..60).map(|n| NewItem::new(n.to_string(), "1"));
@@ -175,7 +175,7 @@ pub(super) async fn each_item_is_settled_once_whoever_dies(store: Store) {
                 let mine = lease(&*store).await;
                 let items = super::claim_any(&*store, mine, 9).await;
                 match (worker + turn) % 4 {
-                    // Dies; its commit comes after the reaper, or just before it.
+                    // This worker dies. Its commit races with the reap.
                     0 => {
                         store
                             .heartbeat(mine, Duration::ZERO)
