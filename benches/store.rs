@@ -1,4 +1,4 @@
-//! What the durable stores cost, beside the bare SQL for the same rows in the same run.
+//! Compares the cost of the durable stores with bare SQL for the same rows, in the same run.
 //!
 //! ```sh
 //! scripts/services start   # for the part with Postgres

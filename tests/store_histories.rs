@@ -34,7 +34,7 @@ use tokio::time::{sleep, timeout};
 use self::postgres::Schemas;
 
 const LONG: Duration = Duration::from_secs(3600);
-/// No call here takes so long unless somebody is locked out.
+/// Longer than any call takes, unless locks block it forever.
 const PATIENCE: Duration = Duration::from_secs(45);
 const HANDLINGS: [Handling; 4] = [
     Handling::Normal,
@@ -52,7 +52,7 @@ fn long_form() -> bool {
     std::env::var_os("THROUGHLINE_LONG").is_some()
 }
 
-/// What a history is made of.
+/// The parameters of a history.
 #[derive(Debug, Clone, Copy)]
 struct Plan {
     seed: u64,
@@ -76,7 +76,7 @@ impl Plan {
     }
 }
 
-/// What was asked for and what was acknowledged, by all actors.
+/// The requests and acknowledgements of all actors.
 #[derive(Default)]
 struct Books {
     /// Runs that were acknowledged, with the number of their items and their idempotency key.
@@ -98,7 +98,7 @@ struct Books {
     intents: HashSet<IntentName>,
     over: HashSet<IntentName>,
     cancelled: HashSet<RunId>,
-    /// Runs that somebody tried again.
+    /// Runs that an actor retried.
     retried: HashSet<RunId>,
     /// How many runs may have been removed.
     removed: u64,
@@ -618,7 +618,7 @@ async fn act(plan: Plan, handles: &[Arc<dyn Queue>]) -> Arc<History> {
     history
 }
 
-/// Everything that the actors left undone comes to its end: nobody is locked out.
+/// Ends everything that the actors left open, to check that no lock remains.
 async fn finish(history: &History, store: &dyn Queue) {
     let until = Instant::now() + PATIENCE;
     let leases = history.books().leases.clone();
@@ -819,7 +819,7 @@ async fn play<H: Future<Output = (Vec<Arc<dyn Queue>>, Arc<dyn Queue>)>>(
         println!("{name}: {plan:?}");
         let (handles, auditor) = open(seed).await;
         let history = act(plan, &handles).await;
-        // What they leave on their connections goes with them.
+        // Their connections end with the sessions.
         drop(handles);
         finish(&history, &*auditor).await;
         audit(&history, auditor).await;

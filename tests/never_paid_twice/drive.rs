@@ -1,4 +1,4 @@
-//! Runs that are driven for a time, as where a platform cuts calls off: under the paused clock.
+//! Workers with a time budget, as on a platform that cuts calls off. Uses the paused clock.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -36,7 +36,7 @@ async fn a_budget_ends_in_time_and_charges_nothing() {
     let mut drives = 0;
     loop {
         let began = Instant::now();
-        // Each a process of its own, as where a platform cuts calls off.
+        // Each call is a process of its own, as on a platform that cuts calls off.
         let drive = build().drive(Duration::from_secs(100)).await.unwrap();
         assert!(
             began.elapsed() <= Duration::from_secs(100),
@@ -51,7 +51,7 @@ async fn a_budget_ends_in_time_and_charges_nothing() {
         assert_eq!(record.failed, 0);
         check(&store, run).await;
     }
-    // 120 calls of 20 s by four: 600 s.
+    // 120 calls of 20 s, four at a time, take 600 s.
     assert!((6..=9).contains(&drives), "{drives}");
     let record = runner.snapshot(run).await.unwrap().unwrap().run;
     assert_eq!((record.completed, record.failed), (40, 0));
@@ -60,7 +60,7 @@ async fn a_budget_ends_in_time_and_charges_nothing() {
     assert!(runner.ambiguous(None, 10).await.unwrap().is_empty());
 }
 
-/// What is paid for is worth being late, by as much as the store is slow.
+/// A drive may exceed its budget by the time that a slow store takes to write paid replies.
 #[tokio::test(start_paused = true)]
 async fn a_slow_store_loses_nothing_when_the_budget_ends() {
     for millis in (6_000..9_000).step_by(170) {
@@ -95,7 +95,7 @@ async fn a_slow_store_loses_nothing_when_the_budget_ends() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_drains_does_not_end_in_a_fallback() {
+async fn a_drain_does_not_make_an_item_end_in_a_fallback() {
     let (store, sim) = (Arc::new(Memory::new()), sim(10));
     let runner = Runner::new(Arc::clone(&store));
     let careful = pipeline("careful", |cx: Context, n: u32| async move {
@@ -131,16 +131,16 @@ async fn what_drains_does_not_end_in_a_fallback() {
     );
 }
 
-/// Whenever the budget ends: a call that was not sent is not on the list of those that may have been.
+/// Holds whenever the budget ends.
 #[tokio::test(start_paused = true)]
-async fn what_was_not_sent_is_not_ambiguous() {
+async fn a_call_that_was_not_sent_is_not_ambiguous() {
     for millis in (0..1_200).step_by(35) {
         let store = Counted::new(Memory::new()).latency(Duration::from_millis(100));
         let (store, sim) = (Arc::new(store), sim(10));
         let runner = Runner::new(Arc::clone(&store));
         runner.submit("ask", &ask(), 0..4).await.unwrap();
         let worker = worker(&store, &sim).build();
-        // It may not have the time to write everything: then the journal does when it is dropped.
+        // If the time is too short to write everything, the journal writes the rest when it is dropped.
         let drive = worker.drive(Duration::from_millis(millis)).await;
         drop(worker);
         sleep(MINUTE).await;
@@ -151,24 +151,24 @@ async fn what_was_not_sent_is_not_ambiguous() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_run_is_driven_to_its_end_also_when_others_die_with_its_last_items() {
+async fn a_run_is_driven_to_its_end_although_other_workers_die() {
     let (store, sim) = (Arc::new(Memory::new()), sim(10));
     let runner = Runner::new(Arc::clone(&store));
     let run = runner.submit("ask", &ask(), 0..4).await.unwrap();
     let lease = Duration::from_secs(30);
     let dead = worker(&store, &sim).lease(lease).build();
-    // It takes all items and dies in the middle of its calls.
+    // This worker takes all items and dies during its calls.
     let died = timeout(Duration::from_secs(5), dead.drive(MINUTE)).await;
     assert!(died.is_err());
 
     let alive = worker(&store, &sim).lease(lease).build();
-    // There is nothing to claim yet, which is no reason to say that it is done.
+    // Nothing can be claimed yet, but the run has not ended.
     let ended = alive.drive_run(run, Duration::from_secs(10)).await.unwrap();
     assert_eq!((ended, alive.stats().claimed), (DriveOutcome::Continue, 0));
     let ended = alive.drive_run(run, 5 * MINUTE).await.unwrap();
     assert_eq!((ended, alive.stats().claimed), (DriveOutcome::Done, 4));
     assert_eq!(check(&store, run).await["completed"], 4);
-    // Nothing to wait for: it is over, or not there.
+    // The run has ended or does not exist, so there is nothing to wait for.
     let before = Instant::now();
     for run in [run, RunId(99)] {
         assert_eq!(
@@ -199,7 +199,7 @@ async fn a_run_is_driven_to_its_end_though_the_store_is_away_for_a_while() {
     let (store, sim) = (Arc::new(Counted::new(Memory::new())), sim(5));
     let runner = Runner::new(Arc::clone(&store));
     let run = runner.submit("ask", &ask(), 0..10).await.unwrap();
-    // Another worker dies with an item, so there is nothing to do for a while.
+    // Another worker dies while it holds an item, so there is nothing to do for a while.
     let lease = store.register("other", 2 * Duration::from_secs(20));
     let held = Claim::new(&["ask"], 1);
     let held = store.claim(lease.await.unwrap(), held).await.unwrap();
@@ -219,7 +219,7 @@ async fn a_run_is_driven_to_its_end_though_the_store_is_away_for_a_while() {
     assert_eq!(check(&store, run).await["completed"], 10);
 }
 
-/// A store that is away when the budget ends is an error, and no endless wait.
+/// If the store is away when the budget ends, the drive returns an error.
 #[tokio::test(start_paused = true)]
 async fn a_drive_of_a_run_ends_although_the_store_does_not_come_back() {
     let (store, sim) = (Arc::new(Counted::new(Memory::new())), sim(5));
@@ -233,7 +233,7 @@ async fn a_drive_of_a_run_ends_although_the_store_does_not_come_back() {
     assert!(began.elapsed() <= MINUTE + Duration::from_secs(15));
 }
 
-/// Other runs have work without end: whoever waits for this one need not wait for them.
+/// Other runs have endless work, which must not delay the end.
 #[tokio::test(start_paused = true)]
 async fn a_drive_of_a_run_ends_with_the_run() {
     let (store, sim) = (Arc::new(Memory::new()), sim(1));
@@ -249,13 +249,13 @@ async fn a_drive_of_a_run_ends_with_the_run() {
         "{:?}",
         began.elapsed()
     );
-    // What was in flight was finished, and nothing of it is held.
+    // Calls in flight were finished, and no item is held.
     let counts = check(&store, rest).await;
     assert!(counts["completed"] > 0 && !counts.contains_key("processing"));
 }
 
 #[tokio::test(start_paused = true)]
-async fn no_duration_is_too_long_or_too_short() {
+async fn the_shortest_and_longest_durations_are_accepted() {
     let all = [
         Duration::ZERO,
         Duration::MAX,
@@ -271,7 +271,7 @@ async fn no_duration_is_too_long_or_too_short() {
                 .drain_for(long)
                 .build()
         };
-        // Each polls as rarely as it is told, so it finds what is there when it starts.
+        // Each worker polls very rarely, so it finds only items that exist when it starts.
         let run = runner.submit("ask", &ask(), [1]).timeout(Duration::MAX);
         let run = run.await.unwrap();
         let first = build();
@@ -296,11 +296,11 @@ async fn no_duration_is_too_long_or_too_short() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn items_that_could_not_be_given_back_at_once_are_given_back_later() {
+async fn items_that_could_not_be_released_are_released_later() {
     let (store, sim) = (Arc::new(Counted::default()), sim(1));
     let runner = Runner::new(Arc::clone(&store));
     let run = runner.submit("ask", &ask(), [1, 2, 3]).await.unwrap();
-    // Two broken connections in a pool: one is met when the run is read, one when its items are given back.
+    // Two broken connections in a pool: one fails the read of the run, the other the release of its items.
     store.fail_next(["runs", "release"]);
     let worker = worker(&store, &sim).build();
     worker.run_until(sleep(MINUTE)).await.unwrap();

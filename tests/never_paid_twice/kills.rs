@@ -1,7 +1,7 @@
-//! Durable runs as people run them: several processes that are killed, stopped and started again, on SQLite
-//! and on Postgres. The witness is the file in which the simulated provider keeps its bills.
+//! Durable runs in several processes that are killed, stopped and restarted, on SQLite and on Postgres. The ledger file of
+//! the simulated provider shows which calls were billed.
 //!
-//! Real processes and the real clock: that is what is tested here.
+//! The tests use real processes and the real clock.
 #![cfg(all(
     unix,
     feature = "signal",
@@ -39,11 +39,11 @@ use self::postgres::Schemas;
 use self::postgres_server::Server;
 use self::program::program;
 
-/// None of the runs here takes longer by itself.
+/// Longer than any of the runs takes.
 const PATIENCE: Duration = Duration::from_secs(60);
 const IN_FLIGHT: usize = 16;
 
-/// A folder with inputs, a ledger and what the processes said; a store in it or in Postgres.
+/// A folder with inputs, a ledger and the output of the processes, and a store in the folder or in Postgres.
 struct Job {
     dir: TempDir,
     store: String,
@@ -90,7 +90,7 @@ impl Job {
             .collect()
     }
 
-    /// A run over `n` records whose names begin with `prefix`; its number.
+    /// Submits a run over `n` records whose names begin with `prefix`. Returns its number.
     fn submit(&self, prefix: &str, n: usize, arguments: &str) -> String {
         let input = self.path(&format!("{prefix}.jsonl"));
         let lines: Vec<_> = (0..n)
@@ -101,7 +101,7 @@ impl Job {
         String::from_utf8(output.stdout).unwrap().trim().to_owned()
     }
 
-    /// A worker that stops when all runs are over; what it says goes into a file.
+    /// Starts a worker that stops when all runs have ended and writes its output into a file.
     fn work(&self, arguments: &str) -> Child {
         let said = File::options()
             .create(true)
@@ -134,18 +134,18 @@ impl Job {
         Ledger::read(self.path("ledger")).unwrap()
     }
 
-    /// How many lines the ledger has: a measure of progress that costs nothing to look at.
+    /// Returns the number of lines in the ledger, a cheap measure of progress.
     fn progress(&self) -> usize {
         let ledger = std::fs::read(self.path("ledger")).unwrap_or_default();
         ledger.iter().filter(|byte| **byte == b'\n').count()
     }
 
-    /// How often each request was billed.
+    /// Returns how often each request was billed.
     fn billed(&self) -> BTreeMap<RequestDigest, u64> {
         self.ledger().times_billed()
     }
 
-    /// The requests whose replies are committed, looked at from outside.
+    /// Returns the requests whose replies are committed, read past the store.
     fn committed(&self) -> BTreeSet<RequestDigest> {
         let look = async {
             let sql = "SELECT request_digest FROM generations";
@@ -185,7 +185,7 @@ impl Job {
             .any(|word| line.unwrap().starts_with(&format!("{run} {word}")))
     }
 
-    /// Every item is completed and has a text, the log has no gap and says of each once that it is.
+    /// Checks that every item is completed and has a text, and that the log has no gap and reports each item once.
     fn check(&self, run: &str, n: usize) {
         let results = self.lines(&format!("results {run}"));
         assert_eq!(results.len(), n);
@@ -205,8 +205,8 @@ impl Job {
         assert_eq!(audit.completed, n as u64);
     }
 
-    /// Of each call that was paid for twice, the first one is listed. Where the machine is so busy that a
-    /// worker is thought dead, both replies come, so nothing is left that could be ambiguous.
+    /// Checks that of each call that was paid for twice, the first one is listed as ambiguous. If the machine is so busy that
+    /// a worker loses its lease, both replies arrive and no call is ambiguous.
     fn check_ambiguous(&self) -> usize {
         let listed = self.lines("ambiguous").len();
         let thought_dead = self.said().matches("lease lost").count();
@@ -218,7 +218,7 @@ impl Job {
         again as usize
     }
 
-    /// Whether nobody holds the file's only lock for writing.
+    /// Returns whether the write lock of the file is free.
     fn can_be_written(&self) -> bool {
         if self.store.contains('#') {
             return true;
@@ -271,25 +271,25 @@ fn killed_again_and_again(schemas: Option<&Schemas>, workers: usize, kills: usiz
     let start = || job.work(&latency);
     let mut runs = vec![submit(0)];
     let mut at_work: Vec<_> = (0..workers).map(|_| start()).collect();
-    // What was billed for a request when its reply was seen in the store.
+    // How often a request had been billed when its reply was first seen in the store.
     let mut kept = BTreeMap::<RequestDigest, u64>::new();
     let mut paid_for = 0;
     let mut killed = 0;
     while killed < kills {
         let victim = random.usize(..workers);
         let (before, until) = (job.progress(), Instant::now() + PATIENCE);
-        // There is always something to do.
+        // Submits another run when there is little left to do.
         if paid_for + items / 2 > runs.len() * items {
             runs.push(submit(runs.len()));
         }
-        // A worker that has found nothing to do all the same has stopped.
+        // Restarts workers that stopped because they found nothing to do.
         for worker in &mut at_work {
             if worker.try_wait().unwrap().is_some() {
                 *worker = start();
             }
         }
         sleep(Duration::from_millis(random.u64(50..250)));
-        // On a busy machine, the time to have something in hand; unless nothing is left to do.
+        // Waits until the worker has calls in flight, which takes time on a busy machine.
         let mut done = || at_work[victim].try_wait().unwrap().is_some();
         while !done() && job.progress() < before + IN_FLIGHT && Instant::now() < until {
             sleep(Duration::from_millis(10));
@@ -310,7 +310,7 @@ fn killed_again_and_again(schemas: Option<&Schemas>, workers: usize, kills: usiz
         at_work[victim] = start();
     }
     let killing = began.elapsed();
-    // Those that were in hand at the kills come last, a few at a time.
+    // The items that killed workers held come last, a few at a time.
     at_work
         .into_iter()
         .for_each(|worker| ends_within(worker, PATIENCE * if is_long() { 10 } else { 1 }));
@@ -321,7 +321,7 @@ fn killed_again_and_again(schemas: Option<&Schemas>, workers: usize, kills: usiz
     let billed = job.billed();
     assert_eq!(billed.len(), runs.len() * items);
     assert!(kept.len() > 4 * kills, "{} kept", kept.len());
-    // Where the machine is so busy that a worker is thought dead, another one may have sent the same call before its reply
+    // If the machine is so busy that a worker loses its lease, another worker may have sent the same call before the reply
     // was committed.
     let thought_dead = job.said().matches("lease lost").count();
     let paid_later = kept
@@ -393,7 +393,7 @@ fn eight_workers_are_killed_again_and_again_on_postgres() {
     killed_on_postgres(8, 3);
 }
 
-/// Stopped for longer than its lease, and then going on as if nothing had happened.
+/// Suspends a worker for longer than its lease, and then lets it continue.
 fn thought_dead(schemas: Option<&Schemas>) {
     const ITEMS: usize = 60;
     let job = Job::new(schemas);
@@ -403,7 +403,7 @@ fn thought_dead(schemas: Option<&Schemas>) {
     while job.ledger().bills.len() < IN_FLIGHT && Instant::now() < until {
         sleep(Duration::from_millis(5));
     }
-    // In the middle of its next calls, and not of a transaction: SQLite would wait for its end for ever.
+    // Suspends it during its next calls, but not during a transaction, because other writers of SQLite would wait for it.
     loop {
         sleep(Duration::from_millis(150));
         signal(stale.id(), "STOP");
@@ -423,7 +423,7 @@ fn thought_dead(schemas: Option<&Schemas>) {
     ends_well(stale);
     ends_well(other);
     job.check(&run, ITEMS);
-    // It changed nothing any more.
+    // The late worker changed nothing.
     assert_eq!(job.lines(&format!("results {run}")), before);
     assert_eq!(job.lines(&format!("log {run}")), log);
     let said = job.said();
@@ -433,7 +433,7 @@ fn thought_dead(schemas: Option<&Schemas>) {
 }
 
 #[test]
-fn a_stopped_worker_that_goes_on_is_refused() {
+fn a_suspended_worker_that_continues_after_its_lease_expired_is_refused() {
     thought_dead(None);
     if let Some(schemas) = Schemas::find() {
         thought_dead(Some(&schemas));
@@ -444,7 +444,7 @@ fn a_stopped_worker_that_goes_on_is_refused() {
 }
 
 #[test]
-fn interrupted_it_gives_back_what_it_has_not_done() {
+fn an_interrupted_worker_releases_its_unfinished_items() {
     let job = Job::new(None);
     let run = job.submit("i", 200, "--max-attempts 1");
     let worker = job.work("--sim-latency 150 --lease 60000");
@@ -458,7 +458,7 @@ fn interrupted_it_gives_back_what_it_has_not_done() {
     assert!((30..150).contains(&paid), "{paid}");
     assert_eq!(job.committed().len(), paid);
     assert!(job.lines("ambiguous").is_empty());
-    // At once, although the lease was long.
+    // The next worker starts at once, although the lease was long.
     ends_well(job.work("--sim-latency 5"));
     job.check(&run, 200);
     assert_eq!(job.ledger().bills.len(), 200);
@@ -466,7 +466,7 @@ fn interrupted_it_gives_back_what_it_has_not_done() {
 
 #[test]
 fn a_postgres_that_crashes_and_comes_back_costs_nothing() {
-    // Where no server can be started, it says so.
+    // Prints a message if no server can be started.
     if Schemas::find().is_none() {
         return;
     }

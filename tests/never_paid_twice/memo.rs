@@ -1,4 +1,4 @@
-//! What is remembered of the calls of a context, and how it gets into the store.
+//! The replies that a context stores and replays, and the journal that writes them.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -17,7 +17,7 @@ struct Numbered {
     fails: bool,
     /// The numbers of the calls that fail.
     failing: Vec<u64>,
-    /// What a call takes besides the latency, in seconds, by its prompt.
+    /// Additional seconds that a call takes, by its prompt.
     extra: Option<fn(&str) -> u64>,
 }
 
@@ -68,7 +68,7 @@ async fn texts(cx: &Context, inputs: &[&'static str], prompt: fn(&str) -> String
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_replay_is_the_reply_and_is_not_paid_for() {
+async fn a_replay_equals_the_reply_and_is_not_paid_for() {
     let (provider, store) = (Numbered::default(), Arc::new(Memory::new()));
     let first = over(&provider, &store);
     let paid = first.generate("a").await.unwrap();
@@ -103,7 +103,7 @@ async fn items_with_one_prompt_get_an_answer_each_and_keep_it() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn n_samples_stay_n_and_a_label_is_another_place() {
+async fn n_identical_requests_get_n_replies_and_labels_have_replies_of_their_own() {
     let (provider, store) = (Numbered::default(), Arc::new(Memory::new()));
     let ask = async || {
         let cx = over(&provider, &store);
@@ -281,7 +281,7 @@ async fn a_reply_after_a_call_that_was_dropped_is_replayed() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn fresh_asks_anew_and_does_not_disturb_what_was() {
+async fn a_fresh_context_pays_again_and_keeps_earlier_replies() {
     let (provider, store) = (Numbered::default(), Arc::new(Memory::new()));
     let same: fn(&str) -> String = |_| "a".to_owned();
     let first = texts(&over(&provider, &store), &["a", "b"], same).await;
@@ -320,7 +320,7 @@ async fn a_shared_answer_is_one_call_also_in_flight() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn who_pays_for_others_may_be_dropped_or_fail() {
+async fn a_shared_call_that_is_dropped_or_fails_is_replaced_by_another() {
     let provider = Numbered {
         latency: Duration::from_secs(3),
         ..Numbered::default()
@@ -345,7 +345,7 @@ async fn who_pays_for_others_may_be_dropped_or_fail() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn many_calls_are_few_round_trips() {
+async fn many_calls_take_few_round_trips() {
     let store = Arc::new(Counted::default());
     let provider = Sim::builder().latency(Duration::from_secs(1)).build();
     let cx = Context::builder(provider).store(Arc::clone(&store)).build();
@@ -370,7 +370,7 @@ fn note(run: throughline::store::RunId, data: impl Into<String>) -> Commit {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_failing_store_is_said_and_loses_nothing() {
+async fn a_failing_store_is_reported_and_no_reply_is_lost() {
     let store = Arc::new(Counted::default());
     let run = store
         .create_run(NewRun::new("", "p").items([NewItem::new("a", "1")]))
@@ -413,7 +413,7 @@ async fn a_failing_store_is_said_and_loses_nothing() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_no_store_can_keep_is_given_up_alone() {
+async fn only_the_entry_that_no_store_can_keep_is_given_up() {
     let store = Arc::new(Memory::new());
     let run = store
         .create_run(NewRun::new("", "p").items([NewItem::new("a", "1")]))
@@ -435,7 +435,7 @@ async fn what_no_store_can_keep_is_given_up_alone() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_journal_that_is_dropped_writes_what_it_has() {
+async fn a_dropped_journal_writes_its_entries() {
     let (provider, store) = (Numbered::default(), Arc::new(Memory::new()));
     over(&provider, &store).generate("a").await.unwrap();
     // No flush: the context is gone.
@@ -445,7 +445,7 @@ async fn a_journal_that_is_dropped_writes_what_it_has() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn too_many_unwritten_results_hold_up_new_calls() {
+async fn too_many_unwritten_results_delay_new_calls() {
     let store = Arc::new(Counted::default());
     store.set_stuck(true);
     let provider = Numbered::default();
@@ -462,7 +462,7 @@ async fn too_many_unwritten_results_hold_up_new_calls() {
 }
 
 #[tokio::test]
-async fn a_lookup_finds_what_is_not_written_yet() {
+async fn a_lookup_finds_a_reply_that_is_not_written_yet() {
     let store = Arc::new(Counted::default());
     store.set_stuck(true);
     let provider = Numbered::default();

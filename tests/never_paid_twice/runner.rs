@@ -1,4 +1,4 @@
-//! Runs as who submits them sees them: tenants, timeouts, notes, outputs. Under the paused clock.
+//! Runs from the view of their submitter: tenants, timeouts, notes and outputs. Uses the paused clock.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -41,7 +41,7 @@ async fn a_runner_for_a_tenant_sees_nothing_of_others() {
     let run = ada.submit("page", &page(), [1, 3]).await.unwrap();
     let _ = worker(&store).drive(MINUTE).await.unwrap();
 
-    // Hers, with all that there is to it.
+    // Ada sees everything of her run.
     let record = &ada.list(RunFilter::new(), 10).await.unwrap()[0];
     assert_eq!((record.id, &*record.tenant), (run, "ada"));
     assert_eq!(ada.status(run).await.unwrap(), Some(Status::Failed));
@@ -51,7 +51,7 @@ async fn a_runner_for_a_tenant_sees_nothing_of_others() {
     assert!(ada.audit(run).await.unwrap().unwrap().is_sound());
     assert_eq!(ada.watch(run).count().await, 1);
 
-    // Not his: it answers him as a run that is not there.
+    // For Bob the run does not exist.
     let nowhere = RunId(999);
     for run in [run, nowhere] {
         assert_eq!(bob.status(run).await.unwrap(), None);
@@ -72,7 +72,7 @@ async fn a_runner_for_a_tenant_sees_nothing_of_others() {
     assert_eq!(ada.retry_failed(run).await.unwrap(), 1);
     assert_eq!(ada.cancel(run).await.unwrap(), 1);
 
-    // What would reach beyond a tenant is refused, and so is submitting for another.
+    // Calls that concern all tenants are refused, and so is a submission for another tenant.
     let refused = |error: Error| assert_eq!(error.kind(), ErrorKind::Config, "{error}");
     refused(ada.purge(Duration::ZERO, 9).await.unwrap_err());
     refused(ada.ambiguous(None, 9).await.unwrap_err());
@@ -87,10 +87,10 @@ async fn a_runner_for_a_tenant_sees_nothing_of_others() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_run_out_of_time_fails_with_its_reason_and_keeps_what_it_has() {
+async fn a_run_past_its_deadline_fails_and_keeps_its_results() {
     let store = Arc::new(Counted::default());
     let runner = Runner::new(Arc::clone(&store));
-    // Two at a time: four are done after 20 s, two are cut at 25 s, and two are not begun.
+    // Two at a time: four end after 20 s, two are cut off at 25 s, and two are not started.
     let submit = runner.submit("page", &page(), [1, 2, 4, 5, 6, 7, 8, 9]);
     let run = submit.timeout(Duration::from_secs(25)).await.unwrap();
     let patient = runner.submit("page", &page(), [1]).fresh().await.unwrap();
@@ -120,7 +120,7 @@ async fn a_run_out_of_time_fails_with_its_reason_and_keeps_what_it_has() {
     let audit = runner.audit(run).await.unwrap().unwrap();
     assert!(audit.is_sound(), "{audit}");
     assert_eq!((audit.items, audit.completed), (8, 4));
-    // The other run has all the time in the world.
+    // The other run has no deadline.
     assert_eq!(
         runner.status(patient).await.unwrap(),
         Some(Status::Completed)
@@ -193,7 +193,7 @@ async fn notes_are_kept_by_name_and_tenant_and_read_from_their_end() -> Result<(
     assert_eq!((again.run(), again.last(1).await?), (hers.run(), vec![249]));
     assert!(bob.notes::<u32>("marks").await?.last(9).await?.is_empty());
     assert!(ada.notes::<u32>("others").await?.last(9).await?.is_empty());
-    // A value of another type is named, not passed over.
+    // A value of another type is an error.
     assert!(
         ada.notes::<Vec<Value>>("marks")
             .await?
@@ -201,7 +201,7 @@ async fn notes_are_kept_by_name_and_tenant_and_read_from_their_end() -> Result<(
             .await
             .is_err()
     );
-    // A name of a run does not name notes.
+    // Runs and notes of one name are different.
     let run = ada.submit("marks", &page(), [1]).idempotency_key("marks");
     assert_ne!(run.await?, hers.run());
     Ok(())
@@ -232,7 +232,7 @@ async fn a_runner_for_one_tenant_cannot_be_made_one_for_another() {
     for error in errors {
         assert_eq!(error.kind(), ErrorKind::Config);
     }
-    // Narrowed to the same tenant it is the same, and it does not come back out of nothing.
+    // Narrowing to the same tenant changes nothing, and does not undo an earlier conflict.
     assert!(
         bob.for_tenant("bob")
             .snapshot(theirs)
@@ -245,7 +245,7 @@ async fn a_runner_for_one_tenant_cannot_be_made_one_for_another() {
 }
 
 #[tokio::test]
-async fn a_run_and_a_log_of_one_key_are_two() {
+async fn a_run_and_a_log_with_one_key_are_different() {
     let runner = Runner::new(Memory::new());
     let notes = runner.notes::<String>("classes").await.unwrap();
     let submit = || {

@@ -18,7 +18,7 @@ use tokio::time::{sleep, timeout};
 use crate::support::{MINUTE, ask, check, sim, worker};
 
 #[tokio::test(start_paused = true)]
-async fn a_run_from_submit_to_results() {
+async fn a_submitted_run_is_worked_on_and_its_results_are_read() {
     let (store, sim) = (Arc::new(Memory::new()), sim(1));
     let runner = Runner::new(Arc::clone(&store));
     let run = runner
@@ -71,7 +71,7 @@ async fn a_run_from_submit_to_results() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn writes_are_counted_in_batches() {
+async fn many_items_take_few_round_trips() {
     let (store, sim) = (Arc::new(Counted::default()), sim(1));
     let runner = Runner::new(Arc::clone(&store));
     runner.submit("ask", &ask(), 0..2048).await.unwrap();
@@ -94,7 +94,7 @@ async fn writes_are_counted_in_batches() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_second_run_replays_an_inserted_input_pays_for_itself_and_fresh_for_all() {
+async fn a_second_run_pays_only_for_new_inputs_and_a_fresh_run_for_all() {
     let (store, sim) = (Arc::new(Memory::new()), sim(1));
     let runner = Runner::new(Arc::clone(&store));
     let worker = worker(&store, &sim).build();
@@ -117,7 +117,7 @@ async fn a_second_run_replays_an_inserted_input_pays_for_itself_and_fresh_for_al
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_broken_parser_that_is_repaired_pays_nothing() {
+async fn a_retry_with_a_repaired_parser_pays_nothing() {
     let (store, sim) = (Arc::new(Memory::new()), sim(1));
     let runner = Runner::new(Arc::clone(&store));
     let repaired = Arc::new(AtomicBool::new(false));
@@ -170,7 +170,7 @@ fn numbered() -> (Sim, Arc<AtomicU32>) {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_retry_asks_anew_for_the_reply_that_an_item_failed_on_and_for_no_other() {
+async fn a_retry_requests_only_the_reply_on_which_the_item_failed() {
     let (sim, calls) = numbered();
     let store = Arc::new(Memory::new());
     let runner = Runner::new(Arc::clone(&store));
@@ -229,14 +229,14 @@ async fn a_retry_asks_anew_for_the_reply_that_an_item_failed_on_and_for_no_other
     check(&store, again).await;
 }
 
-/// What says which inputs the pipeline `two` has.
+/// A pipeline with the type of the inputs of `two`.
 fn ask_two() -> impl throughline::Pipeline<Input = u32, Output = (String, u32)> {
     pipeline("two", async |_cx: Context, n: u32| Ok((String::new(), n)))
 }
 
 /// Several branches, of which one fails on its reply while others go on: theirs is not asked for again.
 #[tokio::test(start_paused = true)]
-async fn a_retry_asks_anew_for_the_reply_of_the_branch_that_failed() {
+async fn a_retry_requests_only_the_reply_of_the_failed_branch() {
     let (sim, calls) = numbered();
     let store = Arc::new(Memory::new());
     let runner = Runner::new(Arc::clone(&store));
@@ -289,7 +289,7 @@ async fn dies_with(store: &Memory, items: u32) {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_items_of_a_dead_worker_go_to_others_and_none_fails_for_a_neighbour() {
+async fn other_workers_complete_the_items_of_a_dead_worker() {
     let (store, sim) = (Arc::new(Memory::new()), sim(1));
     let runner = Runner::new(Arc::clone(&store));
     let once = runner.submit("ask", &ask(), 0..3).await.unwrap();
@@ -310,7 +310,7 @@ async fn the_items_of_a_dead_worker_go_to_others_and_none_fails_for_a_neighbour(
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_item_that_its_workers_died_with_alone_fails_and_can_be_tried_again() {
+async fn an_item_held_alone_by_dying_workers_fails_and_can_be_retried() {
     let (store, sim) = (Arc::new(Memory::new()), sim(1));
     let runner = Runner::new(Arc::clone(&store));
     let submit = runner.submit("ask", &ask(), [1]).max_attempts(1);
@@ -321,7 +321,7 @@ async fn an_item_that_its_workers_died_with_alone_fails_and_can_be_tried_again()
     let results = runner.results::<String>(run, 0, 10).await.unwrap();
     let error = results[0].error().unwrap();
     assert_eq!(error.kind(), ErrorKind::LeaseLost);
-    assert!(error.message().contains("alone"), "{error}");
+    assert!(error.message().contains("only this item"), "{error}");
     assert_eq!(sim.ledger().total.billed, 0);
     assert_eq!(runner.retry_failed(run).await.unwrap(), 1);
     assert_eq!(worker.drive(MINUTE).await.unwrap(), DriveOutcome::Done);
@@ -396,7 +396,7 @@ async fn an_item_that_ends_its_process_fails_alone_and_its_neighbours_complete()
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_item_that_workers_died_with_twice_is_run_with_nothing_beside_it() {
+async fn an_item_whose_workers_died_twice_is_run_alone() {
     let (store, sim) = (Arc::new(Memory::new()), sim(10));
     let runner = Runner::new(Arc::clone(&store));
     let running = Arc::new(AtomicU32::new(0));
@@ -466,7 +466,7 @@ async fn no_item_fails_in_a_crash_loop() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn cancelling_stops_what_waits_and_aborts_what_is_in_flight() {
+async fn cancelling_stops_pending_items_and_aborts_calls_in_flight() {
     let (store, sim) = (Arc::new(Memory::new()), sim(50));
     let runner = Runner::new(Arc::clone(&store));
     let run = runner.submit("ask", &ask(), 0..100).await.unwrap();
@@ -492,7 +492,7 @@ async fn cancelling_stops_what_waits_and_aborts_what_is_in_flight() {
     assert_eq!(runner.status(other).await.unwrap(), Some(Status::Completed));
     assert_eq!(runner.retry_failed(run).await.unwrap(), 0);
     check(&store, run).await;
-    // Nobody knows whether they were paid for.
+    // The calls may or may not have been paid for.
     assert_eq!(runner.ambiguous(None, 100).await.unwrap().len(), 7);
     let names = runner.ambiguous(None, 100).await.unwrap();
     runner
@@ -593,7 +593,7 @@ async fn a_worker_leaves_items_of_other_pipelines_to_workers_that_have_them() {
 
 /// As in each rolling deploy: workers of the last release do not know the pipeline yet.
 #[tokio::test(start_paused = true)]
-async fn a_worker_without_the_pipeline_does_not_slow_the_one_with_it() {
+async fn a_worker_without_the_pipeline_does_not_slow_one_with_it() {
     let (store, sim) = (Arc::new(Memory::new()), sim(1));
     let runner = Runner::new(Arc::clone(&store));
     let other = pipeline("other", |_cx: Context, n: u32| async move { Ok(n) });
@@ -645,7 +645,7 @@ async fn a_refused_account_stops_the_worker_and_fails_nothing() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_large_tenant_does_not_hold_up_a_small_one() {
+async fn a_large_tenant_does_not_delay_a_small_one() {
     let (store, sim) = (Arc::new(Memory::new()), sim(1));
     let runner = Runner::new(Arc::clone(&store));
     runner
@@ -701,7 +701,7 @@ async fn runs_are_listed_in_pages_and_purged_by_age() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_pipeline_that_cancels_itself_has_an_end() {
+async fn an_item_whose_pipeline_cancels_itself_ends() {
     let (store, sim) = (Arc::new(Memory::new()), sim(1));
     let runner = Runner::new(Arc::clone(&store));
     let attempts = Arc::new(AtomicU32::new(0));
@@ -742,13 +742,13 @@ async fn an_input_of_another_type_fails_and_says_so() {
         .remove(0);
     let message = result.error().unwrap().to_string();
     assert!(
-        message.contains("not one of this pipeline: invalid type"),
+        message.contains("type of this pipeline's inputs: invalid type"),
         "{message}"
     );
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_policy_for_calls_in_flight_at_a_crash_is_kept() {
+async fn calls_in_flight_at_a_crash_follow_the_policy() {
     for policy in [AmbiguousPolicy::Retry, AmbiguousPolicy::Fail] {
         let (store, sim) = (Arc::new(Memory::new()), sim(10));
         let runner = Runner::new(Arc::clone(&store));
@@ -779,7 +779,7 @@ async fn the_policy_for_calls_in_flight_at_a_crash_is_kept() {
             assert_eq!(next.drive(5 * MINUTE).await.unwrap(), DriveOutcome::Done);
             assert_eq!(runner.status(run).await.unwrap(), Some(Status::Completed));
         }
-        // They stay on the list until somebody has dealt with them, as by trying again what failed for them.
+        // They stay listed until an operator has dealt with them, for example by a retry of the failed items.
         let listed = runner.ambiguous(None, 10).await.unwrap();
         assert_eq!(listed.len(), 2 - failed as usize);
         assert!(failed > 0 || listed == ambiguous);
@@ -789,7 +789,7 @@ async fn the_policy_for_calls_in_flight_at_a_crash_is_kept() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_call_that_a_stop_dropped_is_not_sent_again_where_the_policy_is_to_fail() {
+async fn a_call_dropped_by_a_stop_is_not_sent_again_if_the_policy_is_to_fail() {
     let (store, sim) = (Arc::new(Memory::new()), sim(60));
     let runner = Runner::new(Arc::clone(&store));
     let run = runner.submit("ask", &ask(), [1]).await.unwrap();
@@ -865,7 +865,7 @@ impl throughline::Pipeline for Pages {
         match self.0 {
             "try_all" => Ok(pages.try_all(work).await?.len()),
             "stream" => {
-                // As somebody might write it who does not look why the stream has ended.
+                // A pipeline that does not check why the stream has ended.
                 let outcomes = pages.stream(work);
                 let done = outcomes.filter(|outcome| std::future::ready(outcome.is_ok()));
                 Ok(done.count().await)

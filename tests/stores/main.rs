@@ -1,4 +1,4 @@
-//! The stores: one contract for all of them, outages, and a million items.
+//! The stores: the contract that all of them keep, outages, and many items.
 #![cfg(feature = "testing")]
 
 mod large;

@@ -1,4 +1,4 @@
-//! The store in memory, held to the contract of all stores.
+//! The store in memory: the contract of all stores.
 
 use std::sync::Arc;
 
@@ -6,13 +6,13 @@ use throughline::store::{Memory, Queue};
 use throughline::testing::store;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn it_conforms() {
+async fn the_store_passes_the_conformance_suite() {
     store::conformance(async || Arc::new(Memory::new()) as Arc<dyn Queue>).await;
 }
 
-/// Itself against itself: the walk is sound, and its own counters equal what is derived.
+/// Compares the model with itself, which checks the walk and the counters of the model.
 #[tokio::test]
-async fn it_walks_with_itself() {
+async fn random_walks_of_two_models_agree() {
     for seed in 0..64 {
         store::against_model(Arc::new(Memory::new()), seed, 300).await;
     }

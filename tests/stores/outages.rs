@@ -1,5 +1,4 @@
-//! Stores that fail for a while, and callers that go away in the middle of a call: every write that was
-//! acknowledged is there afterwards, and no call hangs.
+//! Outages of stores and callers that drop their calls: every acknowledged write is kept, and no call hangs.
 #![cfg(all(feature = "sqlite", feature = "postgres", feature = "testing"))]
 
 #[cfg(unix)]
@@ -27,7 +26,7 @@ use tokio::time::{sleep, timeout};
 use crate::server::{self as postgres, Schemas};
 
 const LONG: Duration = Duration::from_secs(3600);
-/// Nothing here waits so long unless it hangs.
+/// Longer than any call takes unless it hangs.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 fn long_form() -> bool {
@@ -49,7 +48,7 @@ fn settled(items: &[Item], result: &Result<String, Error>) -> Commit {
 
 // A journal that is full
 
-/// A worker whose store takes claims and no commits, with more results than its journal holds.
+/// Returns a worker whose store accepts claims but no commits, with more results than its journal holds.
 async fn with_a_full_journal() -> Worker {
     let store = Arc::new(Counted::new(Memory::new()));
     let runner = Runner::new(Arc::clone(&store));
@@ -75,7 +74,7 @@ async fn a_drive_ends_in_time_although_the_journal_is_full() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_worker_stops_when_it_is_told_although_the_journal_is_full() {
+async fn a_worker_stops_on_request_although_the_journal_is_full() {
     let worker = with_a_full_journal().await;
     let run = worker.run_until(sleep(Duration::from_secs(60)));
     let ended = timeout(Duration::from_secs(60 + 60), run).await;
@@ -85,7 +84,7 @@ async fn a_worker_stops_when_it_is_told_although_the_journal_is_full() {
 
 // Stores that are away for a while
 
-/// A worker on `store` with 300 items in a run, whose replies take 4 KB.
+/// Returns a worker on `store` with a run of 300 items whose replies have 4 KB.
 async fn at_work<S: Queue>(store: &Arc<S>, items: u32) -> (Runner, RunId, Worker, Sim) {
     let runner = Runner::new(Arc::clone(store));
     let ask = pipeline("ask", async |cx: Context, n: u32| {
@@ -104,7 +103,7 @@ async fn at_work<S: Queue>(store: &Arc<S>, items: u32) -> (Runner, RunId, Worker
     (runner, run, worker, sim)
 }
 
-/// Everything is done, and nothing was paid for twice.
+/// Checks that every item is completed and that no call was paid for twice.
 async fn all_is_there(runner: &Runner, run: RunId, worker: &Worker, sim: &Sim, items: u64) {
     let outputs: Vec<String> = runner.outputs(run).await.unwrap();
     assert_eq!(outputs.len() as u64, items);
@@ -116,7 +115,7 @@ async fn all_is_there(runner: &Runner, run: RunId, worker: &Worker, sim: &Sim, i
     assert_eq!((journal.waiting, journal.given_up), (0, 0), "{journal:?}");
 }
 
-/// Waits until results wait for a store that is away, and a while longer.
+/// Waits until results wait for a store that is away, and a little longer.
 async fn until_results_wait(worker: &Worker) {
     let failures = worker.stats().journal.failures;
     let noticed = async {
@@ -127,7 +126,7 @@ async fn until_results_wait(worker: &Worker) {
     timeout(PATIENCE, noticed).await.expect("nothing fails");
 }
 
-/// A disk of some megabytes, more than the log of the file takes before it is moved into it. Says loudly if there can be none.
+/// A disk of a few megabytes, larger than the write-ahead log before a checkpoint. Prints a message if it cannot be created.
 #[cfg(target_os = "linux")]
 struct Disk(tempfile::TempDir);
 
@@ -151,7 +150,7 @@ impl Disk {
         None
     }
 
-    /// Takes all that is left.
+    /// Fills the disk.
     fn fill(&self) {
         use std::io::Write as _;
         let mut file = std::fs::File::create(self.0.path().join("filler")).unwrap();
@@ -168,7 +167,7 @@ impl Disk {
 #[cfg(target_os = "linux")]
 impl Drop for Disk {
     fn drop(&mut self) {
-        // Lazily: a connection of the store may be about to close still.
+        // A lazy unmount, because a connection of the store may still be closing.
         let unmount = std::process::Command::new("umount")
             .arg("-l")
             .arg(self.0.path())
@@ -194,7 +193,7 @@ async fn a_disk_that_is_full_for_a_while_costs_nothing() {
         assert!(!working.is_finished(), "it is done before round {round}");
         disk.fill();
         until_results_wait(&worker).await;
-        // Reads go on, and a write that somebody else wants fails at once and can be tried again.
+        // Reads succeed, and another write fails at once with a temporary error.
         runner.snapshot(run).await.unwrap().unwrap();
         let error = store.create_run(run_of(50).spec("z".repeat(200_000))).await;
         assert!(error.unwrap_err().is_temporary());
@@ -209,7 +208,7 @@ async fn a_disk_that_is_full_for_a_while_costs_nothing() {
 #[cfg(unix)]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_postgres_that_is_killed_and_comes_back_costs_nothing() {
-    // Where no server can be started, it says so.
+    // Prints a message if no server can be started.
     if Schemas::find().is_none() {
         return;
     }
@@ -271,7 +270,7 @@ fn generation(tenant: &str, n: u32, body: String) -> Generation {
     )
 }
 
-/// Text that no database compresses.
+/// Returns a text that a database cannot compress.
 fn noise(bytes: usize) -> String {
     let mut rng = Rng::with_seed(7);
     std::iter::repeat_with(|| rng.alphanumeric())
@@ -280,7 +279,7 @@ fn noise(bytes: usize) -> String {
 }
 
 #[tokio::test]
-async fn a_reply_that_postgres_cannot_keep_holds_up_no_other() {
+async fn a_reply_that_postgres_cannot_keep_blocks_no_other() {
     let Some(schemas) = Schemas::find() else {
         return;
     };
@@ -304,7 +303,7 @@ async fn a_reply_that_postgres_cannot_keep_holds_up_no_other() {
 
 #[tokio::test]
 async fn more_bytes_than_a_database_takes_at_once_are_written_in_several_commits() {
-    // As many bytes as a batch holds, a hundred times in the long form: more than a message of a gigabyte.
+    // As many bytes as a batch holds; in the long form a hundred times as many, more than a message of a gigabyte.
     let replies = if long_form() { 110 } else { 5 };
     let Some(schemas) = Schemas::find() else {
         return;
@@ -332,9 +331,9 @@ fn note(run: RunId, kind: &str) -> Commit {
     Commit::new().notes([Note::new(run, kind, data)])
 }
 
-/// A store that refuses one entry for good, and does not say that it is the entry.
+/// The store refuses one entry permanently, without an error that blames the data.
 #[tokio::test(start_paused = true)]
-async fn an_entry_that_is_refused_for_good_is_given_up_once_others_of_its_kind_are_taken() {
+async fn a_permanently_refused_entry_is_given_up_once_others_of_its_kind_are_accepted() {
     let store = Counted::new(Memory::new()).refuse(|commit| {
         let refused = commit.notes.iter().any(|note| note.kind == "bad");
         refused.then(|| Error::new(ErrorKind::Store, "no"))
@@ -342,7 +341,7 @@ async fn an_entry_that_is_refused_for_good_is_given_up_once_others_of_its_kind_a
     let store = Arc::new(store);
     let run = store.create_run(NewRun::new("", "log")).await.unwrap().run;
     let journal = Journal::new(Arc::clone(&store) as Arc<dyn Store>);
-    // Alone it may be the store: it is tried again, and told.
+    // While it is the only entry, the store may be the cause: the write is retried and reported.
     journal.write(note(run, "bad"));
     for _ in 0..3 {
         assert_eq!(journal.flush().await.unwrap_err().message(), "no");
@@ -359,7 +358,7 @@ async fn an_entry_that_is_refused_for_good_is_given_up_once_others_of_its_kind_a
     assert_eq!(store.run(run).await.unwrap().unwrap().log_seq, 2 + 699);
 }
 
-/// A store that refuses everything for good, as one whose rights were taken away, until they are back.
+/// The store refuses everything, as after a privilege was revoked, until the privilege is granted again.
 #[tokio::test(start_paused = true)]
 async fn nothing_is_given_up_while_the_store_refuses_everything() {
     let allowed = Arc::new(AtomicBool::new(false));
@@ -377,7 +376,7 @@ async fn nothing_is_given_up_while_the_store_refuses_everything() {
         journal.write(note(run, "good"));
     }
     sleep(Duration::from_secs(600)).await;
-    // It is not stormed either.
+    // The journal does not retry in a tight loop.
     let tries = store.calls("commit");
     assert!(
         (300..40_000).contains(&tries),
@@ -397,9 +396,9 @@ async fn nothing_is_given_up_while_the_store_refuses_everything() {
     assert_eq!(entries.len(), 2000);
 }
 
-/// The writer lives in the runtime of the first who wrote. When that one stops, others go on.
+/// The writer runs in the runtime of the first caller. When that runtime stops, a caller in another one starts a new writer.
 #[test]
-fn a_journal_outlives_the_runtime_that_it_was_begun_in() {
+fn a_journal_outlives_the_runtime_of_its_first_caller() {
     let runtime = || {
         let mut builder = tokio::runtime::Builder::new_multi_thread();
         builder.worker_threads(1).enable_all().build().unwrap()
@@ -430,10 +429,10 @@ fn a_journal_outlives_the_runtime_that_it_was_begun_in() {
 
 // Callers that go away
 
-/// What is being called.
+/// A call in progress.
 type Call<'a> = BoxFuture<'a, Result<(), Error>>;
 
-/// Begins a call and drops it at once, or after some time.
+/// Starts a call and drops it at once or after some time.
 async fn begin_and_drop(mut call: Call<'_>, patience: Duration) -> Option<Result<(), Error>> {
     if let Some(done) = (&mut call).now_or_never() {
         return Some(done);
@@ -444,8 +443,8 @@ async fn begin_and_drop(mut call: Call<'_>, patience: Duration) -> Option<Result
     }
 }
 
-/// `rounds` callers disconnect from `store` in the middle of some call. After each, a write is acknowledged.
-/// Then `other`, which shares nothing with `store` but the database, must see every one of these writes.
+/// Drops a random call of `store` `rounds` times. After each, a write is acknowledged. In the end `other`, which shares only
+/// the database with `store`, must see every one of these writes.
 async fn callers_disconnect(store: Arc<dyn Queue>, other: Arc<dyn Queue>, rounds: u64, seed: u64) {
     println!("{} seed {seed}", store.name());
     let mut rng = Rng::with_seed(seed);
@@ -469,7 +468,7 @@ async fn callers_disconnect(store: Arc<dyn Queue>, other: Arc<dyn Queue>, rounds
                 store.heartbeat(lease, Duration::ZERO).await.unwrap();
                 Box::pin(async { store.reap().await.map(drop) })
             }
-            // More than one statement takes.
+            // More items than one statement takes.
             4 => {
                 let n = if large { 12_000 } else { 3 };
                 Box::pin(async move { store.create_run(run_of(n)).await.map(drop) })
@@ -485,7 +484,7 @@ async fn callers_disconnect(store: Arc<dyn Queue>, other: Arc<dyn Queue>, rounds
             Ok(None) => dropped += 1,
             Ok(Some(result)) => result.unwrap(),
         }
-        // As a service that goes on with the next request.
+        // Like a service that continues with the next request.
         let write = store.create_run(run_of(2).spec(format!("{round}")));
         let written = timeout(PATIENCE, write).await.expect("a write hangs");
         acknowledged.push(written.unwrap().run);
@@ -503,22 +502,22 @@ async fn callers_disconnect(store: Arc<dyn Queue>, other: Arc<dyn Queue>, rounds
     for run in acknowledged {
         assert!(other.run(run).await.unwrap().is_some(), "run {run} is lost");
     }
-    // It reads every row.
+    // The audit reads every row.
     let audit = store::audit(&*other);
     timeout(PATIENCE * 10, audit).await.expect("an audit hangs");
 }
 
-/// One of the runs that there are.
+/// Returns the number of an existing run.
 fn rng_run(round: u64) -> i64 {
     1 + (round / 2) as i64
 }
 
-/// A call that was begun, as one in a `buffer_unordered` whose consumer is busy with another call.
-async fn nobody_polls(store: Arc<dyn Queue>) {
+/// Starts a call and does not poll it, like a `buffer_unordered` whose consumer is busy with another call.
+async fn start_a_call_and_do_not_poll_it(store: Arc<dyn Queue>) {
     for wait in 0..4 {
         let mut call = store.create_run(run_of(12_000));
         let begun = (&mut call).now_or_never();
-        // Let it come as far as it can by itself.
+        // Lets it run as far as it can without being polled.
         sleep(Duration::from_millis(10 * wait)).await;
         let other = async {
             let run = store.create_run(run_of(1)).await.unwrap().run;
@@ -535,14 +534,14 @@ async fn nobody_polls(store: Arc<dyn Queue>) {
 }
 
 #[tokio::test]
-async fn a_call_that_is_not_polled_holds_up_no_other_on_sqlite() {
+async fn a_call_that_is_not_polled_blocks_no_other_on_sqlite() {
     let dir = tempfile::tempdir().unwrap();
     let store = Sqlite::open(dir.path().join("runs.db")).await.unwrap();
     nobody_polls(Arc::new(store)).await;
 }
 
 #[tokio::test]
-async fn a_call_that_is_not_polled_holds_up_no_other_on_postgres() {
+async fn a_call_that_is_not_polled_blocks_no_other_on_postgres() {
     let Some(schemas) = Schemas::find() else {
         return;
     };
@@ -557,7 +556,7 @@ fn rounds() -> u64 {
 }
 
 #[tokio::test]
-async fn callers_that_disconnect_from_sqlite_lose_nothing_of_the_others() {
+async fn dropped_calls_on_sqlite_lose_no_acknowledged_write() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("runs.db");
     let store = Arc::new(Sqlite::open(&path).await.unwrap());
@@ -566,11 +565,11 @@ async fn callers_that_disconnect_from_sqlite_lose_nothing_of_the_others() {
 }
 
 #[tokio::test]
-async fn callers_that_disconnect_from_postgres_lose_nothing_of_the_others() {
+async fn dropped_calls_on_postgres_lose_no_acknowledged_write() {
     let Some(schemas) = Schemas::find() else {
         return;
     };
-    // With one, the next call meets what a dropped one has left.
+    // With one connection the next call gets that of the dropped one.
     for connections in if long_form() { vec![1, 8] } else { vec![1] } {
         let name = schemas.name();
         let connect = || {

@@ -1,7 +1,7 @@
-//! The store in Postgres, held to the contract of all stores; and what is the server's own.
+//! The Postgres store: the contract of all stores, and the properties of a server.
 //!
-//! `scripts/services` starts a server for it. Where it cannot, these tests say so and pass,
-//! unless `THROUGHLINE_REQUIRE_POSTGRES` is set.
+//! `scripts/services` starts a server for these tests. If it cannot, they print a message and pass, unless
+//! `THROUGHLINE_REQUIRE_POSTGRES` is set.
 #![cfg(all(feature = "postgres", feature = "testing"))]
 
 use std::sync::Arc;
@@ -33,7 +33,7 @@ fn done(items: &[Item]) -> Commit {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn it_conforms() {
+async fn the_store_passes_the_conformance_suite() {
     let Some(schemas) = Schemas::find() else {
         return;
     };
@@ -42,7 +42,7 @@ async fn it_conforms() {
 }
 
 #[tokio::test]
-async fn it_walks_with_the_model() {
+async fn random_walks_agree_with_the_model() {
     let Some(schemas) = Schemas::find() else {
         return;
     };
@@ -52,9 +52,9 @@ async fn it_walks_with_the_model() {
     schemas.clear().await;
 }
 
-/// Not one statement for each row: N results are ⌈N / batch⌉ round trips.
+/// N results take ⌈N / batch⌉ round trips.
 #[tokio::test]
-async fn a_batch_is_one_round_trip() {
+async fn a_batch_takes_one_round_trip() {
     const N: u64 = 1_000;
     const BATCH: u32 = 256;
     let Some(schemas) = Schemas::find() else {
@@ -91,7 +91,7 @@ async fn more_items_than_one_statement_takes_keep_their_order() {
 }
 
 #[tokio::test]
-async fn several_may_make_the_tables_at_once_and_a_newer_release_is_refused() {
+async fn concurrent_migrations_succeed_and_a_newer_version_is_refused() {
     let Some(schemas) = Schemas::find() else {
         return;
     };
@@ -123,7 +123,7 @@ async fn several_may_make_the_tables_at_once_and_a_newer_release_is_refused() {
 }
 
 #[tokio::test]
-async fn no_password_in_an_error_or_in_debug() {
+async fn errors_and_debug_output_contain_no_password() {
     const SECRET: &str = "do-not-show-this";
     let urls = [
         format!("postgres://u:{SECRET}@127.0.0.1:1/d"),
@@ -161,9 +161,9 @@ async fn no_password_in_an_error_or_in_debug() {
     schemas.clear().await;
 }
 
-/// A connection that the server ends is a temporary error at worst, and the next call works.
+/// A connection that the server ends causes at most a temporary error, and the next call succeeds.
 #[tokio::test]
-async fn connections_that_the_server_ends_are_made_anew() {
+async fn connections_that_the_server_ends_are_replaced() {
     let Some(schemas) = Schemas::find() else {
         return;
     };
@@ -188,10 +188,10 @@ async fn connections_that_the_server_ends_are_made_anew() {
     schemas.clear().await;
 }
 
-/// The window between the two statements of a reap: a claim that was under way then, on the
-/// lease that the reap removes, must not leave an item with nobody.
+/// A claim that commits between the two statements of a reap, under the lease that the reap removes, must not leave an item
+/// without a worker.
 #[tokio::test]
-async fn a_claim_under_way_is_not_overlooked_by_the_reaper() {
+async fn a_reap_does_not_overlook_a_concurrent_claim() {
     let Some(schemas) = Schemas::find() else {
         return;
     };
@@ -199,7 +199,7 @@ async fn a_claim_under_way_is_not_overlooked_by_the_reaper() {
     let run = store.create_run(run_of(4)).await.unwrap().run;
     let dying = store.register("w", LONG).await.unwrap();
 
-    // The claim, held open by hand after it has taken its items.
+    // A claim that stays open after it has taken its items.
     let mut claimer = schemas.connection().await;
     let mut claim = claimer.begin().await.unwrap();
     let take = "UPDATE items SET status = 'processing', lease_id = $1, epoch = epoch + 1, \

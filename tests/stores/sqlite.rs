@@ -1,4 +1,4 @@
-//! The store in an SQLite file, held to the contract of all stores; and what is the file's own.
+//! The SQLite store: the contract of all stores, and the properties of a file.
 #![cfg(all(feature = "sqlite", feature = "testing"))]
 
 use std::path::Path;
@@ -18,9 +18,10 @@ use throughline::{Error, ErrorKind, Request, Usage};
 
 const LONG: Duration = Duration::from_secs(3600);
 
-/// A store in a new file.
+/// Returns a store in a new file.
 async fn open(dir: &TempDir) -> Arc<Sqlite> {
-    // Not the number of files: those beside a database go when its connections have closed, which may be later.
+    // The number of files does not serve, because the files beside a database are removed when its connections close, which
+    // may be later.
     static OPENED: AtomicUsize = AtomicUsize::new(0);
     let nth = OPENED.fetch_add(1, Ordering::Relaxed);
     let path = dir.path().join(format!("{nth}.db"));
@@ -40,7 +41,7 @@ fn done(items: &[Item]) -> Commit {
     )
 }
 
-/// Executes SQL on the file, beside the store.
+/// Executes SQL on the file, past the store.
 async fn raw(path: &Path, sql: &'static str) {
     let url = format!("sqlite://{}?mode=rwc", path.display());
     let mut connection = sqlx::SqliteConnection::connect(&url).await.unwrap();
@@ -49,13 +50,13 @@ async fn raw(path: &Path, sql: &'static str) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn it_conforms() {
+async fn the_store_passes_the_conformance_suite() {
     let dir = tempfile::tempdir().unwrap();
     store::conformance(async || open(&dir).await as Arc<dyn Queue>).await;
 }
 
 #[tokio::test]
-async fn it_walks_with_the_model() {
+async fn random_walks_agree_with_the_model() {
     let dir = tempfile::tempdir().unwrap();
     for seed in 0..12 {
         store::against_model(open(&dir).await, seed, 150).await;
@@ -63,7 +64,7 @@ async fn it_walks_with_the_model() {
 }
 
 #[tokio::test]
-async fn what_is_committed_is_there_when_it_is_opened_again() {
+async fn committed_data_survives_reopening() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("runs.db");
     let first = Sqlite::open(&path).await.unwrap();
@@ -88,7 +89,7 @@ async fn what_is_committed_is_there_when_it_is_opened_again() {
 }
 
 #[tokio::test]
-async fn a_file_of_something_else_or_of_a_newer_release_is_refused_and_left_alone() {
+async fn a_file_of_another_program_or_a_newer_version_is_refused_and_unchanged() {
     let dir = tempfile::tempdir().unwrap();
     let refused = async |path: &Path| {
         let before = std::fs::read(path).unwrap();
@@ -126,9 +127,9 @@ async fn a_file_of_something_else_or_of_a_newer_release_is_refused_and_left_alon
     assert!(error.message().contains("folder.db"), "{error}");
 }
 
-/// Not one statement for each row: N results are ⌈N / batch⌉ round trips.
+/// N results take ⌈N / batch⌉ round trips.
 #[tokio::test]
-async fn a_batch_is_one_round_trip() {
+async fn a_batch_takes_one_round_trip() {
     const N: u64 = 1_000;
     const BATCH: u32 = 256;
     let dir = tempfile::tempdir().unwrap();
@@ -146,9 +147,9 @@ async fn a_batch_is_one_round_trip() {
     assert_eq!((kept.status, kept.completed), (Status::Completed, N));
 }
 
-/// What is dropped half-way happens wholly or not at all, and the next one is not disturbed.
+/// A dropped call takes effect wholly or not at all, and does not disturb the next one.
 #[tokio::test]
-async fn dropped_calls_leave_no_half_behind() {
+async fn a_dropped_call_takes_effect_wholly_or_not_at_all() {
     let dir = tempfile::tempdir().unwrap();
     let store = open(&dir).await;
     let lease = store.register("w", LONG).await.unwrap();
@@ -181,7 +182,7 @@ async fn a_database_in_memory_and_urls_are_refused() {
 }
 
 #[tokio::test]
-async fn the_busy_timeout_is_how_long_a_call_waits() {
+async fn a_call_waits_for_a_lock_as_long_as_the_busy_timeout() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("busy.db");
     let store = Sqlite::builder(&path).busy_timeout(Duration::from_secs(1));
@@ -199,7 +200,7 @@ async fn the_busy_timeout_is_how_long_a_call_waits() {
     );
     let expected = Duration::from_millis(900)..Duration::from_millis(2500);
     assert!(expected.contains(&waited), "{waited:?}");
-    // Who reads does not wait, and who writes afterwards is not disturbed.
+    // Readers do not wait, and later writes succeed.
     store.runs(Default::default(), 1).await.unwrap();
     let end = sqlx::raw_sql("COMMIT");
     end.execute(&mut writer).await.unwrap();
@@ -214,7 +215,7 @@ async fn the_busy_timeout_is_how_long_a_call_waits() {
         .unwrap();
 }
 
-/// What is written into a file without a name is lost with the process.
+/// Writes into a file without a name would be lost with the process.
 #[cfg(unix)]
 #[tokio::test]
 async fn a_file_that_is_removed_or_replaced_is_refused() {
@@ -241,7 +242,7 @@ async fn a_file_that_is_removed_or_replaced_is_refused() {
         }
     };
     refused("the file was removed").await;
-    // Where it is back it is the same store.
+    // With the file back in its place the store works again.
     std::fs::rename(&aside, &path).unwrap();
     assert_eq!(store.create_run(run_of(1)).await.unwrap().run, RunId(2));
     std::fs::rename(&path, &aside).unwrap();
@@ -249,9 +250,9 @@ async fn a_file_that_is_removed_or_replaced_is_refused() {
     refused("another file was put in its place").await;
 }
 
-/// A file that an earlier release wrote with a number that none can read now.
+/// An earlier release wrote a number that exceeds the present type.
 #[tokio::test]
-async fn a_run_without_a_limit_of_attempts_in_an_old_file_stops_nobody() {
+async fn a_run_of_an_old_file_with_too_large_max_attempts_can_be_claimed() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("old.db");
     let store = Sqlite::open(&path).await.unwrap();
@@ -273,7 +274,7 @@ async fn a_run_without_a_limit_of_attempts_in_an_old_file_stops_nobody() {
 const PROCESSES: usize = 4;
 const ITEMS_EACH: usize = 600;
 
-/// Not a test: what each process of the test below does, in a copy of this program.
+/// The work of each process of the test below, in a copy of this program; not a test.
 #[tokio::test]
 async fn process() {
     let Ok(path) = std::env::var("THROUGHLINE_TEST_FILE") else {
@@ -298,7 +299,7 @@ async fn process() {
 async fn four_processes_share_a_file_and_none_finds_it_locked() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("shared.db");
-    // The file is not there yet: they race to make it, too.
+    // The file does not exist yet, so the processes also race to create it.
     let start = |_| {
         let mut command = Command::new(std::env::current_exe().unwrap());
         command.args(["sqlite::process", "--exact", "--nocapture"]);
