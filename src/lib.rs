@@ -58,6 +58,7 @@
 //!
 //! - [`tutorial`]: a pipeline step by step, from ten lines to the streamed form (with the features
 //!   `structured` and `sim`).
+//! - [`timeouts`]: which phase of a call each timeout covers, and which one wins.
 //! - [`design`]: the design decisions and their reasons.
 
 #![cfg_attr(docsrs, feature(doc_cfg))]
@@ -83,6 +84,9 @@ mod usage;
 #[cfg(all(feature = "sim", feature = "structured"))]
 #[doc = include_str!("tutorial.md")]
 pub mod tutorial {}
+
+#[doc = include_str!("timeouts.md")]
+pub mod timeouts {}
 
 #[doc = include_str!("../DESIGN.md")]
 pub mod design {}

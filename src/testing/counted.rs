@@ -70,7 +70,7 @@ impl<S> Counted<S> {
         self
     }
 
-    /// Calls of a method of [`Store`] or [`Queue`], by its name, failed ones included.
+    /// Calls of a method of [`Store`](crate::store::Store) or [`Queue`](crate::store::Queue), by its name, failed ones included.
     pub fn calls(&self, method: &str) -> u64 {
         self.lock().get(method).copied().unwrap_or_default()
     }
