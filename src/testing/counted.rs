@@ -1,4 +1,4 @@
-//! [`Counted`]: a store that counts the round trips to it, takes its time and fails when told to.
+//! [`Counted`]: a store that counts its round trips, and can delay and fail them.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -10,8 +10,8 @@ use crate::error::{Error, ErrorKind, Persistence, Result};
 use crate::store::forward::forward_store;
 use crate::store::{Commit, Memory};
 
-/// A store around another that counts the calls to it, each of which is a round trip: what is
-/// counted is the same on every machine, what is timed is not.
+/// A wrapper around a store that counts the calls to it. Each call is a round trip, and their number is the same on
+/// every machine, unlike their time.
 ///
 /// ```
 /// use std::sync::Arc;
@@ -41,7 +41,7 @@ pub struct Counted<S = Memory> {
 type Refuse = Box<dyn Fn(&Commit) -> Option<Error> + Send + Sync>;
 
 impl<S> Counted<S> {
-    /// Counts the calls to `inner`.
+    /// Wraps `inner`.
     pub fn new(inner: S) -> Self {
         Self {
             inner,
@@ -55,13 +55,13 @@ impl<S> Counted<S> {
         }
     }
 
-    /// Lets each round trip take this long, on Tokio's clock.
+    /// Delays each round trip by this time, on Tokio's clock.
     pub fn latency(mut self, latency: Duration) -> Self {
         self.latency = latency;
         self
     }
 
-    /// Fails the commits for which `why` has an error, with that error.
+    /// Fails the commits for which `why` returns an error, with that error.
     pub fn refuse(
         mut self,
         why: impl Fn(&Commit) -> Option<Error> + Send + Sync + 'static,
@@ -70,27 +70,28 @@ impl<S> Counted<S> {
         self
     }
 
-    /// Calls of a method of [`Store`](crate::store::Store) or [`Queue`](crate::store::Queue), by its name, failed ones included.
+    /// Returns the number of calls of a method of [`Store`](crate::store::Store) or [`Queue`](crate::store::Queue), failed
+    /// ones included.
     pub fn calls(&self, method: &str) -> u64 {
         self.lock().get(method).copied().unwrap_or_default()
     }
 
-    /// All calls.
+    /// Returns the number of all calls.
     pub fn trips(&self) -> u64 {
         self.lock().values().sum()
     }
 
-    /// Begins to count from 0.
+    /// Sets all counts to 0.
     pub fn forget(&self) {
         self.lock().clear();
     }
 
-    /// Fails every call with a temporary [`ErrorKind::Store`], or no longer.
+    /// Sets whether every call fails with a temporary [`ErrorKind::Store`].
     pub fn set_down(&self, down: bool) {
         self.down.store(down, Ordering::Relaxed);
     }
 
-    /// Fails the next call of each of these methods with a temporary [`ErrorKind::Store`]: a broken connection.
+    /// Fails the next call of each of these methods with a temporary [`ErrorKind::Store`], like a broken connection.
     pub fn fail_next(&self, methods: impl IntoIterator<Item = &'static str>) {
         let mut failing = self
             .fail_next
@@ -99,12 +100,12 @@ impl<S> Counted<S> {
         failing.extend(methods);
     }
 
-    /// Lets commits hang for ever, or those that come no longer.
+    /// Sets whether commits from now on hang for ever.
     pub fn set_stuck(&self, stuck: bool) {
         self.stuck.store(stuck, Ordering::Relaxed);
     }
 
-    /// How many rows the largest commit had.
+    /// Returns the number of rows of the largest commit.
     pub fn largest_commit(&self) -> u64 {
         self.largest_commit.load(Ordering::Relaxed)
     }

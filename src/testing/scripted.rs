@@ -1,4 +1,4 @@
-//! [`Scripted`]: a provider that reads its answers off a script.
+//! [`Scripted`]: a provider that answers from a script.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -15,11 +15,11 @@ use crate::request::Request;
 use crate::request::Usage;
 use crate::request::reply::{Delta, Reply, ReplyStream};
 
-/// A provider that answers from a script, line by line, and keeps the requests it saw.
+/// A provider that answers from a script, line by line, and records the requests.
 ///
-/// Each call takes the next line when it starts, so calls in flight together keep the
-/// order in which they were made. Clones share one script. A call beyond the end of the
-/// script fails with [`ErrorKind::Config`], which nobody retries.
+/// Each call takes the next line when it starts, so concurrent calls get their lines in the order in which they were
+/// made. Clones share one script. A call beyond the end of the script fails with [`ErrorKind::Config`], which is
+/// permanent.
 ///
 /// ```
 /// use std::time::Duration;
@@ -50,7 +50,7 @@ pub struct Scripted(Arc<Mutex<Script>>);
 #[derive(Default)]
 struct Script {
     lines: VecDeque<Line>,
-    /// For the line that is written next.
+    /// The delay of the line that is added next.
     delay: Duration,
     requests: Vec<Request>,
     enforces_schema: bool,
@@ -59,15 +59,15 @@ struct Script {
 struct Line {
     delay: Duration,
     answer: Answer,
-    /// For a stream: pieces of the text, spread evenly over the time until the answer, which
-    /// come with the end of each stretch. None: the whole text in one piece.
+    /// The pieces of a stream. The delay is divided evenly among them, and each is yielded at the end of its part.
+    /// Empty: the whole text is one piece.
     pieces: Vec<String>,
 }
 
 type Answer = Box<dyn FnOnce(&Request) -> Result<Reply> + Send>;
 
 impl Scripted {
-    /// An empty script.
+    /// Creates an empty script.
     pub fn new() -> Self {
         Self::default()
     }
@@ -83,7 +83,7 @@ impl Scripted {
         })
     }
 
-    /// Says that this provider makes replies keep to a JSON schema. The script need not.
+    /// Declares that this provider enforces JSON schemas. The script is not checked.
     pub fn enforces_schema(self) -> Self {
         self.lock().enforces_schema = true;
         self
@@ -105,20 +105,19 @@ impl Scripted {
         self
     }
 
-    /// The next call is answered with this text; its usage is counted at four bytes a token.
+    /// Adds a reply with this text. Its usage counts four bytes as a token.
     pub fn reply(self, text: impl Into<String>) -> Self {
         let text = text.into();
         self.answer_with(move |_| Ok(text))
     }
 
-    /// The next call is answered with this reply as it is.
+    /// Adds this reply.
     pub fn exact_reply(self, reply: Reply) -> Self {
         self.line(move |_| Ok(reply))
     }
 
-    /// The next call is answered with these pieces of text, spread evenly over the time `over`:
-    /// of four pieces over 4 s, one comes after each second, and the end with the last.
-    /// Asked for the whole reply, it takes as long.
+    /// Adds a reply in pieces, spread evenly over the time `over`: of four pieces over 4 s, one is yielded after each
+    /// second, and the end with the last. [`Provider::generate`] takes the same time.
     ///
     /// ```
     /// use std::time::Duration;
@@ -143,8 +142,8 @@ impl Scripted {
         self.reply(pieces.concat()).over(over, pieces)
     }
 
-    /// The next call yields these pieces as [`streamed`](Self::streamed) does and then breaks
-    /// with this error. Asked for the whole reply, it fails after as long.
+    /// Adds a reply that yields these pieces like [`streamed`](Self::streamed) and then fails with this error.
+    /// [`Provider::generate`] fails after the same time.
     pub fn broken<T: Into<String>>(
         self,
         over: Duration,
@@ -162,12 +161,12 @@ impl Scripted {
         self
     }
 
-    /// The next call fails with this error.
+    /// Adds a failure with this error.
     pub fn error(self, error: Error) -> Self {
         self.line(move |_| Err(error))
     }
 
-    /// The next call is answered with what the closure makes of its request.
+    /// Adds a reply whose text the closure computes from the request.
     pub fn answer_with(
         self,
         answer: impl FnOnce(&Request) -> Result<String> + Send + 'static,
@@ -180,19 +179,19 @@ impl Scripted {
         })
     }
 
-    /// The line that follows takes this long.
+    /// Delays the next line that is added.
     pub fn delay(self, delay: Duration) -> Self {
         self.lock().delay = delay;
         self
     }
 
-    /// The requests seen so far, in order; those beyond the end of the script too.
+    /// Returns all requests so far, in order, including those beyond the end of the script.
     #[must_use]
     pub fn requests(&self) -> Vec<Request> {
         self.lock().requests.clone()
     }
 
-    /// How many lines nobody has asked for yet.
+    /// Returns the number of lines that are left.
     #[must_use]
     pub fn lines_left(&self) -> usize {
         self.lock().lines.len()
@@ -263,7 +262,7 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn calls_keep_their_lines_when_a_later_one_ends_first() {
+    async fn concurrent_calls_get_their_lines_in_the_order_of_the_calls() {
         let provider = Scripted::new()
             .delay(Duration::from_secs(1))
             .reply("slow")
@@ -274,7 +273,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_end_of_the_script_is_an_error_that_says_so() {
+    async fn a_call_beyond_the_end_of_the_script_fails() {
         let provider = Scripted::new().reply("only");
         provider.generate(&Request::new("a")).await.unwrap();
         let error = provider.generate(&Request::new("b")).await.unwrap_err();
@@ -284,7 +283,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_stream_is_the_reply_in_one_piece() {
+    async fn a_reply_without_pieces_is_streamed_in_one_piece() {
         let reply = Reply::new("whole", Usage::new(1, 2));
         let provider = Scripted::new().exact_reply(reply.clone());
         let stream = provider.stream(&Request::new("a")).await.unwrap();
