@@ -76,7 +76,7 @@ async fn ours(store: &dyn Queue, length: usize, generations: bool) -> (Duration,
     loop {
         let began = Instant::now();
         let items = store
-            .claim(lease, Claim::new(&["p"], BATCH))
+            .claim(lease, Claim::new(["p"], BATCH))
             .await
             .expect("claim");
         took += began.elapsed();

@@ -218,7 +218,7 @@ async fn claim(
     handling: Handling,
     limit: u32,
 ) -> Result<Vec<Item>> {
-    let claim = Claim::new(&["p"], limit).handling(handling);
+    let claim = Claim::new(["p"], limit).handling(handling);
     store.claim(lease, claim).await
 }
 

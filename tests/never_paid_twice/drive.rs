@@ -201,7 +201,7 @@ async fn a_run_is_driven_to_its_end_though_the_store_is_away_for_a_while() {
     let run = runner.submit("ask", &ask(), 0..10).await.unwrap();
     // Another worker dies while it holds an item, so there is nothing to do for a while.
     let lease = store.register("other", 2 * Duration::from_secs(20));
-    let held = Claim::new(&["ask"], 1);
+    let held = Claim::new(["ask"], 1);
     let held = store.claim(lease.await.unwrap(), held).await.unwrap();
     assert_eq!(held.len(), 1);
     let down = Arc::clone(&store);

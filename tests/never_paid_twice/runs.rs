@@ -280,7 +280,7 @@ async fn dies_with(store: &Memory, items: u32) {
         .unwrap();
     assert_eq!(
         store
-            .claim(lease, Claim::new(&["ask"], items))
+            .claim(lease, Claim::new(["ask"], items))
             .await
             .unwrap()
             .len(),
@@ -419,7 +419,7 @@ async fn an_item_whose_workers_died_twice_is_run_alone() {
     let long = Duration::from_secs(3600);
     for handling in [Handling::Normal, Handling::Few] {
         let dead = store.register("dead", long).await.unwrap();
-        let claim = Claim::new(&["ask"], 3).handling(handling);
+        let claim = Claim::new(["ask"], 3).handling(handling);
         assert_eq!(store.claim(dead, claim).await.unwrap().len(), 3);
         store.heartbeat(dead, Duration::ZERO).await.unwrap();
         assert_eq!(store.reap().await.unwrap().requeued, 3);

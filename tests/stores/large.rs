@@ -66,7 +66,7 @@ async fn exercise(store: &dyn Queue, rows: i64) -> Vec<(&'static str, Duration)>
     }
     let lease = store.register("w", LONG).await.unwrap();
     for _ in 0..ROUNDS {
-        let items = timed!("claim", store.claim(lease, Claim::new(&["p"], 64)));
+        let items = timed!("claim", store.claim(lease, Claim::new(["p"], 64)));
         assert!(items.len() >= 32);
         assert!(timed!("lost", store.lost(lease, &[items[0].hold()])).is_empty());
         let (first, rest) = items.split_at(items.len() / 2);
@@ -85,7 +85,7 @@ async fn exercise(store: &dyn Queue, rows: i64) -> Vec<(&'static str, Duration)>
         timed!("ambiguous", store.ambiguous_intents(None, 10));
 
         let dying = store.register("w", LONG).await.unwrap();
-        let held = store.claim(dying, Claim::new(&["p"], 16)).await.unwrap();
+        let held = store.claim(dying, Claim::new(["p"], 16)).await.unwrap();
         store
             .release(&[held[0].hold()], Duration::from_millis(1), true)
             .await

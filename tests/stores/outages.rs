@@ -456,7 +456,7 @@ async fn callers_disconnect(store: Arc<dyn Queue>, other: Arc<dyn Queue>, rounds
     for round in 0..rounds {
         let lease = timeout(PATIENCE, store.register("w", LONG)).await;
         let lease: LeaseId = lease.expect("register hangs").unwrap();
-        let items = timeout(PATIENCE, store.claim(lease, Claim::new(&["p"], 4))).await;
+        let items = timeout(PATIENCE, store.claim(lease, Claim::new(["p"], 4))).await;
         let items = items.expect("claim hangs").unwrap();
         let large = rng.u8(..16) == 0;
         let store = &*store;
@@ -473,7 +473,7 @@ async fn callers_disconnect(store: Arc<dyn Queue>, other: Arc<dyn Queue>, rounds
                 let n = if large { 12_000 } else { 3 };
                 Box::pin(async move { store.create_run(run_of(n)).await.map(drop) })
             }
-            5 => Box::pin(async { store.claim(lease, Claim::new(&["p"], 3)).await.map(drop) }),
+            5 => Box::pin(async { store.claim(lease, Claim::new(["p"], 3)).await.map(drop) }),
             6 => Box::pin(async { store.commit(settled(&items, &done)).await.map(drop) }),
             7 => Box::pin(async { store.commit(settled(&items, &broken)).await.map(drop) }),
             _ => Box::pin(async { store.purge(LONG, 3).await.map(drop) }),
@@ -537,7 +537,7 @@ async fn start_a_call_and_do_not_poll_it(store: Arc<dyn Queue>) {
 async fn a_call_that_is_not_polled_blocks_no_other_on_sqlite() {
     let dir = tempfile::tempdir().unwrap();
     let store = Sqlite::open(dir.path().join("runs.db")).await.unwrap();
-    nobody_polls(Arc::new(store)).await;
+    start_a_call_and_do_not_poll_it(Arc::new(store)).await;
 }
 
 #[tokio::test]
@@ -547,7 +547,7 @@ async fn a_call_that_is_not_polled_blocks_no_other_on_postgres() {
     };
     let builder = Postgres::builder(&schemas.url).schema(schemas.name());
     let store = builder.connections(1).connect().await.unwrap();
-    nobody_polls(Arc::new(store)).await;
+    start_a_call_and_do_not_poll_it(Arc::new(store)).await;
     schemas.clear().await;
 }
 

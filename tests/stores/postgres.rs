@@ -66,7 +66,7 @@ async fn a_batch_takes_one_round_trip() {
     let run = store.create_run(run_of(N as usize)).await.unwrap().run;
     assert_eq!(store.round_trips() - before, 1);
     for expected in 1..=N.div_ceil(BATCH.into()) {
-        let claimed = store.claim(lease, Claim::new(&["p"], BATCH)).await.unwrap();
+        let claimed = store.claim(lease, Claim::new(["p"], BATCH)).await.unwrap();
         store.commit(done(&claimed)).await.unwrap();
         assert_eq!(store.round_trips() - before, 1 + 2 * expected);
     }
@@ -223,7 +223,7 @@ async fn a_reap_does_not_overlook_a_concurrent_claim() {
     let reaped = reaping.await.unwrap();
     assert_eq!((reaped.leases, reaped.requeued), (1, 4));
     let fresh = store.register("w", LONG).await.unwrap();
-    let again = Claim::new(&["p"], 10).handling(Handling::Few);
+    let again = Claim::new(["p"], 10).handling(Handling::Few);
     assert_eq!(store.claim(fresh, again).await.unwrap().len(), 4);
     schemas.clear().await;
 }

@@ -70,7 +70,7 @@ async fn committed_data_survives_reopening() {
     let first = Sqlite::open(&path).await.unwrap();
     let run = first.create_run(run_of(3)).await.unwrap().run;
     let lease = first.register("w", LONG).await.unwrap();
-    let items = first.claim(lease, Claim::new(&["p"], 2)).await.unwrap();
+    let items = first.claim(lease, Claim::new(["p"], 2)).await.unwrap();
     first.commit(done(&items[..1])).await.unwrap();
     drop(first);
 
@@ -139,7 +139,7 @@ async fn a_batch_takes_one_round_trip() {
     let run = store.create_run(run_of(N as usize)).await.unwrap().run;
     assert_eq!(store.round_trips() - before, 1);
     for expected in 1..=N.div_ceil(BATCH.into()) {
-        let claimed = store.claim(lease, Claim::new(&["p"], BATCH)).await.unwrap();
+        let claimed = store.claim(lease, Claim::new(["p"], BATCH)).await.unwrap();
         store.commit(done(&claimed)).await.unwrap();
         assert_eq!(store.round_trips() - before, 1 + 2 * expected);
     }
@@ -155,7 +155,7 @@ async fn a_dropped_call_takes_effect_wholly_or_not_at_all() {
     let lease = store.register("w", LONG).await.unwrap();
     for pause in 0..40 {
         let run = store.create_run(run_of(50)).await.unwrap().run;
-        let claimed = store.claim(lease, Claim::new(&["p"], 50)).await.unwrap();
+        let claimed = store.claim(lease, Claim::new(["p"], 50)).await.unwrap();
         assert_eq!(claimed.len(), 50);
         let limit = Duration::from_micros(50 * pause);
         let _ = tokio::time::timeout(limit, store.commit(done(&claimed))).await;
@@ -261,7 +261,7 @@ async fn a_run_of_an_old_file_with_too_large_max_attempts_can_be_claimed() {
     raw(&path, "UPDATE items SET max_attempts = 4294967295").await;
     let store = Sqlite::open(&path).await.unwrap();
     let lease = store.register("w", LONG).await.unwrap();
-    let items = store.claim(lease, Claim::new(&["p"], 10));
+    let items = store.claim(lease, Claim::new(["p"], 10));
     let items = items.await.unwrap();
     assert_eq!((items.len(), items[0].max_attempts), (2, u32::MAX));
     store.commit(done(&items)).await.unwrap();
@@ -284,7 +284,7 @@ async fn process() {
     store.create_run(run_of(ITEMS_EACH)).await.unwrap();
     let lease = store.register("w", LONG).await.unwrap();
     loop {
-        let claimed = store.claim(lease, Claim::new(&["p"], 8)).await.unwrap();
+        let claimed = store.claim(lease, Claim::new(["p"], 8)).await.unwrap();
         if claimed.is_empty() {
             break;
         }

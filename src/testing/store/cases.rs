@@ -56,7 +56,7 @@ pub(super) async fn commit(store: &Store, settlements: Vec<Settlement>) -> usize
 }
 
 pub(super) async fn claim(store: &Store, lease: crate::store::LeaseId, n: u32) -> Vec<Item> {
-    store.claim(lease, Claim::new(&["p"], n)).await.unwrap()
+    store.claim(lease, Claim::new(["p"], n)).await.unwrap()
 }
 
 pub(super) async fn log(store: &Store, run: RunId) -> Vec<(String, Value)> {
@@ -122,7 +122,7 @@ pub(super) async fn a_run_is_stored_unchanged(store: Store) {
 
     let out = json!([odd]).to_string();
     let pipelines = [odd];
-    let claimed = Claim::new(&pipelines, 1);
+    let claimed = Claim::new(pipelines, 1);
     let claimed = store.claim(lease(&*store).await, claimed).await.unwrap();
     assert_eq!(
         commit(&store, vec![settle(claimed[0].hold(), Ok(out.clone()))]).await,

@@ -83,7 +83,7 @@ pub(super) async fn an_item_held_alone_by_dying_workers_fails_after_its_attempts
     let run = store.create_run(new).await.unwrap().run;
     for (attempt, handling) in [(1, Handling::Normal), (2, Handling::LastAttempt)] {
         let dying = lease(&*store).await;
-        let claim = Claim::new(&["p"], 1).handling(handling);
+        let claim = Claim::new(["p"], 1).handling(handling);
         let held = store.claim(dying, claim).await.unwrap().remove(0);
         assert_eq!(
             (held.seq, held.attempt, held.handling),

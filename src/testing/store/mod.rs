@@ -132,7 +132,7 @@ async fn claim_any(store: &dyn Queue, lease: LeaseId, limit: u32) -> Vec<Item> {
         Handling::LastAttempt,
     ] {
         let left = limit - items.len() as u32;
-        let claim = Claim::new(&["p"], left).handling(handling);
+        let claim = Claim::new(["p"], left).handling(handling);
         items.extend(store.claim(lease, claim).await.expect("claim"));
     }
     items

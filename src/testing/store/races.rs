@@ -51,7 +51,7 @@ pub(super) async fn claimers_never_share_an_item(store: Store) {
             let lease = lease(&*store).await;
             loop {
                 let items = store
-                    .claim(lease, Claim::new(&["p"], 7))
+                    .claim(lease, Claim::new(["p"], 7))
                     .await
                     .expect("claim");
                 if items.is_empty() {
@@ -70,7 +70,7 @@ pub(super) async fn claimers_never_share_an_item(store: Store) {
         assert!(seen.insert(id), "item {id} was claimed twice");
     }
     // A task may stop early if others hold locks on all remaining items. No item is lost by that.
-    let rest = Claim::new(&["p"], 600);
+    let rest = Claim::new(["p"], 600);
     let rest = store
         .claim(lease(&*store).await, rest)
         .await
