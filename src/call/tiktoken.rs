@@ -1,4 +1,4 @@
-//! [`Tiktoken`]: prompts counted by the tokenizers of OpenAI's models.
+//! [`Tiktoken`]: a token counter with the tokenizers of OpenAI's models.
 
 use std::fmt;
 
@@ -8,16 +8,16 @@ use crate::call::estimate::TokenCounter;
 use crate::error::{Error, ErrorKind, Result};
 use crate::request::Request;
 
-/// What a message costs beside its content: its frame of three tokens, and its role.
+/// The tokens of a message beside its content: three for its frame, one for its role.
 const MESSAGE: usize = 4;
-/// The answer is primed with so many tokens.
+/// The tokens with which the answer is primed.
 const PRIMER: usize = 3;
 
-/// A [`TokenCounter`] that counts what OpenAI's models count: byte-pair encoding, and the tokens
-/// around each message as the [OpenAI cookbook] gives them.
+/// A [`TokenCounter`] with the tokenizers of OpenAI's models: byte-pair encoding, and the tokens
+/// around each message according to the [OpenAI cookbook].
 ///
-/// For other providers it is an estimate too, though a closer one than four bytes to a token for
-/// text that is far from English prose. The first one of a process loads the vocabulary, which
+/// For other providers it is an estimate, though for text that is far from English prose a closer one than four bytes to a
+/// token. The first one of a process loads the vocabulary, which
 /// blocks for a moment: make it before the work begins.
 ///
 /// ```
@@ -35,11 +35,11 @@ const PRIMER: usize = 3;
 pub struct Tiktoken(&'static CoreBPE);
 
 impl Tiktoken {
-    /// The tokenizer of that model of OpenAI's.
+    /// Loads the tokenizer of a model of OpenAI's.
     ///
     /// # Errors
     /// [`ErrorKind::Config`] if no tokenizer is known for the model: take that of
-    /// one that is close, as `gpt-4o`.
+    /// a similar model, such as `gpt-4o`.
     pub fn for_model(model: &str) -> Result<Self> {
         tiktoken_rs::bpe_for_model(model).map(Self).map_err(|_| {
             let message = format!("no tokenizer is known for the model {model:?}");
@@ -66,7 +66,7 @@ impl fmt::Debug for Tiktoken {
 mod tests {
     use super::*;
 
-    /// The counts are those that OpenAI's own `tiktoken` gives.
+    /// The expected counts come from OpenAI's own `tiktoken`.
     #[test]
     fn counts_are_those_of_the_reference() {
         let counter = Tiktoken::for_model("gpt-4o").unwrap();
@@ -78,7 +78,7 @@ mod tests {
     }
 
     #[test]
-    fn an_unknown_model_is_said() {
+    fn the_error_names_an_unknown_model() {
         let error = Tiktoken::for_model("some-model").unwrap_err();
         assert!(error.to_string().contains("some-model"), "{error}");
     }

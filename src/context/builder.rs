@@ -1,4 +1,4 @@
-//! [`ContextBuilder`]: what a context is made of.
+//! [`ContextBuilder`]: builds a context.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -6,16 +6,13 @@ use std::time::Duration;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::{Context, Items, ParallelToggle, Shared};
-use crate::call::deployment::Deployment;
-use crate::call::estimate::TokenCounter;
-use crate::call::guard::Guard;
-use crate::call::memo::{Memo, Place};
-use crate::call::pool::Pool;
-use crate::call::retry::Retry;
-use crate::call::scope::{Bounds, Scope};
+use super::{Context, ParallelToggle, Shared};
+use crate::call::memo::Memo;
+use crate::call::scope::{Bounds, MemoNamespace, Scope};
+use crate::call::{
+    CallStack, Deployment, Deployments, FALLBACK_AFTER, Retry, TokenCounter,
+};
 use crate::event::{Event, Observer, Observers};
-use crate::provider::Provider;
 use crate::ratelimit::{Lane, Pace};
 #[cfg(doc)]
 use crate::request::Request;
@@ -26,8 +23,9 @@ use crate::store::{RepliesOnly, ReplyStore, Store};
 #[must_use = "a builder does nothing until `build`"]
 pub struct ContextBuilder {
     first: Deployment,
-    /// Those after it, and whether each begins the next group.
+    /// The other deployments, and whether each is a fallback.
     others: Vec<(Deployment, bool)>,
+    fallback_after: Duration,
     counter: Option<Box<dyn TokenCounter>>,
     retry: Option<Retry>,
     model: Option<Arc<str>>,
@@ -40,11 +38,19 @@ pub struct ContextBuilder {
     store: Option<Arc<dyn Store>>,
 }
 
+impl Context {
+    /// Starts a context around a provider, or a [`Deployment`] with a name or a model, with no limits and default retries.
+    pub fn builder(deployment: impl Into<Deployment>) -> ContextBuilder {
+        ContextBuilder::new(deployment.into())
+    }
+}
+
 impl ContextBuilder {
-    pub(super) fn new(provider: impl Provider) -> Self {
+    fn new(first: Deployment) -> Self {
         Self {
-            first: Deployment::new(provider),
+            first,
             others: Vec::new(),
+            fallback_after: FALLBACK_AFTER,
             counter: None,
             retry: None,
             model: None,
@@ -58,53 +64,63 @@ impl ContextBuilder {
         }
     }
 
-    /// The limits of the account; the context gets a lane of its own. Unlimited unless set.
+    /// Sets the limits of the account, in a lane of its own; unlimited unless set.
     pub fn pace(self, pace: Pace) -> Self {
         self.lane(Lane::new(pace))
     }
 
-    /// A lane that several contexts share, because the account is the same.
+    /// Sets the lane of the account, which several contexts can share.
     pub fn lane(mut self, lane: Lane) -> Self {
         self.first.lane = lane;
         self
     }
 
-    /// Another deployment of what the context calls: an account, a region, a server. A call
-    /// goes where it can start first; one that failed goes elsewhere next; one whose
-    /// account is refused ([`Error::is_account_wide`](crate::Error::is_account_wide)) is left out. See [`Pool`].
-    pub fn deployment(mut self, deployment: Deployment) -> Self {
-        self.others.push((deployment, false));
+    /// Adds another deployment of the same model: an account, a region, a server.
+    ///
+    /// Each call goes where it can start first: it queues in the lanes of all deployments, and the first one that has room
+    /// takes it. After a failure, it goes to another deployment. A deployment whose account is refused
+    /// ([`Error::is_account_wide`](crate::Error::is_account_wide)) gets no more calls; after five minutes one call tries
+    /// again.
+    pub fn deployment(mut self, deployment: impl Into<Deployment>) -> Self {
+        self.others.push((deployment.into(), false));
         self
     }
 
-    /// A deployment, often of another model, for calls that those before it cannot make: when
-    /// all of them are left out or closed for more than 10 minutes, or when a call has used up
-    /// its attempts there. It gets the same number of attempts here.
-    pub fn fallback(mut self, deployment: Deployment) -> Self {
-        self.others.push((deployment, true));
+    /// Adds a deployment, often of another model, for calls that those before it cannot make: when
+    /// all of them are disabled or [cool down for long](Self::fallback_after), or when a call has used up
+    /// its attempts there. Then the call has the same number of attempts here.
+    pub fn fallback(mut self, deployment: impl Into<Deployment>) -> Self {
+        self.others.push((deployment.into(), true));
         self
     }
 
-    /// How often failing calls are tried again.
+    /// Sets for how long a lane must be cooling down until calls go to a [fallback](Self::fallback); 10 minutes unless set.
+    /// `Duration::MAX` lets them wait.
+    pub fn fallback_after(mut self, cooldown: Duration) -> Self {
+        self.fallback_after = cooldown;
+        self
+    }
+
+    /// Sets how often failing calls are tried again.
     pub fn retry(mut self, retry: Retry) -> Self {
         self.retry = Some(retry);
         self
     }
 
-    /// How the tokens of prompts are counted, before the provider says; see [`TokenCounter`].
+    /// Sets how the tokens of prompts are counted before a call; see [`TokenCounter`].
     pub fn token_counter(mut self, counter: impl TokenCounter) -> Self {
         self.counter = Some(Box::new(counter));
         self
     }
 
-    /// The model of requests that name none.
+    /// Sets the model of requests that name none.
     pub fn model(mut self, model: impl Into<Arc<str>>) -> Self {
         self.model = Some(model.into());
         self
     }
 
-    /// The longest one call may take, from sending to the last byte; 10 minutes unless
-    /// set. [`Request::timeout`] overrules it.
+    /// Sets the longest time that one call may take, from sending to the last byte; 10 minutes unless
+    /// set. [`Request::timeout`] overrides it. See the [table of all timeouts](crate::call#timeouts).
     pub fn call_timeout(mut self, timeout: Duration) -> Self {
         self.call_timeout = timeout;
         self
@@ -122,29 +138,30 @@ impl ContextBuilder {
         self
     }
 
-    /// When everything ends.
+    /// Sets the deadline of the whole context.
     pub fn deadline(mut self, deadline: Instant) -> Self {
         self.deadline = Some(deadline);
         self
     }
 
-    /// A token that cancels everything, for an application that has one already.
+    /// Sets a token that cancels everything, for an application that has one already.
     pub fn cancellation(mut self, token: CancellationToken) -> Self {
         self.cancel = Some(token);
         self
     }
 
-    /// Where replies are remembered: each is looked for before it is paid for, and kept before it is parsed.
+    /// Sets the store for replies: each reply is looked up before its call, and stored before it is parsed.
     ///
-    /// A reply is remembered under where it was asked (batch and [key](crate::Batch::key) of the item, labels),
-    /// what was asked ([`Request::digest`]), and which time (the nth identical request there). So a second run replays,
-    /// also with another parser; two items with one prompt get two answers, and n identical
-    /// requests of one item get n. [`Request::shared`] shares an answer among items; [`Context::fresh`]
-    /// asks anew. Give items keys: without one the index names an item, and an inserted one re-pays those behind it.
-    /// Identical requests side by side in one item are numbered in the order in which they are asked: where that depends
+    /// The key of a reply consists of the place of its request (batch and [key](crate::Batch::key) of the item, labels),
+    /// its content ([`Request::digest`]), and the number of identical requests before it there. So a second run replays
+    /// the replies, also with another parser; two items with the same prompt get two replies, and n identical
+    /// requests of one item get n. [`Request::shared`] shares a reply among items; [`Context::fresh`]
+    /// ignores the stored replies. Give the items keys: without a key, the index names an item, and an inserted item shifts
+    /// those after it, whose replies are then paid for again.
+    /// Concurrent identical requests of one item are numbered in the order in which they are made. If that order depends
     /// on timing, give each a label ([`Context::child`], [`Context::stage`]).
     ///
-    /// Replies are written behind the work, in batches ([`Journal`]): [`Context::flush`] before the end.
+    /// Replies are written in the background, in batches ([`Journal`]): call [`Context::flush`] before the end.
     ///
     /// ```
     /// use std::sync::Arc;
@@ -175,58 +192,55 @@ impl ContextBuilder {
         self
     }
 
-    /// Keeps replies in a store of your own that keeps nothing else; see [`ReplyStore`], and [`store`](Self::store) for how
-    /// replies are found again.
+    /// Sets a store of your own that holds replies only; see [`ReplyStore`]. [`store`](Self::store) documents the keys of
+    /// replies.
     pub fn reply_store(mut self, replies: impl ReplyStore) -> Self {
         self.store = Some(Arc::new(RepliesOnly(replies)));
         self
     }
 
-    /// A closure that is told of every event; see [`Observer`].
+    /// Adds a closure that is called for every event; see [`Observer`].
     pub fn on_event(self, observer: impl Fn(&Event) + Send + Sync + 'static) -> Self {
         self.observer(observer)
     }
 
-    /// An observer that is told of every event.
+    /// Adds an observer of all events.
     pub fn observer(mut self, observer: impl Observer) -> Self {
         self.observers.add(observer);
         self
     }
 
-    /// The context.
+    /// Builds the context.
     pub fn build(self) -> Context {
         let retry = self.retry.unwrap_or_default();
-        let lane = |deployment: &Deployment| deployment.lane.clone();
-        let mut pool = Pool::new(self.first.clone(), lane(&self.first));
+        let mut deployments = Deployments::new(self.first, self.fallback_after);
         for (deployment, is_fallback) in self.others {
-            let lane = lane(&deployment);
-            pool = match is_fallback {
-                true => pool.fallback(deployment, lane),
-                false => pool.beside(deployment, lane),
-            };
+            deployments.add(deployment, is_fallback);
         }
         let observers = Arc::new(self.observers);
         let mut bounds = Bounds::new(self.cancel);
         bounds.deadline = self.deadline;
         let mut scope = Scope::root(Arc::new(bounds));
-        scope.place = self.store.map(|store| {
-            let journal = Journal::observed(store, Arc::clone(&observers));
-            Arc::new(Place::root(Arc::new(Memo::new(journal)), "".into()))
+        let memo = self.store.map(|store| {
+            scope.namespace = Some(Arc::new(MemoNamespace::root("".into())));
+            Arc::new(Memo::new(Journal::observed(store, Arc::clone(&observers))))
         });
+        let calls = CallStack::new(
+            deployments,
+            self.counter,
+            retry,
+            self.call_timeout,
+            Arc::clone(&observers),
+        );
         Context {
             shared: Arc::new(Shared {
-                guard: Guard::new(
-                    pool,
-                    self.counter,
-                    retry,
-                    self.call_timeout,
-                    Arc::clone(&observers),
-                ),
+                calls: Arc::new(calls),
+                memo,
                 observers,
                 model: self.model,
                 grace: self.grace,
                 parallel: self.parallel,
-                items: Items::default(),
+                items: Arc::default(),
             }),
             scope: Arc::new(scope),
         }

@@ -1,4 +1,4 @@
-//! [`Context`]: what a run works with.
+//! [`Context`]: the shared state of some work, the first argument of everything that makes calls.
 
 mod builder;
 mod join;
@@ -12,7 +12,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use futures::FutureExt as _;
 use tokio::time::Instant;
 
 pub use self::builder::ContextBuilder;
@@ -21,10 +20,9 @@ pub use self::join::Join;
 pub use self::signal::stop_on_signal;
 pub use self::stream::Deltas;
 pub use self::toggle::ParallelToggle;
-use crate::call::deployment::Deployment;
-use crate::call::guard::{Guard, Sink, With};
-use crate::call::memo::{Asked, Place};
-use crate::call::scope::{Bounds, Scope, Tally};
+use crate::call::memo::Memo;
+use crate::call::scope::{Bounds, MemoNamespace, Scope};
+use crate::call::{CallOptions, CallStack, Tally};
 use crate::error::{Error, Result};
 use crate::event::{Event, Observers};
 use crate::provider::Provider;
@@ -34,8 +32,8 @@ use crate::request::Request;
 use crate::store::Store;
 use crate::store::journal::Journal;
 
-/// What a run works with: the provider behind its lane and retries, observers, the
-/// deadline, cancellation, and the path of labels so far. Cheap to clone.
+/// The shared state of some work: the providers behind their lanes and retries, the observers, the
+/// deadline, the cancellation, and the path of labels. Cheap to clone.
 ///
 /// ```
 /// use throughline::{Context, Pace, Reply, testing::Scripted};
@@ -55,13 +53,17 @@ pub struct Context {
     scope: Arc<Scope>,
 }
 
+/// The state that a context shares with those that are made from it.
+#[derive(Clone)]
 struct Shared {
-    guard: Guard,
+    calls: Arc<CallStack>,
+    /// The stored replies, if there is a store.
+    memo: Option<Arc<Memo>>,
     observers: Arc<Observers>,
     model: Option<Arc<str>>,
     grace: Duration,
     parallel: ParallelToggle,
-    items: Items,
+    items: Arc<Items>,
 }
 
 /// Items of all batches of a context.
@@ -77,78 +79,45 @@ struct Items {
 }
 
 impl Context {
-    /// Starts a context around `provider`, with no limits and default retries.
-    pub fn builder(provider: impl Provider) -> ContextBuilder {
-        ContextBuilder::new(provider)
-    }
-
-    /// Asks the provider: waits for the lane, sends, tries again as the retry policy says.
+    /// Sends a request: waits for a permit of the lane, calls the provider, and tries again by the retry policy. The
+    /// [`call`](crate::call) module documents the layers, and all timeouts.
     ///
     /// # Errors
-    /// What the provider answered in the end; [`Error::attempts`](crate::Error::attempts) says after how many calls.
+    /// The provider's last error; [`Error::attempts`](crate::Error::attempts) is the number of calls.
     /// [`ErrorKind::Cancelled`](crate::ErrorKind::Cancelled) and
-    /// [`ErrorKind::DeadlineExceeded`](crate::ErrorKind::DeadlineExceeded) when the context ended
+    /// [`ErrorKind::DeadlineExceeded`](crate::ErrorKind::DeadlineExceeded) if the context ended
     /// first; [`Error::billed`](crate::Error::billed) says whether the call may have been paid for by then.
     ///
     /// # Cancel safety
-    /// Dropped before the call was sent, nothing is paid and the permit goes back whole.
-    /// Dropped after, the provider may bill a reply that nobody receives.
+    /// If the future is dropped before the call was sent, nothing is paid and the permit is given back.
+    /// If it is dropped later, the provider may bill a reply that is lost.
     #[doc(alias = "retry")]
     pub fn generate(
         &self,
         request: impl Into<Request>,
     ) -> impl Future<Output = Result<Reply>> + Send {
-        self.generate_into(Box::new(request.into()), None)
+        self.generate_with(Box::new(request.into()), CallOptions::default())
     }
 
-    /// As [`generate`](Self::generate); with a sink, the reply is passed on to it while it is
-    /// being written.
-    pub(crate) async fn generate_into(
+    pub(crate) async fn generate_with(
         &self,
         mut request: Box<Request>,
-        sink: Option<&Sink>,
+        options: CallOptions<'_>,
     ) -> Result<Reply> {
+        let shared = &*self.shared;
         if request.model.is_none() {
-            request.model.clone_from(&self.shared.model);
+            request.model.clone_from(&shared.model);
         }
         if request.item_key.is_none() {
             request.item_key = self.scope.item_key().cloned();
         }
-        let guard = &self.shared.guard;
-        // In boxes, so that calls without a store are not as large as those with one.
-        let asked = Asked::new(&self.scope, &request).map(Box::new);
-        let was_sent = AtomicBool::new(false);
-        let with = With {
-            sink,
-            asked: asked.as_deref(),
-            was_sent: &was_sent,
-        };
-        let call = || guard.call(&self.scope, &request, with);
-        let result = match &asked {
-            None => call().answer().await,
-            Some(asked) => {
-                let pay = || async { call().answer().await }.boxed();
-                Box::pin(asked.answer(&self.scope, pay)).await
-            }
-        };
-        let was_sent = was_sent.into_inner();
-        if was_sent && request.asks_again {
-            self.scope.add(Tally {
-                reasked: 1,
-                ..Tally::default()
-            });
-        }
-        if let Err(error) = &result {
-            guard.failed(&self.scope, was_sent, error);
-            if let (Some(sink), Some(asked)) = (sink, asked) {
-                sink.leave_unkept(asked);
-            }
-        }
-        result
+        let memo = shared.memo.as_deref();
+        let call = shared.calls.generate(memo, &self.scope, &request, options);
+        call.await
     }
 
-    /// A context that asks anew, where there is a store: no reply of before is used, and those
-    /// that it pays for are remembered apart from all others.
+    /// Returns a context that ignores the replies in the store, and stores its own replies apart from all others. Without
+    /// a store, it differs in nothing.
     ///
     /// ```
     /// use throughline::store::Memory;
@@ -165,31 +134,41 @@ impl Context {
     #[must_use = "it makes a new context and leaves this one as it is"]
     pub fn fresh(&self) -> Self {
         let tag = || format!("{:016x}{:016x}", fastrand::u64(..), fastrand::u64(..));
-        self.at(|scope| {
-            let place = scope.place.take();
-            scope.place = place.map(|place| Arc::new(place.fresh(tag())));
+        self.with_scope(|scope| {
+            let namespace = scope.namespace.take();
+            scope.namespace = namespace.map(|namespace| Arc::new(namespace.fresh(tag())));
         })
     }
 
-    /// Waits until everything that was paid for is in the store. Nothing to do without a store.
+    /// Waits until all replies so far are in the store. Returns at once without a store.
     ///
     /// # Errors
-    /// The store's, while it fails; what is not written yet is still tried again. See [`Journal::flush`].
+    /// The error of the store, while it fails. Writing goes on in the background. See [`Journal::flush`].
     pub async fn flush(&self) -> Result<()> {
-        match &self.scope.place {
-            Some(place) => place.memo.journal().flush().await,
+        match self.journal() {
+            Some(journal) => journal.flush().await,
             None => Ok(()),
         }
     }
 
-    /// The journal in front of the store, if there is one.
+    /// Returns the journal in front of the store, if there is a store.
     pub fn journal(&self) -> Option<&Journal> {
-        let place = self.scope.place.as_ref()?;
-        Some(place.memo.journal())
+        Some(self.shared.memo.as_ref()?.journal())
     }
 
-    /// A journal of your own in front of `store`, whose failures this context's observers are told of: for
-    /// what is noted beside the work, as a log of its quality.
+    /// Returns this context with its replies in the store of another journal.
+    pub(crate) fn with_journal(&self, journal: Journal) -> Self {
+        Self {
+            shared: Arc::new(Shared {
+                memo: Some(Arc::new(Memo::new(journal))),
+                ..(*self.shared).clone()
+            }),
+            scope: Arc::clone(&self.scope),
+        }
+    }
+
+    /// Makes a separate journal in front of `store`, whose failures are reported to this context's observers. It is for
+    /// notes about the work, such as a log of its quality.
     ///
     /// ```
     /// # use std::sync::Arc;
@@ -209,7 +188,7 @@ impl Context {
         Journal::observed(Arc::new(store), self.shared_observers())
     }
 
-    /// A context one label further down the path, with a tally and a cancellation of its own.
+    /// Returns a context one label further down the path, with a tally and a cancellation of its own.
     ///
     /// ```
     /// # use throughline::{Context, testing::Scripted};
@@ -228,13 +207,13 @@ impl Context {
         self.narrowed(label.into(), self.scope.bounds.child())
     }
 
-    /// A context that ends at `deadline`, or at this one's if that comes first.
+    /// Returns a context that ends at `deadline`, or at this one's if that comes first.
     #[must_use = "it makes a new context and leaves this one as it is"]
     pub fn with_deadline(&self, deadline: Instant) -> Self {
         self.narrowed("".into(), self.scope.bounds.until(deadline))
     }
 
-    /// A context that ends `after` this long from now, or with this one if that comes first.
+    /// Returns a context that ends after this time, or with this one if that comes first.
     ///
     /// ```
     /// # use std::time::Duration;
@@ -244,7 +223,7 @@ impl Context {
     /// let cx = Context::builder(slow).build();
     /// let error = cx.with_timeout(Duration::from_secs(5)).generate("hi").await.unwrap_err();
     /// assert!(error.is_deadline_exceeded());
-    /// assert_eq!(error.billed(), None); // it was sent, and nobody knows
+    /// assert_eq!(error.billed(), None); // it was sent: not known
     /// # }
     /// ```
     #[must_use = "it makes a new context and leaves this one as it is"]
@@ -255,24 +234,23 @@ impl Context {
         }
     }
 
-    /// A context whose calls wait in the line of that tenant, and of that priority below
-    /// it: see [`Tenant`] for what each gets of the lane.
+    /// Returns a context whose calls wait in the queue of that tenant; see [`Tenant`] for its share of the lane.
     #[must_use = "it makes a new context and leaves this one as it is"]
     pub fn with_tenant(&self, tenant: Tenant) -> Self {
-        self.in_line(|who| who.tenant = Some(tenant))
+        self.with_queue(|queue| queue.tenant = Some(tenant))
     }
 
-    /// A context whose calls have that priority.
+    /// Returns a context whose calls have that priority.
     #[must_use = "it makes a new context and leaves this one as it is"]
     pub fn with_priority(&self, priority: Priority) -> Self {
-        self.in_line(|who| who.priority = priority)
+        self.with_queue(|queue| queue.priority = priority)
     }
 
-    fn in_line(&self, change: impl FnOnce(&mut QueueKey)) -> Self {
-        self.at(|scope| change(&mut scope.who))
+    fn with_queue(&self, change: impl FnOnce(&mut QueueKey)) -> Self {
+        self.with_scope(|scope| change(&mut scope.queue))
     }
 
-    fn at(&self, change: impl FnOnce(&mut Scope)) -> Self {
+    fn with_scope(&self, change: impl FnOnce(&mut Scope)) -> Self {
         let bounds = Arc::new(self.scope.bounds.child());
         let mut scope = Scope::child(&self.scope, "".into(), bounds);
         change(&mut scope);
@@ -289,7 +267,7 @@ impl Context {
         }
     }
 
-    /// The context of one item of a batch whose context is `self`.
+    /// Returns the context of one item of a batch whose context is `self`.
     pub(crate) fn item(
         &self,
         label: Arc<str>,
@@ -303,14 +281,14 @@ impl Context {
         }
     }
 
-    /// The context of an item that a worker runs: below this one, but with a place and bounds of its own.
+    /// Returns the context of an item that a worker runs: below this one, but with a namespace and bounds of its own.
     pub(crate) fn durable_item(
         &self,
         label: Arc<str>,
         key: Arc<str>,
-        place: Arc<Place>,
+        namespace: Arc<MemoNamespace>,
         deadline: Option<Instant>,
-        who: impl FnOnce(&mut QueueKey),
+        queue: impl FnOnce(&mut QueueKey),
     ) -> Self {
         let bounds = match deadline {
             Some(deadline) => self.scope.bounds.until(deadline),
@@ -318,15 +296,15 @@ impl Context {
         };
         let mut scope = Scope::child(&self.scope, label, Arc::new(bounds.into_unit()));
         scope.key = Some(key);
-        scope.place = Some(place);
-        who(&mut scope.who);
+        scope.namespace = Some(namespace);
+        queue(&mut scope.queue);
         Self {
             shared: Arc::clone(&self.shared),
             scope: Arc::new(scope),
         }
     }
 
-    /// Ends this context and all below it: what waits is not sent, calls in flight are dropped.
+    /// Ends this context and all below it: calls that wait are not sent, and calls in flight are dropped.
     ///
     /// Only clones share a cancellation. A context made from another one ([`child`](Self::child),
     /// [`with_tenant`](Self::with_tenant), [`with_timeout`](Self::with_timeout) and so on) and that of each item of
@@ -336,8 +314,8 @@ impl Context {
         self.scope.bounds.cancel();
     }
 
-    /// Sends nothing new in this context and all below it; calls in flight finish and their
-    /// results are kept. For a clean stop.
+    /// Lets calls in flight finish, and sends no new ones in this context and all below it. It is for a clean stop:
+    /// the results of the calls in flight are kept.
     ///
     /// ```
     /// # use std::time::Duration;
@@ -361,86 +339,131 @@ impl Context {
         self.scope.bounds.drain();
     }
 
-    /// Whether batches and joins run in parallel ([`ContextBuilder::parallel`]).
+    /// Returns whether batches and joins run in parallel ([`ContextBuilder::parallel`]).
     pub fn is_parallel(&self) -> bool {
         self.shared.parallel.is_on()
     }
 
-    /// Whether [`cancel`](Self::cancel) was called here or above.
+    /// Returns whether [`cancel`](Self::cancel) was called here or above.
     pub fn is_cancelled(&self) -> bool {
         self.scope.bounds.is_cancelled()
     }
 
-    /// Whether [`drain`](Self::drain) or [`cancel`](Self::cancel) was called here or above.
+    /// Returns whether [`drain`](Self::drain) or [`cancel`](Self::cancel) was called here or above.
     pub fn is_draining(&self) -> bool {
         self.scope.bounds.is_draining()
     }
 
-    /// When this context ends by itself.
+    /// Returns the deadline of this context.
     pub fn deadline(&self) -> Option<Instant> {
         self.scope.bounds.deadline
     }
 
-    /// Why nothing new may start, if so.
+    /// Fails if no new work may start.
     pub(crate) fn check(&self) -> Result<()> {
         self.scope.bounds.check()
     }
 
-    /// The labels, keys and indices that lead here: `week-plan[3]/routine[0]`.
+    /// Returns the path of labels, keys and indices from the root to here: `week-plan[3]/routine[0]`.
     pub fn path(&self) -> Arc<str> {
         self.scope.path()
     }
 
-    /// What this context and all below it have cost so far.
+    /// Returns the calls and tokens of this context and all below it so far.
     pub fn tally(&self) -> Tally {
         self.scope.tally()
     }
 
-    /// The lane of the provider; of the first, where there are several.
-    pub fn lane(&self) -> &Lane {
-        self.first().1
+    /// Returns the names of the deployments, in the order in which the builder got them
+    /// ([`Deployment::name`](crate::call::Deployment::name)).
+    pub fn deployments(&self) -> impl Iterator<Item = &str> {
+        let deployments = self.shared.calls.deployments().iter();
+        deployments.map(|deployment| deployment.name_or_provider())
     }
 
-    /// The lanes of all deployments, in the order in which the builder was given them.
+    /// Returns the lanes of all deployments, in the order in which the builder got them.
     pub fn lanes(&self) -> impl Iterator<Item = &Lane> {
-        let deployments = self.shared.guard.pool().deployments();
-        deployments.map(|(_, lane)| lane)
+        let deployments = self.shared.calls.deployments().iter();
+        deployments.map(|deployment| &deployment.lane)
     }
 
-    /// The bare provider, without lane and retries; the first, where there are several.
-    pub fn provider(&self) -> &Arc<dyn Provider> {
-        &self.first().0.provider
+    /// Returns the lane of the deployment with this name.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Config`](crate::ErrorKind::Config) if no [deployment](Self::deployments) has this name.
+    pub fn lane(&self, deployment: &str) -> Result<&Lane> {
+        Ok(&self.shared.calls.deployments().find(deployment)?.lane)
     }
 
-    fn first(&self) -> (&Deployment, &Lane) {
-        let mut deployments = self.shared.guard.pool().deployments();
-        deployments.next().expect("a pool is made around its first")
+    /// Returns the provider of the deployment with this name, without lane and retries.
+    ///
+    /// # Errors
+    /// As [`lane`](Self::lane).
+    pub fn provider(&self, deployment: &str) -> Result<&Arc<dyn Provider>> {
+        Ok(&self.shared.calls.deployments().find(deployment)?.provider)
     }
 
-    /// Changes the limits under those who wait and those in flight, as [`Lane::retune`] does
-    /// (of the first lane, where there are several), and tells the observers.
-    pub fn retune(&self, pace: Pace) {
+    /// Sends no more calls to the deployment with this name: its lane is stopped. Calls in flight finish, and those that
+    /// wait go to another deployment, or fail with `reason` if there is none.
+    ///
+    /// # Errors
+    /// As [`lane`](Self::lane).
+    pub fn disable(&self, deployment: &str, reason: Error) -> Result<()> {
+        self.lane(deployment)?.stop(reason);
+        Ok(())
+    }
+
+    /// Sends calls to the deployment with this name again, after it was disabled: by [`disable`](Self::disable), or because
+    /// the provider refused its account.
+    ///
+    /// ```
+    /// # use throughline::{Context, Error, testing::Scripted, call::Deployment};
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> throughline::Result<()> {
+    /// # let (west, east) = (Scripted::new(), Scripted::new().reply("east").reply("east"));
+    /// let cx = Context::builder(Deployment::new(west).name("west"))
+    ///     .deployment(Deployment::new(east).name("east"))
+    ///     .build();
+    /// cx.disable("west", Error::other("maintenance"))?;
+    /// assert_eq!(cx.generate("where?").await?.text, "east");
+    /// cx.enable("west")?;
+    /// # Ok(()) }
+    /// ```
+    ///
+    /// # Errors
+    /// As [`lane`](Self::lane).
+    pub fn enable(&self, deployment: &str) -> Result<()> {
+        self.lane(deployment)?.resume();
+        Ok(())
+    }
+
+    /// Changes the limits of the deployment with this name, for calls that wait and calls in flight too, as
+    /// [`Lane::retune`] does, and reports it to the observers.
+    ///
+    /// # Errors
+    /// As [`lane`](Self::lane).
+    pub fn retune(&self, deployment: &str, pace: Pace) -> Result<()> {
         let limits: Vec<_> = pace.limits().collect();
-        self.lane().retune(pace);
+        self.lane(deployment)?.retune(pace);
         for (limit, per_minute) in limits {
             self.observers().tell(|| Event::LaneRetuned {
                 limit: limit.as_str(),
                 per_minute,
             });
         }
+        Ok(())
     }
 
-    /// How the work stands, to poll as often as you like.
+    /// Returns the progress of the work and the state of the lanes. It is cheap enough to be polled.
     pub fn snapshot(&self) -> Snapshot {
         let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let items = &self.shared.items;
-        // Settled first, started last: a reader never sees more settled than started.
+        // Settled first and started last, so that there are never more settled than started.
         let (items_done, items_failed) = (count(&items.done), count(&items.failed));
         let items_cancelled = count(&items.cancelled);
         let items_dropped = count(&items.dropped);
-        let mut lane = self.shared.guard.pool().snapshot();
+        let mut lane = self.shared.calls.deployments().snapshot();
         if lane.binding == Binding::Nothing {
-            if self.shared.guard.budget_is_dry() {
+            if self.shared.calls.is_budget_empty() {
                 lane.binding = Binding::Budget;
             } else if count(&items.full_batches) > 0 {
                 lane.binding = Binding::OpenItems;
@@ -458,7 +481,7 @@ impl Context {
         }
     }
 
-    /// A reply could not be used and is asked for again.
+    /// Reports that a reply could not be used and is asked for again.
     #[cfg(feature = "structured")]
     pub(crate) fn reask(&self, ask: u32, error: &Error) {
         self.observers().tell(|| Event::ReplyRejected {
@@ -468,7 +491,7 @@ impl Context {
         });
     }
 
-    /// How long a finished piece of work waits for the update beside it.
+    /// Returns how long [`join_best_effort`](Self::join_best_effort) waits for an update after its work.
     pub(crate) fn best_effort_grace(&self) -> Duration {
         self.shared.grace
     }
@@ -489,7 +512,7 @@ impl Context {
         Arc::clone(&self.shared.observers)
     }
 
-    /// The path of the item of that name in a batch with that label of this context.
+    /// Returns the path of the item of that name in a batch with that label of this context.
     pub(crate) fn item_path(&self, label: &str, name: &str) -> String {
         match &*self.path() {
             "" => format!("{label}[{name}]"),
@@ -502,12 +525,12 @@ impl Context {
         self.shared.items.started.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// An item that was started has been dropped before its outcome.
+    /// Counts a started item that was dropped before its outcome.
     pub(crate) fn item_dropped(&self) {
         self.shared.items.dropped.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// A batch has inputs left and as many items open as it may have, or no longer.
+    /// Counts a batch whose parallelism is the limiting factor: it has inputs left and as many items open as it may have.
     pub(crate) fn batch_is_full(&self, is_full: bool) {
         let batches = &self.shared.items.full_batches;
         match is_full {
@@ -530,46 +553,46 @@ impl Context {
 impl fmt::Debug for Context {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Context")
-            .field("provider", &self.provider().name())
+            .field("deployments", &self.deployments().collect::<Vec<_>>())
             .field("path", &self.path())
             .field("tally", &self.tally())
             .finish_non_exhaustive()
     }
 }
 
-/// How the work of a context stands ([`Context::snapshot`]).
+/// The progress of a context's work ([`Context::snapshot`]).
 ///
-/// Items and panics are counted over the whole context, the tally from the asking
-/// context downwards, and the lane over everybody who shares it.
+/// Items and panics are counted over the whole context, the tally for the context that is asked
+/// and all below it, and the lane over all contexts that share it.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct Snapshot {
-    /// Items of batches that have started.
+    /// Items of batches that were started.
     pub items_started: u64,
-    /// Items that ended well.
+    /// Items that succeeded.
     pub items_done: u64,
-    /// Items that failed, those that were cancelled not counted.
+    /// Items that failed, without those that were cancelled.
     pub items_failed: u64,
     /// Items that ended because of [`drain`](Context::drain) or [`cancel`](Context::cancel), most of
     /// them before a call was sent.
     pub items_cancelled: u64,
-    /// Items that were dropped on the way, with their batch.
+    /// Items that were dropped with their batch before they ended.
     pub items_dropped: u64,
-    /// What the work has cost so far.
+    /// The calls and tokens so far.
     pub tally: Tally,
-    /// The lane: in flight, waiting, and what binds now.
+    /// The lane: calls in flight and waiting, and the limit that binds now.
     pub lane: LaneSnapshot,
-    /// Panics in observers and progress callbacks, caught.
+    /// The panics of observers and progress callbacks, which were caught.
     pub observer_panics: u64,
 }
 
 impl Snapshot {
-    /// Items that are over: done, failed or cancelled.
+    /// Returns the number of items that have ended: done, failed or cancelled.
     pub fn items_ended(&self) -> u64 {
         self.items_done + self.items_failed + self.items_cancelled
     }
 
-    /// Items that are under way.
+    /// Returns the number of items that have started and not ended.
     pub fn items_running(&self) -> u64 {
         let over = self.items_ended() + self.items_dropped;
         self.items_started.saturating_sub(over)

@@ -1,15 +1,15 @@
-//! [`stop_on_signal`]: what a service listens to when it is asked to stop.
+//! [`stop_on_signal`]: a token that the signals of the process cancel.
 
 use tokio_util::sync::CancellationToken;
 
 use crate::error::Result;
 
-/// A token that is cancelled when the process is asked to stop: by Ctrl-C or, on Unix, by SIGTERM, which is how
-/// process managers and container platforms ask. For [`Worker::run_until`](crate::Worker::run_until) and all that has to
-/// end with it.
+/// Returns a token that is cancelled when the process is asked to stop: by Ctrl-C or, on Unix, by SIGTERM, the signal of
+/// process managers and container platforms. It is for [`Worker::run_until`](crate::Worker::run_until) and all work that
+/// ends with it.
 ///
-/// From here on these signals no longer end the process by themselves, and only the first does something: what you
-/// do then must come to its end, as a worker does in its [drain](crate::runs::WorkerBuilder::drain_for).
+/// From now on these signals do not end the process by themselves, and only the first has an effect. So the work that
+/// follows must end, as that of a worker does in its [drain](crate::runs::WorkerBuilder::drain_for).
 ///
 /// ```no_run
 /// # use throughline::{Context, Worker, testing::Scripted, store::Memory};

@@ -1,4 +1,4 @@
-//! [`Deltas`]: a reply while it is being written.
+//! [`Context::stream`] and [`Deltas`]: a reply while it is being written.
 
 use std::fmt;
 use std::panic::resume_unwind;
@@ -11,22 +11,22 @@ use futures::{FutureExt as _, Stream, StreamExt as _};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tokio::task::JoinHandle;
 
-use crate::call::guard::{Sink, Unkept};
+#[cfg(feature = "structured")]
+use crate::call::FailedEntry;
+use crate::call::{CallOptions, DeltaSender};
 use crate::context::Context;
 use crate::error::{Error, ErrorKind, Result};
+use crate::provider::IDLE_TIMEOUT;
 use crate::request::Request;
 use crate::request::reply::{Delta, Reply};
 
-/// The longest silence in the middle of a reply.
-const IDLE: Duration = Duration::from_secs(60);
-
 impl Context {
-    /// Asks the provider and yields the reply as it is written: [`Delta::Text`] piece by piece,
-    /// and at last [`Delta::End`] with the whole reply and its usage.
+    /// Sends a request and yields the reply while it is written: [`Delta::Text`] piece by piece,
+    /// and finally [`Delta::End`] with the whole reply and its usage.
     ///
-    /// It goes through the same guard as [`generate`](Self::generate): lane, budget, retries,
+    /// The call goes through the same layers as [`generate`](Self::generate): lane, budget, retries,
     /// tally, events, deadline and cancellation. A failed call is tried again only while nothing
-    /// was yielded, unless [`Deltas::discarding`] says otherwise.
+    /// was yielded, unless [`Deltas::discarding`] allows it.
     ///
     /// ```
     /// use futures::StreamExt;
@@ -50,9 +50,10 @@ impl Context {
         Deltas {
             // Its own cancellation: dropping the stream ends this call and no other.
             cx: self.child(""),
-            idle: IDLE,
+            idle_timeout: IDLE_TIMEOUT,
             discard: false,
-            unkept: None,
+            #[cfg(feature = "structured")]
+            failed_entry: None,
             state: State::New(Box::new(request.into())),
         }
     }
@@ -60,15 +61,14 @@ impl Context {
 
 /// A reply while it is being written ([`Context::stream`]).
 ///
-/// The call starts when the stream is first polled, and runs in a task of its own: its permit
-/// is never held up by a consumer that is busy, nor by one that waits for a permit itself. What
-/// was not taken yet is kept, a reply at most.
+/// The call starts when the stream is first polled, and runs in a task of its own, so a consumer that is busy or waits for
+/// another permit does not hold up its permit. Pieces that the consumer has not taken yet are buffered, one reply at most.
 ///
-/// The stream ends behind [`Delta::End`] or the first error.
+/// The stream ends after [`Delta::End`] or the first error.
 ///
 /// # Errors
-/// As [`Context::generate`]. An error in the middle of the reply that could have passed is
-/// [exhausted](crate::Error::is_exhausted): nobody may try it again unseen.
+/// As [`Context::generate`]. A transient error in the middle of the reply is
+/// [exhausted](crate::Error::is_exhausted): a second try would repeat what the reader has seen.
 ///
 /// # Cancel safety
 /// Dropping the stream cancels the call: the connection is closed, the permit is settled and the
@@ -79,9 +79,10 @@ impl Context {
 #[must_use = "a stream does nothing unless polled"]
 pub struct Deltas {
     cx: Context,
-    idle: Duration,
+    idle_timeout: Duration,
     discard: bool,
-    unkept: Option<Arc<Unkept>>,
+    #[cfg(feature = "structured")]
+    failed_entry: Option<Arc<FailedEntry>>,
     state: State,
 }
 
@@ -92,21 +93,22 @@ enum State {
 }
 
 impl Deltas {
-    /// The longest silence in the middle of the reply, before which it counts as broken; 60 s
-    /// unless set. The time until the first word is bounded by the call's timeout alone.
+    /// Sets the longest time between two pieces of the reply; 5 minutes unless set, as for the connections of the HTTP
+    /// providers, because some models think for minutes in the middle of a reply. The time until the first piece is bounded
+    /// by the call timeout alone. See the [table of all timeouts](crate::call#timeouts).
     pub fn idle_timeout(mut self, timeout: Duration) -> Self {
-        self.idle = timeout;
+        self.idle_timeout = timeout;
         self
     }
 
-    /// Lets a reply that broke off be begun again, as the retry policy says. Then
-    /// [`Delta::Discard`] comes first: what was yielded until then is void.
+    /// Allows a reply that broke off to be started again, by the retry policy. Then
+    /// [`Delta::Discard`] comes first: the pieces before it are void.
     pub fn discarding(mut self) -> Self {
         self.discard = true;
         self
     }
 
-    /// Reads the reply to its end, passing each piece of its text on as it comes, and gives the whole of it.
+    /// Reads the reply to its end, passes each piece of its text to `f`, and returns the whole reply.
     ///
     /// ```
     /// # use throughline::{Context, testing::Scripted};
@@ -117,8 +119,8 @@ impl Deltas {
     /// # Ok(()) }
     /// ```
     ///
-    /// With [`discarding`](Self::discarding), pieces of a reply that is begun again are passed on again; the
-    /// one that is given at the end is whole in any case.
+    /// With [`discarding`](Self::discarding), the pieces of a reply that is started again are passed on again; the
+    /// returned reply is whole in any case.
     ///
     /// # Errors
     /// As the stream's.
@@ -133,30 +135,34 @@ impl Deltas {
                 _ => {}
             }
         }
-        // Behind the end of a stream there is nothing: somebody has polled it to its end before.
+        // The caller has read the stream to its end before.
         Err(Error::new(
             ErrorKind::MalformedReply,
             "the reply was read to its end already",
         ))
     }
 
-    /// Leaves the memo's place of the call there, should it fail: whoever can use what has come of
-    /// the reply may keep that.
+    /// Puts the memo entry of the call there if it fails, for a reader that can use a part of the reply.
     #[cfg(feature = "structured")]
-    pub(crate) fn leaving_unkept(mut self, unkept: &Arc<Unkept>) -> Self {
-        self.unkept = Some(Arc::clone(unkept));
+    pub(crate) fn failed_entry(mut self, failed_entry: &Arc<FailedEntry>) -> Self {
+        self.failed_entry = Some(Arc::clone(failed_entry));
         self
     }
 
     fn start(&self, request: Request) -> State {
         let (sender, receiver) = unbounded_channel();
-        let (idle, discard) = (self.idle, self.discard);
+        let deltas = DeltaSender::new(sender, self.idle_timeout, self.discard);
         let cx = self.cx.clone();
-        let unkept = self.unkept.clone();
+        #[cfg(feature = "structured")]
+        let failed_entry = self.failed_entry.clone();
         let driver = tokio::spawn(async move {
-            let sink = Sink::new(sender, idle, discard).unkept(unkept);
-            let result = cx.generate_into(Box::new(request), Some(&sink)).await;
-            sink.end(result);
+            let options = CallOptions {
+                deltas: Some(&deltas),
+                #[cfg(feature = "structured")]
+                failed_entry: failed_entry.as_deref(),
+            };
+            let result = cx.generate_with(Box::new(request), options).await;
+            deltas.end(result);
         });
         State::Running(receiver, driver)
     }
@@ -199,7 +205,7 @@ impl Stream for Deltas {
 
 impl Drop for Deltas {
     fn drop(&mut self) {
-        // The task ends by itself, and not by an abort: so its attempt is counted.
+        // The task ends by itself instead of by an abort, so that its attempt is counted.
         self.cx.cancel();
     }
 }

@@ -22,6 +22,7 @@ mod rate_headers;
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use futures::stream;
@@ -34,6 +35,9 @@ use crate::request::reply::{Delta, Reply, ReplyStream};
 pub use self::anthropic::{Anthropic, AnthropicBuilder};
 #[cfg(feature = "openai")]
 pub use self::openai::{OpenAi, OpenAiBuilder};
+
+/// The longest time between two pieces of a reply, unless set: some models think for minutes in the middle of a stream.
+pub(crate) const IDLE_TIMEOUT: Duration = Duration::from_secs(300);
 
 /// A model behind an API, a process or a function.
 ///

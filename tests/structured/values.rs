@@ -10,7 +10,8 @@ use serde::{Deserialize, Serialize};
 use throughline::store::Memory;
 use throughline::testing::Scripted;
 use throughline::{
-    Context, Error, ErrorKind, Reply, Request, Result, Usage,
+    Context, Error, ErrorKind, Reply, Request, Result, Retry, Usage,
+    call::Deployment,
     observe::Event,
     request::{FinishReason, ResponseFormat, Role},
     structured::OnLength,
@@ -553,4 +554,39 @@ async fn a_parser_that_was_broken_and_then_repaired_pays_nothing() {
         "streams are replayed too"
     );
     assert_eq!(provider.lines_left(), 1);
+}
+
+/// Both orders: the deployment that answers decides, not the first one.
+#[tokio::test(start_paused = true)]
+async fn each_deployment_gets_the_schema_in_the_form_that_it_supports() {
+    let down = || Error::new(ErrorKind::Unavailable, "down");
+    for enforced_last in [false, true] {
+        let first = Scripted::new().error(down()).error(down()).error(down());
+        let last = Scripted::new().reply(PO).reply(PO).reply(format!("[{PO}]"));
+        let (first, last) = match enforced_last {
+            false => (first.enforces_schema(), last),
+            true => (first, last.enforces_schema()),
+        };
+        let cx = Context::builder(first.clone())
+            .retry(Retry::none())
+            .fallback(Deployment::new(last.clone()))
+            .build();
+        let value = cx.generate_as::<River>("Describe a river.").await.unwrap();
+        assert_eq!(value, po());
+        let mut drafts = cx.generate_drafts::<River>("Describe a river.");
+        while let Some(draft) = drafts.next().await {
+            draft.unwrap();
+        }
+        let items = cx.generate_items::<River>("Describe rivers.");
+        assert_eq!(items.collect::<Vec<_>>().await.len(), 1);
+        for (script, is_enforced) in [(first, !enforced_last), (last, enforced_last)] {
+            assert_eq!(script.requests().len(), 3);
+            for request in script.requests() {
+                let schema = matches!(request.response_format, ResponseFormat::JsonSchema { .. });
+                assert_eq!(schema, is_enforced);
+                let prompt = &request.messages[0].content;
+                assert_eq!(prompt.contains("length_km"), !is_enforced, "{prompt}");
+            }
+        }
+    }
 }

@@ -51,7 +51,7 @@ impl Settings {
             limits: Limits {
                 connect: Duration::from_secs(10),
                 first_byte: Duration::from_secs(600),
-                idle: Duration::from_secs(300),
+                idle: IDLE_TIMEOUT,
                 whole: Duration::from_secs(600),
                 max_body: 16 << 20,
                 max_event: 1 << 20,

@@ -1,80 +1,83 @@
-//! [`Health`]: whether the provider of a deployment answers anybody, and whether it refuses everybody.
+//! [`Health`]: whether a deployment has an outage, and whether it refuses the whole account.
 //!
-//! Two things are told apart from the failures of single requests:
+//! Two conditions are distinguished from the failures of single requests:
 //!
 //! - **An outage**: many calls of many requests have failed, one after the other, and no call that was sent
-//!   with them or later has been answered. Then the failures say nothing of the requests, and cost them no attempt.
-//! - **A refused account**: one refusal may concern its request alone, so a different request
-//!   must meet the same before everybody is told.
+//!   with them or later has been answered. Then the failures say nothing about the requests, and cost them no attempt.
+//! - **A refused account**: one refusal may concern its request alone, so it is confirmed by that of a different request
+//!   before all calls fail.
 //!
 //! Calls are numbered in the order in which they are sent.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::time::Instant;
 
+use crate::backoff::doubling;
 use crate::request::RequestDigest;
+use crate::sync::Mutex;
 
-/// An outage is so many failures, of so many different requests, without a success.
+/// The number of failures without a success that are an outage.
 const OUTAGE_FAILURES: u32 = 20;
+/// The number of different requests among them.
 const OUTAGE_REQUESTS: u32 = 10;
-/// The first pause between two probes. It doubles up to the longest, which is short enough for an outage
-/// to end for everybody soon after it has ended for the provider.
+/// The first pause between two probes. It doubles up to the longest, which is short enough for the calls to go on soon after
+/// the outage has ended.
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
-/// A doubt that nothing has confirmed for so long is forgotten.
-const DOUBT_LASTS: Duration = Duration::from_secs(5 * 60);
+/// A suspicion that is not confirmed for this time is forgotten.
+const SUSPICION_LASTS: Duration = Duration::from_secs(5 * 60);
 
-/// How long to pause after so many probes have failed.
+/// Returns the pause after this number of failed probes.
 pub(super) fn pause(probes: u32) -> Duration {
-    FIRST_PAUSE
-        .saturating_mul(1 << probes.min(8))
-        .min(LONGEST_PAUSE)
+    let mut pauses = doubling(FIRST_PAUSE, LONGEST_PAUSE);
+    // Beyond the longest pause, none differs.
+    pauses.nth(probes.min(8) as usize).unwrap_or(LONGEST_PAUSE)
 }
 
-/// What a request remembers of the failures that it was counted in.
+/// The series of failures and the suspicion in which a request was counted last.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct CountedIn {
     series: u64,
-    doubt: u64,
+    suspicion: u64,
 }
 
-/// What a failure means.
+/// The meaning of a transient failure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Failing {
-    /// It is this call's failure.
+    /// It concerns this call.
     Call,
-    /// Nobody is answered.
+    /// No call is answered.
     Outage {
-        /// How long the lane should cool down, unless it does already.
+        /// The time for which the lane should cool down, unless it does already.
         pause: Option<Duration>,
         since: Instant,
     },
 }
 
-/// What a refusal means that may concern the whole account.
+/// The meaning of a refusal that may concern the whole account.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Refusal {
-    /// It concerns this request as far as anybody can tell: there is no other to compare it with.
+    /// It concerns this request, as far as is known: there is no other request to compare it with.
     Request,
     /// Different requests are refused, and none is answered.
     Account,
-    /// Others will show it. With a pause, the lane should cool down and let one call at a time through.
+    /// Other calls will show it. With a pause, the lane should cool down and let one call at a time through.
     Unknown { pause: Option<Duration> },
 }
 
-/// The others in the lane of a call that was refused.
+/// Whether there are other calls in the lane of a call that was refused.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Others {
     pub(super) in_flight: bool,
     pub(super) waiting: bool,
 }
 
+/// The health of one deployment.
 #[derive(Debug, Default)]
-pub(super) struct Health {
-    /// Whether there is a series or a doubt: each success looks.
+pub(in crate::call) struct Health {
+    /// Whether there is a series of failures or a suspicion: each success reads it.
     troubled: AtomicBool,
     state: Mutex<State>,
 }
@@ -84,8 +87,8 @@ struct State {
     last_id: u64,
     series: Option<Series>,
     last_outage: u64,
-    doubt: Option<Doubt>,
-    /// The last doubt that turned out to be true.
+    suspicion: Option<Suspicion>,
+    /// The last suspicion that was confirmed.
     last_refused: u64,
 }
 
@@ -115,11 +118,11 @@ struct Outage {
 
 /// Refusals that may concern the account, without a success since.
 #[derive(Debug)]
-struct Doubt {
+struct Suspicion {
     id: u64,
-    /// The content of the first.
+    /// The content of the first refused request.
     content: RequestDigest,
-    /// Whether another one had a different content.
+    /// Whether another refused request had a different content.
     differ: bool,
     requests: u32,
     last: Instant,
@@ -134,7 +137,7 @@ struct Pauses {
 }
 
 impl Pauses {
-    /// The next pause; the first `short` ones do not grow.
+    /// Returns the next pause. The first `short` ones do not grow.
     fn next(&mut self, call: u64, next_call: u64, short: u32) -> Option<Duration> {
         if self.count > 0 && call < self.next_call {
             return None;
@@ -146,22 +149,22 @@ impl Pauses {
 }
 
 impl Health {
-    /// A call was answered. Says whether the lane may stop probing.
-    pub(super) fn answered(&self, call: u64) -> bool {
+    /// Records that a call was answered, and returns whether its lane may stop probing.
+    pub(in crate::call) fn answered(&self, call: u64) -> bool {
         if !self.troubled.load(Ordering::Relaxed) {
             return false;
         }
-        let mut state = self.lock();
-        // Long calls may be answered for minutes after the provider has begun to fail new ones: a call that was
-        // sent before all that failed says nothing of them.
+        let mut state = self.state.lock();
+        // Long calls may be answered for minutes after the provider has begun to fail new ones. A call that was sent before
+        // all those that failed says nothing about them.
         state.series.take_if(|series| call >= series.first_call);
-        let lifted = state.doubt.take().is_some();
+        let lifted = state.suspicion.take().is_some();
         self.publish(&state);
         let in_outage = matches!(&state.series, Some(series) if series.outage.is_some());
         (lifted || state.series.is_none()) && !in_outage
     }
 
-    /// A call failed in a way that may pass. `next_call` is the number that the next one will have.
+    /// Records a transient failure. `next_call` is the number of the next call to be sent.
     pub(super) fn failed(
         &self,
         now: Instant,
@@ -169,7 +172,7 @@ impl Health {
         next_call: u64,
         counted: &mut CountedIn,
     ) -> Failing {
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         let mut series = state.series.take().unwrap_or_else(|| Series {
             id: state.next_id(),
             first_call: call,
@@ -205,12 +208,12 @@ impl Health {
         failing
     }
 
-    /// Whether the failures that a request was last counted in turned out to be an outage.
+    /// Returns whether the series of failures in which a request was counted last has become an outage.
     pub(super) fn was_outage(&self, counted: CountedIn) -> bool {
-        counted.series > 0 && self.lock().last_outage == counted.series
+        counted.series > 0 && self.state.lock().last_outage == counted.series
     }
 
-    /// A request was refused, and the account may be meant.
+    /// Records a refusal that may concern the whole account.
     pub(super) fn refused(
         &self,
         now: Instant,
@@ -220,9 +223,10 @@ impl Health {
         content: RequestDigest,
         others: Others,
     ) -> Refusal {
-        let mut state = self.lock();
-        let recent = |doubt: &Doubt| now.saturating_duration_since(doubt.last) <= DOUBT_LASTS;
-        let mut doubt = state.doubt.take().filter(recent).unwrap_or_else(|| Doubt {
+        let mut state = self.state.lock();
+        let recent = |it: &Suspicion| now.saturating_duration_since(it.last) <= SUSPICION_LASTS;
+        let suspicion = state.suspicion.take().filter(recent);
+        let mut suspicion = suspicion.unwrap_or_else(|| Suspicion {
             id: state.next_id(),
             content,
             differ: false,
@@ -230,45 +234,42 @@ impl Health {
             last: now,
             pauses: Pauses::default(),
         });
-        doubt.last = now;
-        doubt.differ |= doubt.content != content;
-        if counted.doubt != doubt.id {
-            counted.doubt = doubt.id;
-            doubt.requests += 1;
+        suspicion.last = now;
+        suspicion.differ |= suspicion.content != content;
+        if counted.suspicion != suspicion.id {
+            counted.suspicion = suspicion.id;
+            suspicion.requests += 1;
         }
-        let many = doubt.requests >= OUTAGE_REQUESTS;
-        let refusal = match doubt.requests {
-            // The answers to those in flight are better evidence than a count. Those that wait can be asked.
-            _ if !others.in_flight && (many || doubt.differ && !others.waiting) => Refusal::Account,
+        let many = suspicion.requests >= OUTAGE_REQUESTS;
+        let confirmed = many || suspicion.differ && !others.waiting;
+        let refusal = match suspicion.requests {
+            // The answers to calls in flight are better evidence than a count, and calls that wait can be sent as a test.
+            _ if !others.in_flight && confirmed => Refusal::Account,
             _ if !others.in_flight && !others.waiting => Refusal::Request,
             1 => Refusal::Unknown { pause: None },
             _ => Refusal::Unknown {
-                pause: doubt.pauses.next(call, next_call, OUTAGE_REQUESTS),
+                pause: suspicion.pauses.next(call, next_call, OUTAGE_REQUESTS),
             },
         };
         match refusal {
-            Refusal::Account => state.last_refused = doubt.id,
-            _ => state.doubt = Some(doubt),
+            Refusal::Account => state.last_refused = suspicion.id,
+            _ => state.suspicion = Some(suspicion),
         }
         self.publish(&state);
         refusal
     }
 
-    /// Whether a request that was refused in doubt knows by now that only it was meant: another one has
-    /// been answered since.
+    /// Returns whether the refusal of a request has turned out to concern it alone, because another one has been answered
+    /// since.
     pub(super) fn is_own_refusal(&self, counted: CountedIn) -> bool {
-        let state = self.lock();
-        let open = state.doubt.as_ref().map(|doubt| doubt.id);
-        open != Some(counted.doubt) && state.last_refused != counted.doubt
+        let state = self.state.lock();
+        let open = state.suspicion.as_ref().map(|suspicion| suspicion.id);
+        open != Some(counted.suspicion) && state.last_refused != counted.suspicion
     }
 
     fn publish(&self, state: &State) {
-        let troubled = state.series.is_some() || state.doubt.is_some();
+        let troubled = state.series.is_some() || state.suspicion.is_some();
         self.troubled.store(troubled, Ordering::Relaxed);
-    }
-
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -290,7 +291,7 @@ mod tests {
         waiting: true,
     };
 
-    /// Fails `each` calls of `requests` requests in turn, and says how often the last was.
+    /// Fails `each` calls of `requests` requests in turn, and returns the meaning of the last failure.
     fn fail(health: &Health, requests: usize, each: usize) -> Failing {
         let mut counted = vec![CountedIn::default(); requests];
         let mut last = Failing::Call;
@@ -348,7 +349,7 @@ mod tests {
 
     /// Each request has a prompt of its own.
     fn refuse(health: &Health, counted: &mut CountedIn, others: Others) -> Refusal {
-        let prompt = match counted.doubt {
+        let prompt = match counted.suspicion {
             0 => fastrand::u64(..).to_string(),
             _ => return ask(health, "again", counted, others),
         };
@@ -368,7 +369,7 @@ mod tests {
     }
 
     #[test]
-    fn others_in_flight_are_waited_for_and_one_answer_lifts_the_doubt() {
+    fn calls_in_flight_are_waited_for_and_one_answer_ends_the_suspicion() {
         let (health, mut first) = (Health::default(), CountedIn::default());
         refuse(&health, &mut first, IN_FLIGHT);
         for _ in 0..100 {
@@ -379,11 +380,11 @@ mod tests {
         assert!(health.answered(0));
         assert!(health.is_own_refusal(first));
         let refusal = refuse(&health, &mut CountedIn::default(), IN_FLIGHT);
-        assert_eq!(refusal, Refusal::Unknown { pause: None }, "a new doubt");
+        assert_eq!(refusal, Refusal::Unknown { pause: None }, "a new suspicion");
     }
 
     #[test]
-    fn while_others_wait_as_many_are_asked_as_for_an_outage() {
+    fn while_others_wait_as_many_requests_are_tried_as_for_an_outage() {
         let health = Health::default();
         let refusals: Vec<_> = (0..10)
             .map(|_| refuse(&health, &mut CountedIn::default(), WAITING))
@@ -394,10 +395,10 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_doubt_that_nothing_confirms_is_forgotten() {
+    async fn a_suspicion_that_is_not_confirmed_is_forgotten() {
         let health = Health::default();
         refuse(&health, &mut CountedIn::default(), ALONE);
-        tokio::time::advance(DOUBT_LASTS + FIRST_PAUSE).await;
+        tokio::time::advance(SUSPICION_LASTS + FIRST_PAUSE).await;
         let refusal = refuse(&health, &mut CountedIn::default(), ALONE);
         assert_eq!(refusal, Refusal::Request);
     }

@@ -1,25 +1,25 @@
-//! How several lanes stand, as one: a pure function.
+//! [`combine`]: the state of several lanes as that of one, as a pure function.
 
 use crate::ratelimit::{Binding, LaneSnapshot};
 
-/// One lane of a pool.
+/// One lane of several.
 pub(super) struct Part {
     pub(super) group: usize,
-    /// Calls that come now may go there.
+    /// Whether calls that come now may go there.
     pub(super) in_use: bool,
     pub(super) lane: LaneSnapshot,
 }
 
 impl Part {
-    /// Callers wait there and come when it is their turn.
+    /// Returns whether callers wait there and take their permits when they are granted.
     fn is_waited_for(&self) -> bool {
         self.lane.waiting > self.lane.unpolled
     }
 }
 
-/// What all lanes have granted and refused adds up. Limits are those of the lanes in use. What
-/// binds is what is over first where calls wait: an idle lane that no waiting call may go to,
-/// as one of a fallback, does not count.
+/// Combines the snapshots of several lanes. Counts of all lanes add up, and so do the limits of the lanes in use. The
+/// binding is that of the lane where calls wait and can go first; an idle lane that no waiting call may go to, as that of a
+/// fallback, does not count.
 ///
 /// There must be at least one part, one of them in use.
 pub(super) fn combine(parts: &[Part]) -> LaneSnapshot {
@@ -55,7 +55,7 @@ pub(super) fn combine(parts: &[Part]) -> LaneSnapshot {
     }
 }
 
-/// Orders lanes by when the next call can go there; those of which nobody knows come last.
+/// Orders lanes by the time at which the next call can go there; lanes where it is not known come last.
 fn ends_last(lane: &LaneSnapshot) -> (bool, Option<std::time::Duration>) {
     (lane.head_wait.is_none(), lane.head_wait)
 }
@@ -94,7 +94,7 @@ mod tests {
                 Requests,
                 94,
             ),
-            // Two lanes of a group: what is over first.
+            // Two lanes of a group: the one that has room first.
             (
                 vec![part(0, true, 9, Requests, 3), part(0, true, 9, InFlight, 2)],
                 InFlight,

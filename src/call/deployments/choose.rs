@@ -1,40 +1,44 @@
-//! Which deployments a call may wait for: the choice as a pure function.
+//! [`choose`]: the deployments that a call may wait for, as a pure function.
 
 use std::time::Duration;
 
-/// What the choice needs to know of one deployment.
+/// The state of one deployment, as far as the choice depends on it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Candidate {
-    /// Groups are asked in order.
+    /// Groups are tried in order.
     pub(super) group: usize,
     /// No call can succeed there any more.
-    pub(super) out: bool,
-    /// How long its lane stays closed.
+    pub(super) disabled: bool,
+    /// The time until its lane has cooled down.
     pub(super) cooldown: Duration,
     pub(super) in_flight: usize,
     /// This call has failed there before.
-    pub(super) avoided: bool,
+    pub(super) has_failed: bool,
 }
 
-/// The deployments to wait for, by index, the one to try first in front. Whoever has room
-/// first gets the call, so all but hopeless ones of a group are in. Empty: all are out.
+/// Returns the indices of the deployments to wait for, the one to try first in front; none if all are disabled. The first
+/// deployment that has room gets the call, so all usable ones of a group are chosen.
 ///
-/// - The first group, from `from` on, that has one not parked: closed for longer
-///   than `parked`. Those the call has not failed at, if there are any.
-/// - All are parked: all of them, for one will be the first to open.
-pub(super) fn choose(candidates: &[Candidate], from: usize, parked: Duration) -> Vec<usize> {
+/// - The group is the first one, from `from` on, with a deployment that does not cool down for longer than
+///   `fallback_after`. If the call has not failed at all deployments of the group, those where it has are left out.
+/// - If all deployments cool down for longer, all of them are chosen: the first one that is ready takes the call.
+pub(super) fn choose(
+    candidates: &[Candidate],
+    from: usize,
+    fallback_after: Duration,
+) -> Vec<usize> {
     let usable = || {
         let all = candidates.iter().enumerate();
-        all.filter(move |(_, it)| !it.out && it.group >= from)
+        all.filter(move |(_, it)| !it.disabled && it.group >= from)
     };
-    let ready = || usable().filter(|(_, it)| it.cooldown <= parked);
+    let ready = || usable().filter(|(_, it)| it.cooldown <= fallback_after);
     let group = ready().map(|(_, it)| it.group).min();
     let mut chosen: Vec<usize> = match group {
         None => usable().map(|(index, _)| index).collect(),
         Some(group) => {
             let members = || ready().filter(|(_, it)| it.group == group);
-            let all_failed = members().all(|(_, it)| it.avoided);
-            let wanted = members().filter(|(_, it)| all_failed || !it.avoided);
+            let all_failed = members().all(|(_, it)| it.has_failed);
+            let wanted = members().filter(|(_, it)| all_failed || !it.has_failed);
             wanted.map(|(index, _)| index).collect()
         }
     };
@@ -54,10 +58,10 @@ mod tests {
     fn open(group: usize) -> Candidate {
         Candidate {
             group,
-            out: false,
+            disabled: false,
             cooldown: Duration::ZERO,
             in_flight: 0,
-            avoided: false,
+            has_failed: false,
         }
     }
 
@@ -68,16 +72,16 @@ mod tests {
         }
     }
 
-    fn out(group: usize) -> Candidate {
+    fn disabled(group: usize) -> Candidate {
         Candidate {
-            out: true,
+            disabled: true,
             ..open(group)
         }
     }
 
-    fn avoided(group: usize) -> Candidate {
+    fn failed(group: usize) -> Candidate {
         Candidate {
-            avoided: true,
+            has_failed: true,
             ..open(group)
         }
     }
@@ -90,21 +94,21 @@ mod tests {
     }
 
     #[test]
-    fn the_first_group_that_can_take_it() {
+    fn the_first_group_with_a_usable_deployment_is_chosen() {
         for (candidates, chosen) in [
             (vec![open(0), open(0), open(1)], vec![0, 1]),
             (vec![busy(0, 5), busy(0, 2), open(1)], vec![1, 0]),
-            // A wait that ends soon is no reason to go elsewhere, but another is asked first.
+            // A wait that ends soon is no reason to fall back, but another deployment is tried first.
             (vec![closed(0, 20), busy(0, 9)], vec![1, 0]),
             (vec![closed(0, 20), open(1)], vec![0]),
             (vec![closed(0, 3_600), open(1)], vec![1]),
-            (vec![out(0), open(0), open(1)], vec![1]),
-            (vec![out(0), open(1)], vec![1]),
-            (vec![closed(0, 3_600), closed(1, 4_000), out(1)], vec![0, 1]),
-            (vec![avoided(0), open(0), open(1)], vec![1]),
-            (vec![avoided(0), avoided(0), open(1)], vec![0, 1]),
-            (vec![avoided(0), out(0)], vec![0]),
-            (vec![out(0), out(1)], vec![]),
+            (vec![disabled(0), open(0), open(1)], vec![1]),
+            (vec![disabled(0), open(1)], vec![1]),
+            (vec![closed(0, 3_600), closed(1, 4_000), disabled(1)], vec![0, 1]),
+            (vec![failed(0), open(0), open(1)], vec![1]),
+            (vec![failed(0), failed(0), open(1)], vec![0, 1]),
+            (vec![failed(0), disabled(0)], vec![0]),
+            (vec![disabled(0), disabled(1)], vec![]),
         ] {
             assert_eq!(choose(&candidates, 0, PARKED), chosen, "{candidates:?}");
         }
@@ -119,28 +123,35 @@ mod tests {
             Just(Duration::from_secs(5)),
             Just(LONG)
         ];
-        let candidate = (0..3usize, any::<bool>(), cooldown, 0..9usize, any::<bool>()).prop_map(
-            |(group, out, cooldown, in_flight, avoided)| Candidate {
-                group,
-                out,
-                cooldown,
-                in_flight,
-                avoided,
-            },
-        );
+        let candidate = (
+            0..3usize,
+            any::<bool>(),
+            cooldown,
+            0..9usize,
+            any::<bool>(),
+        )
+            .prop_map(
+                |(group, disabled, cooldown, in_flight, has_failed)| Candidate {
+                    group,
+                    disabled,
+                    cooldown,
+                    in_flight,
+                    has_failed,
+                },
+            );
         proptest::collection::vec(candidate, 1..8)
     }
 
     proptest! {
         #[test]
-        fn nobody_waits_for_what_is_out_and_nobody_is_turned_away_without_need(
+        fn calls_wait_for_no_disabled_deployment_and_fail_only_if_all_are_disabled(
             candidates in candidates(), from in 0..3usize,
         ) {
             let chosen = choose(&candidates, from, PARKED);
-            let usable = |it: &Candidate| !it.out && it.group >= from;
+            let usable = |it: &Candidate| !it.disabled && it.group >= from;
             prop_assert!(chosen.iter().all(|index| usable(&candidates[*index])));
             prop_assert_eq!(chosen.is_empty(), !candidates.iter().any(usable));
-            // A parked one is waited for only when all are.
+            // A long cooldown is waited for only when all have one.
             let waits_for_parked = chosen.iter().any(|i| candidates[*i].cooldown > PARKED);
             let all_parked = candidates
                 .iter()
