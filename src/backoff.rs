@@ -6,7 +6,10 @@ use backon::{BackoffBuilder as _, ExponentialBuilder};
 
 /// Yields waits without end: `first`, then twice the wait before, up to `longest`. There is no jitter; callers that may
 /// come at the same moment add their own.
-pub(crate) fn doubling(first: Duration, longest: Duration) -> impl Iterator<Item = Duration> + use<> {
+pub(crate) fn doubling(
+    first: Duration,
+    longest: Duration,
+) -> impl Iterator<Item = Duration> + use<> {
     ExponentialBuilder::new()
         .with_factor(2.0)
         .with_min_delay(first.min(longest))

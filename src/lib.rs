@@ -63,6 +63,7 @@
 
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
+mod backoff;
 pub mod batch;
 pub mod call;
 pub mod context;
@@ -77,6 +78,7 @@ pub mod runs;
 pub mod store;
 #[cfg(feature = "structured")]
 pub mod structured;
+mod sync;
 #[cfg(feature = "testing")]
 pub mod testing;
 mod usage;

@@ -13,10 +13,7 @@ use sources::{Crate, ModulePath};
 mod sources;
 
 /// What still breaks the rules. Whoever mends one of these removes it here.
-const KNOWN: &[&str] = &[
-    "cycle in `call`: `memo`, `scope`",
-    "cycle in `ratelimit`: `lane`, `timer`",
-];
+const KNOWN: &[&str] = &["cycle in `ratelimit`: `lane`, `timer`"];
 
 /// Each module of the root, the highest first: the first column of the table under "Layers".
 fn layers(design: &str) -> Vec<String> {

@@ -26,7 +26,7 @@ use throughline::provider::Capabilities;
 use throughline::store::Memory;
 use throughline::{
     Context, Error, ErrorKind, Pace, Provider, Reply, Request, Result, Usage, async_trait,
-    call::{Deployment, Pool},
+    call::Deployment,
     ratelimit::{CallOutcome, Lane, Need, Priority, Tenant},
     request::{Delta, ReplyStream},
 };
@@ -242,11 +242,10 @@ enum Operation {
     Deadline,
     Drained,
     Lane,
-    Pool,
 }
 
 impl Operation {
-    const ALL: [Self; 11] = [
+    const ALL: [Self; 10] = [
         Self::Generate,
         Self::Shared,
         Self::Stream,
@@ -257,12 +256,11 @@ impl Operation {
         Self::Deadline,
         Self::Drained,
         Self::Lane,
-        Self::Pool,
     ];
 
     fn start(self, world: &World, id: u64) -> BoxFuture<'static, ()> {
         let cx = world.cx.child("victim");
-        let (lane, pool) = (world.cx.lane().clone(), Arc::clone(&world.pool));
+        let lane = world.first_lane();
         let latency = world.latency;
         let ask = |cx: Context, n: u64| async move { cx.generate(format!("{n}")).await };
         match self {
@@ -336,16 +334,6 @@ impl Operation {
                 }
             }
             .boxed(),
-            Self::Pool => async move {
-                let mut visit = pool.arrive();
-                if let Ok(mut turn) = pool.acquire(Need::new(10, 10), &mut visit).await {
-                    sleep(latency).await;
-                    turn.mark_sent();
-                    sleep(latency).await;
-                    turn.finish(CallOutcome::Succeeded { usage: None });
-                }
-            }
-            .boxed(),
         }
     }
 }
@@ -377,8 +365,6 @@ impl Plan {
 struct World {
     account: Account,
     cx: Context,
-    /// The lanes of the context, as a pool.
-    pool: Arc<Pool<usize>>,
     latency: Duration,
 }
 
@@ -387,18 +373,11 @@ impl World {
         let account = Account::new(plan.answers.clone(), plan.latencies.clone());
         let lanes: Vec<_> = plan.paces.iter().cloned().map(Lane::new).collect();
         let mut builder = Context::builder(account.clone()).lane(lanes[0].clone());
-        let mut pool = Pool::new(0, lanes[0].clone());
-        for (index, lane) in lanes.iter().enumerate().skip(1) {
+        for lane in &lanes[1..] {
             let deployment = Deployment::new(account.clone()).lane(lane.clone());
-            (builder, pool) = match plan.is_fallback {
-                true => (
-                    builder.fallback(deployment),
-                    pool.fallback(index, lane.clone()),
-                ),
-                false => (
-                    builder.deployment(deployment),
-                    pool.beside(index, lane.clone()),
-                ),
+            builder = match plan.is_fallback {
+                true => builder.fallback(deployment),
+                false => builder.deployment(deployment),
             };
         }
         if plan.has_store {
@@ -407,9 +386,13 @@ impl World {
         Self {
             account,
             cx: builder.build(),
-            pool: Arc::new(pool),
             latency: plan.latencies[0],
         }
+    }
+
+    fn first_lane(&self) -> Lane {
+        let mut lanes = self.cx.lanes();
+        lanes.next().expect("there is one at least").clone()
     }
 
     /// The others: calls of several tenants and priorities, some of them shared, and permits by hand.
@@ -422,7 +405,7 @@ impl World {
                 0 => cx.with_priority(Priority::Low),
                 _ => cx,
             };
-            let (lane, latency, calls) = (cx.lane().clone(), self.latency, plan.calls);
+            let (lane, latency, calls) = (self.first_lane(), self.latency, plan.calls);
             tasks.spawn(async move {
                 for call in 0..calls {
                     match (id + call) % 4 {
@@ -626,7 +609,7 @@ fn five_permits_beside(operation: Option<(Operation, usize, Interruption)>) -> O
             paces: vec![pace.in_flight(9)],
             ..plans()[0].clone()
         });
-        let lane = world.cx.lane();
+        let lane = world.first_lane();
         let took = Instant::now();
         let first = lane.acquire(Need::new(5, 5)).await.unwrap();
         first.finish(CallOutcome::Succeeded { usage: None });
@@ -657,7 +640,7 @@ fn five_permits_beside(operation: Option<(Operation, usize, Interruption)>) -> O
 fn calls_dropped_before_they_are_sent_are_not_charged_to_the_rate() {
     let alone = five_permits_beside(None).unwrap();
     let mut granted = 0;
-    for operation in [Operation::Lane, Operation::Pool, Operation::Generate] {
+    for operation in [Operation::Lane, Operation::Generate] {
         // A permit that is held until the limit has recovered is charged for the time, as documented.
         for (how, polls) in [
             (Interruption::Dropped, 3),

@@ -18,8 +18,7 @@ use super::intake::{CutShort, Intake, yield_after};
 use super::open_items::OpenItems;
 use super::{Batch, Parallelism, ProgressFn};
 use crate::batch::Outcome;
-use crate::call::memo::Repeats;
-use crate::call::scope::Scope;
+use crate::call::scope::{DuplicateKeys, Scope};
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::event::Event;
@@ -76,8 +75,8 @@ impl<T: Send, S: Stream<Item = T> + Send> Batch<Context, S> {
         };
 
         let (key, label) = (self.key, self.label);
-        let has_store = batch.scope().place.is_some();
-        let repeats = has_store.then(Mutex::<Repeats>::default);
+        let has_store = batch.scope().namespace.is_some();
+        let repeats = has_store.then(Mutex::<DuplicateKeys>::default);
         let start = move |(index, (input, room)): (usize, (T, Room))| {
             let key = key
                 .as_ref()
@@ -220,8 +219,8 @@ impl Tracker {
         room: Room,
     ) -> Box<(Outcome<O>, Room)> {
         let elapsed = started.elapsed();
-        if let (Err(error), Some(place)) = (&result, &item.place) {
-            place.failed(error);
+        if let (Err(error), Some(namespace)) = (&result, &item.namespace) {
+            namespace.record_failure(error);
         }
         self.batch.item_settled(result.as_ref().err());
         self.batch.observers().tell(|| Event::ItemSettled {

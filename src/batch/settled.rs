@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::call::scope::Tally;
+use crate::call::Tally;
 use crate::error::{Error, ErrorKind, Result};
 
 /// How one item of a batch ended.

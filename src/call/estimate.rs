@@ -193,152 +193,6 @@ impl Estimator {
         }
     }
 
-    fn count(&self, request: &Request) -> u64;
-}
-
-impl<F: Fn(&Request) -> u64 + Send + Sync + 'static> TokenCounter for F {
-    fn count(&self, request: &Request) -> u64 {
-        self(request)
-    }
-}
-
-/// The input tokens of one request at each deployment.
-#[derive(Debug, Clone, Default)]
-pub(super) struct InputTokens {
-    request: u64,
-    /// For each deployment, if its form of the request depends on the deployment.
-    adapted: Vec<u64>,
-}
-
-impl InputTokens {
-    /// Returns the tokens of the request as the caller made it.
-    pub(super) fn of_request(&self) -> u64 {
-        self.request
-    }
-
-    /// Returns the tokens of the request in the form for the deployment with this index.
-    pub(super) fn at(&self, index: usize) -> u64 {
-        self.adapted.get(index).copied().unwrap_or(self.request)
-    }
-}
-
-/// The last values of a series, in order of age and of size: every call asks for a quantile, which is one look at the
-/// sorted values.
-#[derive(Debug, Default)]
-struct Recent {
-    by_age: VecDeque<u64>,
-    by_size: Vec<u64>,
-}
-
-impl Recent {
-    fn add(&mut self, value: u64) {
-        let place = |sizes: &[u64], value| sizes.partition_point(|other| *other < value);
-        if self.by_age.len() == REMEMBERED
-            && let Some(oldest) = self.by_age.pop_front()
-        {
-            self.by_size.remove(place(&self.by_size, oldest));
-        }
-        self.by_age.push_back(value);
-        self.by_size.insert(place(&self.by_size, value), value);
-    }
-
-    /// Returns the quantile of this part (0..1) of the values; `None` while there are too few.
-    fn quantile(&self, part: f64) -> Option<u64> {
-        let len = self.by_size.len();
-        let nth = ((len as f64 * part).ceil() as usize).clamp(1, len.max(1)) - 1;
-        (len >= ENOUGH).then(|| self.by_size[nth])
-    }
-}
-
-/// The latencies of the last calls, each with the time at which the call ended.
-#[derive(Debug, Default)]
-struct Latencies(VecDeque<(Instant, Duration)>);
-
-impl Latencies {
-    fn add(&mut self, now: Instant, latency: Duration) {
-        if self.0.len() == REMEMBERED {
-            self.0.pop_front();
-        }
-        self.0.push_back((now, latency));
-    }
-
-    fn quantile(&self, now: Instant, part: f64) -> Option<Duration> {
-        let recent = |ended: Instant| now.saturating_duration_since(ended) <= LATENCIES_LAST;
-        let recent = self.0.iter().filter(|(ended, _)| recent(*ended));
-        let mut latencies: Vec<_> = recent.map(|(_, latency)| *latency).collect();
-        latencies.sort_unstable();
-        let nth = (latencies.len() as f64 * part).ceil() as usize;
-        (latencies.len() >= ENOUGH).then(|| latencies[nth.max(1) - 1])
-    }
-}
-
-/// The statistics of the calls under the same labels.
-#[derive(Debug, Default)]
-struct Label {
-    outputs: Recent,
-    latencies: Latencies,
-}
-
-/// The statistics by labels. Labels that were not answered for the longest time are dropped: when `recent` is full, it
-/// becomes `older`, and a label in `older` moves back when one of its calls is answered.
-#[derive(Debug, Default)]
-struct Labels {
-    recent: BTreeMap<u64, Label>,
-    older: BTreeMap<u64, Label>,
-    /// For labels with too few values of their own.
-    all_outputs: Recent,
-}
-
-impl Labels {
-    fn get(&self, labels: u64) -> Option<&Label> {
-        self.recent.get(&labels).or_else(|| self.older.get(&labels))
-    }
-
-    fn learn(&mut self, labels: u64) -> &mut Label {
-        if self.recent.len() >= RECENT_LABELS && !self.recent.contains_key(&labels) {
-            self.older = std::mem::take(&mut self.recent);
-        }
-        let older = &mut self.older;
-        let known = || older.remove(&labels).unwrap_or_default();
-        self.recent.entry(labels).or_insert_with(known)
-    }
-}
-
-/// Estimates the tokens and the latency of calls, and numbers them.
-pub(super) struct Estimator {
-    counter: Option<Box<dyn TokenCounter>>,
-    labels: Mutex<Labels>,
-    calls: AtomicU64,
-}
-
-impl Estimator {
-    pub(super) fn new(counter: Option<Box<dyn TokenCounter>>) -> Self {
-        Self {
-            counter,
-            labels: Mutex::default(),
-            calls: AtomicU64::new(0),
-        }
-    }
-
-    /// Returns the input tokens of a request at each deployment.
-    pub(super) fn input(&self, request: &Request, deployments: &Deployments) -> InputTokens {
-        let request_tokens = self.count(request);
-        let adapted = match request.reply_type {
-            None => Vec::new(),
-            Some(_) => deployments
-                .iter()
-                .map(|deployment| match deployment.adapt(request) {
-                    Some(adapted) => self.count(&adapted),
-                    None => request_tokens,
-                })
-                .collect(),
-        };
-        InputTokens {
-            request: adapted.first().copied().unwrap_or(request_tokens),
-            adapted,
-        }
-    }
-
     fn count(&self, request: &Request) -> u64 {
         match &self.counter {
             Some(counter) => counter.count(request),
@@ -368,7 +222,10 @@ impl Estimator {
     /// Numbers a call that is sent now, and returns whether its answer is to be learned from.
     pub(super) fn number(&self) -> (u64, bool) {
         let number = self.calls.fetch_add(1, Ordering::Relaxed);
-        (number, number < ALL_SAMPLED || number.is_multiple_of(SAMPLED))
+        (
+            number,
+            number < ALL_SAMPLED || number.is_multiple_of(SAMPLED),
+        )
     }
 
     pub(super) fn learn(&self, scope: &Scope, usage: Usage, sent: Instant) {

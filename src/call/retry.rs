@@ -117,9 +117,7 @@ fn outcome<'a>(
 fn own_wait(call: &Call<'_>, error: &Error) -> Duration {
     let deployments = &call.stack.deployments;
     let is_only = deployments.iter().len() == 1;
-    let wait = error
-        .wait()
-        .filter(|wait| is_only && *wait <= LONGEST_WAIT);
+    let wait = error.wait().filter(|wait| is_only && *wait <= LONGEST_WAIT);
     let wait = wait.filter(|wait| *wait > deployments.cooldown(&call.route));
     wait.unwrap_or_default()
 }

@@ -9,9 +9,7 @@ use tokio_util::sync::CancellationToken;
 use super::{Context, ParallelToggle, Shared};
 use crate::call::memo::Memo;
 use crate::call::scope::{Bounds, MemoNamespace, Scope};
-use crate::call::{
-    CallStack, Deployment, Deployments, FALLBACK_AFTER, Retry, TokenCounter,
-};
+use crate::call::{CallStack, Deployment, Deployments, FALLBACK_AFTER, Retry, TokenCounter};
 use crate::event::{Event, Observer, Observers};
 use crate::ratelimit::{Lane, Pace};
 #[cfg(doc)]

@@ -5,7 +5,7 @@ use std::time::Duration;
 use tokio::time::timeout;
 
 use super::Pipeline;
-use crate::call::scope::Tally;
+use crate::call::Tally;
 use crate::context::Context;
 use crate::error::{Error, ErrorKind, Result};
 

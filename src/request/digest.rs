@@ -65,14 +65,17 @@ impl Request {
             timeout: _,
             item_key: _,
             sample: _,
-            derived,
+            reply_type,
+            has_schema_prompt,
             asks_again: _,
         } = self;
         if let Some(model) = model {
             put("model", json!(&**model));
         }
-        let prompt = derived.as_ref().is_some_and(|derived| derived.has_prompt);
-        put("messages", json!(messages[usize::from(prompt)..]));
+        put(
+            "messages",
+            json!(messages[usize::from(*has_schema_prompt)..]),
+        );
         if let Some(max_tokens) = max_tokens {
             put("max_tokens", json!(max_tokens));
         }
@@ -88,9 +91,9 @@ impl Request {
         if let Some(seed) = seed {
             put("seed", json!(seed));
         }
-        let format = match derived {
+        let format = match reply_type {
             // No response format of the caller's looks like this.
-            Some(derived) => json!({ "derived": derived.shape }),
+            Some(reply_type) => json!({ "derived": reply_type.shape }),
             None => json!(response_format),
         };
         put("response_format", format);

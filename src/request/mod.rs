@@ -147,22 +147,27 @@ pub struct Request {
     /// all items of a tenant; `None` gives each item an answer of its own. Not part of the digest.
     #[serde(skip)]
     pub sample: Option<u32>,
-    /// What was put in for a type by `generate_as` and its siblings, which the digest leaves out.
+    /// The type of the reply, for `generate_as` and its siblings. The digest contains its shape only.
     #[serde(skip)]
-    pub(crate) derived: Option<Derived>,
+    pub(crate) reply_type: Option<Arc<ReplyType>>,
+    /// Whether the first message is the prompt of the reply type, which the digest leaves out.
+    #[serde(skip)]
+    pub(crate) has_schema_prompt: bool,
     /// A reply to what this asks for came before and could not be used. Not part of the digest.
     #[serde(skip)]
     pub(crate) asks_again: bool,
 }
 
-/// What a request owes to the type of its reply. The schema in it is the type's: it is no part of what was asked,
-/// so an edited type replays.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Derived {
-    /// Whether a value or a list is asked for, and in which field: in the place of the response format.
+/// The type of a reply. Each deployment gets its schema in the form that its provider supports. The schema is no part of the
+/// digest, so a request replays after its type was edited.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct ReplyType {
+    /// Whether a value or a list is asked for, and in which field. The digest contains it in place of the response format.
     pub(crate) shape: String,
-    /// The first message is the schema.
-    pub(crate) has_prompt: bool,
+    /// The schema in the form that providers enforce, with its name; `None` if it cannot be enforced.
+    pub(crate) enforceable: Option<(String, Value)>,
+    /// The instruction with the schema, for providers that do not enforce it.
+    pub(crate) prompt: String,
 }
 
 impl Request {

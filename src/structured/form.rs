@@ -1,11 +1,12 @@
 //! [`Form`]: the JSON schema of a type, and how a request asks for it.
 
+use std::sync::Arc;
+
 use schemars::{JsonSchema, SchemaGenerator};
 use serde_json::{Map, Value, json};
 
-use crate::provider::Capabilities;
 use crate::request::schema::enforceable;
-use crate::request::{Derived, Request, ResponseFormat};
+use crate::request::{ReplyType, Request, ResponseFormat};
 
 /// The field of a value that is no object: providers enforce objects only.
 pub(super) const VALUE: &str = "value";
@@ -53,38 +54,27 @@ impl Form {
         }
     }
 
-    /// The request that asks for it: in the provider's own field if it enforces this schema, else
-    /// in the prompt. A request that says itself what form it wants is left as it is. What is put in is left out of
-    /// the digest.
-    pub(super) fn ask(&self, mut request: Request, can: Capabilities) -> Request {
-        if request.response_format != ResponseFormat::Text {
-            return request;
+    /// Makes a request ask for this form. Each deployment sends the schema in the provider's own field if the provider
+    /// enforces it, else in the prompt. A request with a response format of its own is left as it is.
+    pub(super) fn ask(&self, mut request: Request) -> Request {
+        if request.response_format == ResponseFormat::Text {
+            request.reply_type = Some(Arc::new(self.reply_type()));
         }
-        let mut derived = Derived {
+        request
+    }
+
+    fn reply_type(&self) -> ReplyType {
+        let mut schema = self.schema.clone();
+        strict(&mut schema);
+        let is_enforceable = enforceable(&schema, &[]).closed;
+        ReplyType {
             shape: self.shape.clone(),
-            has_prompt: false,
-        };
-        if can.json_schema {
-            let mut schema = self.schema.clone();
-            strict(&mut schema);
-            if enforceable(&schema, &[]).closed {
-                request.derived = Some(derived);
-                return request.response_format(ResponseFormat::JsonSchema {
-                    name: self.name.clone(),
-                    schema,
-                });
-            }
-        }
-        derived.has_prompt = true;
-        request.derived = Some(derived);
-        let request = request.system(format!(
-            "Answer with JSON alone, without prose and code fences, that satisfies this JSON \
-             schema:\n{}",
-            self.schema
-        ));
-        match can.json {
-            true => request.response_format(ResponseFormat::Json),
-            false => request,
+            enforceable: is_enforceable.then(|| (self.name.clone(), schema)),
+            prompt: format!(
+                "Answer with JSON alone, without prose and code fences, that satisfies this JSON \
+                 schema:\n{}",
+                self.schema
+            ),
         }
     }
 }
@@ -164,6 +154,10 @@ mod tests {
     use serde::Deserialize;
 
     use super::*;
+    use crate::call::Deployment;
+    use crate::error::Result;
+    use crate::provider::{Capabilities, Provider};
+    use crate::request::Reply;
 
     #[derive(Deserialize, JsonSchema)]
     #[allow(dead_code)]
@@ -205,10 +199,33 @@ mod tests {
         assert!(list.schema["$defs"]["Node"].is_object());
     }
 
+    /// A provider with these capabilities, of which only those are needed.
+    struct Capable(Capabilities);
+
+    #[async_trait::async_trait]
+    impl Provider for Capable {
+        fn name(&self) -> &str {
+            "capable"
+        }
+
+        async fn generate(&self, _: &Request) -> Result<Reply> {
+            unreachable!("no call is made")
+        }
+
+        fn capabilities(&self) -> Capabilities {
+            self.0
+        }
+    }
+
     #[test]
-    fn the_schema_goes_where_it_is_enforced_and_else_into_the_prompt() {
+    fn the_schema_is_in_the_providers_field_if_it_is_enforced_and_else_in_the_prompt() {
         let enforces = Capabilities::default().with_json(true);
-        let ask = |form: Form, can| form.ask(Request::new("a"), can);
+        let ask = |form: Form, can| {
+            let asked = form.ask(Request::new("a"));
+            let adapted = Deployment::new(Capable(can)).adapt(&asked).unwrap();
+            assert_eq!(adapted.digest(), asked.digest());
+            adapted
+        };
         let native = ask(Form::of::<Node>(), enforces);
         assert!(matches!(
             native.response_format,
@@ -216,7 +233,7 @@ mod tests {
         ));
         assert_eq!(native.messages.len(), 1);
 
-        // A map has no fixed shape: nobody enforces it.
+        // A map has no fixed shape, so no provider enforces it.
         let map = ask(Form::of::<HashMap<String, Node>>(), enforces);
         assert_eq!(map.response_format, ResponseFormat::Json);
         let plain = ask(Form::of::<Node>(), Capabilities::default());
@@ -225,6 +242,6 @@ mod tests {
             assert!(request.messages[0].content.contains("What it is called"));
         }
         let own = Request::new("a").response_format(ResponseFormat::Json);
-        assert_eq!(Form::of::<Node>().ask(own.clone(), enforces), own);
+        assert_eq!(Form::of::<Node>().ask(own.clone()), own);
     }
 }

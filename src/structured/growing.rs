@@ -84,7 +84,7 @@ impl Context {
         T: DeserializeOwned + JsonSchema,
     {
         let form = Form::of::<T>();
-        let request = form.ask(request.into(), self.provider().capabilities());
+        let request = form.ask(request.into());
         Drafts {
             deltas: Some(self.stream(request)),
             draft: Draft::new(),

@@ -13,7 +13,7 @@ use serde::de::DeserializeOwned;
 
 use super::extract;
 use super::form::Form;
-use crate::call::guard::Unkept;
+use crate::call::FailedEntry;
 use crate::context::Context;
 use crate::context::Deltas;
 use crate::error::{Error, ErrorKind, Result};
@@ -126,15 +126,15 @@ struct Run {
     asks: u32,
     /// The elements so far, as text, if the rest may be asked for.
     texts: Option<String>,
-    /// The reply that is being read, and its place in the memo once its call has failed.
+    /// The reply that is being read, and its memo entry once its call has failed.
     broken: Option<Broken>,
 }
 
-/// What is kept of a reply that broke off. There is one where there is a store.
+/// The part of a reply that can be stored if it breaks off. Only contexts with a store have one.
 #[derive(Default)]
 struct Broken {
     text: String,
-    unkept: Arc<Unkept>,
+    failed_entry: Arc<FailedEntry>,
 }
 
 impl<T> Items<T> {
@@ -158,9 +158,8 @@ impl<T> Items<T> {
     }
 
     fn start(&mut self) -> Run {
-        let can = self.cx.provider().capabilities();
         let form = (self.form)(self.field.as_deref());
-        let request = form.ask(std::mem::take(&mut self.request), can);
+        let request = form.ask(std::mem::take(&mut self.request));
         let broken = self.cx.journal().is_some().then(Broken::default);
         Run {
             deltas: Some(self.send(&request, broken.as_ref())),
@@ -176,7 +175,7 @@ impl<T> Items<T> {
     fn send(&self, request: &Request, broken: Option<&Broken>) -> Deltas {
         let mut deltas = self.cx.stream(request.clone());
         if let Some(broken) = broken {
-            deltas = deltas.leaving_unkept(&broken.unkept);
+            deltas = deltas.failed_entry(&broken.failed_entry);
         }
         match self.idle {
             Some(idle) => deltas.idle_timeout(idle),
@@ -212,7 +211,7 @@ impl<T> Items<T> {
             request.messages.push(so_far);
             request.messages.push(Message::new(Role::User, rest));
             // The rest is asked for behind these elements, so a rerun must find the same ones.
-            run.keep_broken();
+            run.store_partial();
         }
         if let Some(broken) = &mut run.broken {
             *broken = Broken::default();
@@ -224,12 +223,12 @@ impl<T> Items<T> {
 }
 
 impl Run {
-    /// Keeps what has come of a reply whose call has failed.
-    fn keep_broken(&mut self) {
+    /// Stores the received part of a reply whose call has failed.
+    fn store_partial(&mut self) {
         if let Some(broken) = &mut self.broken
-            && let Some(asked) = broken.unkept.take()
+            && let Some(entry) = broken.failed_entry.take()
         {
-            asked.keep_broken(std::mem::take(&mut broken.text));
+            entry.store_partial(std::mem::take(&mut broken.text));
         }
     }
 
@@ -303,7 +302,7 @@ impl<T: DeserializeOwned> Stream for Items<T> {
                 Poll::Ready(Some(Ok(_))) => continue,
                 // The list is whole, whatever became of the rest.
                 Poll::Ready(Some(Err(_))) if run.reader.finish().is_ok() => {
-                    run.keep_broken();
+                    run.store_partial();
                     Ok(())
                 }
                 Poll::Ready(Some(Err(error))) => Err(error),

@@ -33,9 +33,9 @@ pub enum OnLength {
 impl Context {
     /// Asks for a value of `T`.
     ///
-    /// The schema of `T` goes into the provider's own field where it
-    /// [enforces schemas](crate::provider::Capabilities::json_schema) and can enforce this one (maps and free JSON
-    /// cannot be), else into the prompt. A request whose
+    /// The schema of `T` is sent in the provider's own field if the provider of the deployment
+    /// [enforces schemas](crate::provider::Capabilities::json_schema) and this one can be enforced (maps and free JSON
+    /// cannot), else in the prompt. A request whose
     /// [`response_format`](Request::response_format) is set already is sent as it is.
     ///
     /// The value may come in a code fence or with prose around it. A reply that does not fit is
@@ -165,8 +165,7 @@ where
     /// As awaiting it.
     pub async fn detailed(self) -> Result<Generated<T>> {
         let form = Form::of::<T>();
-        let can = self.cx.provider().capabilities();
-        let mut first = form.ask(self.request, can);
+        let mut first = form.ask(self.request);
         let mut request = first.clone();
         let mut raise = match self.on_length {
             OnLength::RaiseTo(limit) => Some(limit),

@@ -5,7 +5,7 @@ use throughline::{
     Batch, Context, ContextBuilder, Error, Outcome, Pace, Provider, Reply, Request, Retry, Settled,
     Usage,
     batch::{Outcomes, Progress},
-    call::{Pool, Tally, Turn, Visit},
+    call::{Deployment, Tally},
     context::{Deltas, Snapshot},
     observe::{Event, Observer},
     pipeline::BoxPipeline,
@@ -28,9 +28,7 @@ assert_impl_all!(Lane: Clone, Send, Sync, Unpin);
 assert_impl_all!(LaneSnapshot: Clone, Send, Sync, Unpin);
 assert_impl_all!(Permit: Send, Sync, Unpin);
 assert_not_impl_any!(Permit: Clone);
-assert_impl_all!(Pool<u8>: Send, Sync, Unpin);
-assert_impl_all!(Turn<'static, u8>: Send, Sync, Unpin);
-assert_impl_all!(Visit: Clone, Send, Sync, Unpin);
+assert_impl_all!(Deployment: Clone, Send, Sync, Unpin);
 assert_impl_all!(Context: Clone, Send, Sync, Unpin);
 assert_impl_all!(ContextBuilder: Send, Sync);
 assert_impl_all!(Snapshot: Clone, Send, Sync, Unpin);
@@ -63,10 +61,8 @@ async fn futures_are_send() {
     }
     let cx = Context::builder(Silent).build();
     send(&cx.generate("a"));
-    send(&cx.lane().acquire(throughline::ratelimit::Need::new(1, 1)));
-    let pool = throughline::call::Pool::new("a", cx.lane().clone());
-    let mut visit = pool.arrive();
-    send(&pool.acquire(throughline::ratelimit::Need::new(1, 1), &mut visit));
+    let lane = cx.lanes().next().unwrap();
+    send(&lane.acquire(throughline::ratelimit::Need::new(1, 1)));
     send(&cx.join_best_effort(cx.generate("a"), async { Ok(()) }));
     let nested = cx.fan_out("a", [1]).settle(|cx, _| async move {
         let inner = cx

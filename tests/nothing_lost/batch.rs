@@ -668,7 +668,7 @@ async fn dropping_sends_nothing_more() {
     let sent = echo.sent();
     sleep(Duration::from_secs(10)).await;
     assert_eq!((echo.sent(), echo.running()), (sent, 0));
-    assert_eq!(cx.lane().snapshot().in_flight, 0);
+    assert_eq!(cx.snapshot().lane.in_flight, 0);
 }
 
 /// Invariant 7: a slow consumer never stalls calls in flight.

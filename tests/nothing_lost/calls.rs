@@ -221,7 +221,7 @@ async fn cancelling_reaches_calls_that_wait_and_calls_in_flight() {
     assert_eq!(waiting.attempts(), 0);
     assert_eq!(script.requests().len(), 1);
     assert!(cx.generate("c").await.unwrap_err().is_cancelled());
-    assert_eq!(cx.lane().snapshot().in_flight, 0);
+    assert_eq!(cx.snapshot().lane.in_flight, 0);
 }
 
 #[tokio::test(start_paused = true)]
@@ -269,7 +269,7 @@ async fn dropping_a_call_frees_its_slot() {
             .await
             .is_err()
     );
-    assert_eq!(cx.lane().snapshot().in_flight, 0);
+    assert_eq!(cx.snapshot().lane.in_flight, 0);
     assert_eq!(cx.generate("b").await.unwrap().text, "b");
 }
 
@@ -425,7 +425,7 @@ async fn a_panic_in_a_provider_gives_its_permit_back() {
     assert!(first.is_panic());
     assert_eq!(first.message(), "in the provider");
     assert!(settled.outcomes()[1].is_ok());
-    assert_eq!(cx.lane().snapshot().in_flight, 0);
+    assert_eq!(cx.snapshot().lane.in_flight, 0);
 }
 
 /// Nothing is sent once the account is refused, not by those who wait either, until somebody acts.
@@ -460,7 +460,7 @@ async fn a_refused_account_stops_everybody_until_the_lane_is_reopened() {
         (script.requests().len(), stopped.load(Ordering::Relaxed)),
         (1, 1)
     );
-    cx.lane().resume();
+    cx.enable("scripted").unwrap();
     assert_eq!(cx.generate("d").await.unwrap().text, "after it");
 }
 
@@ -479,11 +479,11 @@ async fn a_long_wait_parks_the_lane_instead_of_everybody_in_it() {
             (error.wait(), took),
             (Some(Duration::from_secs(3_600)), Duration::ZERO)
         );
-        assert_eq!(cx.lane().stopped().is_some(), parked);
+        assert_eq!(cx.lanes().any(|lane| lane.stopped().is_some()), parked);
     }
     // The wait, and the jitter of the gate.
     sleep(Duration::from_secs(3_602)).await;
-    assert!(cx.lane().stopped().is_none());
+    assert!(cx.lanes().all(|lane| lane.stopped().is_none()));
     assert_eq!(cx.generate("b").await.unwrap().text, "an hour later");
 }
 
@@ -564,7 +564,9 @@ async fn an_empty_retry_budget_slows_and_fails_nobody() {
     let long = Retry::default()
         .attempts(300)
         .max_delay(Duration::from_secs(1));
-    let cx = Context::builder(cx.provider().clone()).retry(long).build();
+    let cx = Context::builder(cx.provider("scripted").unwrap().clone())
+        .retry(long)
+        .build();
     let (reply, took) = elapsed(cx.generate("a")).await;
     assert!(reply.is_ok());
     // A hundred at random waits below a second, then a hundred around a whole one.

@@ -138,12 +138,12 @@ async fn a_retry_that_would_be_answered_too_late_is_not_sent() -> Result<()> {
     assert!(error.is_deadline_exceeded());
     assert_eq!((error.billed(), error.attempts()), (Some(false), 1));
     assert_eq!(script.lines_left(), 1);
-    assert_eq!(cx.lane().snapshot().in_flight, 0);
+    assert_eq!(cx.snapshot().lane.in_flight, 0);
     Ok(())
 }
 
 #[tokio::test(start_paused = true)]
-async fn retuning_a_context_moves_who_waits_and_tells() {
+async fn retuning_a_deployment_lets_waiting_calls_go_and_sends_events() {
     let told = Arc::new(Mutex::new(Vec::new()));
     let events = Arc::clone(&told);
     let cx = Context::builder(Sim::builder().latency(SECOND).build())
@@ -161,7 +161,8 @@ async fn retuning_a_context_moves_who_waits_and_tells() {
     let urgent = cx.with_priority(Priority::High);
     let retune = async {
         tokio::time::sleep(SECOND).await;
-        cx.retune(Pace::per_minute(6_000).tokens(1_000_000));
+        let pace = Pace::per_minute(6_000).tokens(1_000_000);
+        cx.retune("sim", pace).unwrap();
     };
     let (settled, ()) = tokio::join!(rivers(&urgent, 20), retune);
     assert_eq!(settled.oks().count(), 20);

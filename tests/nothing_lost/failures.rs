@@ -390,10 +390,10 @@ async fn a_second_different_request_confirms_that_the_account_is_refused() {
     assert!(!first.is_account_wide(), "{first}");
     let again = cx.generate("first").await.unwrap_err();
     assert!(!again.is_account_wide(), "{again}");
-    assert!(cx.lane().stopped().is_none());
+    assert!(cx.lanes().all(|lane| lane.stopped().is_none()));
     let second = cx.generate("second").await.unwrap_err();
     assert!(second.is_account_wide(), "{second}");
-    assert!(cx.lane().stopped().is_some());
+    assert!(cx.lanes().all(|lane| lane.stopped().is_some()));
     let sent = calls.load(Ordering::Relaxed);
     let third = cx.generate("third").await.unwrap_err();
     assert_eq!((third.is_account_wide(), third.attempts()), (true, 0));

@@ -53,7 +53,7 @@ async fn text_comes_as_it_is_written_and_is_counted_like_any_call() {
     let tally = cx.tally();
     assert_eq!((tally.calls, tally.attempts), (1, 1));
     assert!(tally.usage.output_tokens > 0);
-    let lane = cx.lane().snapshot();
+    let lane = cx.snapshot().lane;
     assert_eq!((lane.in_flight, lane.granted), (0, 1));
     let events: Vec<String> = events.try_iter().collect();
     assert_eq!(events.len(), 2, "{events:?}");
@@ -159,7 +159,7 @@ async fn timeout_deadline_and_cancel_end_it() {
     };
     let (told, ()) = tokio::join!(told(cx.stream("a")), stop);
     assert_eq!(words(&told), [(10, "a"), (13, "(cancelled)")]);
-    assert_eq!(cx.lane().snapshot().in_flight, 0);
+    assert_eq!(cx.snapshot().lane.in_flight, 0);
 }
 
 #[tokio::test(start_paused = true)]
@@ -170,10 +170,10 @@ async fn dropping_it_settles_the_permit_and_counts_the_attempt() {
         .build();
     let mut deltas = cx.stream("a");
     deltas.next().await.unwrap().unwrap();
-    assert_eq!((sim.in_flight(), cx.lane().snapshot().in_flight), (1, 1));
+    assert_eq!((sim.in_flight(), cx.snapshot().lane.in_flight), (1, 1));
     drop(deltas);
     tokio::task::yield_now().await;
-    assert_eq!((sim.in_flight(), cx.lane().snapshot().in_flight), (0, 0));
+    assert_eq!((sim.in_flight(), cx.snapshot().lane.in_flight), (0, 0));
     let tally = cx.tally();
     assert_eq!((tally.attempts, tally.ambiguous), (1, 1));
     cx.generate("the context is not cancelled").await.unwrap();
@@ -184,10 +184,10 @@ async fn dropping_it_settles_the_permit_and_counts_the_attempt() {
     let mut second = cx.stream("b");
     assert!(futures::poll!(second.next()).is_pending());
     tokio::task::yield_now().await;
-    assert_eq!(cx.lane().snapshot().waiting, 1);
+    assert_eq!(cx.snapshot().lane.waiting, 1);
     drop(second);
     tokio::task::yield_now().await;
-    assert_eq!(cx.lane().snapshot().waiting, 0);
+    assert_eq!(cx.snapshot().lane.waiting, 0);
 }
 
 #[tokio::test(start_paused = true)]

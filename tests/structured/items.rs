@@ -346,7 +346,7 @@ async fn dropping_a_list_ends_its_call() {
     items.next().await.unwrap().unwrap();
     drop(items);
     tokio::task::yield_now().await;
-    assert_eq!(cx.lane().snapshot().in_flight, 0);
+    assert_eq!(cx.snapshot().lane.in_flight, 0);
     assert_eq!(cx.tally().ambiguous, 1);
 }
 

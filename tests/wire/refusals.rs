@@ -155,7 +155,7 @@ async fn batch_with_one_refusal(refusal: Script) {
         "{:?}",
         start.elapsed()
     );
-    assert!(cx.lane().stopped().is_none());
+    assert!(cx.lanes().all(|lane| lane.stopped().is_none()));
 }
 
 #[tokio::test]

@@ -104,7 +104,10 @@ mod tests {
             (vec![closed(0, 3_600), open(1)], vec![1]),
             (vec![disabled(0), open(0), open(1)], vec![1]),
             (vec![disabled(0), open(1)], vec![1]),
-            (vec![closed(0, 3_600), closed(1, 4_000), disabled(1)], vec![0, 1]),
+            (
+                vec![closed(0, 3_600), closed(1, 4_000), disabled(1)],
+                vec![0, 1],
+            ),
             (vec![failed(0), open(0), open(1)], vec![1]),
             (vec![failed(0), failed(0), open(1)], vec![0, 1]),
             (vec![failed(0), disabled(0)], vec![0]),
@@ -123,22 +126,15 @@ mod tests {
             Just(Duration::from_secs(5)),
             Just(LONG)
         ];
-        let candidate = (
-            0..3usize,
-            any::<bool>(),
-            cooldown,
-            0..9usize,
-            any::<bool>(),
-        )
-            .prop_map(
-                |(group, disabled, cooldown, in_flight, has_failed)| Candidate {
-                    group,
-                    disabled,
-                    cooldown,
-                    in_flight,
-                    has_failed,
-                },
-            );
+        let candidate = (0..3usize, any::<bool>(), cooldown, 0..9usize, any::<bool>()).prop_map(
+            |(group, disabled, cooldown, in_flight, has_failed)| Candidate {
+                group,
+                disabled,
+                cooldown,
+                in_flight,
+                has_failed,
+            },
+        );
         proptest::collection::vec(candidate, 1..8)
     }
 

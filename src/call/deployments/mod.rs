@@ -112,7 +112,10 @@ impl Deployments {
         let places = match &self.members[..] {
             // Taken when the call queues, because the lane is locked then anyway.
             [_] => Vec::new(),
-            all => all.iter().map(|it| it.deployment.lane.next_position()).collect(),
+            all => all
+                .iter()
+                .map(|it| it.deployment.lane.next_position())
+                .collect(),
         };
         Route {
             places,

@@ -117,7 +117,10 @@ impl<'a> History<'a> {
         }
         if class != FailureClass::Throttle {
             self.refusals = Refusals {
-                first: self.refusals.first.filter(|_| class == FailureClass::Doubtful),
+                first: self
+                    .refusals
+                    .first
+                    .filter(|_| class == FailureClass::Doubtful),
                 ..Refusals::default()
             };
         }
@@ -180,10 +183,7 @@ impl<'a> History<'a> {
                 let own = self.backoff.next(fastrand::f64(), error.wait());
                 (own, Duration::ZERO)
             }
-            false => (
-                Duration::ZERO,
-                stack.deployments.cooldown(&call.route),
-            ),
+            false => (Duration::ZERO, stack.deployments.cooldown(&call.route)),
         };
         match call.check_deadline_after(own.max(lane), &error) {
             Ok(()) => NextStep::Refused { delay: own, error },

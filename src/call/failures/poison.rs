@@ -305,7 +305,8 @@ mod tests {
             for _ in 0..5 {
                 Streak::extend(&mut streak, &detector, 0, profile("m", 100), &refused);
             }
-            (0..1_000).for_each(|_| detector.record(1, profile("m", tokens), CallEnd::Answered, None));
+            (0..1_000)
+                .for_each(|_| detector.record(1, profile("m", tokens), CallEnd::Answered, None));
             assert_eq!(streak.unwrap().is_evidence(3), evidence);
         }
     }

@@ -9,6 +9,7 @@ use secrecy::SecretString;
 
 use super::secrets::Secrets;
 use crate::error::{Error, ErrorKind, Result};
+use crate::provider::IDLE_TIMEOUT;
 
 /// The settings that do not depend on the dialect.
 #[derive(Clone)]

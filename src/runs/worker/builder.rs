@@ -10,7 +10,6 @@ use tokio::time::Instant;
 
 use super::registry::Registry;
 use super::{AmbiguousPolicy, Counters, FOREVER, Inner, Worker};
-use crate::call::memo::Memo;
 use crate::context::Context;
 use crate::pipeline::Pipeline;
 use crate::ratelimit::{Priority, Tenant};
@@ -172,10 +171,10 @@ impl WorkerBuilder {
         let journal = Journal::observed(Arc::clone(&self.queue) as _, observers);
         Worker(Arc::new(Inner {
             queue: self.queue,
-            cx: self.cx,
+            cx: self.cx.with_journal(journal.clone()),
             registry: self.registry,
             options: self.options,
-            memo: Arc::new(Memo::new(journal)),
+            journal,
             created_at: Instant::now(),
             unknown: Mutex::default(),
             runs: Mutex::default(),

@@ -22,12 +22,11 @@ use self::builder::Options;
 pub use self::builder::WorkerBuilder;
 use self::registry::Registry;
 use self::session::{InFlight, LOST_ITEMS_INTERVAL, Session, SessionEnd, StopCondition};
-use crate::call::memo::Memo;
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::runs::Spec;
 use crate::store::backoff::Backoff;
-use crate::store::journal::JournalStats;
+use crate::store::journal::{Journal, JournalStats};
 use crate::store::{Queue, RunFilter, RunId, Status, StoreExt as _};
 
 /// A worker on durable runs: it claims items, runs their pipelines and commits the results. Any number of workers share a
@@ -134,7 +133,7 @@ struct Inner {
     cx: Context,
     registry: Registry,
     options: Options,
-    memo: Arc<Memo>,
+    journal: Journal,
     /// The time of its creation. A worker that has lived for a while is not in a crash loop.
     created_at: Instant,
     /// Unknown pipelines of which the worker has warned.
@@ -331,7 +330,7 @@ impl Worker {
             leases_lost: read(&counters.leases_lost),
             replies_paid: read(&counters.paid),
             replies_replayed: read(&counters.replayed),
-            journal: self.0.memo.journal().stats(),
+            journal: self.0.journal.stats(),
         }
     }
 

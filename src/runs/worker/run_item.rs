@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::registry::Work;
 use super::{AmbiguousPolicy, Inner, RunInfo, count};
-use crate::call::memo::Place;
+use crate::call::scope::MemoNamespace;
 use crate::context::Context;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::{Commit, Hold, IntentFilter, Item, ItemId, Settlement};
@@ -59,7 +59,7 @@ pub(super) struct ReadyItem {
     pub(super) cx: Context,
     run: Arc<RunInfo>,
     name: Arc<str>,
-    place: Arc<Place>,
+    namespace: Arc<MemoNamespace>,
     work: Arc<dyn Work>,
 }
 
@@ -72,23 +72,19 @@ impl Inner {
         item: Item,
     ) -> Option<ReadyItem> {
         let (name, work) = self.registry.find(&run.name)?;
-        let mut place = Place::durable(
-            Arc::clone(&self.memo),
-            item.tenant.as_str().into(),
-            &name,
-            &item.key,
-        );
+        let tenant = item.tenant.as_str().into();
+        let mut namespace = MemoNamespace::durable_item(tenant, &name, &item.key);
         if run.spec.fresh {
-            place = place.fresh(item.run.to_string());
+            namespace = namespace.fresh(item.run.to_string());
         }
         if self.options.intents {
-            place = place.with_intents(item.id, number(&item));
+            namespace = namespace.with_intents(item.id, number(&item));
         }
         Some(ReadyItem {
             cx: parent.child(""),
             run: Arc::clone(run),
             name,
-            place: Arc::new(place),
+            namespace: Arc::new(namespace),
             work,
             item,
         })
@@ -111,10 +107,10 @@ impl Inner {
             let again = result
                 .as_ref()
                 .err()
-                .and_then(|error| ready.place.retake(error));
-            if let Some(place) = again {
+                .and_then(|error| ready.namespace.reject_reply(error));
+            if let Some(namespace) = again {
                 tracing::debug!(item = %hold.item, "the item failed on a stored reply and asks for a new one");
-                ready.place = Arc::new(place);
+                ready.namespace = Arc::new(namespace);
                 continue;
             }
             return match result {
@@ -135,16 +131,16 @@ impl Inner {
             item,
             run,
             name,
-            place,
+            namespace,
             ..
         } = ready;
         let (priority, tenant) = (self.options.queue_of)(&item.tenant);
-        let (key, place) = (item.key.as_str().into(), Arc::clone(place));
+        let (key, namespace) = (item.key.as_str().into(), Arc::clone(namespace));
         let cx = ready
             .cx
-            .durable_item(Arc::clone(name), key, place, run.deadline, |who| {
-                who.priority = priority;
-                who.tenant = tenant.or(who.tenant);
+            .durable_item(Arc::clone(name), key, namespace, run.deadline, |queue| {
+                queue.priority = priority;
+                queue.tenant = tenant.or(queue.tenant);
             });
         let result = ready.work.run(&cx, &item.input).await;
         let tally = cx.tally();
@@ -187,6 +183,6 @@ impl Inner {
         };
         count(counter, 1);
         let commit = Commit::new().settlements([Settlement { hold, result }]);
-        self.memo.journal().write(commit);
+        self.journal.write(commit);
     }
 }

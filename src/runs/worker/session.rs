@@ -185,7 +185,7 @@ impl Session {
                 continue;
             }
             let free = most - in_flight.tasks.len().min(most);
-            let has_room = worker.memo.journal().capacity().now_or_never().is_some();
+            let has_room = worker.journal.capacity().now_or_never().is_some();
             let may_claim = has_room && free > 0 && !suspects.is_isolating();
             let wanted = match may_claim {
                 true if in_doubt => (claim_at <= now).then_some(Lookup::Orphans),
@@ -265,7 +265,7 @@ impl Session {
                 () = stop.cancelled() => {}
                 () = self.cx.bounds().drained() => {}
                 Some(done) = in_flight.tasks.join_next() => self.ended(in_flight, &mut suspects, done),
-                () = worker.memo.journal().capacity(), if !has_room => {}
+                () = worker.journal.capacity(), if !has_room => {}
                 () = sleep_until(next), if may_claim => {}
                 () = sleep_until(release_at), if !in_flight.release.is_empty() => {}
                 () = sleep_until(last_claim.unwrap_or(now)), if last_claim.is_some() => {}
@@ -331,7 +331,7 @@ impl Session {
     async fn run_alone(&self, in_flight: &mut InFlight, suspects: &mut SuspectPolicy, item: Item) {
         // The lease still holds items whose outcome is not written, and a death with several items does not count. So
         // outcomes are written first, unless the store is away.
-        let written = self.worker.memo.journal().flush();
+        let written = self.worker.journal.flush();
         let _ = timeout(self.worker.options.lease / 3, written).await;
         tracing::warn!(
             item = %item.id, key = item.key, attempt = item.attempt,
@@ -502,7 +502,7 @@ impl Session {
     /// Releases the items that this lease holds and no task works on: a claim took them whose answer was lost.
     async fn release_orphans(&self, in_flight: &InFlight, suspects: &SuspectPolicy) -> Result<()> {
         // The lease also holds items whose outcome is not written yet.
-        self.worker.memo.journal().flush().await?;
+        self.worker.journal.flush().await?;
         let mut orphans = self.worker.queue.held(self.lease).await?;
         let mut known: HashSet<_> = self.running().keys().copied().collect();
         known.extend(in_flight.release.iter().map(|(hold, _)| hold.item));
