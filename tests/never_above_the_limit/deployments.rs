@@ -63,7 +63,11 @@ fn rejected(sims: &[Sim]) -> u64 {
 #[tokio::test(start_paused = true)]
 async fn calls_wait_instead_of_being_rejected() {
     for sims in [vec![sim(600)], vec![sim(300), sim(200), sim(100)]] {
-        let rates = if sims.len() == 1 { vec![600] } else { vec![300, 200, 100] };
+        let rates = if sims.len() == 1 {
+            vec![600]
+        } else {
+            vec![300, 200, 100]
+        };
         let mut all = sims.iter().zip(rates);
         let (first, rate) = all.next().unwrap();
         let mut builder = Context::builder(first.clone()).lane(lane(rate));
@@ -147,8 +151,13 @@ async fn when_all_deployments_are_disabled_waiting_calls_fail_with_the_reason() 
 
 #[tokio::test(start_paused = true)]
 async fn an_unknown_deployment_is_an_error_that_names_the_known_ones() {
-    let cx = Context::builder(Scripted::new()).deployment(Scripted::new()).build();
-    assert_eq!(cx.deployments().collect::<Vec<_>>(), ["scripted", "scripted-2"]);
+    let cx = Context::builder(Scripted::new())
+        .deployment(Scripted::new())
+        .build();
+    assert_eq!(
+        cx.deployments().collect::<Vec<_>>(),
+        ["scripted", "scripted-2"]
+    );
     for failed in [cx.enable("east"), cx.retune("east", Pace::unlimited())] {
         let error = failed.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Config);
@@ -167,7 +176,10 @@ async fn groups_of_deployments_are_used_in_order() {
     for _ in 0..3 {
         took.push(where_to(&cx).await.unwrap());
     }
-    assert_eq!((took, start.elapsed()), (vec!["main".to_owned(); 3], 2 * SECOND));
+    assert_eq!(
+        (took, start.elapsed()),
+        (vec!["main".to_owned(); 3], 2 * SECOND)
+    );
     // A long cooldown is one, for calls that wait already too.
     let permit = main.acquire(Need::new(1, 1)).await.unwrap();
     let parking = async {
