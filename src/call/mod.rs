@@ -32,24 +32,7 @@
 //! | `deployments` | the deployments of a context and the choice between them |
 //! | `estimate`, `tiktoken` | the tokens that a call will need |
 //!
-//! # Timeouts
-//!
-//! | Timeout | Set by | Default | Covers | When it ends |
-//! |---|---|---|---|---|
-//! | deadline | [`ContextBuilder::deadline`](crate::ContextBuilder::deadline), [`Context::with_deadline`](crate::Context::with_deadline), [`with_timeout`](crate::Context::with_timeout) | none | everything below the context: queues, waits, calls | [`DeadlineExceeded`](crate::ErrorKind::DeadlineExceeded); not tried again |
-//! | run deadline | [`Submit::timeout`](crate::runs::Submit::timeout) | none | all items of a durable run, by the time of day | the items fail with `DeadlineExceeded` |
-//! | call timeout | [`Request::timeout`](crate::Request::timeout), else [`ContextBuilder::call_timeout`](crate::ContextBuilder::call_timeout) | 10 min | one attempt, from sending to the last byte | [`Timeout`](crate::ErrorKind::Timeout); tried again ([`Retry::timeouts`]) |
-//! | connect, response and body timeouts | the builders of the HTTP providers | see there | a phase of one HTTP exchange | `Timeout`; tried again |
-//! | idle timeout of the connection | `idle_timeout` of the HTTP providers | 5 min | the time between two pieces of a body | `Timeout`; tried again |
-//! | idle timeout of a stream | [`Deltas::idle_timeout`](crate::context::Deltas::idle_timeout) | 5 min | the time between two pieces of text, after the first one | `Timeout`; tried again only if nothing was yielded |
-//! | longest wait | fixed | 10 min | the `Retry-After` that a call waits for | the lane is parked; the call goes to a fallback or fails |
-//! | patience | [`Retry::patience`] | 15 min | an outage, or a rate limit that refuses all calls | the waiting calls fail with an account-wide error |
-//! | grace period | [`ContextBuilder::best_effort_grace`](crate::ContextBuilder::best_effort_grace) | 1 s | an update, after the work beside it | the update is dropped; the work has its result |
-//! | store | fixed | 1 min | a lookup in a store that does not answer | the error of the store |
-//!
-//! Of two timeouts that run at the same time, the one that ends first wins; the error names it. Waiting for a permit is
-//! bounded by the deadline only. The idle timeouts have the same value for the same reason: some models think for minutes
-//! in the middle of a reply.
+//! The page on [`timeouts`](crate::timeouts) lists every timeout of these layers.
 
 mod admit;
 mod attempt;

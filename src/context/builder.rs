@@ -118,7 +118,7 @@ impl ContextBuilder {
     }
 
     /// Sets the longest time that one call may take, from sending to the last byte; 10 minutes unless
-    /// set. [`Request::timeout`] overrides it. See the [table of all timeouts](crate::call#timeouts).
+    /// set. [`Request::timeout`] overrides it. See the [table of all timeouts](crate::timeouts).
     pub fn call_timeout(mut self, timeout: Duration) -> Self {
         self.call_timeout = timeout;
         self

@@ -95,7 +95,7 @@ enum State {
 impl Deltas {
     /// Sets the longest time between two pieces of the reply; 5 minutes unless set, as for the connections of the HTTP
     /// providers, because some models think for minutes in the middle of a reply. The time until the first piece is bounded
-    /// by the call timeout alone. See the [table of all timeouts](crate::call#timeouts).
+    /// by the call timeout alone. See the [table of all timeouts](crate::timeouts).
     pub fn idle_timeout(mut self, timeout: Duration) -> Self {
         self.idle_timeout = timeout;
         self

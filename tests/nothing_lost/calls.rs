@@ -1,4 +1,4 @@
-//! One call through the guard: attempts, waits, cancellation, and what each failure says.
+//! Single calls: attempts, waits, cancellation, and the error of each failure.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
@@ -43,7 +43,7 @@ async fn a_transient_failure_is_tried_again_within_its_ceiling() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_wait_that_only_the_rate_names_closes_the_lane() {
+async fn a_wait_in_the_rate_headers_alone_lets_the_lane_cool_down() {
     let wait = Duration::from_secs(20);
     let rate = RateSnapshot::new().with_retry_after(wait);
     let script = Scripted::new()
@@ -58,7 +58,7 @@ async fn a_wait_that_only_the_rate_names_closes_the_lane() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn giving_up_says_after_how_many_attempts_and_forbids_another_layer() {
+async fn the_last_error_has_the_number_of_attempts_and_is_exhausted() {
     let mut script = Scripted::new();
     for _ in 0..9 {
         script = script.error(error(ErrorKind::Unavailable));
@@ -72,7 +72,7 @@ async fn giving_up_says_after_how_many_attempts_and_forbids_another_layer() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_cannot_pass_is_tried_once() {
+async fn permanent_errors_are_tried_once() {
     for kind in [
         ErrorKind::InvalidRequest,
         ErrorKind::Unauthorized,
@@ -90,7 +90,7 @@ async fn what_cannot_pass_is_tried_once() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_servers_wait_is_never_undercut() {
+async fn a_retry_waits_at_least_as_long_as_the_server_asks() {
     let script = Scripted::new()
         .error(error(ErrorKind::Unavailable).with_wait(Duration::from_secs(40)))
         .reply("after it");
@@ -101,7 +101,7 @@ async fn the_servers_wait_is_never_undercut() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_refusal_by_the_rate_limit_costs_no_attempt_and_closes_the_gate_for_all() {
+async fn a_refusal_by_the_rate_limit_costs_no_attempt_and_lets_the_lane_cool_down_for_all() {
     let script = Scripted::new()
         .error(throttled(10))
         .error(throttled(10))
@@ -117,9 +117,9 @@ async fn a_refusal_by_the_rate_limit_costs_no_attempt_and_closes_the_gate_for_al
         elapsed(second.generate("late")).await
     });
     let (first, took) = elapsed(cx.generate("a")).await;
-    // Once refused, a call keeps its place in the queue; refused twice, it goes behind the others.
+    // A call that was refused once keeps its place in the queue; one that was refused twice goes behind the others.
     assert_eq!(first.unwrap().text, "two");
-    // Twice the server's delay, jitter of at most a tenth on top, and its turn behind the other.
+    // Twice the server's delay with a jitter of up to a tenth, and the wait behind the other call.
     assert!(took >= Duration::from_secs(20), "{took:?}");
     assert!(took <= Duration::from_millis(24_010), "{took:?}");
     let (late, took) = late.await.unwrap();
@@ -133,7 +133,7 @@ async fn a_refusal_by_the_rate_limit_costs_no_attempt_and_closes_the_gate_for_al
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_limit_that_lets_nobody_through_ends_in_exhaustion() {
+async fn a_limit_that_lets_no_call_through_ends_with_an_exhausted_error() {
     struct Closed(AtomicU32);
     #[async_trait]
     impl Provider for Closed {
@@ -172,7 +172,7 @@ async fn a_call_that_hangs_ends_with_its_timeout() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_deadline_ends_a_call_in_flight_and_forbids_a_retry_behind_it() {
+async fn the_deadline_ends_a_call_in_flight_and_no_retry_starts_after_it() {
     let script = Scripted::new()
         .delay(Duration::from_secs(60))
         .reply("never");
@@ -198,7 +198,7 @@ async fn the_deadline_ends_a_call_in_flight_and_forbids_a_retry_behind_it() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn cancelling_reaches_calls_that_wait_and_calls_in_flight() {
+async fn cancelling_ends_waiting_calls_and_calls_in_flight() {
     let token = CancellationToken::new();
     let script = Scripted::new()
         .delay(Duration::from_secs(60))
@@ -225,7 +225,7 @@ async fn cancelling_reaches_calls_that_wait_and_calls_in_flight() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn draining_finishes_what_is_in_flight_and_sends_nothing_more() {
+async fn draining_finishes_calls_in_flight_and_sends_no_more() {
     let script = Scripted::new()
         .delay(Duration::from_secs(60))
         .reply("paid")
@@ -244,7 +244,7 @@ async fn draining_finishes_what_is_in_flight_and_sends_nothing_more() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_child_is_cancelled_alone() {
+async fn cancelling_a_child_does_not_cancel_its_parent_or_siblings() {
     let cx = Context::builder(Scripted::new().reply("parent")).build();
     let child = cx.child("stage");
     child.cancel();
@@ -254,7 +254,7 @@ async fn a_child_is_cancelled_alone() {
     assert_eq!(cx.tally().attempts, 1);
 }
 
-/// Invariant 5: a dropped call gives its permit back.
+/// A dropped call gives its permit back.
 #[tokio::test(start_paused = true)]
 async fn dropping_a_call_frees_its_slot() {
     let script = Scripted::new()
@@ -328,7 +328,7 @@ async fn the_context_fills_in_the_model_and_the_item_key() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn events_tell_the_story_of_a_call_and_a_panic_in_an_observer_changes_nothing() {
+async fn events_report_each_step_of_a_call_and_a_panicking_observer_changes_nothing() {
     let script = Scripted::new()
         .error(throttled(1))
         .error(error(ErrorKind::Unavailable))
@@ -428,9 +428,9 @@ async fn a_panic_in_a_provider_gives_its_permit_back() {
     assert_eq!(cx.snapshot().lane.in_flight, 0);
 }
 
-/// Nothing is sent once the account is refused, not by those who wait either, until somebody acts.
+/// When the account is refused, waiting calls are not sent either.
 #[tokio::test(start_paused = true)]
-async fn a_refused_account_stops_everybody_until_the_lane_is_reopened() {
+async fn a_refused_account_stops_all_calls_until_the_deployment_is_enabled() {
     let script = Scripted::new()
         .delay(Duration::from_secs(1))
         .error(error(ErrorKind::Unauthorized))
@@ -465,7 +465,7 @@ async fn a_refused_account_stops_everybody_until_the_lane_is_reopened() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_long_wait_parks_the_lane_instead_of_everybody_in_it() {
+async fn calls_fail_instead_of_waiting_for_a_lane_with_a_very_long_wait() {
     let script = Scripted::new()
         .error(throttled(3_600))
         .error(throttled(3_600))
@@ -481,7 +481,7 @@ async fn a_long_wait_parks_the_lane_instead_of_everybody_in_it() {
         );
         assert_eq!(cx.lanes().any(|lane| lane.stopped().is_some()), parked);
     }
-    // The wait, and the jitter of the gate.
+    // The wait and the jitter of the cooldown.
     sleep(Duration::from_secs(3_602)).await;
     assert!(cx.lanes().all(|lane| lane.stopped().is_none()));
     assert_eq!(cx.generate("b").await.unwrap().text, "an hour later");
@@ -499,12 +499,12 @@ async fn a_request_refused_for_its_size_leaves_the_token_limit_alone() {
         cx.generate(large).await.unwrap_err();
         let (next, took) = elapsed(cx.generate(Request::new("hi").max_tokens(100))).await;
         next.unwrap();
-        // What is left to wait for is the limit on requests, at 500 a minute.
+        // Only the limit on requests is left to wait for, at 500 a minute.
         assert!(took <= Duration::from_millis(250), "{max_tokens}: {took:?}");
     }
 }
 
-/// The lane counts a minute's worth, and says so: the calls behind it would wait for days.
+/// The lane counts a minute's worth and sends an event. Otherwise the calls behind it would wait for days.
 #[tokio::test(start_paused = true)]
 async fn one_call_is_charged_a_minute_of_a_limit_at_most() {
     let reply = |input, output| Reply::new("ok", Usage::new(input, output));
@@ -541,12 +541,12 @@ async fn one_call_is_charged_a_minute_of_a_limit_at_most() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_empty_retry_budget_slows_and_fails_nobody() {
+async fn an_empty_retry_budget_slows_retries_and_fails_no_call() {
     let mut script = Scripted::new();
     for _ in 0..101 {
         script = script.error(error(ErrorKind::Connection)).reply("again");
     }
-    // Each request costs a retry and earns a success: 4 of 500 are lost a time.
+    // Each request costs a retry and earns a success: it takes 4 of the 500 tokens.
     let cx = Context::builder(script).build();
     let settled = cx.fan_out("n", 0..101).sequential();
     let settled = settled.settle(|cx, n| async move { cx.generate(n.to_string()).await });
@@ -569,13 +569,13 @@ async fn an_empty_retry_budget_slows_and_fails_nobody() {
         .build();
     let (reply, took) = elapsed(cx.generate("a")).await;
     assert!(reply.is_ok());
-    // A hundred at random waits below a second, then a hundred around a whole one.
+    // A hundred random waits below a second, then a hundred around one second.
     let hundred = Duration::from_secs(100);
     assert!((hundred..hundred * 2).contains(&took), "{took:?}");
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_retry_that_could_not_be_answered_in_time_fails_now() {
+async fn a_retry_that_could_not_be_answered_in_time_fails_at_once() {
     let latency = Duration::from_secs(10);
     let mut script = Scripted::new();
     for _ in 0..8 {
@@ -639,7 +639,7 @@ async fn the_parallel_toggle_changes_how_long_work_takes_and_not_its_results() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_stage_that_panics_fails_and_is_told() {
+async fn a_stage_that_panics_fails_and_sends_an_event() {
     let told = Arc::new(Mutex::new(Vec::new()));
     let events = Arc::clone(&told);
     let cx = Context::builder(Scripted::new())

@@ -1,4 +1,4 @@
-//! A context with several deployments: where calls go, and what becomes of those that fail.
+//! Contexts with several deployments: where calls go, also after a failure.
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -55,7 +55,7 @@ async fn three_accounts_are_as_fast_as_one_of_their_sum() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn nobody_notices_an_account_that_is_refused_while_another_is_there() {
+async fn a_refused_account_fails_no_call_while_there_is_another() {
     let refused = Sim::builder().unauthorized().build();
     let stops = Arc::new(Mutex::new(0));
     let count = Arc::clone(&stops);
@@ -83,7 +83,7 @@ async fn nobody_notices_an_account_that_is_refused_while_another_is_there() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_call_that_failed_at_one_goes_to_the_other_next() {
+async fn a_retry_goes_to_another_deployment() {
     let broken = || Error::new(ErrorKind::Connection, "reset");
     let cx = Context::builder(Scripted::new().error(broken()).error(broken()))
         .deployment(Deployment::new(Scripted::new().reply("east")))
@@ -132,7 +132,7 @@ async fn a_retry_that_would_be_answered_too_late_is_not_sent() -> Result<()> {
     for n in 0..8 {
         cx.generate(format!("warm up {n}")).await?;
     }
-    // The first attempt goes: it may be faster than those before.
+    // The first attempt is sent: it may be faster than those before.
     let hurried = cx.with_timeout(3 * SECOND);
     let error = hurried.generate("in three seconds").await.unwrap_err();
     assert!(error.is_deadline_exceeded());
@@ -172,7 +172,7 @@ async fn retuning_a_deployment_lets_waiting_calls_go_and_sends_events() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_idle_fallback_does_not_hide_what_binds() {
+async fn an_idle_fallback_does_not_hide_the_limiting_factor() {
     let cx = Context::builder(sim(60))
         .pace(pace(60))
         .fallback(Deployment::new(sim(600)).pace(pace(600)))

@@ -1,4 +1,4 @@
-//! What failures cost: which requests are given up, which are held back, and what others notice of them.
+//! Failures: the requests that are given up, those that wait, and the effect on other requests.
 //!
 //! All on the paused clock. `THROUGHLINE_LONG=1` runs the long form of the first test.
 
@@ -18,7 +18,7 @@ use tokio::time::{Instant, sleep, timeout};
 const SECOND: Duration = Duration::from_secs(1);
 const HOUR: Duration = Duration::from_secs(3_600);
 
-/// A provider that is a closure.
+/// A provider made of a closure.
 struct Answers<F>(F);
 
 #[async_trait]
@@ -36,7 +36,7 @@ where
     }
 }
 
-/// A context around a closure that is given the prompt.
+/// Makes a context around a closure that gets the prompt.
 fn answers<F, Fut>(answer: F) -> ContextBuilder
 where
     F: Fn(String) -> Fut + Send + Sync + 'static,
@@ -57,14 +57,14 @@ fn forbidden() -> Error {
     Error::new(ErrorKind::Forbidden, "no access to the model").with_http_status(403)
 }
 
-/// Asks with the number of each item as the prompt.
+/// Makes `n` calls, with their numbers as prompts.
 async fn ask(cx: &Context, n: usize) -> Settled<Reply> {
     cx.fan_out("n", 0..n)
         .settle(async |cx, n| cx.generate(n.to_string()).await)
         .await
 }
 
-/// All items are there at once, rather than a window of them.
+/// Makes `n` calls at the same time.
 async fn ask_at_once(cx: &Context, n: usize) -> Settled<Reply> {
     cx.fan_out("n", 0..n)
         .join_all()
@@ -118,7 +118,7 @@ async fn no_item_is_lost_to_independent_failures() {
     }
 }
 
-/// The provider fails everybody from 60 s on, for two minutes.
+/// The provider fails all calls from 60 s on, for two minutes.
 async fn outage(kind: ErrorKind, in_flight: usize, n: usize, at_once: bool) {
     let start = Instant::now();
     let cx = answers(move |_| async move {
@@ -165,7 +165,7 @@ async fn no_item_is_lost_to_an_outage() {
     }
 }
 
-/// New calls fail while those sent before go on to be answered.
+/// New calls fail while those that were sent before are still answered.
 #[tokio::test(start_paused = true)]
 async fn answers_to_calls_sent_before_an_outage_do_not_hide_it() {
     let start = Instant::now();
@@ -237,9 +237,9 @@ async fn a_request_that_always_fails_among_healthy_ones_is_given_up_early() {
     assert_eq!(error.attempts() as usize, calls);
 }
 
-/// Nothing in these failures speaks of the request: all attempts are made.
+/// All attempts are made, because these failures say nothing about the request.
 #[tokio::test(start_paused = true)]
-async fn failures_without_a_word_about_the_request_are_no_evidence_against_it() {
+async fn failures_that_say_nothing_about_the_request_are_no_evidence_against_it() {
     for kind in [ErrorKind::Unavailable, ErrorKind::Connection] {
         let cx = answers(move |prompt| async move {
             match prompt == "100" {
@@ -277,7 +277,7 @@ async fn a_request_whose_calls_time_out_is_sent_twice() {
 
 // Requests that the rate limit refuses
 
-/// When all but the refused one were done, and when that one was.
+/// Returns when all other requests were done, and when the refused one was.
 async fn refused_always(pace: Pace, poison: bool) -> (Duration, Duration) {
     let cx = answers(move |prompt| async move {
         if poison && prompt == "100" {
@@ -316,12 +316,12 @@ async fn a_request_that_is_always_refused_does_not_delay_the_others() {
             with <= without * 105 / 100,
             "{with:?} instead of {without:?}"
         );
-        // It is given up by itself, and not only when nobody else is left.
+        // It is given up while other requests are left.
         assert!(all <= without * 105 / 100, "{all:?} instead of {without:?}");
     }
 }
 
-/// A provider under contention refuses every second call: none is given up for it.
+/// A provider under contention refuses every second call, and no request is given up because of that.
 #[tokio::test(start_paused = true)]
 async fn requests_refused_as_often_as_others_are_never_given_up() {
     let seed = Mutex::new(fastrand::Rng::with_seed(3));
@@ -343,7 +343,7 @@ async fn requests_refused_as_often_as_others_are_never_given_up() {
 
 #[tokio::test(start_paused = true)]
 async fn forbidden_requests_fail_alone() {
-    // One, two neighbours, each tenth, each second; one kind that says the credentials are refused.
+    // One, two neighbours, each tenth, each second; and one error that concerns the credentials.
     let cases: [fn(usize) -> bool; 4] = [
         |n| n == 100,
         |n| n == 100 || n == 101,
@@ -400,9 +400,9 @@ async fn a_second_different_request_confirms_that_the_account_is_refused() {
     assert_eq!(calls.load(Ordering::Relaxed), sent, "nothing is sent");
 }
 
-/// No item is said to have failed by itself where the whole account is refused in mid-run.
+/// No item fails with an error of its own if the whole account is refused in mid-run.
 #[tokio::test(start_paused = true)]
-async fn an_account_refused_in_mid_run_costs_no_item_and_is_asked_again_after_minutes() {
+async fn an_account_refused_in_mid_run_loses_no_item_and_is_tried_again_after_minutes() {
     for in_flight in [64, 1] {
         let (calls, count) = counter();
         let start = Instant::now();
@@ -425,7 +425,7 @@ async fn an_account_refused_in_mid_run_costs_no_item_and_is_asked_again_after_mi
             assert!(failed.error().unwrap().is_account_wide());
         }
         assert!(start.elapsed() < 60 * SECOND);
-        // After five minutes one call asks; the others wait for its answer and are told too.
+        // After five minutes one call tries again; the others wait for its answer and fail with it.
         sleep(360 * SECOND).await;
         let before = calls.load(Ordering::Relaxed);
         let told = ask_at_once(&cx, 100).await;
@@ -467,7 +467,7 @@ async fn refused_credentials_are_tried_again_by_one_call_after_minutes() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_wait_of_hours_is_told_at_once_and_parks_the_lane_when_a_second_request_confirms_it() {
+async fn a_wait_of_hours_fails_at_once_and_stops_the_lane_when_a_second_request_confirms_it() {
     for kind in [
         ErrorKind::Throttled,
         ErrorKind::Overloaded,
@@ -488,13 +488,13 @@ async fn a_wait_of_hours_is_told_at_once_and_parks_the_lane_when_a_second_reques
             error.is_account_wide()
         };
         assert!(!told(cx.generate("first").await));
-        // One request's word holds up nobody.
+        // The refusal of one request does not stop the others.
         cx.generate("fine").await.unwrap();
         assert!(!told(cx.generate("second").await));
         assert!(told(cx.generate("third").await));
         assert!(told(cx.generate("fine").await), "the lane is parked");
         assert!(start.elapsed() < 10 * SECOND, "{:?}", start.elapsed());
-        // It is asked again before the twelve hours are over.
+        // The account is tried again before the twelve hours are over.
         sleep(HOUR + SECOND).await;
         cx.generate("fine").await.unwrap();
     }
@@ -503,7 +503,7 @@ async fn a_wait_of_hours_is_told_at_once_and_parks_the_lane_when_a_second_reques
 // Deadlines
 
 #[tokio::test(start_paused = true)]
-async fn the_first_attempt_is_sent_however_long_other_calls_took() {
+async fn the_first_attempt_is_always_sent_before_the_deadline() {
     let start = Instant::now();
     let cx = answers(move |prompt| async move {
         let slow = prompt.starts_with("report") || start.elapsed() < HOUR;
@@ -606,7 +606,7 @@ async fn a_call_after_many_failures_still_meets_its_deadline() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn durations_without_end_are_no_limits() {
+async fn the_longest_durations_are_no_limits() {
     let sim = || Sim::builder().latency(SECOND).build();
     let cx = Context::builder(sim()).call_timeout(Duration::MAX).build();
     cx.generate("x").await.unwrap();

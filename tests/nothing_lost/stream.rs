@@ -1,4 +1,4 @@
-//! Replies while they are written: under the guard, on the paused clock.
+//! Streamed replies, on the paused clock.
 
 use std::time::Duration;
 
@@ -16,8 +16,8 @@ fn broken(kind: ErrorKind) -> Error {
     Error::new(kind, "as scripted")
 }
 
-/// What was yielded, as words, each with the second it came in.
-async fn told(mut deltas: Deltas) -> Vec<(u64, String)> {
+/// Reads a stream to its end, and returns each event as words with the second in which it came.
+async fn read(mut deltas: Deltas) -> Vec<(u64, String)> {
     let began = Instant::now();
     let mut told = Vec::new();
     while let Some(delta) = deltas.next().await {
@@ -38,14 +38,14 @@ fn words(told: &[(u64, String)]) -> Vec<(u64, &str)> {
 }
 
 #[tokio::test(start_paused = true)]
-async fn text_comes_as_it_is_written_and_is_counted_like_any_call() {
+async fn text_is_yielded_while_it_is_written_and_the_call_is_counted() {
     let script = Scripted::new().streamed(2 * SECOND, ["The ", "Po."]);
     let (sender, events) = std::sync::mpsc::channel();
     let cx = Context::builder(script)
         .pace(Pace::unlimited().in_flight(1))
         .on_event(move |event| sender.send(event.to_string()).unwrap())
         .build();
-    let told = told(cx.stream("Name a river.")).await;
+    let told = read(cx.stream("Name a river.")).await;
     assert_eq!(
         words(&told),
         [(1, "The "), (2, "Po."), (2, "(end: The Po.)")]
@@ -61,7 +61,7 @@ async fn text_comes_as_it_is_written_and_is_counted_like_any_call() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn nothing_is_sent_before_somebody_reads() {
+async fn nothing_is_sent_before_the_stream_is_polled() {
     let script = Scripted::new().reply("a");
     let cx = Context::builder(script.clone()).build();
     let deltas = cx.stream("a");
@@ -72,21 +72,21 @@ async fn nothing_is_sent_before_somebody_reads() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn before_the_first_word_a_failure_is_tried_again() {
+async fn a_failure_before_the_first_piece_is_tried_again() {
     let none: [&str; 0] = [];
     let script = Scripted::new()
         .error(broken(ErrorKind::Unavailable))
         .broken(SECOND, none, broken(ErrorKind::Connection))
         .reply("third");
     let cx = Context::builder(script).build();
-    let told = told(cx.stream("a")).await;
+    let told = read(cx.stream("a")).await;
     let words: Vec<&str> = told.iter().map(|(_, word)| &**word).collect();
     assert_eq!(words, ["third", "(end: third)"]);
     assert_eq!((cx.tally().attempts, cx.tally().retries), (3, 2));
 }
 
 #[tokio::test(start_paused = true)]
-async fn after_it_the_failure_is_the_readers() {
+async fn a_failure_after_the_first_piece_is_yielded() {
     let script = Scripted::new()
         .broken(SECOND, ["half "], broken(ErrorKind::Connection))
         .reply("never");
@@ -104,17 +104,17 @@ async fn after_it_the_failure_is_the_readers() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn who_discards_gets_it_again_from_the_beginning() {
+async fn a_reader_that_allows_it_gets_the_reply_again_from_the_beginning() {
     let script = Scripted::new()
         .broken(SECOND, ["half "], broken(ErrorKind::Connection))
         .reply("whole");
     let cx = Context::builder(script).build();
-    let told = told(cx.stream("a").discarding()).await;
+    let told = read(cx.stream("a").discarding()).await;
     let words: Vec<&str> = told.iter().map(|(_, word)| &**word).collect();
     assert_eq!(words, ["half ", "(discard)", "whole", "(end: whole)"]);
 }
 
-/// Says two words and then nothing more.
+/// Streams two words and then never ends.
 struct Stalls;
 
 #[async_trait]
@@ -135,35 +135,35 @@ impl Provider for Stalls {
 }
 
 #[tokio::test(start_paused = true)]
-async fn silence_ends_a_reply_but_not_the_thinking_before_it() {
+async fn the_idle_timeout_starts_with_the_first_piece() {
     let cx = Context::builder(Stalls).build();
-    let told = told(cx.stream("a").idle_timeout(11 * SECOND)).await;
+    let told = read(cx.stream("a").idle_timeout(11 * SECOND)).await;
     assert_eq!(words(&told), [(10, "a"), (20, "b"), (31, "(timeout)")]);
     assert_eq!(cx.tally().timed_out, 1);
 }
 
 #[tokio::test(start_paused = true)]
-async fn timeout_deadline_and_cancel_end_it() {
+async fn timeout_deadline_and_cancellation_end_a_stream() {
     let cx = Context::builder(Stalls).call_timeout(15 * SECOND).build();
     assert_eq!(
-        words(&told(cx.stream("a")).await),
+        words(&read(cx.stream("a")).await),
         [(10, "a"), (15, "(timeout)")]
     );
     let cx = Context::builder(Stalls).build();
     let bounded = cx.with_timeout(12 * SECOND);
     let end = (12, "(deadline_exceeded)");
-    assert_eq!(words(&told(bounded.stream("a")).await), [(10, "a"), end]);
+    assert_eq!(words(&read(bounded.stream("a")).await), [(10, "a"), end]);
     let stop = async {
         sleep(13 * SECOND).await;
         cx.cancel();
     };
-    let (told, ()) = tokio::join!(told(cx.stream("a")), stop);
+    let (told, ()) = tokio::join!(read(cx.stream("a")), stop);
     assert_eq!(words(&told), [(10, "a"), (13, "(cancelled)")]);
     assert_eq!(cx.snapshot().lane.in_flight, 0);
 }
 
 #[tokio::test(start_paused = true)]
-async fn dropping_it_settles_the_permit_and_counts_the_attempt() {
+async fn dropping_a_stream_settles_the_permit_and_counts_the_attempt() {
     let sim = Sim::builder().latency(10 * SECOND).build();
     let cx = Context::builder(sim.clone())
         .pace(Pace::unlimited().in_flight(1))
@@ -178,7 +178,7 @@ async fn dropping_it_settles_the_permit_and_counts_the_attempt() {
     assert_eq!((tally.attempts, tally.ambiguous), (1, 1));
     cx.generate("the context is not cancelled").await.unwrap();
 
-    // One that waits for a permit leaves the queue.
+    // A dropped stream that waits for a permit leaves the queue.
     let mut first = cx.stream("a");
     first.next().await.unwrap().unwrap();
     let mut second = cx.stream("b");
@@ -191,7 +191,7 @@ async fn dropping_it_settles_the_permit_and_counts_the_attempt() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_busy_reader_holds_up_no_permit() {
+async fn a_busy_reader_does_not_hold_a_permit() {
     let script = Scripted::new()
         .streamed(2 * SECOND, ["a", "b"])
         .reply("other");
@@ -200,15 +200,15 @@ async fn a_busy_reader_holds_up_no_permit() {
         .build();
     let mut deltas = cx.stream("plan");
     deltas.next().await.unwrap().unwrap();
-    // The reader asks something else with the only permit, and reads on afterwards.
+    // The reader makes another call with the only permit, and reads on afterwards.
     let began = Instant::now();
     assert_eq!(cx.generate("b").await.unwrap().text, "other");
     assert_eq!(began.elapsed(), SECOND);
-    assert_eq!(told(deltas).await.len(), 2);
+    assert_eq!(read(deltas).await.len(), 2);
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_panic_of_the_provider_is_the_readers() {
+async fn a_panic_of_the_provider_comes_out_of_the_stream() {
     struct Panics;
     #[async_trait]
     impl Provider for Panics {
@@ -225,7 +225,7 @@ async fn a_panic_of_the_provider_is_the_readers() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_refusal_waits_at_the_gate_like_any_call() {
+async fn a_refused_stream_waits_for_the_lane_like_any_call() {
     let throttled = broken(ErrorKind::Throttled).with_wait(5 * SECOND);
     let script = Scripted::new().error(throttled).reply("late");
     let (sender, events) = std::sync::mpsc::channel();
@@ -237,7 +237,7 @@ async fn a_refusal_waits_at_the_gate_like_any_call() {
         })
         .retry(Retry::none())
         .build();
-    let told = told(cx.stream("a")).await;
+    let told = read(cx.stream("a")).await;
     assert_eq!(told[0].1, "late");
     assert!((5..=6).contains(&told[0].0), "{told:?}");
     assert_eq!(events.try_iter().count(), 1);

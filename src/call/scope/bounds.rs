@@ -258,7 +258,7 @@ impl Bounds {
         .await
     }
 
-    /// What ends a call in flight.
+    /// Waits for the end of a call in flight that does not answer, and returns the error.
     async fn ended(&self, limit: Duration) -> Error {
         // No moment is later than a limit of `Duration::MAX` from now.
         let end = Instant::now().checked_add(limit);

@@ -36,7 +36,7 @@ impl Session {
     }
 
     fn unwritten(&self) -> Error {
-        let stats = self.worker.memo.journal().stats();
+        let stats = self.worker.journal.stats();
         let message = format!("{} results could not be written in time", stats.waiting);
         let error = Error::new(ErrorKind::Store, message);
         match stats.last_error {
@@ -48,7 +48,7 @@ impl Session {
     /// Flushes until it succeeds. The caller sets a timeout.
     async fn flush(&self) -> Result<()> {
         loop {
-            match self.worker.memo.journal().flush().await {
+            match self.worker.journal.flush().await {
                 Err(error) if error.kind() != ErrorKind::Config => {
                     tracing::warn!(%error, "the worker waits for the store before it stops");
                 }
