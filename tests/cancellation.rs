@@ -536,7 +536,7 @@ fn run_one(plan: &Plan, operation: Operation, polls: usize, how: Interruption, s
         };
         let (_, ended) = timeout(FOR_EVER, all)
             .await
-            .unwrap_or_else(|_| panic!("{what:?}: somebody waits for ever: {:?}", world.cx));
+            .unwrap_or_else(|_| panic!("{what:?}: a caller waits for ever: {:?}", world.cx));
         world.audit(plan, &what).await;
         ended
     })
@@ -856,7 +856,7 @@ fn run_random(seed: u64) {
         };
         if timeout(for_ever, all).await.is_err() {
             panic!(
-                "{what:?}: somebody waits for ever: {:?} {:?}",
+                "{what:?}: a caller waits for ever: {:?} {:?}",
                 world.cx.snapshot(),
                 world.cx.lanes().collect::<Vec<_>>()
             );

@@ -237,7 +237,11 @@ async fn a_log_that_is_down_fails_no_class_and_loses_nothing() {
     for number in 0..3 {
         class(&cx, &log, number).await.unwrap();
     }
-    assert_eq!(began.elapsed(), Duration::from_secs(24), "nobody waits");
+    assert_eq!(
+        began.elapsed(),
+        Duration::from_secs(24),
+        "no class waits for it"
+    );
     assert!(log.journal.flush().await.is_err());
     let down = log.journal.stats();
     assert!(down.failures > 0 && down.waiting == 30, "{down:?}");

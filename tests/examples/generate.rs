@@ -454,7 +454,7 @@ fn unusable_lines_are_reported_and_the_others_processed() {
 }
 
 #[test]
-fn what_cannot_run_at_all_says_why_and_exits_with_2() {
+fn invalid_arguments_print_an_error_and_exit_with_2() {
     let job = Job::numbered(3);
     let refuses = |arguments: &str, why: &str| {
         job.run(arguments).exits(2).says(why);
@@ -483,7 +483,7 @@ fn what_cannot_run_at_all_says_why_and_exits_with_2() {
         ));
     };
     reads(job.dir.path());
-    reads(&job.dir.path().join("nobody.jsonl"));
+    reads(&job.dir.path().join("missing.jsonl"));
 
     let full = job.run("--output /dev/full").exits(2);
     full.says("cannot write /dev/full: No space left")

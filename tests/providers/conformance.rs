@@ -89,7 +89,7 @@ mod http {
     use crate::support::server::{Act, Recorded, Script, Server, reply};
     use crate::support::{anthropic, openai};
 
-    /// What a dialect writes, where the dialects differ.
+    /// The parts in which the dialects differ.
     struct Dialect {
         /// A whole answer with this text.
         answer: fn(&str) -> String,

@@ -67,7 +67,7 @@ impl Curve {
         }
     }
 
-    /// What may pass at one moment.
+    /// Returns the amount that may pass at one moment.
     fn holds(&self, at: f64) -> f64 {
         match self {
             Self::Bucket { burst, rates } => {

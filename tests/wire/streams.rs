@@ -210,7 +210,11 @@ async fn an_error_event_after_some_text_is_classified() {
             let error = end.unwrap_err();
             assert_eq!(texts, ["a"]);
             assert_eq!((error.kind(), error.code()), (kind, code), "{frame}");
-            assert_eq!(error.billed(), None, "nobody says what the text has cost");
+            assert_eq!(
+                error.billed(),
+                None,
+                "it is unknown whether the text is billed"
+            );
             assert_eq!(error.request_id(), Some("req_1"));
         }
     }
