@@ -3,12 +3,19 @@
 //!
 //! ```sh
 //! cargo test --features sim --test pacing_gates -- --nocapture
+//! GATE_SEEDS=30 cargo test --release --features sim --test pacing_gates -- --nocapture
 //! ```
+//!
+//! `GATE_SEEDS` is the number of runs of each cell in which chance matters: 3 in a release build, 1 in a debug build. A
+//! release build (or `THROUGHLINE_LONG=1`) runs each cell once more without each policy of the rate limiter, and prints what
+//! each policy is worth.
 //!
 //! A row is the worst of its seeds. "configured" is what the lane was told ÷ what the
 //! provider enforces; the bound is that of the tighter of both, with the burst of
 //! whichever binds (see `support/bound.rs`).
 
+#[path = "support/ablation.rs"]
+mod ablation;
 #[path = "support/bound.rs"]
 mod bound;
 #[path = "pacing_gates/cell.rs"]
@@ -22,37 +29,42 @@ mod table;
 
 use std::time::Duration;
 
-use crate::cell::Cell;
+use throughline::provider::sim::Headers;
+use throughline::ratelimit::Policy;
 
-/// Debts: cells that miss a bar today, as scenario and "configured", printed with their figures.
-/// A cell that meets its bars must leave the list, so that it can only shrink.
-const KNOWN_MISSES: &[(&str, Option<f64>)] = &[];
+use crate::cell::Cell;
 
 #[test]
 fn every_cell_is_within_its_bars() {
     let rows = table::measured(scenarios::all());
     println!("{}", table::Table(&rows));
-    let (known, others): (Vec<_>, Vec<_>) = rows
-        .iter()
-        .partition(|row| KNOWN_MISSES.contains(&row.name()));
-    println!("{} KNOWN MISSES, to be paid off:", known.len());
-    for row in &known {
-        println!("  {}", row.misses().unwrap_or_default());
-    }
-    assert_eq!(known.len(), KNOWN_MISSES.len(), "a known miss is no cell");
-    let paid = known.iter().filter(|row| row.misses().is_none());
-    let paid: Vec<_> = paid.map(|row| row.name()).collect();
-    assert!(
-        paid.is_empty(),
-        "no longer misses, strike them off: {paid:?}"
-    );
-    let misses: Vec<String> = others.iter().filter_map(|row| row.misses()).collect();
+    let misses: Vec<String> = rows.iter().filter_map(|row| row.misses()).collect();
     assert!(
         misses.is_empty(),
         "{} of {} cells miss a bar:\n{}",
         misses.len(),
         rows.len(),
         misses.join("\n")
+    );
+}
+
+#[test]
+fn each_policy_is_measured_by_switching_it_off() {
+    if ablation::is_enabled() {
+        table::print_ablation(&scenarios::all());
+        return;
+    }
+    let cell = Cell::new("no headers", 2.0)
+        .requests(600, 600)
+        .truth(|truth| truth.headers = Headers::None)
+        .with(|cell| cell.seeds = 1);
+    let without = cell
+        .clone()
+        .with(|cell| cell.without = Some(Policy::RateControl));
+    let [with, without] = [cell, without].map(|cell| table::figures(&cell));
+    assert!(
+        without.refused > 1.5 * with.refused,
+        "{with:?}, without rate control {without:?}"
     );
 }
 

@@ -1,28 +1,31 @@
-//! What a lane makes of refusals that no rate limit explains: the whole crate under Tokio's paused clock against
+//! How a lane reacts to refusals that no rate limit explains: the whole crate under Tokio's paused clock against
 //! a simulated provider.
 //!
 //! ```sh
 //! cargo test --features sim --test refusal_gates -- --nocapture
 //! GATE_SEEDS=30 cargo test --release --features sim --test refusal_gates -- --nocapture
 //! ```
+//!
+//! `GATE_SEEDS` is the number of runs of each cell: 3 in a release build, 1 in a debug build. A release build (or
+//! `THROUGHLINE_LONG=1`) runs each cell once more without each policy of the rate limiter, and prints what each policy is worth.
 #![allow(missing_docs)]
 
+#[path = "support/ablation.rs"]
+mod ablation;
+
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use throughline::provider::sim::{Headers, Sim, SimBuilder};
-use throughline::{Context, Pace, Retry, ratelimit::Lane};
+use throughline::ratelimit::{Lane, Policy};
+use throughline::{Context, Pace, Retry};
 use tokio::time::Instant;
+
+use crate::ablation::Figures;
 
 const SECOND: Duration = Duration::from_secs(1);
 
-/// How many runs each cell is made of.
-fn seeds() -> impl Iterator<Item = u64> {
-    let seeds = std::env::var("GATE_SEEDS").ok();
-    let seeds = seeds.map_or(3, |seeds| seeds.parse().expect("GATE_SEEDS is a number"));
-    1..=seeds
-}
-
-/// What a run came to.
+/// The figures of one run.
 #[derive(Debug, Clone, Copy)]
 struct Run {
     seconds: f64,
@@ -32,168 +35,265 @@ struct Run {
     lost: usize,
 }
 
-/// Sends `items` at once through a lane of its own, on a clock of its own.
-fn run(provider: impl FnOnce() -> SimBuilder, pace: Pace, items: usize, seed: u64) -> Run {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_time()
-        .start_paused(true)
-        .build()
-        .unwrap();
-    runtime.block_on(async {
-        let sim = provider().seed(seed).reply(|_| "ok").build();
-        let cx = Context::builder(Sim::clone(&sim))
-            .lane(Lane::seeded(pace, seed))
-            .retry(Retry::default().attempts(10))
-            .build();
-        let began = Instant::now();
-        let settled = cx
-            .fan_out("item", 0..items)
-            .join_all()
-            .settle(async |cx, item| cx.generate(format!("{item}")).await)
-            .await;
-        let total = sim.ledger().total;
-        let refused = total.rejected + total.faults;
-        let sent = total.admitted + total.rejected;
-        Run {
-            seconds: began.elapsed().as_secs_f64(),
-            refused: refused as f64 / sent as f64,
-            lost: items - settled.oks().count(),
-        }
-    })
+/// A provider that refuses calls for no reason that the lane knows, and the work that is sent to it.
+#[derive(Debug, Clone, Copy)]
+enum Cell {
+    /// This part of the calls is answered with a 503 at random.
+    RandomOverloads(f64),
+    /// A 503 while this number of calls is in flight, from which second on.
+    HiddenConcurrency {
+        numbers: &'static [(u64, usize)],
+        latency: u64,
+        per_minute: u64,
+        items: usize,
+    },
+    /// A tenth of the calls is answered with a 429 at random.
+    RandomThrottling {
+        per_minute: u64,
+        items: usize,
+        headers: Headers,
+    },
 }
 
-/// A lane that reacts to each 503 is slowed down by noise: to a hundredth of its pace, where one call in
-/// a hundred meets one.
+impl Cell {
+    fn all() -> Vec<Self> {
+        [
+            Self::overloads(),
+            Self::hidden_concurrency(),
+            Self::throttling(),
+        ]
+        .concat()
+    }
+
+    fn overloads() -> Vec<Self> {
+        [0.001, 0.01].map(Self::RandomOverloads).to_vec()
+    }
+
+    fn hidden_concurrency() -> Vec<Self> {
+        let hidden = |numbers, latency, per_minute, items| Self::HiddenConcurrency {
+            numbers,
+            latency,
+            per_minute,
+            items,
+        };
+        vec![
+            hidden(&[(0, 8)], 2, 6_000, 1_000),
+            hidden(&[(0, 100)], 10, 6_000, 2_000),
+            hidden(&[(0, 400)], 10, 6_000, 4_000),
+            hidden(&[(0, 50)], 1, 6_000, 2_000),
+            hidden(&[(0, 24)], 30, 600, 1_000),
+            hidden(&[(0, 200), (100, 50)], 5, 6_000, 5_000),
+            hidden(&[(0, 50), (150, 200)], 5, 6_000, 8_000),
+        ]
+    }
+
+    fn throttling() -> Vec<Self> {
+        let cells = [
+            (600, 2_000, Headers::All),
+            (600, 2_000, Headers::None),
+            (6_000, 10_000, Headers::None),
+            (60, 600, Headers::None),
+        ];
+        let cells = cells.map(|(per_minute, items, headers)| Self::RandomThrottling {
+            per_minute,
+            items,
+            headers,
+        });
+        cells.to_vec()
+    }
+
+    fn name(&self) -> String {
+        match self {
+            Self::RandomOverloads(rate) => format!("{} % of 503s", 100.0 * rate),
+            Self::HiddenConcurrency {
+                numbers, latency, ..
+            } => format!("{numbers:?} of {latency} s"),
+            Self::RandomThrottling {
+                per_minute,
+                headers,
+                ..
+            } => format!("10 % of 429s at {per_minute}, headers {headers:?}"),
+        }
+    }
+
+    fn per_minute(&self) -> u64 {
+        match self {
+            Self::RandomOverloads(_) => 6_000,
+            Self::HiddenConcurrency { per_minute, .. }
+            | Self::RandomThrottling { per_minute, .. } => *per_minute,
+        }
+    }
+
+    fn items(&self) -> usize {
+        match self {
+            Self::RandomOverloads(_) => 12_000,
+            Self::HiddenConcurrency { items, .. } | Self::RandomThrottling { items, .. } => *items,
+        }
+    }
+
+    fn provider(&self) -> SimBuilder {
+        let provider = Sim::builder();
+        match *self {
+            Self::RandomOverloads(rate) => provider.latency(10 * SECOND).overload_rate(rate),
+            Self::HiddenConcurrency {
+                numbers, latency, ..
+            } => {
+                let provider = provider
+                    .latency(Duration::from_secs(latency))
+                    .jitter(0.3)
+                    .overload_in_flight(numbers[0].1);
+                numbers[1..]
+                    .iter()
+                    .fold(provider, |provider, (at, number)| {
+                        let number = Some(*number);
+                        provider.change_at(Duration::from_secs(*at), move |limits| {
+                            limits.overload_in_flight = number
+                        })
+                    })
+            }
+            Self::RandomThrottling {
+                per_minute,
+                headers,
+                ..
+            } => provider
+                .latency(2 * SECOND)
+                .jitter(0.5)
+                .requests_per_minute(per_minute)
+                .headers(headers)
+                .throttle_rate(0.1),
+        }
+    }
+
+    /// Sends all items at once through a lane of its own, on a clock of its own.
+    fn run(&self, seed: u64, without: Option<Policy>) -> Run {
+        let pace = Pace::per_minute(self.per_minute());
+        let pace = without.into_iter().fold(pace, Pace::without);
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_time()
+            .start_paused(true)
+            .build()
+            .unwrap();
+        runtime.block_on(async {
+            let sim = self.provider().seed(seed).reply(|_| "ok").build();
+            let cx = Context::builder(Sim::clone(&sim))
+                .lane(Lane::seeded(pace, seed))
+                .retry(Retry::default().attempts(10))
+                .build();
+            let began = Instant::now();
+            let settled = cx
+                .fan_out("item", 0..self.items())
+                .join_all()
+                .settle(async |cx, item| cx.generate(format!("{item}")).await)
+                .await;
+            let total = sim.ledger().total;
+            let refused = total.rejected + total.faults;
+            let sent = total.admitted + total.rejected;
+            Run {
+                seconds: began.elapsed().as_secs_f64(),
+                refused: refused as f64 / sent as f64,
+                lost: self.items() - settled.oks().count(),
+            }
+        })
+    }
+
+    /// The time of a run divided by the shortest possible time.
+    fn ratio(&self, seconds: f64) -> f64 {
+        match self {
+            Self::RandomOverloads(_) => {
+                static WITHOUT: OnceLock<f64> = OnceLock::new();
+                seconds / WITHOUT.get_or_init(|| Self::RandomOverloads(0.0).run(0, None).seconds)
+            }
+            Self::HiddenConcurrency {
+                numbers,
+                latency,
+                per_minute,
+                items,
+            } => {
+                let ends = numbers[1..].iter().map(|(at, _)| *at as f64);
+                let each = numbers.iter().zip(ends.chain([f64::INFINITY]));
+                let allowed = each.map(|((from, number), end)| {
+                    let rate = (*number as f64 / *latency as f64).min(*per_minute as f64 / 60.0);
+                    rate * (end.min(seconds) - *from as f64).max(0.0)
+                });
+                allowed.sum::<f64>() / *items as f64
+            }
+            Self::RandomThrottling {
+                per_minute, items, ..
+            } => seconds * *per_minute as f64 / 60.0 / *items as f64,
+        }
+    }
+
+    /// Runs all seeds, prints each run and checks it against the bars.
+    fn check(&self, most_ratio: f64, most_refused: f64) {
+        let runs = ablation::in_parallel(ablation::seeds() as usize, |i| {
+            (i + 1, self.run(i as u64 + 1, None))
+        });
+        for (seed, run) in &runs {
+            println!(
+                "{}, seed {seed}: {:.3} of the best possible, {:.2} % refused, {} lost",
+                self.name(),
+                1.0 / self.ratio(run.seconds),
+                100.0 * run.refused,
+                run.lost
+            );
+        }
+        for (seed, run) in runs {
+            let ratio = self.ratio(run.seconds);
+            let name = self.name();
+            assert!(ratio <= most_ratio, "{name}, seed {seed}: ratio {ratio}");
+            assert!(run.refused <= most_refused, "{name}, seed {seed}: {run:?}");
+            assert_eq!(run.lost, 0, "{name}, seed {seed}");
+        }
+    }
+}
+
+/// A lane that reacted to each 503 would be slowed down to a hundredth of its pace where one call in a hundred meets one.
 #[test]
 fn random_overloads_do_not_slow_a_lane_down() {
-    let of = |rate, seed| {
-        let provider = || Sim::builder().latency(10 * SECOND).overload_rate(rate);
-        run(provider, Pace::per_minute(6_000), 12_000, seed)
-    };
-    let without = of(0.0, 0).seconds;
-    for rate in [0.001, 0.01] {
-        for seed in seeds() {
-            let Run { seconds, lost, .. } = of(rate, seed);
-            let ratio = seconds / without;
-            println!(
-                "{} % of 503s, seed {seed}: {ratio:.3}, {lost} lost",
-                100.0 * rate
-            );
-            assert!(ratio <= 1.25, "{ratio} of the time without them");
-            assert_eq!(lost, 0);
-        }
-    }
-}
-
-/// A provider that answers 503 while so many calls are in flight, from which second on.
-struct Hidden {
-    numbers: &'static [(u64, usize)],
-    latency: u64,
-    per_minute: u64,
-    items: usize,
-}
-
-impl Hidden {
-    fn provider(&self) -> SimBuilder {
-        let (_, first) = self.numbers[0];
-        let provider = Sim::builder()
-            .latency(Duration::from_secs(self.latency))
-            .jitter(0.3)
-            .overload_in_flight(first);
-        self.numbers[1..]
-            .iter()
-            .fold(provider, |provider, (at, number)| {
-                let number = Some(*number);
-                provider.change_at(Duration::from_secs(*at), move |limits| {
-                    limits.overload_in_flight = number
-                })
-            })
-    }
-
-    /// How many calls the numbers and the pace allow in so many seconds.
-    fn allowed(&self, seconds: f64) -> f64 {
-        let ends = self.numbers[1..].iter().map(|(at, _)| *at as f64);
-        let each = self.numbers.iter().zip(ends.chain([f64::INFINITY]));
-        let each = each.map(|((from, number), end)| {
-            let rate = (*number as f64 / self.latency as f64).min(self.per_minute as f64 / 60.0);
-            rate * (end.min(seconds) - *from as f64).max(0.0)
-        });
-        each.sum()
+    for cell in Cell::overloads() {
+        cell.check(1.25, 1.0);
     }
 }
 
 #[test]
 fn a_hidden_number_of_calls_in_flight_is_found_and_used() {
-    let hidden = |numbers, latency, per_minute, items| Hidden {
-        numbers,
-        latency,
-        per_minute,
-        items,
-    };
-    let cells = [
-        hidden(&[(0, 8)], 2, 6_000, 1_000),
-        hidden(&[(0, 100)], 10, 6_000, 2_000),
-        hidden(&[(0, 400)], 10, 6_000, 4_000),
-        hidden(&[(0, 50)], 1, 6_000, 2_000),
-        hidden(&[(0, 24)], 30, 600, 1_000),
-        hidden(&[(0, 200), (100, 50)], 5, 6_000, 5_000),
-        hidden(&[(0, 50), (150, 200)], 5, 6_000, 8_000),
-    ];
-    for cell in cells {
-        for seed in seeds() {
-            let pace = Pace::per_minute(cell.per_minute);
-            let run = run(|| cell.provider(), pace, cell.items, seed);
-            let goodput = cell.items as f64 / cell.allowed(run.seconds);
-            println!(
-                "{:?} of {} s, seed {seed}: {goodput:.3} of what they allow, {:.2} % refused, {} lost",
-                cell.numbers,
-                cell.latency,
-                100.0 * run.refused,
-                run.lost
-            );
-            assert!(
-                goodput >= 0.85,
-                "{goodput} of what {:?} allow",
-                cell.numbers
-            );
-            assert!(run.refused <= 0.05, "{} of {:?}", run.refused, cell.numbers);
-            assert_eq!(run.lost, 0);
-        }
+    for cell in Cell::hidden_concurrency() {
+        cell.check(1.0 / 0.85, 0.05);
     }
 }
 
-/// To send less is no cure for refusals that come as often at any rate.
+/// Sending less does not help against refusals that come as often at any rate.
 #[test]
 fn random_refusals_do_not_lower_the_rate_for_long() {
-    let cells = [
-        (600, 2_000, Headers::All),
-        (600, 2_000, Headers::None),
-        (6_000, 10_000, Headers::None),
-        (60, 600, Headers::None),
-    ];
-    for (per_minute, items, headers) in cells {
-        for seed in seeds() {
-            let provider = || {
-                let provider = Sim::builder().latency(2 * SECOND).jitter(0.5);
-                provider
-                    .requests_per_minute(per_minute)
-                    .headers(headers)
-                    .throttle_rate(0.1)
-            };
-            let run = run(provider, Pace::per_minute(per_minute), items, seed);
-            let pace = items as f64 / run.seconds / (per_minute as f64 / 60.0);
-            println!(
-                "{per_minute} a minute, headers {headers:?}, seed {seed}: {pace:.3} of the pace, {:.1} % \
-                 refused",
-                100.0 * run.refused
-            );
-            assert!(pace >= 0.7, "{pace} of {per_minute} a minute");
-            assert_eq!(run.lost, 0);
-        }
+    for cell in Cell::throttling() {
+        cell.check(1.0 / 0.7, 1.0);
     }
 }
 
-/// A refusal that no limit explains holds up no other call, but its own call waits as long as it was asked to.
+#[test]
+fn each_policy_is_measured_by_switching_it_off() {
+    if ablation::is_enabled() {
+        let cells = Cell::all();
+        let names: Vec<_> = cells.iter().map(Cell::name).collect();
+        ablation::print(&names, |index, without| {
+            let cell = cells[index];
+            let runs = (1..=ablation::seeds()).map(|seed| cell.run(seed, without));
+            Figures::mean(runs.map(|run| Figures {
+                ratio: cell.ratio(run.seconds),
+                refused: run.refused,
+            }))
+        });
+        return;
+    }
+    let cell = Cell::hidden_concurrency()[0];
+    let [with, without] = [None, Some(Policy::ConcurrencyControl)].map(|it| cell.run(1, it));
+    assert!(
+        without.refused > 1.5 * with.refused,
+        "{with:?}, without concurrency control {without:?}"
+    );
+}
+
+/// A refusal that no limit explains delays no other call, but its own call waits as long as the provider asks.
 #[tokio::test(start_paused = true)]
 async fn a_named_wait_holds_up_its_own_call_where_refusals_are_noise() {
     use std::sync::Mutex;

@@ -11,7 +11,7 @@ use slab::Slab;
 
 use crate::ratelimit::adaptive::rate_controller::{HOLD, UNIT, UNIT_CALLS, recovery};
 use crate::ratelimit::adaptive::refusals::FORGOTTEN;
-use crate::ratelimit::bucket::{Nanos, nanos};
+use crate::ratelimit::bucket::Nanos;
 
 /// How long the number is held after a first refusal on the way up, in units of the recovery. It
 /// doubles with each that meets the same number, up to [`HELD`].
@@ -84,7 +84,7 @@ impl Reduced {
         }
         // A slow account is not refused every few calls, nor before the last change could show.
         let calls = self.latency * f64::from(UNIT_CALLS) / self.aim;
-        let unit = (nanos(UNIT) as f64).max(self.latency).max(calls);
+        let unit = (UNIT as f64).max(self.latency).max(calls);
         self.units += time as f64 / unit;
         // A number that is too high costs one call, at once, and not a minute's refusals: it may double in
         // each unit, a rate in two.

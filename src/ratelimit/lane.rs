@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 use crate::ratelimit::bucket::{Nanos, nanos};
 use crate::ratelimit::pace::Pace;
 use crate::ratelimit::queue::WaiterKey;
-use crate::ratelimit::scheduler::{Admission, End, Grant, Scheduler, Wakeups};
+use crate::ratelimit::scheduler::{Admission, GrantId, Scheduler, Wakeups};
 use crate::ratelimit::timer::{TimerId, TimerTask, Timers};
 use crate::ratelimit::types::{CallOutcome, Charge, LaneChange, LaneSnapshot, Need, QueuePosition};
 use crate::request::RateSnapshot;
@@ -273,12 +273,12 @@ impl Lane {
             .step(|scheduler, now, _| scheduler.snapshot(now))
     }
 
-    fn finish(&self, grant: Grant, end: End) -> Vec<LaneChange> {
+    fn finish(&self, grant: GrantId, outcome: CallOutcome) -> Vec<LaneChange> {
         self.shared
-            .step(|scheduler, now, wakeups| scheduler.finish(now, grant, end, wakeups))
+            .step(|scheduler, now, wakeups| scheduler.finish(now, grant, outcome, wakeups))
     }
 
-    fn permit(&self, grant: Grant, position: QueuePosition) -> Permit {
+    fn permit(&self, grant: GrantId, position: QueuePosition) -> Permit {
         Permit {
             lane: self.clone(),
             grant: Some(grant),
@@ -456,7 +456,7 @@ impl Drop for Acquire<'_> {
 pub struct Permit {
     lane: Lane,
     /// `None` once it has ended.
-    grant: Option<Grant>,
+    grant: Option<GrantId>,
     position: QueuePosition,
     sent: bool,
 }
@@ -485,7 +485,7 @@ impl Permit {
     /// - [`Failed`](CallOutcome::Failed): the tokens are settled to what was charged; the
     ///   estimate stays where that is not known.
     pub fn finish(mut self, outcome: CallOutcome) {
-        self.end(End::Finished(outcome));
+        self.end(outcome);
     }
 
     /// As [`observe`](Permit::observe) and [`finish`](Permit::finish) in one step of the lane,
@@ -503,7 +503,7 @@ impl Permit {
             let mut changes = said.map_or_else(Vec::new, |said| {
                 scheduler.observe(now, &grant, said, wakeups)
             });
-            changes.extend(scheduler.finish(now, grant, End::Finished(outcome), wakeups));
+            changes.extend(scheduler.finish(now, grant, outcome, wakeups));
             changes
         })
     }
@@ -525,9 +525,9 @@ impl Permit {
     }
 
     #[inline]
-    fn end(&mut self, end: End) -> Vec<LaneChange> {
+    fn end(&mut self, outcome: CallOutcome) -> Vec<LaneChange> {
         match self.grant.take() {
-            Some(grant) => self.lane.finish(grant, end),
+            Some(grant) => self.lane.finish(grant, outcome),
             None => Vec::new(),
         }
     }
@@ -536,9 +536,9 @@ impl Permit {
 impl Drop for Permit {
     fn drop(&mut self) {
         self.end(if self.sent {
-            End::Abandoned
+            CallOutcome::Abandoned
         } else {
-            End::Unsent
+            CallOutcome::NotSent
         });
     }
 }

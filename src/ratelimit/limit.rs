@@ -1,130 +1,136 @@
-//! [`Limit`]: one limit with the clock it lives by.
+//! [`Limit`]: one rate limit, with its clock and its policies.
 //!
-//! A bucket takes time as an argument, so what the lane learns of a limit is done to
-//! its time: the clock runs at the limit's [`RateController`], and stands still while the cooldown is
-//! closed. The burst shrinks and grows with it: it is a time of the lane's, not of the
-//! slower clock, because a bucket larger than the provider's forgets debts that it holds.
+//! A bucket takes the time as an argument, so a change of the rate scales the clock of the bucket: the clock
+//! runs at the factor of the [policies](LimitPolicies), and stands still during a cooldown. The burst shrinks and grows with
+//! the factor: it is a time of the lane, not of the slower clock, because a bucket larger than the provider's
+//! forgets debts that the provider remembers.
 
-use std::time::Duration;
+use super::adaptive::contention::OwnUse;
+use super::adaptive::deferred::DeferredCharges;
+use super::adaptive::{LimitPolicies, LimitRefusal, Policy, PolicySet, Reading};
+use super::bucket::{Bucket, Nanos, Rate};
 
-use crate::ratelimit::adaptive::burst::StoredBurst;
-use crate::ratelimit::adaptive::contention::{ContentionDetector, Level, OwnUse};
-use crate::ratelimit::adaptive::deferred::DeferredCharges;
-use crate::ratelimit::adaptive::rate_controller::RateController;
-use crate::ratelimit::bucket::{Bucket, Nanos, Rate, nanos};
+/// Fewer calls than this between two refusals say nothing of the throughput.
+const MIN_CALLS: u64 = 4;
+/// The bursts that the lane may have spent since it sent the call whose headers it reads, and one more that it needs.
+const KEPT_BURSTS: u64 = 3;
 
-/// Fewer calls than this between two refusals say nothing of what passes.
-const TELLING: u64 = 4;
-
-/// QueueKey says that there is a limit.
+/// Where a limit is known from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Source {
     /// The [`Pace`](super::Pace).
     Configured,
     /// The headers of a reply.
     Advertised,
-    /// A refusal, and what had gone through before it.
+    /// A refusal, and the throughput before it.
     Estimated,
 }
 
-/// The burst of a limit, and whether it is there from the start.
+/// The burst of a limit, and whether it is available from the start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Burst {
-    pub(super) time: Duration,
-    /// Otherwise there is room for one call, whatever its size: nobody knows what
-    /// was used before the lane was made.
+    pub(super) time: Nanos,
+    /// Otherwise the limit starts with room for one call of any size: the use before the lane was made is
+    /// unknown.
     pub(super) full_at_start: bool,
 }
 
 /// What one call takes of a limit.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct Cost {
-    /// When it is let in.
-    pub(super) due: u64,
-    /// When it ends, as far as can be foreseen.
-    pub(super) later: u64,
+    /// The units that are charged when the call is admitted.
+    pub(super) upfront: u64,
+    /// The units that are charged when it ends, as estimated.
+    pub(super) deferred: u64,
 }
 
 impl Cost {
-    /// The same, if it comes to `most` units or less; otherwise `most` of it.
+    /// Returns the same cost, cut to `most` units.
     #[inline]
     pub(super) fn capped(self, most: u64) -> Self {
-        let due = self.due.min(most);
+        let upfront = self.upfront.min(most);
         Self {
-            due,
-            later: self.later.min(most - due),
+            upfront,
+            deferred: self.deferred.min(most - upfront),
         }
     }
 
-    /// A call that will be charged later is let in where one unit is left.
+    /// The units that must be available: one for a call that is charged only when it ends.
     fn least(self) -> u64 {
-        self.due.max(u64::from(self.later > 0))
+        self.upfront.max(u64::from(self.deferred > 0))
     }
+}
+
+/// What was taken until the last reduction.
+#[derive(Debug, Clone, Copy, Default)]
+struct Checkpoint {
+    units: u64,
+    calls: u64,
+    /// The debt at that time.
+    debt: Nanos,
 }
 
 #[derive(Debug, Clone)]
 pub(super) struct Limit {
-    /// As the provider keeps it: what is only reserved is not in it.
-    bucket: Bucket,
-    deferred: DeferredCharges,
-    /// How much of its rate it holds, as the lane counts time.
-    burst: Nanos,
-    scale: RateController,
-    /// The scale that the bucket's size goes with.
-    sized_for: f64,
     source: Source,
-    /// The bucket's own time at `at`, the lane's.
+    /// As the provider counts: reserved units are not in it.
+    bucket: Bucket,
+    /// The capacity of the bucket at factor 1, in the time of the lane.
+    burst: Nanos,
+    /// The factor that the capacity of the bucket goes with.
+    sized_for: f64,
+    /// The time of the bucket at `at`, which is the time of the lane.
     clock: Nanos,
     /// In the future while the clock stands still.
     at: Nanos,
-    /// When it was made: what was granted earlier was not taken from it.
+    /// Calls that were granted earlier were not taken from this limit.
     born: Nanos,
-    /// Nothing was ever taken: the first call may go and owe.
-    fresh: bool,
-    /// Units and calls taken so far.
+    /// Nothing was taken yet: the first call may go and leave a debt.
+    unused: bool,
+    /// Units and calls taken so far, and the most that one call took or is estimated to take.
     taken: u64,
     calls: u64,
-    /// Both at the last refusal, and what was owed then.
-    before: (u64, u64, Nanos),
-    /// How long somebody has waited for more since the last refusal.
-    busy: Nanos,
-    /// When headers lowered it last: what they told earlier calls is in that.
-    lowered_at: Nanos,
-    /// What may go faster than the rate.
-    stored_burst: StoredBurst,
-    contention: ContentionDetector,
-    /// The most that one call took, or is to take in the end.
     largest: u64,
+    /// At the last reduction, and the time since in which callers waited for more.
+    checkpoint: Checkpoint,
+    wanted: Nanos,
+    /// When headers last lowered the level: headers of earlier calls are contained in that.
+    lowered_at: Nanos,
+    deferred: DeferredCharges,
+    policies: LimitPolicies,
+    enabled: PolicySet,
 }
 
 impl Limit {
-    pub(super) fn new(source: Source, rate: Rate, burst: Burst, now: Nanos) -> Self {
-        let mut bucket = Bucket::new(rate, nanos(burst.time), now);
+    pub(super) fn new(
+        source: Source,
+        rate: Rate,
+        burst: Burst,
+        now: Nanos,
+        enabled: PolicySet,
+    ) -> Self {
+        let mut bucket = Bucket::new(rate, burst.time, now);
         if !burst.full_at_start {
             bucket.lower_to(now, 1);
         }
         Self {
-            bucket,
-            deferred: DeferredCharges::default(),
-            burst: nanos(burst.time),
-            scale: match source {
-                Source::Estimated => RateController::of_an_estimate(),
-                Source::Configured | Source::Advertised => RateController::whole(),
-            },
-            sized_for: 1.0,
             source,
+            bucket,
+            burst: burst.time,
+            sized_for: 1.0,
             clock: now,
             at: now,
             born: now,
-            fresh: !burst.full_at_start,
+            unused: !burst.full_at_start,
             taken: 0,
             calls: 0,
-            before: (0, 0, 0),
-            busy: 0,
-            lowered_at: 0,
-            stored_burst: StoredBurst::default(),
-            contention: ContentionDetector::default(),
             largest: 0,
+            checkpoint: Checkpoint::default(),
+            wanted: 0,
+            lowered_at: 0,
+            deferred: DeferredCharges::default(),
+            policies: LimitPolicies::new(enabled, source == Source::Estimated),
+            enabled,
         }
     }
 
@@ -132,38 +138,41 @@ impl Limit {
         self.source
     }
 
+    #[inline]
     pub(super) fn rate(&self) -> Rate {
         self.bucket.rate()
     }
 
-    pub(super) fn scale(&self) -> f64 {
-        self.scale.value()
+    /// The factor by which the policies multiply the rate now.
+    #[inline]
+    pub(super) fn rate_factor(&self) -> f64 {
+        self.policies.factor()
     }
 
-    /// How much of `units` one call is charged.
+    /// Returns the units of `units` that one call is charged.
     #[inline]
     pub(super) fn most(&self, units: u64) -> u64 {
         units.min(self.rate().minute())
     }
 
-    /// How much of `share` one call is charged.
+    /// Returns the part of `cost` that one call is charged.
     #[inline]
-    pub(super) fn capped(&self, share: Cost) -> Cost {
-        share.capped(self.rate().minute())
+    pub(super) fn capped(&self, cost: Cost) -> Cost {
+        cost.capped(self.rate().minute())
     }
 
-    /// What is there, as the time in which it flowed in.
+    /// The level, as the time in which it flowed in.
     #[inline]
     pub(super) fn filled(&self, now: Nanos) -> Nanos {
         self.bucket.filled(self.clock_at(now))
     }
 
-    /// Whether what was granted at `granted_at` was taken from this limit.
+    /// Whether a call that was granted at `granted_at` was taken from this limit.
     pub(super) fn existed_at(&self, granted_at: Nanos) -> bool {
         self.born <= granted_at
     }
 
-    /// Passes the time until `now`, in which somebody `wanted` more or nobody did.
+    /// Passes the time until `now`, in which callers waited for more of the limit if it was `wanted`.
     #[inline]
     pub(super) fn advance(&mut self, now: Nanos, wanted: bool) {
         let Some(passed) = now.checked_sub(self.at).filter(|time| *time > 0) else {
@@ -172,37 +181,36 @@ impl Limit {
         self.clock = self.clock_at(now);
         self.at = now;
         if wanted {
-            self.busy = self.busy.saturating_add(passed);
-            if !self.scale.is_settled() {
-                self.scale.grow(Duration::from_nanos(passed));
-            }
+            self.wanted = self.wanted.saturating_add(passed);
+            self.policies.on_time(passed);
         }
     }
 
-    /// When `share` can be taken if nobody takes any before: `now`, or later; `None` if
-    /// nobody can say until a call in flight ends.
+    /// Returns when `cost` can be taken if no other call takes any before: `now`, or later; `None` if
+    /// that depends on a call in flight.
     ///
-    /// Where answers are charged when they are there, so many calls may be in flight that
-    /// what they are expected to cost flows in by the time they end.
+    /// Where answers are charged when they end, as many calls may be in flight as are expected to cost what
+    /// flows in by the time they end.
     #[inline]
-    pub(super) fn ready_at(&self, now: Nanos, share: Cost) -> Option<Nanos> {
+    pub(super) fn ready_at(&self, now: Nanos, cost: Cost) -> Option<Nanos> {
         let now = now.max(self.at);
-        if self.fresh {
+        if self.unused {
             return Some(now);
         }
         let clock = self.clock_at(now);
-        let mut ready_at = self.bucket.ready_at(clock, share.least());
-        if share.later > 0
-            && let Some(expected) = self.deferred.with(share.later)
+        let mut ready_at = self.bucket.ready_at(clock, cost.least());
+        if cost.deferred > 0
+            && self.enabled.has(Policy::DeferredForecast)
+            && let Some(expected) = self.deferred.expected_with(cost.deferred)
         {
-            let expected = self.rate().time_for(expected.saturating_add(share.due));
-            let lead = (self.deferred.mean_latency() as f64 * self.scale()) as Nanos;
+            let expected = self.rate().time_for(expected.saturating_add(cost.upfront));
+            let lead = (self.deferred.mean_latency() as f64 * self.rate_factor()) as Nanos;
             ready_at = ready_at.max(self.bucket.covers_at(clock, expected, lead)?);
         }
         Some(now.saturating_add(self.slowed(ready_at - clock)))
     }
 
-    /// When `n` units can be taken, if `before` were taken now.
+    /// Returns when `n` units can be taken, if `before` units were taken now.
     pub(super) fn ready_after(&self, now: Nanos, before: u64, n: u64) -> Nanos {
         let clock = self.clock_at(now);
         now.saturating_add(self.slowed(self.bucket.ready_after(clock, before, n) - clock))
@@ -213,56 +221,62 @@ impl Limit {
     }
 
     #[inline]
-    pub(super) fn take(&mut self, now: Nanos, share: Cost) {
-        self.fresh = false;
-        self.taken = self.taken.saturating_add(share.due);
+    pub(super) fn take(&mut self, now: Nanos, cost: Cost) {
+        self.unused = false;
+        self.taken = self.taken.saturating_add(cost.upfront);
         self.calls += 1;
-        self.bucket.take(self.clock_at(now), share.due);
-        self.deferred.add(share.later);
-        self.largest = self.largest.max(share.due.saturating_add(share.later));
-        if self.stored_burst.take(share.due) {
-            self.set_burst_available(now);
+        self.bucket.take(self.clock_at(now), cost.upfront);
+        if cost.deferred > 0 {
+            self.deferred.add(cost.deferred);
+        }
+        self.largest = self.largest.max(cost.upfront.saturating_add(cost.deferred));
+        if self.rate_factor() > 1.0 {
+            // The time so far passed at the factor so far.
+            self.advance(now, false);
+            self.policies.on_grant(cost.upfront);
         }
     }
 
-    /// The refill since is counted at the full rate: never too little.
-    pub(super) fn refund(&mut self, now: Nanos, share: Cost, taken_at: Nanos) {
-        self.deferred.remove(share.later);
+    /// Takes a cost back, for a call that was never sent. The refill since is counted at the full rate, so that the refund
+    /// is never too large.
+    pub(super) fn refund(&mut self, now: Nanos, cost: Cost, taken_at: Nanos) {
+        self.deferred.remove(cost.deferred);
         let clock = self.clock_at(now);
-        let passed = now.saturating_sub(taken_at) as f64 * self.scale().max(1.0);
-        self.bucket
-            .refund(clock, share.due, clock.saturating_sub(passed as Nanos));
-        self.keep_empty_while_closed(now);
+        let passed = now.saturating_sub(taken_at) as f64 * self.rate_factor().max(1.0);
+        let taken_at = clock.saturating_sub(passed as Nanos);
+        self.bucket.refund(clock, cost.upfront, taken_at);
+        self.keep_empty_while_it_stands_still(now);
     }
 
-    /// A call has cost `actual` in all.
+    /// Replaces the cost of a call by the `actual` units that it was charged in all.
     #[inline]
-    pub(super) fn settle(&mut self, now: Nanos, share: Cost, actual: u64) {
-        self.bucket.settle(self.clock_at(now), share.due, actual);
-        if share.later > 0 {
-            self.deferred.remove(share.later);
-            // It passes when it comes due.
-            self.taken = self.taken.saturating_sub(share.due).saturating_add(actual);
+    pub(super) fn settle(&mut self, now: Nanos, cost: Cost, actual: u64) {
+        self.bucket.settle(self.clock_at(now), cost.upfront, actual);
+        if cost.deferred > 0 {
+            self.deferred.remove(cost.deferred);
+            self.taken = self
+                .taken
+                .saturating_sub(cost.upfront)
+                .saturating_add(actual);
         }
-        self.keep_empty_while_closed(now);
+        self.keep_empty_while_it_stands_still(now);
     }
 
-    /// Learns what answers cost that are charged when they are there, and when that is.
-    pub(super) fn learn(&mut self, now: Nanos, share: Cost, actual: u64, taken_at: Nanos) {
-        if share.later > 0 {
-            let answer = actual.saturating_sub(share.due);
+    /// Records the charge and the latency of an answer that was charged when it ended.
+    pub(super) fn record_answer(&mut self, now: Nanos, cost: Cost, actual: u64, taken_at: Nanos) {
+        if cost.deferred > 0 {
+            let answer = actual.saturating_sub(cost.upfront);
             self.deferred
-                .learn(share.later, answer, now.saturating_sub(taken_at));
+                .record(cost.deferred, answer, now.saturating_sub(taken_at));
         }
     }
 
-    /// What the provider says is left, to a call granted at `granted_at` that left so much here,
-    /// as [`filled`](Limit::filled) says it.
+    /// Lowers the level to the `left` units of the headers of a call that was granted at `granted_at` and left the level
+    /// `filled` here.
     ///
-    /// Nobody says whether that was true when the call was let in or when it was
-    /// answered. In the first case what was sent since has been taken here too,
-    /// in the second it is known to the provider as well: so the limit is lowered by
-    /// what it had too much in either case, and never raised.
+    /// The headers do not say whether `left` was true when the call was admitted or when it was answered. In the first case
+    /// the calls sent since have been taken here too, in the second the provider knows of them as well. So the
+    /// level is lowered by its excess in either case, and never raised.
     pub(super) fn lower(&mut self, now: Nanos, left: u64, granted_at: Nanos, filled: Nanos) {
         if granted_at < self.lowered_at {
             return;
@@ -275,159 +289,155 @@ impl Limit {
         }
     }
 
-    /// The provider says that so much is `left` of a whole minute that it keeps, or nothing
-    /// of the kind, to a call granted at `granted_at`.
+    /// Applies the headers of a call that was granted at `granted_at`: `left` units of `limit`, and `stored` of a whole minute
+    /// that the provider stores, where it does.
+    pub(super) fn on_headers(
+        &mut self,
+        now: Nanos,
+        left: u64,
+        limit: Option<Rate>,
+        stored: Option<u64>,
+        granted_at: Nanos,
+    ) {
+        // The time so far passed at the factor so far.
+        self.advance(now, false);
+        self.policies.on_headers(&Reading {
+            now,
+            left,
+            limit,
+            known: self.rate(),
+            spare: self.spare(now, stored, granted_at),
+            own: OwnUse {
+                taken: self.taken,
+                largest: self.largest,
+                pace: self.rate().per_second() * self.rate_factor(),
+            },
+        });
+    }
+
+    /// The stored units that can be spent faster than the rate.
     ///
-    /// Taken at its word is only who speaks of a limit that nobody else has named, and only
-    /// until the first refusal.
-    pub(super) fn offer(&mut self, now: Nanos, left: Option<u64>, granted_at: Nanos) {
-        let asked = self.source == Source::Advertised && self.existed_at(granted_at);
-        if !asked || !self.scale.is_untouched() {
-            return;
-        }
-        // If that was true when the call was let in, the lane may have sent two bursts since,
-        // and twice of what has come back; a third one it needs itself.
+    /// The provider is believed only about a limit that no one else has named, and only until the first refusal.
+    fn spare(&self, now: Nanos, stored: Option<u64>, granted_at: Nanos) -> u64 {
+        let advertised = self.source == Source::Advertised && self.existed_at(granted_at);
+        let stored = stored.filter(|_| advertised && self.policies.is_untouched());
+        // Deferred charges are not in the level that the headers tell.
+        let Some(stored) = stored.filter(|_| !self.deferred.is_pending()) else {
+            return 0;
+        };
+        // If the level was true when the call was admitted, the lane may have spent two bursts since, and twice the refill.
         let since = now.saturating_sub(granted_at);
-        let kept = self.bucket.units(since.saturating_add(3 * self.burst));
-        // So does the largest call, for a provider that keeps a minute refuses what is more
-        // than it has; and what is charged later is not in what is left.
-        let kept = kept.saturating_add(self.largest);
-        let left = left.filter(|_| !self.deferred.is_pending());
-        self.stored_burst
-            .set(left.unwrap_or(0).saturating_sub(kept));
-        self.set_burst_available(now);
-    }
-
-    /// The provider says that so much is `left` of its `limit`.
-    pub(super) fn detect_contention(&mut self, now: Nanos, left: u64, limit: Rate) {
-        let told = limit.per_second() / self.rate().per_second();
-        self.scale.apply_headers(told);
-        let own = OwnUse {
-            taken: self.taken,
-            largest: self.largest,
-            pace: self.rate().per_second() * self.scale(),
-        };
-        let Some(level) = self.contention.read(now, left, limit, own) else {
-            return;
-        };
-        // So far at the old scale.
-        self.advance(now, false);
-        match level {
-            Level::Contended(short) => self.scale.reduce(Duration::from_nanos(now), short),
-            Level::Low => self.scale.yield_share(true),
-            Level::Ample => self.scale.yield_share(false),
-        }
-    }
-
-    /// Goes as fast as the stored_burst allows from now on.
-    fn set_burst_available(&mut self, now: Nanos) {
-        self.advance(now, false);
-        self.scale.set_burst_available(self.stored_burst.is_there());
+        let bursts = self.burst.saturating_mul(KEPT_BURSTS);
+        let kept = self.bucket.units(since.saturating_add(bursts));
+        // A provider that stores a minute refuses a call that is larger than the rest.
+        stored.saturating_sub(kept.saturating_add(self.largest))
     }
 
     /// Empties the limit and lets it stand still until `until`; a debt stays. It is
     /// still empty then, whatever is credited before.
     pub(super) fn stand_still_until(&mut self, now: Nanos, until: Nanos) {
-        self.fresh = false;
+        self.unused = false;
         self.clock = self.clock_at(now);
         self.at = self.at.max(now).max(until);
         self.bucket.lower_to(self.clock, 0);
         if self.source == Source::Estimated {
-            // QueueKey only guesses at a rate must not make the first call wait for it.
+            // The first call need not wait for a rate that is only an estimate.
             self.bucket.settle(self.clock, 1, 0);
         }
     }
 
-    /// Refills from now on, where it would stand still until later. It is empty still.
+    /// Refills from now on, where it would stand still until later. It is still empty.
     pub(super) fn resume(&mut self, now: Nanos) {
         self.at = self.at.min(now);
     }
 
-    /// A call of `refused` units sent at `sent_at` was refused for this limit, and they were
-    /// given back; `told` is the rate that headers speak of. Says whether the limit is
-    /// now used more slowly.
+    /// Records that a call of `refused` units sent at `sent_at` was refused for this limit, and that the units were
+    /// given back; `advertised` is the rate that the headers tell. Returns whether the limit is now used more slowly.
     pub(super) fn record_refusal(
         &mut self,
         now: Nanos,
         sent_at: Nanos,
         refused: u64,
-        told: Option<Rate>,
+        advertised: Option<Rate>,
     ) -> bool {
-        // So far at the old scale.
+        // The time so far passed at the factor so far.
         self.advance(now, false);
-        if self.stored_burst.is_there() {
-            // What was tried is more than the limit, of which it says nothing.
-            self.stored_burst.set(0);
-            self.scale.record_burst_refusal(Duration::from_nanos(now));
-            self.resize(now);
-            return true;
-        }
-        let rate = self.bucket.rate();
+        let rate = self.rate();
+        let part = |advertised: Rate| advertised.per_second() / rate.per_second();
         let average = self.taken / self.calls.max(1);
-        // The refused call itself did not pass, and what is owed did not yet: a debt of
-        // before has been paid in the meantime.
-        let (taken, calls, owed) = self.before;
         let debt = self.bucket.debt(self.clock_at(now));
-        let passed = self.taken.saturating_sub(taken).saturating_sub(refused);
-        let passed = rate.time_for(passed);
-        let passed = passed.saturating_add(owed).saturating_sub(debt);
-        let passed = passed as f64 / self.busy as f64;
-        let passed = (self.calls - calls >= TELLING && passed.is_finite()).then_some(passed);
-        let told = told.map(|told| told.per_second() / rate.per_second());
-        let call = Duration::from_nanos(rate.time_for(average));
-        let [at, sent_at] = [now, sent_at].map(Duration::from_nanos);
-        let lowered = self.scale.record_refusal(at, sent_at, passed, told, call);
-        if lowered {
-            self.before = (self.taken, self.calls, debt);
-            self.busy = 0;
+        let reduced = self.policies.on_refusal(&LimitRefusal {
+            now,
+            sent_at,
+            tried: self.rate_factor(),
+            passed: self.passed(refused, debt),
+            advertised: advertised.map(part),
+            call: rate.time_for(average),
+        });
+        if reduced {
+            self.checkpoint = Checkpoint {
+                units: self.taken,
+                calls: self.calls,
+                debt,
+            };
+            self.wanted = 0;
             self.resize(now);
         }
-        lowered
+        reduced
     }
 
-    /// Takes back the reductions since `share` was tried: they did not help.
-    pub(super) fn restore(&mut self, now: Nanos, share: f64) {
-        // So far at the old scale.
+    /// The part of the limit that was let through since the last reduction, without the refused units and without the
+    /// debt, and with the debt of that time, which has been paid since.
+    fn passed(&self, refused: u64, debt: Nanos) -> Option<f64> {
+        let before = self.checkpoint;
+        let units = self.taken.saturating_sub(before.units);
+        let time = self.rate().time_for(units.saturating_sub(refused));
+        let time = time.saturating_add(before.debt).saturating_sub(debt);
+        let passed = time as f64 / self.wanted as f64;
+        (self.calls - before.calls >= MIN_CALLS && passed.is_finite()).then_some(passed)
+    }
+
+    /// Takes back the reductions since `factor` was in use: they did not help.
+    pub(super) fn restore(&mut self, now: Nanos, factor: f64) {
+        // The time so far passed at the factor so far.
         self.advance(now, false);
-        self.scale.restore(share);
+        self.policies.restore(factor);
     }
 
-    /// Changes the limit; what was learned of it is forgotten, for whoever sets it
-    /// now knows better.
+    /// Changes the limit. What was learned of another rate or from another source is forgotten.
     pub(super) fn retune(&mut self, now: Nanos, source: Source, rate: Rate, burst: Burst) {
         let clock = self.clock_at(now);
-        if source != self.source || rate != self.bucket.rate() {
-            // What was left at the old rate says nothing of the new one.
+        if source != self.source || rate != self.rate() {
+            // A level at the old rate says nothing of the new one.
             self.lowered_at = now;
-            let fresh = Self::new(source, rate, burst, now);
-            (self.scale, self.source) = (fresh.scale, source);
+            self.policies.reset(source == Source::Estimated);
+            self.source = source;
         }
-        (self.clock, self.at, self.burst) = (clock, self.at.max(now), nanos(burst.time));
+        (self.clock, self.at, self.burst) = (clock, self.at.max(now), burst.time);
         self.bucket.retune(clock, rate, self.scaled(self.burst));
-        self.sized_for = self.scale.value();
+        self.sized_for = self.rate_factor();
     }
 
-    /// Lets the bucket hold as much as goes with the scale. Not while somebody waits until
-    /// it is full: that would never come nearer.
+    /// Adapts the capacity of the bucket to the factor. Not while a caller waits until the bucket is full: that would never
+    /// come nearer.
     #[inline]
     pub(super) fn resize(&mut self, now: Nanos) {
-        if self.sized_for == self.scale.value() {
+        if self.sized_for == self.rate_factor() {
             return;
         }
-        self.sized_for = self.scale.value();
+        self.sized_for = self.rate_factor();
         let clock = self.clock_at(now);
         self.bucket.resize(clock, self.scaled(self.burst));
     }
 
     #[inline]
-    fn keep_empty_while_closed(&mut self, now: Nanos) {
+    fn keep_empty_while_it_stands_still(&mut self, now: Nanos) {
         if now < self.at {
             let least = u64::from(self.source == Source::Estimated);
             self.bucket.lower_to(self.clock, least);
         }
     }
 
-    /// Nothing to reckon where no time has passed, or it stands still.
     #[inline]
     fn clock_at(&self, now: Nanos) -> Nanos {
         match now.saturating_sub(self.at) {
@@ -436,28 +446,28 @@ impl Limit {
         }
     }
 
-    /// A time of the lane's as the bucket sees it.
+    /// Converts a time of the lane to the time of the bucket.
     #[inline]
     fn scaled(&self, time: Nanos) -> Nanos {
-        match self.scale.value() {
+        match self.rate_factor() {
             1.0 => time,
-            scale => times(time, scale),
+            factor => times(time, factor),
         }
     }
 
-    /// A time of the bucket's as the lane sees it.
+    /// Converts a time of the bucket to the time of the lane.
     #[inline]
     fn slowed(&self, time: Nanos) -> Nanos {
-        let scale = self.scale.value();
-        if scale == 1.0 || time == 0 {
+        let factor = self.rate_factor();
+        if factor == 1.0 || time == 0 {
             return time;
         }
-        // Up, and one on top: the way back must not fall short by a rounding.
-        ((time as f64 / scale).ceil() as Nanos).saturating_add(1)
+        // Rounded up and one more: the way back must not fall short by a rounding.
+        ((time as f64 / factor).ceil() as Nanos).saturating_add(1)
     }
 }
 
-/// Never inlined: else floats are reckoned with before it is known whether they are needed.
+/// Not inlined, so that no floating-point work is done where the factor is 1.
 #[inline(never)]
 fn times(time: Nanos, factor: f64) -> Nanos {
     (time as f64 * factor) as Nanos
@@ -470,8 +480,11 @@ mod tests {
     const SECOND: Nanos = 1_000_000_000;
 
     /// `n` units when the call is let in.
-    fn at_once(due: u64) -> Cost {
-        Cost { due, later: 0 }
+    fn at_once(upfront: u64) -> Cost {
+        Cost {
+            upfront,
+            deferred: 0,
+        }
     }
 
     fn ready_at(limit: &Limit, now: Nanos, n: u64) -> Nanos {
@@ -481,10 +494,10 @@ mod tests {
     /// 10 a second, of which 10 may go at once.
     fn limit(source: Source) -> Limit {
         let burst = Burst {
-            time: Duration::from_secs(1),
+            time: SECOND,
             full_at_start: true,
         };
-        Limit::new(source, Rate::per_minute(600), burst, 0)
+        Limit::new(source, Rate::per_minute(600), burst, 0, PolicySet::ALL)
     }
 
     #[test]
@@ -493,7 +506,7 @@ mod tests {
         let part = Rate::per_minute(450);
         assert!(limit.record_refusal(0, 0, 1, Some(part)));
         limit.stand_still_until(0, SECOND);
-        assert!((limit.scale() - 0.6).abs() < 1e-9);
+        assert!((limit.rate_factor() - 0.6).abs() < 1e-9);
         let wait = ready_at(&limit, SECOND, 1) - SECOND;
         assert!(wait.abs_diff(SECOND / 6) < 1_000, "{wait}");
         let wait = ready_at(&limit, SECOND, 6) - SECOND;
@@ -504,7 +517,7 @@ mod tests {
             "it is full with six"
         );
         limit.advance(1_000 * SECOND, true);
-        assert_eq!(limit.scale(), 1.0);
+        assert_eq!(limit.rate_factor(), 1.0);
         limit.resize(1_000 * SECOND);
         assert_eq!(limit.filled(1_002 * SECOND), SECOND, "and with ten again");
     }
@@ -529,11 +542,11 @@ mod tests {
     fn only_time_in_which_somebody_waits_brings_it_back() {
         let mut limit = limit(Source::Configured);
         limit.record_refusal(0, 0, 1, None);
-        let low = limit.scale();
+        let low = limit.rate_factor();
         limit.advance(1_000 * SECOND, false);
-        assert_eq!(limit.scale(), low);
+        assert_eq!(limit.rate_factor(), low);
         limit.advance(2_000 * SECOND, true);
-        assert_eq!(limit.scale(), 1.0);
+        assert_eq!(limit.rate_factor(), 1.0);
     }
 
     #[test]
@@ -547,25 +560,31 @@ mod tests {
             limit.advance(now, true);
             limit.take(now, at_once(1));
         }
-        let tried = limit.scale();
+        let tried = limit.rate_factor();
         limit.record_refusal(now, now, 1, None);
         // 50 passed in 10.2 s of a limit of 102: so little is believed down to a part.
         let expected = 0.8 * 0.7 * tried;
         assert!(tried > 0.97, "one refused call says nothing of what passes");
         assert!(
-            (limit.scale() - expected).abs() < 1e-6,
+            (limit.rate_factor() - expected).abs() < 1e-6,
             "{}, not {expected}",
-            limit.scale()
+            limit.rate_factor()
         );
     }
 
     #[test]
     fn a_fresh_limit_lets_one_call_go_and_owe() {
         let burst = Burst {
-            time: Duration::from_secs(1),
+            time: SECOND,
             full_at_start: false,
         };
-        let mut limit = Limit::new(Source::Configured, Rate::per_minute(600), burst, SECOND);
+        let mut limit = Limit::new(
+            Source::Configured,
+            Rate::per_minute(600),
+            burst,
+            SECOND,
+            PolicySet::ALL,
+        );
         assert_eq!(ready_at(&limit, SECOND, 1_000), SECOND);
         limit.take(SECOND, at_once(5));
         assert_eq!(ready_at(&limit, SECOND, 1), SECOND + SECOND / 2);
@@ -575,7 +594,10 @@ mod tests {
 
     #[test]
     fn calls_charged_at_their_end_start_ahead_of_what_they_will_cost() {
-        let call = Cost { due: 0, later: 10 };
+        let call = Cost {
+            upfront: 0,
+            deferred: 10,
+        };
         let starts = |limit: &mut Limit, now| {
             let mut started = 0;
             while limit.ready_at(now, call) == Some(now) {
@@ -588,7 +610,7 @@ mod tests {
         assert_eq!(starts(&mut limit, 0), 1, "nobody knows yet when they end");
         assert_eq!(limit.ready_at(0, call), None, "only that one can say");
         limit.settle(2 * SECOND, call, 5);
-        limit.learn(2 * SECOND, call, 5, 0);
+        limit.record_answer(2 * SECOND, call, 5, 0);
         // There are 5, and 20 more come within two seconds: five calls of 5.
         assert_eq!(starts(&mut limit, 2 * SECOND), 5);
         // Where something is owed, nobody starts.

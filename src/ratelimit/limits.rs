@@ -1,13 +1,14 @@
-//! [`LimitSet`]: every rate limit of a lane, taken from all at once or not at all.
+//! [`LimitSet`]: all rate limits of a lane, taken together or not at all.
 
-use std::time::Duration;
-
-use crate::ratelimit::adaptive::headers;
-use crate::ratelimit::bucket::{Nanos, Rate};
-use crate::ratelimit::limit::{Burst, Cost, Limit, Source};
-use crate::ratelimit::pace::Pace;
-use crate::ratelimit::types::{Binding, Charge};
+use super::adaptive::{Policy, PolicySet, headers};
+use super::bucket::{Nanos, Rate};
+use super::limit::{Burst, Cost, Limit, Source};
+use super::pace::Pace;
+use super::types::{Binding, Charge};
 use crate::usage::{Quota, RateSnapshot};
+
+/// An hour is as good as unlimited, and sums of hours do not overflow.
+const HOUR: Nanos = 3_600_000_000_000;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Resource {
@@ -27,7 +28,7 @@ impl Resource {
         Self::OutputTokens,
     ];
 
-    /// How much of this resource a call takes.
+    /// Returns the units of this resource in `charge`.
     #[inline]
     pub(super) fn of(self, charge: Charge) -> u64 {
         match self {
@@ -38,17 +39,20 @@ impl Resource {
         }
     }
 
-    /// The same, by when it is charged.
+    /// Returns the same units, by when they are charged.
     #[inline]
-    fn share(self, charge: Charge) -> Cost {
+    fn cost(self, charge: Charge) -> Cost {
+        let all = self.of(charge);
         if !charge.output_deferred {
-            let due = self.of(charge);
-            return Cost { due, later: 0 };
+            return Cost {
+                upfront: all,
+                deferred: 0,
+            };
         }
-        let due = self.of(charge.on_admission());
+        let upfront = self.of(charge.on_admission());
         Cost {
-            due,
-            later: self.of(charge) - due,
+            upfront,
+            deferred: all - upfront,
         }
     }
 
@@ -62,12 +66,12 @@ impl Resource {
         }
     }
 
-    /// What `pace` says of this resource: its rate, and the burst that goes with it.
+    /// Returns the rate that `pace` sets for this resource, and the burst that goes with it.
     pub(super) fn limit(self, pace: &Pace) -> Option<(Rate, Burst)> {
         let rate = match self {
             Self::Spacing => {
                 let burst = Burst {
-                    time: Duration::ZERO,
+                    time: 0,
                     full_at_start: true,
                 };
                 return Some((pace.spacing?, burst));
@@ -80,19 +84,18 @@ impl Resource {
         Some((rate?, pace.burst_or_default()))
     }
 
-    /// What the headers say of it.
-    fn quota(self, said: &RateSnapshot) -> Option<&Quota> {
+    fn quota(self, headers: &RateSnapshot) -> Option<&Quota> {
         match self {
             Self::Spacing => None,
-            Self::Requests => Some(&said.requests),
-            Self::Tokens => Some(&said.tokens),
-            Self::InputTokens => Some(&said.input_tokens),
-            Self::OutputTokens => Some(&said.output_tokens),
+            Self::Requests => Some(&headers.requests),
+            Self::Tokens => Some(&headers.tokens),
+            Self::InputTokens => Some(&headers.input_tokens),
+            Self::OutputTokens => Some(&headers.output_tokens),
         }
     }
 }
 
-/// What the headers of a refusal say of why.
+/// The resource for which a call was refused, according to the headers of the refusal.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct ThrottledResource {
     resource: Resource,
@@ -100,10 +103,10 @@ pub(super) struct ThrottledResource {
 }
 
 impl ThrottledResource {
-    /// The resource of which less is left than `charge` takes; of several the emptiest.
-    pub(super) fn of(said: &RateSnapshot, charge: Charge) -> Option<Self> {
+    /// Returns the resource that has less left than `charge` takes; of several the emptiest.
+    pub(super) fn of(headers: &RateSnapshot, charge: Charge) -> Option<Self> {
         let short = |resource: &Resource| {
-            let quota = resource.quota(said)?;
+            let quota = resource.quota(headers)?;
             let left = quota.remaining?;
             let part = left as f64 / quota.limit.unwrap_or(1).max(1) as f64;
             (left < resource.of(charge.on_admission()).max(1)).then_some((*resource, part))
@@ -112,19 +115,35 @@ impl ThrottledResource {
             .iter()
             .filter_map(short)
             .min_by(|(_, a), (_, b)| a.total_cmp(b))?;
-        let rate = resource.quota(said).and_then(headers::per_minute);
+        let rate = resource.quota(headers).and_then(headers::per_minute);
         Some(Self { resource, rate })
     }
 }
 
+/// A call that was granted, and what it took.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Grant {
+    pub(super) charge: Charge,
+    pub(super) at: Nanos,
+    /// The levels after it.
+    pub(super) levels: Levels,
+    /// The number of calls in flight, with this one.
+    pub(super) in_flight: usize,
+    /// The resource that the headers of its refusal name.
+    pub(super) throttled: Option<ThrottledResource>,
+}
+
+/// The levels of the limits, each as the time in which it flows in.
+pub(super) type Levels = [Nanos; Resource::ALL.len()];
+
 /// A limit that is used more slowly since a refusal.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Slowed {
+pub(super) struct Reduced {
     pub(super) resource: Resource,
-    /// The share of it that was used before.
+    /// The factor that was in use before.
     pub(super) tried: f64,
-    /// The share that is used now.
-    pub(super) scale: f64,
+    /// The factor that is in use now.
+    pub(super) factor: f64,
 }
 
 /// A charge that is more than a minute of its limit.
@@ -135,56 +154,46 @@ pub(super) struct Exceeded {
     pub(super) per_minute: u64,
 }
 
-impl Exceeded {
-    fn of(resource: Resource, needed: u64, limit: &Limit) -> Self {
-        Self {
-            resource,
-            needed,
-            per_minute: limit.rate().minute(),
-        }
-    }
-}
-
 #[derive(Debug)]
 pub(super) struct LimitSet {
     /// One limit for each limited resource, in the order of [`Resource::ALL`].
     limits: Vec<(Resource, Limit)>,
-    /// Charges that exceeded their limit since they were last asked for.
+    /// Charges that exceeded their limit since the last [`take_exceeded`](LimitSet::take_exceeded).
     exceeded: Vec<Exceeded>,
+    enabled: PolicySet,
 }
-
-/// How much was left of each limit when a call had been granted, as time of its rate.
-pub(super) type Levels = [Nanos; Resource::ALL.len()];
 
 impl LimitSet {
     pub(super) fn new(pace: &Pace, now: Nanos) -> Self {
+        let enabled = pace.policies;
         let limits = Resource::ALL.into_iter().filter_map(|resource| {
             let (rate, burst) = resource.limit(pace)?;
-            let limit = Limit::new(Source::Configured, rate, burst, now);
+            let limit = Limit::new(Source::Configured, rate, burst, now, enabled);
             Some((resource, limit))
         });
         Self {
             limits: limits.collect(),
             exceeded: Vec::new(),
+            enabled,
         }
     }
 
-    /// Passes the time until `now`, in which somebody waited or nobody did.
+    /// Passes the time until `now`, in which callers waited for the limits if they were `wanted`.
     #[inline]
-    pub(super) fn advance(&mut self, now: Nanos, waited: bool) {
+    pub(super) fn advance(&mut self, now: Nanos, wanted: bool) {
         for (_, limit) in &mut self.limits {
-            limit.advance(now, waited);
+            limit.advance(now, wanted);
         }
     }
 
-    /// When all of `charge` can be taken, and which resource comes last: `now` and
-    /// nothing, or later; `None` is when a call in flight has ended.
+    /// Returns when all of `charge` can be taken, and the resource that is last: `now` and
+    /// [`Binding::Nothing`], or later; `None` is when a call in flight has ended.
     #[inline]
     pub(super) fn ready_at(&self, now: Nanos, charge: Charge) -> (Option<Nanos>, Binding) {
         let mut last = (now, Binding::Nothing);
         for (resource, limit) in &self.limits {
-            let share = limit.capped(resource.share(charge));
-            let Some(ready_at) = limit.ready_at(now, share) else {
+            let cost = limit.capped(resource.cost(charge));
+            let Some(ready_at) = limit.ready_at(now, cost) else {
                 return (None, resource.binding());
             };
             if ready_at > last.0 {
@@ -194,8 +203,8 @@ impl LimitSet {
         (Some(last.0), last.1)
     }
 
-    /// Whether `first` could be taken now without keeping `head` beyond `until`. What is
-    /// charged later nobody passes: it is not known when that will be.
+    /// Whether `first` could be taken now without keeping `head` beyond `until`. No call passes one with a deferred charge:
+    /// the time of that charge is unknown.
     pub(super) fn leaves_room(
         &self,
         now: Nanos,
@@ -204,42 +213,41 @@ impl LimitSet {
         until: Nanos,
     ) -> bool {
         self.limits.iter().all(|(resource, limit)| {
-            let [first, head] = [first, head].map(|charge| limit.capped(resource.share(charge)));
-            first.later == 0
-                && head.later == 0
+            let [first, head] = [first, head].map(|charge| limit.capped(resource.cost(charge)));
+            first.deferred == 0
+                && head.deferred == 0
                 && limit.ready_at(now, first).is_some_and(|at| at <= now)
-                && limit.ready_after(now, first.due, head.due) <= until
+                && limit.ready_after(now, first.upfront, head.upfront) <= until
         })
     }
 
-    /// What `charge` takes of the scarcest limit: nanoseconds of its rate.
-    pub(super) fn cost(&self, charge: Charge) -> u64 {
-        let costs = self
+    /// Returns what `charge` takes of the scarcest limit, in nanoseconds of its rate.
+    pub(super) fn time_of(&self, charge: Charge) -> u64 {
+        let times = self
             .limits
             .iter()
             .map(|(resource, limit)| limit.rate().time_for(limit.most(resource.of(charge))));
-        // An hour is as good as for ever, and sums of hours overflow nothing.
-        costs.fold(1, u64::max).min(3_600_000_000_000)
+        times.fold(1, u64::max).min(HOUR)
     }
 
-    /// Says what it leaves.
+    /// Takes `charge` and returns the levels after it.
     #[inline]
     pub(super) fn take(&mut self, now: Nanos, charge: Charge) -> Levels {
         let mut levels = Levels::default();
         for (resource, limit) in &mut self.limits {
-            let whole = resource.share(charge);
-            let share = limit.capped(whole);
-            if share != whole {
+            let whole = resource.cost(charge);
+            let cost = limit.capped(whole);
+            if cost != whole {
                 let needed = resource.of(charge);
-                self.exceeded.push(Exceeded::of(*resource, needed, limit));
+                self.exceeded.push(exceeded(*resource, needed, limit));
             }
-            limit.take(now, share);
+            limit.take(now, cost);
             levels[*resource as usize] = limit.filled(now);
         }
         levels
     }
 
-    /// Lets every bucket hold as much as goes with what was learned of its limit.
+    /// Adapts the capacity of the limits to what was learned of them.
     pub(super) fn resize(&mut self, now: Nanos) {
         for (_, limit) in &mut self.limits {
             limit.resize(now);
@@ -247,44 +255,40 @@ impl LimitSet {
     }
 
     /// Takes everything back, for a call that was never sent.
-    pub(super) fn refund(&mut self, now: Nanos, charge: Charge, taken_at: Nanos) {
-        for (resource, limit) in self
-            .limits
-            .iter_mut()
-            .filter(|(_, m)| m.existed_at(taken_at))
-        {
-            limit.refund(now, limit.capped(resource.share(charge)), taken_at);
+    pub(super) fn refund(&mut self, now: Nanos, grant: &Grant) {
+        for (resource, limit) in self.of_grant(grant) {
+            let cost = limit.capped(resource.cost(grant.charge));
+            limit.refund(now, cost, grant.at);
         }
     }
 
-    /// Settles tokens to what was used. The request itself stays charged.
+    /// Settles tokens to the `actual` use. The request itself stays charged.
     #[inline]
-    pub(super) fn settle(&mut self, now: Nanos, charge: Charge, actual: Charge, taken_at: Nanos) {
-        for (resource, limit) in self
-            .limits
-            .iter_mut()
-            .filter(|(_, m)| m.existed_at(taken_at))
-        {
-            let (whole, used) = (resource.share(charge), resource.of(actual));
-            let (share, charged) = (limit.capped(whole), limit.most(used));
-            if charged != used && share == whole {
-                // Otherwise it was noted when it was granted.
-                self.exceeded.push(Exceeded::of(*resource, used, limit));
-            }
-            limit.settle(now, share, charged);
-        }
-    }
-
-    /// An answer came: what such calls cost, where that is charged only then.
-    pub(super) fn learn(&mut self, now: Nanos, charge: Charge, actual: Charge, taken_at: Nanos) {
+    pub(super) fn settle(&mut self, now: Nanos, grant: &Grant, actual: Charge) {
         for (resource, limit) in &mut self.limits {
-            let share = limit.capped(resource.share(charge));
-            let actual = limit.most(resource.of(actual));
-            limit.learn(now, share, actual, taken_at);
+            if !limit.existed_at(grant.at) {
+                continue;
+            }
+            let (whole, used) = (resource.cost(grant.charge), resource.of(actual));
+            let (cost, charged) = (limit.capped(whole), limit.most(used));
+            if charged != used && cost == whole {
+                // Otherwise it was recorded when the call was granted.
+                self.exceeded.push(exceeded(*resource, used, limit));
+            }
+            limit.settle(now, cost, charged);
         }
     }
 
-    /// The charges that exceeded a minute of their limit since this was last called.
+    /// Records an answer that was charged when it ended.
+    pub(super) fn record_answer(&mut self, now: Nanos, grant: &Grant, actual: Charge) {
+        for (resource, limit) in &mut self.limits {
+            let cost = limit.capped(resource.cost(grant.charge));
+            let actual = limit.most(resource.of(actual));
+            limit.record_answer(now, cost, actual, grant.at);
+        }
+    }
+
+    /// Returns the charges that exceeded a minute of their limit since the last call of this.
     pub(super) fn take_exceeded(&mut self) -> Vec<Exceeded> {
         std::mem::take(&mut self.exceeded)
     }
@@ -302,76 +306,84 @@ impl LimitSet {
         }
     }
 
-    /// What a reply says of the limits, to a call granted when `mark` was left: levels are
-    /// lowered, and limits that nobody has named are adopted. Says which were adopted.
-    pub(super) fn observe(
+    /// Applies the headers of the reply to a granted call: levels are lowered, and limits that are not configured are adopted.
+    /// Returns the adopted ones.
+    pub(super) fn apply_headers(
         &mut self,
         now: Nanos,
-        said: &RateSnapshot,
-        (granted_at, levels): (Nanos, &Levels),
+        headers: &RateSnapshot,
+        grant: &Grant,
         burst: Burst,
-        closed_until: Nanos,
+        cooldown_until: Nanos,
     ) -> Vec<(Resource, Rate)> {
         let mut adopted = Vec::new();
         for resource in Resource::ALL {
-            let Some(quota) = resource.quota(said) else {
+            let Some(quota) = resource.quota(headers) else {
                 continue;
             };
-            let told = headers::per_minute(quota);
-            let known = self.get_mut(resource);
-            let source = known.as_ref().map(|limit| limit.source());
-            if source != Some(Source::Configured)
-                && let Some(rate) = told
+            let advertised = headers::per_minute(quota);
+            if let Some(rate) = advertised
+                && self.enabled.has(Policy::AdoptedLimits)
+                && self.adopt(now, resource, rate, burst, cooldown_until)
             {
-                match known {
-                    Some(limit) if source == Some(Source::Advertised) && limit.rate() == rate => {}
-                    Some(limit) => {
-                        limit.retune(now, Source::Advertised, rate, burst);
-                        adopted.push((resource, rate));
-                    }
-                    None => {
-                        let mut limit = Limit::new(Source::Advertised, rate, burst, now);
-                        // It is not fresh: what revealed it has used it.
-                        limit.stand_still_until(now, closed_until);
-                        self.insert(resource, limit);
-                        adopted.push((resource, rate));
-                    }
-                }
+                adopted.push((resource, rate));
             }
+            let levels = self.enabled.has(Policy::HeaderLevels);
             if let (Some(limit), Some(left)) = (self.get_mut(resource), quota.remaining) {
-                limit.lower(now, left, granted_at, levels[resource as usize]);
-                if !burst.full_at_start {
-                    limit.offer(now, headers::left_of_a_minute(quota), granted_at);
+                if levels {
+                    limit.lower(now, left, grant.at, grant.levels[resource as usize]);
                 }
-                if let Some(rate) = told {
-                    limit.detect_contention(now, left, rate);
-                }
+                let stored = headers::left_of_a_minute(quota).filter(|_| !burst.full_at_start);
+                limit.on_headers(now, left, advertised, stored, grant.at);
             }
         }
         adopted
     }
 
-    /// A call of `charge` sent at `sent_at` was refused. Slows down the resource that the headers name,
-    /// else the one that is nearest empty, else requests: at the rate `guess` if
-    /// they had none. Says which resource was slowed, and by how much.
+    /// Keeps an advertised limit, unless one is configured. Returns whether it is news.
+    fn adopt(
+        &mut self,
+        now: Nanos,
+        resource: Resource,
+        rate: Rate,
+        burst: Burst,
+        cooldown_until: Nanos,
+    ) -> bool {
+        let enabled = self.enabled;
+        match self.get_mut(resource) {
+            Some(limit) if limit.source() == Source::Configured => false,
+            Some(limit) if limit.source() == Source::Advertised && limit.rate() == rate => false,
+            Some(limit) => {
+                limit.retune(now, Source::Advertised, rate, burst);
+                true
+            }
+            None => {
+                let mut limit = Limit::new(Source::Advertised, rate, burst, now, enabled);
+                // It is not unused: the call that revealed it has used it.
+                limit.stand_still_until(now, cooldown_until);
+                self.insert(resource, limit);
+                true
+            }
+        }
+    }
+
+    /// Records that a granted call was refused. Slows down the resource that the headers name,
+    /// else the one that is nearest empty, else requests: at the rate `estimate` if they had no limit. Returns the resource
+    /// that was slowed down.
     pub(super) fn record_refusal(
         &mut self,
         now: Nanos,
-        (sent_at, charge): (Nanos, Charge),
-        named: Option<ThrottledResource>,
-        guess: impl FnOnce() -> (Rate, Burst),
-    ) -> Option<Slowed> {
-        let resource = named.map(|named| named.resource).or_else(|| {
-            let fullness = self
-                .limits
-                .iter()
-                .map(|(r, limit)| (r, limit.fullness(now)));
+        grant: &Grant,
+        estimate: impl FnOnce() -> (Rate, Burst),
+    ) -> Option<Reduced> {
+        let resource = grant.throttled.map(|it| it.resource).or_else(|| {
+            let fullness = self.limits.iter().map(|(r, it)| (r, it.fullness(now)));
             let emptiest = fullness.min_by(|(_, a), (_, b)| a.total_cmp(b));
             emptiest.map(|(resource, _)| *resource)
         });
         let resource = match resource.filter(|resource| self.get(*resource).is_some()) {
             Some(resource) => resource,
-            // Calls spaced apart are requests that are limited.
+            // Calls that are spaced apart are requests that are limited.
             None if self.get(Resource::Requests).is_none()
                 && self.get(Resource::Spacing).is_some() =>
             {
@@ -379,75 +391,83 @@ impl LimitSet {
             }
             None => Resource::Requests,
         };
-        let told = named.filter(|named| named.resource == resource);
-        if self.get(resource).is_none() {
-            let (rate, burst) = guess();
-            self.insert(resource, Limit::new(Source::Estimated, rate, burst, now));
+        let throttled = grant.throttled.filter(|it| it.resource == resource);
+        if self.get(resource).is_none() && self.enabled.has(Policy::RateControl) {
+            let (rate, burst) = estimate();
+            let limit = Limit::new(Source::Estimated, rate, burst, now, self.enabled);
+            self.insert(resource, limit);
         }
         let limit = self.get_mut(resource)?;
-        let tried = limit.scale();
-        let lowered = limit.record_refusal(
-            now,
-            sent_at,
-            limit.capped(resource.share(charge)).due,
-            told.and_then(|named| named.rate),
-        );
-        lowered.then(|| Slowed {
+        let tried = limit.rate_factor();
+        let refused = limit.capped(resource.cost(grant.charge)).upfront;
+        let advertised = throttled.and_then(|it| it.rate);
+        let reduced = limit.record_refusal(now, grant.at, refused, advertised);
+        reduced.then(|| Reduced {
             resource,
             tried,
-            scale: limit.scale(),
+            factor: limit.rate_factor(),
         })
     }
 
-    /// Takes back the reductions of a limit since `share` of it was tried: it is not the reason for the
-    /// refusals. One that was only guessed from them is none.
-    pub(super) fn restore(&mut self, now: Nanos, resource: Resource, share: f64) {
+    /// Takes back the reductions of a limit since `factor` was in use: the limit is not the reason for the
+    /// refusals. A limit that was only estimated from them is dropped.
+    pub(super) fn restore(&mut self, now: Nanos, resource: Resource, factor: f64) {
         self.limits
             .retain(|(_, limit)| limit.source() != Source::Estimated);
         if let Some(limit) = self.get_mut(resource) {
-            limit.restore(now, share);
+            limit.restore(now, factor);
         }
     }
 
-    /// Whether a refusal is hardly for one of these limits: at least half of each is left.
+    /// Whether at least half of each limit is left, so that a refusal is hardly for one of them.
     pub(super) fn are_half_full(&self, now: Nanos) -> bool {
         self.limits
             .iter()
             .all(|(_, limit)| limit.fullness(now) >= 0.5)
     }
 
-    /// The smallest share of a limit that is used now because of refusals.
-    pub(super) fn scale(&self) -> f64 {
-        let named = self.limits.iter().map(|(_, limit)| limit);
-        let named = named.filter(|limit| limit.source() != Source::Estimated);
-        named.map(Limit::scale).fold(1.0, f64::min)
+    /// The smallest factor of a limit that is configured or advertised.
+    pub(super) fn rate_factor(&self) -> f64 {
+        let known = self.limits.iter().map(|(_, limit)| limit);
+        let known = known.filter(|limit| limit.source() != Source::Estimated);
+        known.map(Limit::rate_factor).fold(1.0, f64::min)
     }
 
     /// The limit on requests in a minute that is kept now.
     pub(super) fn requests_per_minute(&self) -> Option<f64> {
         let limit = self.get(Resource::Requests)?;
-        Some(limit.rate().per_second() * 60.0 * limit.scale())
+        Some(limit.rate().per_second() * 60.0 * limit.rate_factor())
     }
 
-    /// Changes the limits. One that was there keeps its level, a new one is fresh
-    /// unless the lane is closed until later; one that was learned stays.
-    pub(super) fn retune(&mut self, now: Nanos, pace: &Pace, closed_until: Nanos) {
+    /// Changes the limits. One that existed before keeps its level, a new one is unused
+    /// unless the lane cools down; one that was learned stays.
+    pub(super) fn retune(&mut self, now: Nanos, pace: &Pace, cooldown_until: Nanos) {
+        self.enabled = pace.policies;
+        let adaptive = pace.policies != PolicySet::NONE;
         for resource in Resource::ALL {
             match (self.get_mut(resource), resource.limit(pace)) {
                 (Some(limit), Some((rate, burst))) => {
                     limit.retune(now, Source::Configured, rate, burst);
                 }
-                (Some(limit), None) if limit.source() != Source::Configured && pace.adaptive => {}
+                (Some(limit), None) if limit.source() != Source::Configured && adaptive => {}
                 (_, None) => self.limits.retain(|(other, _)| *other != resource),
                 (None, Some((rate, burst))) => {
-                    let mut limit = Limit::new(Source::Configured, rate, burst, now);
-                    if closed_until > now {
-                        limit.stand_still_until(now, closed_until);
+                    let mut limit = Limit::new(Source::Configured, rate, burst, now, pace.policies);
+                    if cooldown_until > now {
+                        limit.stand_still_until(now, cooldown_until);
                     }
                     self.insert(resource, limit);
                 }
             }
         }
+    }
+
+    /// The limits from which `grant` was taken.
+    fn of_grant(&mut self, grant: &Grant) -> impl Iterator<Item = (Resource, &mut Limit)> {
+        let at = grant.at;
+        let limits = self.limits.iter_mut();
+        let limits = limits.filter(move |(_, limit)| limit.existed_at(at));
+        limits.map(|(resource, limit)| (*resource, limit))
     }
 
     fn get(&self, resource: Resource) -> Option<&Limit> {
@@ -460,9 +480,17 @@ impl LimitSet {
         limits.find_map(|(other, limit)| (*other == resource).then_some(limit))
     }
 
-    /// A limit for a resource that has none.
+    /// Adds a limit for a resource that has none.
     fn insert(&mut self, resource: Resource, limit: Limit) {
-        let position = self.limits.partition_point(|(other, _)| *other < resource);
-        self.limits.insert(position, (resource, limit));
+        let index = self.limits.partition_point(|(other, _)| *other < resource);
+        self.limits.insert(index, (resource, limit));
+    }
+}
+
+fn exceeded(resource: Resource, needed: u64, limit: &Limit) -> Exceeded {
+    Exceeded {
+        resource,
+        needed,
+        per_minute: limit.rate().minute(),
     }
 }

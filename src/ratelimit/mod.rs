@@ -27,6 +27,8 @@ mod scheduler;
 mod timer;
 mod types;
 
+#[doc(hidden)]
+pub use self::adaptive::Policy;
 pub use self::lane::{Lane, Permit};
 pub use self::pace::Pace;
 pub use self::types::{Binding, CallOutcome, LaneSnapshot, Need, Priority, QueuePosition, Tenant};

@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use crate::ratelimit::bucket::Rate;
+use crate::ratelimit::adaptive::{Policy, PolicySet};
+use crate::ratelimit::bucket::{Rate, nanos};
 use crate::ratelimit::limit::Burst;
 use crate::ratelimit::types::Binding;
 
@@ -45,7 +46,7 @@ pub struct Pace {
     pub(super) output_tokens: Option<Rate>,
     pub(super) in_flight: Option<usize>,
     burst: Option<Duration>,
-    pub(super) adaptive: bool,
+    pub(super) policies: PolicySet,
 }
 
 impl Pace {
@@ -61,7 +62,7 @@ impl Pace {
             output_tokens: None,
             in_flight: None,
             burst: None,
-            adaptive: true,
+            policies: PolicySet::ALL,
         }
     }
 
@@ -207,13 +208,23 @@ impl Pace {
     ///
     /// Without it, a refusal closes the lane for a while and changes nothing else.
     pub fn adaptive(mut self, adaptive: bool) -> Self {
-        self.adaptive = adaptive;
+        self.policies = match adaptive {
+            true => PolicySet::ALL,
+            false => PolicySet::NONE,
+        };
+        self
+    }
+
+    /// Switches one policy off, to measure what it is worth.
+    #[doc(hidden)]
+    pub fn without(mut self, policy: Policy) -> Self {
+        self.policies = self.policies.without(policy);
         self
     }
 
     pub(super) fn burst_or_default(&self) -> Burst {
         Burst {
-            time: self.burst.unwrap_or(Duration::from_secs(1)),
+            time: nanos(self.burst.unwrap_or(Duration::from_secs(1))),
             full_at_start: self.burst.is_some(),
         }
     }

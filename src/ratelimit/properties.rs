@@ -10,7 +10,7 @@ use crate::ratelimit::limit::Burst;
 use crate::ratelimit::limits::Resource;
 use crate::ratelimit::pace::Pace;
 use crate::ratelimit::queue::WaiterKey;
-use crate::ratelimit::scheduler::{Admission, End, Grant, Scheduler, Wakeups};
+use crate::ratelimit::scheduler::{Admission, GrantId, Scheduler, Wakeups};
 use crate::ratelimit::types::{CallOutcome, Charge, Need, QueuePosition};
 use crate::request::Usage;
 
@@ -22,7 +22,7 @@ enum Op {
     /// Arrives at the place of one that went before, as a retry does.
     Return(usize, Charge),
     Leave(usize),
-    End(usize, End),
+    End(usize, CallOutcome),
     Retune(Pace),
     /// A caller that waits is not polled from now on.
     Ignore(usize),
@@ -36,7 +36,7 @@ struct Waiter {
 }
 
 struct Held {
-    grant: Grant,
+    grant: GrantId,
     position: Option<QueuePosition>,
     charge: Charge,
     /// Where in the books this was entered.
@@ -188,20 +188,20 @@ impl World {
         self.settle();
     }
 
-    fn end(&mut self, held: Held, end: End) {
+    fn end(&mut self, held: Held, end: CallOutcome) {
         let granted = &mut self.books[held.entry];
         let (before, taken_at) = (granted.charge, granted.at);
         // Nobody says otherwise: what was reserved.
         let mut charge = held.charge;
         let mut kind = Kind::Settled { before };
         match end {
-            End::Unsent => {
+            CallOutcome::NotSent => {
                 granted.kind = Kind::Grant { unsent: true };
                 (charge, kind) = (before, Kind::Refund { taken_at });
             }
-            End::Finished(CallOutcome::Succeeded { usage: Some(usage) }) => charge = usage.into(),
-            End::Finished(CallOutcome::Overloaded { .. }) => charge = before,
-            End::Finished(CallOutcome::Throttled { wait }) => {
+            CallOutcome::Succeeded { usage: Some(usage) } => charge = usage.into(),
+            CallOutcome::Overloaded { .. } => charge = before,
+            CallOutcome::Throttled { wait } => {
                 charge = Charge::default();
                 self.closed_until = self.closed_until.max(self.now + wait.unwrap_or_default());
             }
@@ -214,7 +214,7 @@ impl World {
         });
     }
 
-    fn granted(&mut self, grant: Grant, position: Option<QueuePosition>, charge: Charge) {
+    fn granted(&mut self, grant: GrantId, position: Option<QueuePosition>, charge: Charge) {
         // Collected later, where the caller was not polled at once.
         let at = Duration::from_nanos(self.scheduler.granted_at(&grant));
         let late = self.now - at;
@@ -339,7 +339,7 @@ impl World {
                         reserved * part / 100
                     };
                     let usage = Some(Usage::new(held.charge.input, output));
-                    self.end(held, End::Finished(CallOutcome::Succeeded { usage }));
+                    self.end(held, CallOutcome::Succeeded { usage });
                 }
                 _ => break,
             }
@@ -351,7 +351,7 @@ impl World {
     fn drain(&mut self) {
         loop {
             while let Some(held) = self.held.pop() {
-                self.end(held, End::Abandoned);
+                self.end(held, CallOutcome::Abandoned);
             }
             if self.waiting.len() == self.ignored.len() {
                 break;
@@ -372,7 +372,7 @@ impl World {
             let Some((rate, Burst { time: burst, .. })) = resource.limit(&self.pace) else {
                 continue;
             };
-            let capacity = i128::from(nanos(burst).max(rate.time_for(1)));
+            let capacity = i128::from(burst.max(rate.time_for(1)));
             let cost = |charge| i128::from(rate.time_for(resource.of(charge).min(rate.minute())));
             let time = |time: Duration| i128::from(nanos(time));
             // Tokens are booked when they are known; a request counts when it was sent.
@@ -428,7 +428,7 @@ struct Provider {
 impl Provider {
     fn of(resource: Resource, pace: &Pace) -> Option<Self> {
         let (rate, burst) = resource.limit(pace)?;
-        let capacity = i128::from(nanos(burst.time).max(rate.time_for(1)));
+        let capacity = i128::from(burst.time.max(rate.time_for(1)));
         Some(Self {
             resource,
             rate,
@@ -493,17 +493,17 @@ fn wait() -> impl Strategy<Value = Option<Duration>> {
     proptest::option::of((0..20_000u64).prop_map(Duration::from_millis))
 }
 
-fn end() -> impl Strategy<Value = End> {
+fn end() -> impl Strategy<Value = CallOutcome> {
     prop_oneof![
-        2 => Just(End::Unsent),
-        1 => Just(End::Abandoned),
-        1 => Just(End::Finished(CallOutcome::Failed { usage: None })),
-        1 => Just(End::Finished(CallOutcome::Succeeded { usage: None })),
+        2 => Just(CallOutcome::NotSent),
+        1 => Just(CallOutcome::Abandoned),
+        1 => Just(CallOutcome::Failed { usage: None }),
+        1 => Just(CallOutcome::Succeeded { usage: None }),
         8 => (0..400u64, 0..400u64).prop_map(|(input, output)| {
-            End::Finished(CallOutcome::Succeeded { usage: Some(Usage::new(input, output)) })
+            CallOutcome::Succeeded { usage: Some(Usage::new(input, output)) }
         }),
-        1 => wait().prop_map(|wait| End::Finished(CallOutcome::Throttled { wait })),
-        1 => wait().prop_map(|wait| End::Finished(CallOutcome::Overloaded { wait })),
+        1 => wait().prop_map(|wait| CallOutcome::Throttled { wait }),
+        1 => wait().prop_map(|wait| CallOutcome::Overloaded { wait }),
     ]
 }
 

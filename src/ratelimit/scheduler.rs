@@ -10,12 +10,13 @@ mod finish;
 use std::time::Duration;
 
 use crate::error::Error;
+use crate::ratelimit::adaptive::PolicySet;
 use crate::ratelimit::adaptive::refusals::RefusalMonitor;
 use crate::ratelimit::bucket::{Nanos, Rate, nanos};
 use crate::ratelimit::concurrency::ConcurrencyLimit;
 use crate::ratelimit::cooldown::Cooldown;
 use crate::ratelimit::limit::Burst;
-use crate::ratelimit::limits::{Levels, LimitSet, ThrottledResource};
+use crate::ratelimit::limits::{Grant, LimitSet};
 use crate::ratelimit::offers::Offers;
 use crate::ratelimit::pace::Pace;
 use crate::ratelimit::queue::{Queue, WaiterKey};
@@ -30,42 +31,33 @@ const LONGEST_PROBE: Nanos = 60_000_000_000;
 /// Over how long grants are counted, in case a rate must be guessed from them.
 const THROUGHPUT_WINDOW: Nanos = 60_000_000_000;
 
-/// Stands for a call that was let through; it must come back through [`Scheduler::finish`].
+/// Names a call that was granted; it must come back through [`Scheduler::finish`].
 #[derive(Debug)]
 #[must_use]
-pub(super) struct Grant(usize);
+pub(super) struct GrantId(usize);
 
-/// What a call was let through with. It stays in the call's slot: who holds the grant are
-/// futures, which are moved about.
+/// A granted call. It stays in the scheduler, because its holders are futures, which are moved about.
 #[derive(Debug)]
-struct GrantRecord {
-    charge: Charge,
-    at: Nanos,
-    levels: Levels,
-    /// How many were in flight with it.
-    in_flight: usize,
-    /// Which limit the headers of its refusal name.
-    named: Option<ThrottledResource>,
-    /// What the headers of its reply say, where part of its charge is not yet in what is
-    /// left here.
-    said: Option<Box<RateSnapshot>>,
+struct Call {
+    grant: Grant,
+    /// The headers of its reply, where a part of its charge is not in the level yet.
+    headers: Option<Box<RateSnapshot>>,
 }
 
-/// What someone finds who arrives, or who waits and looks again.
+/// The answer to a caller that arrives, or that waits and looks again.
 #[derive(Debug)]
 pub(super) enum Admission {
-    Granted(Grant),
-    /// Not yet: it is woken when it has been let through.
+    Granted(GrantId),
+    /// Not yet: the caller is woken when it has been granted its call.
     Queued(WaiterKey),
-    /// The lane is stopped, or was while it waited.
+    /// The lane is stopped, or was while the caller waited.
     Stopped(Error),
 }
 
-/// What is left to do once the lock is released, because a waker runs code of others when it
-/// wakes, and may when it is dropped.
+/// Wakers to call or drop once the lock is released, because either may run code of the caller.
 #[derive(Debug)]
 pub(super) struct Wakeups<W> {
-    /// Whom to wake. Most often there is one, who costs no allocation.
+    /// Most often there is one waker, which costs no allocation.
     first: Option<W>,
     more: Vec<W>,
     discard: Option<W>,
@@ -101,17 +93,7 @@ impl<W> Wakeups<W> {
     }
 }
 
-/// How a grant ends.
-#[derive(Debug, Clone, Copy)]
-pub(super) enum End {
-    /// The call was never sent.
-    Unsent,
-    /// It was sent, and nobody waited for how it ended.
-    Abandoned,
-    Finished(CallOutcome),
-}
-
-/// What keeps a call from going.
+/// The reason that a call cannot go yet.
 #[derive(Clone, Copy)]
 struct Obstacle {
     binding: Binding,
@@ -119,7 +101,7 @@ struct Obstacle {
     until: Option<Nanos>,
 }
 
-/// Why nothing goes, and until when; `None` is until somebody says otherwise.
+/// Why the lane is stopped, and until when; `None` is until it is resumed.
 #[derive(Debug)]
 struct Stop {
     why: Error,
@@ -135,7 +117,7 @@ struct Probing {
     slot: Option<(usize, Nanos)>,
 }
 
-/// How many grants there were since when.
+/// The number of grants since a time.
 #[derive(Debug, Default)]
 struct ThroughputWindow {
     since: Nanos,
@@ -153,7 +135,7 @@ impl ThroughputWindow {
         self.grants += 1;
     }
 
-    /// What went through lately, as a rate.
+    /// Returns the recent throughput as a rate.
     fn rate(&self, now: Nanos) -> Rate {
         let seconds = (now.saturating_sub(self.since) as f64 / 1e9).max(1.0);
         Rate::per_minute((self.grants as f64 * 60.0 / seconds).ceil().max(1.0) as u64)
@@ -162,18 +144,18 @@ impl ThroughputWindow {
 
 #[derive(Debug)]
 pub(super) struct Scheduler<W> {
-    adaptive: bool,
+    policies: PolicySet,
     burst: Burst,
     limits: LimitSet,
     cooldown: Cooldown,
-    concurrency: ConcurrencyLimit<GrantRecord>,
+    concurrency: ConcurrencyLimit<Call>,
     /// RefusalMonitor because the provider was overloaded.
     overloads: RefusalMonitor,
     /// RefusalMonitor by a rate limit that nothing explains.
     throttles: RefusalMonitor,
     queue: Queue<W>,
     /// Granted out of the queue and not yet collected.
-    offers: Offers<(WaiterKey, Grant)>,
+    offers: Offers<(WaiterKey, GrantId)>,
     /// When the caller that is next can go, unless that depends on a call in flight.
     head_ready_at: Option<Nanos>,
     stop: Option<Stop>,
@@ -193,7 +175,7 @@ pub(super) struct Scheduler<W> {
 impl<W: Clone> Scheduler<W> {
     pub(super) fn new(pace: &Pace, seed: u64) -> Self {
         Self {
-            adaptive: pace.adaptive,
+            policies: pace.policies,
             burst: pace.burst_or_default(),
             limits: LimitSet::new(pace, 0),
             cooldown: Cooldown::new(seed),
@@ -222,7 +204,7 @@ impl<W: Clone> Scheduler<W> {
     }
 
     /// Lets `charge` through now if nobody waits and nothing stands against it.
-    pub(super) fn try_enter(&mut self, now: Nanos, charge: Charge) -> Option<Grant> {
+    pub(super) fn try_enter(&mut self, now: Nanos, charge: Charge) -> Option<GrantId> {
         self.advance(now);
         if self.stop.is_some() || !self.queue.is_empty() {
             return None;
@@ -326,8 +308,8 @@ impl<W: Clone> Scheduler<W> {
                 let why = stop.as_ref().map(|stop| &stop.why);
                 let why = why.or(self.last_stop.as_ref()).cloned();
                 if let Some((_, grant)) = offer {
-                    let GrantRecord { charge, at, .. } = self.free_slot(grant.0);
-                    self.limits.refund(now, charge, at);
+                    let call = self.release(grant.0);
+                    self.limits.refund(now, &call.grant);
                 }
                 Admission::Stopped(
                     why.expect("a waiter is in the queue, has its grant, or was stopped"),
@@ -396,23 +378,23 @@ impl<W: Clone> Scheduler<W> {
         any
     }
 
-    fn take_back(&mut self, now: Nanos, (key, grant): (WaiterKey, Grant)) {
-        let GrantRecord { charge, at, .. } = self.free_slot(grant.0);
-        self.limits.refund(now, charge, at);
-        self.queue.release(key, self.limits.cost(charge));
+    fn take_back(&mut self, now: Nanos, (key, id): (WaiterKey, GrantId)) {
+        let Call { grant, .. } = self.release(id.0);
+        self.limits.refund(now, &grant);
+        self.queue.release(key, self.limits.time_of(grant.charge));
         self.granted -= 1;
     }
 
     /// When a call was let through.
     #[cfg(test)]
-    pub(super) fn granted_at(&mut self, grant: &Grant) -> Nanos {
-        self.concurrency.get_mut(grant.0).at
+    pub(super) fn granted_at(&mut self, id: &GrantId) -> Nanos {
+        self.concurrency.get_mut(id.0).grant.at
     }
 
     /// A waiter goes away without its grant, or with one it never collected.
     pub(super) fn leave(&mut self, now: Nanos, key: WaiterKey, wakeups: &mut Wakeups<W>) {
         if let Some((_, grant)) = self.offers.forget(key.ticket) {
-            self.finish(now, grant, End::Unsent, wakeups);
+            self.finish(now, grant, CallOutcome::NotSent, wakeups);
         } else if let Some(waiter) = self.queue.remove(key) {
             self.advance(now);
             wakeups.discard = waiter.waker;
@@ -424,7 +406,7 @@ impl<W: Clone> Scheduler<W> {
     /// that was stopped.
     pub(super) fn retune(&mut self, now: Nanos, pace: &Pace, wakeups: &mut Wakeups<W>) {
         self.advance(now);
-        (self.adaptive, self.burst) = (pace.adaptive, pace.burst_or_default());
+        (self.policies, self.burst) = (pace.policies, pace.burst_or_default());
         self.limits.retune(now, pace, self.cooldown.until());
         self.concurrency.retune(pace.in_flight);
         self.resume(now, wakeups);
@@ -470,6 +452,10 @@ impl<W: Clone> Scheduler<W> {
         }
     }
 
+    fn is_adaptive(&self) -> bool {
+        self.policies != PolicySet::NONE
+    }
+
     fn probe(&mut self, now: Nanos) {
         self.probing.get_or_insert(Probing {
             since: now,
@@ -477,7 +463,7 @@ impl<W: Clone> Scheduler<W> {
         });
     }
 
-    fn free_slot(&mut self, slot: usize) -> GrantRecord {
+    fn release(&mut self, slot: usize) -> Call {
         if let Some(probing) = &mut self.probing {
             probing.slot.take_if(|(probe, _)| *probe == slot);
         }
@@ -511,7 +497,7 @@ impl<W: Clone> Scheduler<W> {
                 .limits
                 .requests_per_minute()
                 .map(|rate| rate.round() as u64),
-            rate_factor: self.limits.scale(),
+            rate_factor: self.limits.rate_factor(),
             max_in_flight: Some(self.concurrency.limit()).filter(|limit| *limit < usize::MAX),
             in_flight: self.concurrency.used(),
             waiting: self.queue.len() + self.offers.missed(),
@@ -568,22 +554,23 @@ impl<W: Clone> Scheduler<W> {
         (until != Some(now)).then_some(Obstacle { binding, until })
     }
 
-    fn grant(&mut self, now: Nanos, charge: Charge) -> Grant {
+    fn grant(&mut self, now: Nanos, charge: Charge) -> GrantId {
         let levels = self.limits.take(now, charge);
         self.throughput.record(now);
         self.granted += 1;
-        let slot = self.concurrency.take(GrantRecord {
+        let grant = Grant {
             charge,
             at: now,
             levels,
             in_flight: self.concurrency.used() + 1,
-            named: None,
-            said: None,
-        });
+            throttled: None,
+        };
+        let headers = None;
+        let slot = self.concurrency.take(Call { grant, headers });
         if let Some(probing) = &mut self.probing {
             probing.slot = Some((slot, now.saturating_add(LONGEST_PROBE)));
         }
-        Grant(slot)
+        GrantId(slot)
     }
 
     /// After anything has changed: lets everybody through who can go.
@@ -617,7 +604,7 @@ impl<W: Clone> Scheduler<W> {
         charge: Charge,
         wakeups: &mut Wakeups<W>,
     ) {
-        let cost = self.limits.cost(charge);
+        let cost = self.limits.time_of(charge);
         let waiter = self.queue.serve(key, cost);
         wakeups.wake(waiter.and_then(|waiter| waiter.waker));
         let grant = self.grant(now, charge);

@@ -169,6 +169,10 @@ pub struct QueuePosition(pub(super) u64);
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum CallOutcome {
+    /// The call was never sent: everything is given back.
+    NotSent,
+    /// The call was sent, and its end is unknown: the charge stays as estimated.
+    Abandoned,
     /// A reply came.
     Succeeded {
         /// What it used: the estimate is settled to its input and output tokens.

@@ -5,8 +5,10 @@ use std::time::Duration;
 use fastrand::Rng;
 use throughline::provider::OutputCharge;
 use throughline::provider::sim::{Enforcement, Headers, Sim, Tokens};
+use throughline::ratelimit::Policy;
 use throughline::{Pace, Request};
 
+use crate::ablation;
 use crate::bound::{Curve, Limit};
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -59,6 +61,8 @@ pub struct Cell {
     /// Items of a context that are under way at one time.
     pub parallel: usize,
     pub seeds: u64,
+    /// The policy of the lane that is switched off.
+    pub without: Option<Policy>,
     /// The largest makespan ÷ bound.
     pub most_ratio: f64,
     /// The largest share of attempts that are rejected.
@@ -95,7 +99,8 @@ impl Cell {
             sizes: Sizes::Small,
             parallel: 64,
             // Nothing is drawn that matters until something is refused.
-            seeds: if right { 1 } else { 3 },
+            seeds: if right { 1 } else { ablation::seeds() },
+            without: None,
             most_ratio: 1.10,
             most_rejected: if right { 0.0 } else { 0.02 },
         }
@@ -161,7 +166,7 @@ impl Cell {
     /// What each context is told.
     pub fn pace(&self) -> Pace {
         let Some(configured) = self.configured else {
-            return Pace::unlimited();
+            return self.ablated(Pace::unlimited());
         };
         let share = configured / self.contexts as f64;
         let mut pace = match self.truth.requests {
@@ -177,7 +182,11 @@ impl Cell {
         if let Some(n) = self.truth.in_flight {
             pace = pace.in_flight(scaled(n as u64, share) as usize);
         }
-        pace.burst(self.burst)
+        self.ablated(pace.burst(self.burst))
+    }
+
+    fn ablated(&self, pace: Pace) -> Pace {
+        self.without.into_iter().fold(pace, Pace::without)
     }
 
     /// The requests of all items.

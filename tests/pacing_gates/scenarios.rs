@@ -5,6 +5,7 @@ use std::time::Duration;
 use throughline::provider::OutputCharge;
 use throughline::provider::sim::{Enforcement, Headers, Tokens};
 
+use crate::ablation;
 use crate::cell::{Cell, Sizes};
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -50,7 +51,7 @@ fn steps() -> Vec<Cell> {
         cell.truth(|t| t.steps = steps).with(|cell| {
             cell.most_ratio = 1.15;
             cell.most_rejected = 0.02;
-            cell.seeds = 3;
+            cell.seeds = ablation::seeds();
         })
     };
     let dip = AXIS.map(|c| {

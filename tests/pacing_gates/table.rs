@@ -1,10 +1,8 @@
 //! Measures the cells on as many threads as there are, and prints them.
 
 use std::fmt;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::thread;
 
+use crate::ablation::{self, Figures};
 use crate::cell::Cell;
 use crate::run::{Measured, measure};
 
@@ -16,38 +14,38 @@ pub struct Row {
 
 /// Each run has its own clock, so they may share the machine.
 pub fn measured(cells: Vec<Cell>) -> Vec<Row> {
-    let next = AtomicUsize::new(0);
-    let rows = Mutex::new(Vec::new());
-    let threads = thread::available_parallelism().map_or(1, usize::from);
-    thread::scope(|scope| {
-        for _ in 0..threads {
-            scope.spawn(|| {
-                loop {
-                    let index = next.fetch_add(1, Ordering::Relaxed);
-                    let Some(cell) = cells.get(index) else {
-                        return;
-                    };
-                    let runs = (1..=cell.seeds).map(|seed| measure(cell, seed)).collect();
-                    let row = Row {
-                        cell: cell.clone(),
-                        runs,
-                    };
-                    rows.lock().unwrap().push((index, row));
-                }
-            });
-        }
+    let runs = ablation::in_parallel(cells.len(), |index| {
+        let cell = &cells[index];
+        (1..=cell.seeds).map(|seed| measure(cell, seed)).collect()
     });
-    let mut rows = rows.into_inner().unwrap();
-    rows.sort_by_key(|(index, _)| *index);
-    rows.into_iter().map(|(_, row)| row).collect()
+    let rows = cells.into_iter().zip(runs);
+    rows.map(|(cell, runs)| Row { cell, runs }).collect()
+}
+
+/// Measures the cells with and without each policy, and prints what each policy is worth.
+pub fn print_ablation(cells: &[Cell]) {
+    let names: Vec<_> = cells
+        .iter()
+        .map(|cell| format!("{} {}", cell.scenario, configured(cell)))
+        .collect();
+    ablation::print(&names, |index, without| {
+        let cell = cells[index].clone().with(|cell| cell.without = without);
+        figures(&cell)
+    });
+}
+
+/// The figures of a cell, over its seeds.
+pub fn figures(cell: &Cell) -> Figures {
+    Figures::mean((1..=cell.seeds).map(|seed| {
+        let run = measure(cell, seed);
+        Figures {
+            ratio: run.ratio(),
+            refused: run.rejected_share(),
+        }
+    }))
 }
 
 impl Row {
-    /// The scenario and "configured".
-    pub fn name(&self) -> (&'static str, Option<f64>) {
-        (self.cell.scenario, self.cell.configured)
-    }
-
     /// The run that is worst by `figure`.
     fn worst_by(&self, figure: impl Fn(&Measured) -> f64) -> &Measured {
         let by_figure = |a: &&Measured, b: &&Measured| figure(a).total_cmp(&figure(b));

@@ -1,31 +1,50 @@
-//! [`StoredBurst`]: what a provider holds ready beyond what the lane needs, by its own word.
+//! [`StoredBurst`]: what a provider has stored beyond what the lane needs, by its own word.
 //!
-//! A provider that keeps a whole minute of its limit lets all of it through at once, and a lane
-//! that only ever goes at the rate leaves it there. A lane that nobody has told the limit
-//! takes the provider at its word, and uses what is left at a higher speed until it is gone. What
-//! flows in meanwhile is not counted, so that there is more left in the end than was meant.
+//! A provider that stores a whole minute of its limit lets all of it through at once, and a lane that keeps to
+//! the rate leaves it there. Where only the provider has named the limit, the lane believes it and goes at twice
+//! the rate until the stored burst is spent, or a call is refused. The refill in the meantime is not counted, so that more is left in
+//! the end than was planned.
+
+use super::{LimitPolicy, LimitRefusal, Reading};
+
+/// The factor while a stored burst is spent. Not all at once: many providers enforce a minute's limit by seconds.
+const BURST_FACTOR: f64 = 2.0;
 
 #[derive(Debug, Clone, Copy, Default)]
-pub(in crate::ratelimit) struct StoredBurst {
+pub(super) struct StoredBurst {
     units: u64,
+    /// A call was refused: the provider does not store what it says.
+    disproved: bool,
 }
 
 impl StoredBurst {
     #[inline]
-    pub(in crate::ratelimit) fn is_there(self) -> bool {
+    pub(super) fn is_available(self) -> bool {
         self.units > 0
     }
+}
 
-    pub(in crate::ratelimit) fn set(&mut self, units: u64) {
-        self.units = units;
+impl LimitPolicy for StoredBurst {
+    #[inline]
+    fn on_grant(&mut self, units: u64) {
+        self.units = self.units.saturating_sub(units);
     }
 
-    /// A call takes `n`. Says whether the stored_burst has come to its end with it.
-    #[inline]
-    pub(in crate::ratelimit) fn take(&mut self, n: u64) -> bool {
-        let was_there = self.is_there();
-        self.units = self.units.saturating_sub(n);
-        was_there && !self.is_there()
+    fn on_headers(&mut self, reading: &Reading) {
+        if !self.disproved {
+            self.units = reading.spare;
+        }
+    }
+
+    /// Returns whether the refusal was of a call that spent the stored burst. It says nothing of the limit itself.
+    fn on_refusal(&mut self, _refusal: &LimitRefusal) -> bool {
+        let was_available = self.is_available();
+        (self.units, self.disproved) = (0, true);
+        was_available
+    }
+
+    fn rate_factor(&self) -> Option<f64> {
+        self.is_available().then_some(BURST_FACTOR)
     }
 }
 
@@ -36,7 +55,7 @@ mod tests {
 
     use proptest::prelude::*;
 
-    use crate::ratelimit::adaptive::headers;
+    use crate::ratelimit::adaptive::{PolicySet, headers};
     use crate::ratelimit::bucket::{Nanos, Rate};
     use crate::ratelimit::limit::{Burst, Cost, Limit, Source};
     use crate::request::Quota;
@@ -71,50 +90,62 @@ mod tests {
 
     fn told(limit: u64) -> Limit {
         let burst = Burst {
-            time: Duration::from_secs(1),
+            time: SECOND,
             full_at_start: false,
         };
-        let mut limit = Limit::new(Source::Advertised, Rate::per_minute(limit), burst, 0);
+        let mut limit = Limit::new(
+            Source::Advertised,
+            Rate::per_minute(limit),
+            burst,
+            0,
+            PolicySet::ALL,
+        );
         limit.stand_still_until(0, 0);
         limit
     }
 
-    fn take(limit: &mut Limit, now: Nanos, due: u64) {
-        limit.take(now, Cost { due, later: 0 });
+    fn take(limit: &mut Limit, now: Nanos, upfront: u64) {
+        limit.take(
+            now,
+            Cost {
+                upfront,
+                deferred: 0,
+            },
+        );
     }
 
     #[test]
     fn it_goes_at_twice_the_rate_until_it_is_gone() {
         let mut limit = told(600);
-        limit.offer(0, Some(40), 0);
-        assert_eq!(limit.scale(), 2.0, "three bursts of ten are kept");
+        limit.on_headers(0, u64::MAX, None, Some(40), 0);
+        assert_eq!(limit.rate_factor(), 2.0, "three bursts of ten are kept");
         take(&mut limit, 0, 4);
-        limit.offer(0, Some(39), 0);
-        assert_eq!(limit.scale(), 2.0, "and the largest call");
+        limit.on_headers(0, u64::MAX, None, Some(39), 0);
+        assert_eq!(limit.rate_factor(), 2.0, "and the largest call");
         take(&mut limit, 0, 4);
-        assert_eq!(limit.scale(), 2.0);
+        assert_eq!(limit.rate_factor(), 2.0);
         take(&mut limit, 0, 1);
-        assert_eq!(limit.scale(), 1.0);
-        limit.offer(SECOND, Some(600), SECOND);
-        assert_eq!(limit.scale(), 2.0);
-        limit.offer(2 * SECOND, None, 2 * SECOND);
-        assert_eq!(limit.scale(), 1.0);
+        assert_eq!(limit.rate_factor(), 1.0);
+        limit.on_headers(SECOND, u64::MAX, None, Some(600), SECOND);
+        assert_eq!(limit.rate_factor(), 2.0);
+        limit.on_headers(2 * SECOND, u64::MAX, None, None, 2 * SECOND);
+        assert_eq!(limit.rate_factor(), 1.0);
     }
 
     #[test]
     fn the_first_refusal_is_for_the_haste_and_ends_it() {
         let mut limit = told(600);
-        limit.offer(0, Some(600), 0);
+        limit.on_headers(0, u64::MAX, None, Some(600), 0);
         assert!(limit.record_refusal(SECOND, 0, 1, None));
-        assert_eq!(limit.scale(), 1.0);
+        assert_eq!(limit.rate_factor(), 1.0);
         assert!(
             !limit.record_refusal(2 * SECOND, SECOND, 1, None),
             "the same cohort"
         );
-        limit.offer(3 * SECOND, Some(600), 3 * SECOND);
-        assert_eq!(limit.scale(), 1.0);
+        limit.on_headers(3 * SECOND, u64::MAX, None, Some(600), 3 * SECOND);
+        assert_eq!(limit.rate_factor(), 1.0);
         assert!(limit.record_refusal(4 * SECOND, 4 * SECOND, 1, None));
-        assert!(limit.scale() < 1.0);
+        assert!(limit.rate_factor() < 1.0);
     }
 
     proptest! {
@@ -136,7 +167,7 @@ mod tests {
             for (gap, thousandths, latency) in calls {
                 // Up to two seconds' worth in one call.
                 let n = (per_minute * thousandths / 60_000).max(1);
-                let share = Cost { due: n, later: 0 };
+                let share = Cost { upfront: n, deferred: 0 };
                 now += gap * 1_000_000;
                 loop {
                     let ready = limit.ready_at(now, share).unwrap();
@@ -155,11 +186,11 @@ mod tests {
                     if at >= heard {
                         heard = at;
                         limit.lower(now, said.remaining.unwrap(), at, filled);
-                        limit.offer(now, headers::left_of_a_minute(&said), at);
+                        limit.on_headers(now, u64::MAX, None, headers::left_of_a_minute(&said), at);
                     }
                 }
                 limit.advance(now, true);
-                hurried += u64::from(limit.scale() > 1.0);
+                hurried += u64::from(limit.rate_factor() > 1.0);
                 // The lane's time counts whole nanoseconds.
                 let level = provider.level(now) + 1e-3;
                 prop_assert!(level >= n as f64, "{n} of {level} after {hurried} in haste");

@@ -1,30 +1,32 @@
-//! [`ContentionDetector`]: whether the provider's bucket stays near empty, and whose doing that is.
+//! [`ContentionDetector`]: whether the level of the provider's bucket stays low, and whether others use the account.
 //!
-//! Lanes that share an account without knowing of each other see the same level in the headers
-//! of their replies. A refusal strikes whoever comes a moment too late, and always the same ones where
-//! one lane takes each unit the moment it is there; the level tells all of them, and before
-//! anybody is refused. Only a *standing* low level counts (as CoDel counts only a
-//! standing queue, RFC 8289): a window that is used up at its end, or a burst, says nothing.
+//! Lanes that share an account without knowing of each other see the same level in the headers of their
+//! replies. A refusal strikes the caller that comes a moment too late, and always the same lanes where one lane
+//! takes each unit the moment it is available; the level informs all of them, and before any call is refused. Only a
+//! *standing* low level counts (as CoDel counts only a standing queue, RFC 8289): a window that is used up at
+//! its end, or a burst, says nothing.
 
-use crate::ratelimit::bucket::{Nanos, Rate};
+use super::{LimitPolicy, Reading};
+use crate::ratelimit::bucket::Nanos;
 
-/// So long, and in so many replies, the level must have been low all the time.
+/// The level must have been low for this long, and in this many replies.
 const INTERVAL: Nanos = 1_000_000_000;
 const READINGS: u32 = 2;
-/// What was in a longer silence nobody knows.
+/// After a longer silence the level in the meantime is unknown.
 const SILENCE: Nanos = 5 * INTERVAL;
-/// Low is less than the limit lets through in so many seconds.
+/// A level is low below the units that flow in within this many seconds.
 const LOW: f64 = 0.6;
-/// Less than so many of the largest calls is too little to tell from one of them.
+/// A low level below this many of the largest calls cannot be told from one of these calls.
 const COARSE: f64 = 2.0;
-/// QueueKey sends at least this part of what the limit lets through is taken to be alone.
+/// A lane that sends at least this part of the limit is taken to be alone.
 const ALONE: f64 = 0.75;
-
-/// QueueKey sends less than this part of what it may send does not want more.
+/// A lane that sends less than this part of what it may send does not want more.
 const USED: f64 = 0.5;
+/// The factor of a lane that is alone while the level is low: other lanes, which it would never notice, get in
+/// between, or the level rises.
+const YIELDED: f64 = 0.995;
 
-/// What the lane does itself: how much it has taken, how much of it in one call, and how much
-/// it may take in a second.
+/// What the lane itself does: the units that it has taken, the most in one call, and how many it may take in a second.
 #[derive(Debug, Clone, Copy)]
 pub(in crate::ratelimit) struct OwnUse {
     pub(in crate::ratelimit) taken: u64,
@@ -32,48 +34,45 @@ pub(in crate::ratelimit) struct OwnUse {
     pub(in crate::ratelimit) pace: f64,
 }
 
-/// What the level was lately.
+/// The level during the last interval.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(in crate::ratelimit) enum Level {
+pub(super) enum Level {
     Ample,
-    /// Low, and nobody else seems to be there.
+    /// Low, and no other lane seems to use the limit.
     Low,
-    /// Low by this part of what should be there, and others use the limit.
+    /// Low by this part of what should be available, and others use the limit.
     Contended(f64),
 }
 
 #[derive(Debug, Clone, Copy, Default)]
-pub(in crate::ratelimit) struct ContentionDetector {
+pub(super) struct ContentionDetector {
     since: Nanos,
     heard: Nanos,
     readings: u32,
     most: u64,
-    /// What the lane had taken when the interval began.
+    /// The units that the lane had taken when the interval began.
     taken: u64,
+    yields: bool,
 }
 
 impl ContentionDetector {
-    /// An interval that begins now.
-    fn from(now: Nanos, taken: u64) -> Self {
-        Self {
+    /// Starts an interval.
+    fn restart(&mut self, now: Nanos, taken: u64) {
+        *self = Self {
             since: now,
             heard: now,
             taken,
+            yields: self.yields,
             ..Self::default()
-        }
+        };
     }
 
-    /// A reply says that so much is `left` of `limit`. Says at the end of an interval what that
-    /// comes to for this lane.
-    pub(in crate::ratelimit) fn read(
-        &mut self,
-        now: Nanos,
-        left: u64,
-        limit: Rate,
-        own: OwnUse,
-    ) -> Option<Level> {
+    /// Adds a reading of the headers. Returns the level at the end of an interval.
+    pub(super) fn level(&mut self, reading: &Reading) -> Option<Level> {
+        let Reading { now, left, own, .. } = *reading;
+        let limit = reading.limit?;
         if now.saturating_sub(self.heard) > SILENCE {
-            *self = Self::from(now, own.taken);
+            self.restart(now, own.taken);
         }
         self.heard = now;
         self.most = self.most.max(left);
@@ -83,7 +82,7 @@ impl ContentionDetector {
             return None;
         }
         let Self { most, taken, .. } = *self;
-        *self = Self::from(now, own.taken);
+        self.restart(now, own.taken);
         let enough = limit.per_second() * LOW;
         if enough < COARSE * own.largest as f64 {
             return None;
@@ -95,15 +94,38 @@ impl ContentionDetector {
         } else if pace >= ALONE * limit.per_second() {
             Some(Level::Low)
         } else {
-            // QueueKey does not use what it has need not give it up.
+            // A lane that does not use its share need not give it up.
             (pace >= USED * own.pace).then_some(Level::Contended(short))
         }
+    }
+
+    pub(super) fn set_yield(&mut self, yields: bool) {
+        self.yields = yields;
+    }
+}
+
+impl LimitPolicy for ContentionDetector {
+    fn rate_factor(&self) -> Option<f64> {
+        self.yields.then_some(YIELDED)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ratelimit::bucket::Rate;
+
+    fn reading(now: Nanos, left: u64, own: OwnUse) -> Reading {
+        let rate = Rate::per_minute(600);
+        Reading {
+            now,
+            left,
+            limit: Some(rate),
+            known: rate,
+            spare: 0,
+            own,
+        }
+    }
 
     /// Of a limit of ten a second, of which the lane may take `pace` and takes `taken` in the
     /// second of the readings.
@@ -117,7 +139,7 @@ mod tests {
                 pace,
             };
             let now = 100 * INTERVAL + INTERVAL / 2 * i as u64;
-            level = contention.read(now, *left, Rate::per_minute(600), own);
+            level = contention.level(&reading(now, *left, own));
         }
         level
     }
@@ -140,7 +162,7 @@ mod tests {
                 largest: 1,
                 pace: 1.0,
             };
-            contention.read((100 + second) * INTERVAL, 0, Rate::per_minute(600), own)
+            contention.level(&reading((100 + second) * INTERVAL, 0, own))
         };
         assert_eq!(read(0, 900), None);
         assert_eq!(read(1, 800), None, "nothing in sum");

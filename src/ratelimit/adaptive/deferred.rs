@@ -38,7 +38,7 @@ impl DeferredCharges {
     }
 
     /// An answer was charged `actual` units after so long.
-    pub(in crate::ratelimit) fn learn(&mut self, reserved: u64, actual: u64, latency: Nanos) {
+    pub(in crate::ratelimit) fn record(&mut self, reserved: u64, actual: u64, latency: Nanos) {
         let kept = 1.0 - 1.0 / REMEMBERED;
         let first = self.reserved == 0.0;
         self.reserved = self.reserved * kept + reserved as f64;
@@ -61,7 +61,7 @@ impl DeferredCharges {
     /// standard deviation. Too little in flight leaves the bucket full, and what it cannot
     /// hold is lost; too much is owed for a while, and nothing is lost. `None` if
     /// the call is alone, for then there is nothing to wait for.
-    pub(in crate::ratelimit) fn with(&self, n: u64) -> Option<u64> {
+    pub(in crate::ratelimit) fn expected_with(&self, n: u64) -> Option<u64> {
         let all = self.promised.saturating_add(n);
         let typical = if self.reserved > 0.0 {
             let expected = all as f64 * self.charged / self.reserved;
@@ -87,20 +87,20 @@ mod tests {
     #[test]
     fn what_is_expected_is_the_part_of_the_reserved_that_is_charged_in_the_end() {
         let mut deferred = DeferredCharges::default();
-        assert_eq!(deferred.with(100), None, "nothing is in flight");
+        assert_eq!(deferred.expected_with(100), None, "nothing is in flight");
         deferred.add(100);
-        assert_eq!(deferred.with(100), Some(200), "nothing is known");
+        assert_eq!(deferred.expected_with(100), Some(200), "nothing is known");
         for _ in 0..10 {
-            deferred.learn(100, 25, 2_000);
+            deferred.record(100, 25, 2_000);
         }
-        assert_eq!(deferred.with(100), Some(50));
+        assert_eq!(deferred.expected_with(100), Some(50));
         assert_eq!(deferred.mean_latency(), 2_000);
         for _ in 0..1_000 {
-            deferred.learn(100, 50, 4_000);
+            deferred.record(100, 50, 4_000);
         }
-        assert_eq!(deferred.with(100), Some(100));
+        assert_eq!(deferred.expected_with(100), Some(100));
         assert!(deferred.mean_latency().abs_diff(4_000) <= 1);
         deferred.remove(100);
-        assert_eq!(deferred.with(100), None);
+        assert_eq!(deferred.expected_with(100), None);
     }
 }

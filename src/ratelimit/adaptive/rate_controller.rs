@@ -1,119 +1,112 @@
-//! [`RateController`]: the share of a limit that the provider really grants, learned from its refusals.
+//! [`RateController`]: the part of a limit that the provider really grants, learned from its refusals.
 //!
-//! The signal is explicit: a 429. Latency is none, for it follows the length of the
-//! answers. After a refusal the share drops to four fifths of what was refused, comes
-//! back to that on a cubic (fast, then flat where the trouble was), holds, and
-//! only then feels its way upwards, as CUBIC does for TCP (RFC 9438).
+//! The signal is explicit: a 429. Latency is no signal, because it follows the length of the answers. After a
+//! refusal the factor drops to four fifths of the refused rate, returns to that on a cubic (fast, then flat where
+//! the rate was refused), holds, and only then probes upwards, as CUBIC does for TCP (RFC 9438).
 //!
-//! Lanes that share an account have a second signal: a level that stays low ([`ContentionDetector`](super::adaptive::contention)).
-//! QueueKey hears it gives up a part of what it has and adds a little that hardly depends on that, so that
-//! shares become equal (Chiu and Jain, 1989); what only ever grows and shrinks in proportion
-//! keeps them unequal.
+//! Lanes that share an account have a second signal: a level that stays low
+//! ([`ContentionDetector`](super::contention::ContentionDetector)). Then the lane gives up a part of its rate and adds
+//! an amount that hardly depends on the rate, so that the shares of the lanes become equal (Chiu and Jain, 1989);
+//! multiplicative changes alone keep them unequal.
 
-use std::time::Duration;
+use super::{LimitPolicy, LimitRefusal, Reading};
+use crate::ratelimit::bucket::Nanos;
 
-/// The share never drops below this by itself: 50 times too much is not a mistake, it
-/// is another account.
+const SECOND: Nanos = 1_000_000_000;
+
+/// The factor never drops below this: a limit that is 50 times too high is not a mistake, it is another account.
 const FLOOR: f64 = 0.02;
-/// A guess may be that wrong.
-const FLOOR_OF_A_GUESS: f64 = 1e-4;
-/// Upwards without end means up to here.
+/// An estimate may be further off.
+const FLOOR_OF_AN_ESTIMATE: f64 = 1e-4;
+/// The ceiling of an estimate.
 const UNBOUNDED: f64 = 1e6;
-/// What a refusal leaves of the share that the recovery aims at.
+/// The part of the target that is left directly after a refusal.
 const CUT: f64 = 0.8;
-/// The recovery aims a little below what was refused: where each second is counted on its
-/// own, aiming at it is refused again before the curve is flat.
-const AIM: f64 = 0.98;
-/// What was let through since the last refusal counts as the truth if it is
-/// clearly less than what was tried, and so does what the headers say. Either is believed
-/// down to this part of what was tried: they may be wrong.
+/// The target of the recovery is a little below the refused rate: where each second is counted separately, the refused
+/// rate would be refused again before the curve is flat.
+const TARGET: f64 = 0.98;
+/// Measured throughput and header limits lower the target, but to no less than this part of the refused rate: they may be
+/// wrong.
 const BELIEVED: f64 = 0.7;
-const BELIEVED_OF_A_GUESS: f64 = 0.1;
-/// The unit of the recovery: this long, or the time of that many calls if that is
-/// longer, up to a minute or to what they take at half the limit. A slow account would
-/// otherwise be refused every few calls; and a fast one that was slowed far down would take
-/// hours to come back.
-pub(in crate::ratelimit) const UNIT: Duration = Duration::from_secs(15);
-/// Until then what was aimed at is held, in units.
-pub(in crate::ratelimit) const HOLD: f64 = 1.5;
+const BELIEVED_OF_AN_ESTIMATE: f64 = 0.1;
+/// The unit of the recovery: this long, or the time of [`UNIT_CALLS`] calls if that is longer, up to a minute or to the
+/// time that the calls take at half the limit. Otherwise a slow account would be refused every few calls, and a
+/// fast one that was slowed far down would take hours to recover.
+pub(in crate::ratelimit) const UNIT: Nanos = 15 * SECOND;
 pub(in crate::ratelimit) const UNIT_CALLS: u32 = 50;
-const LONGEST_UNIT: Duration = Duration::from_secs(60);
+const LONGEST_UNIT: Nanos = 60 * SECOND;
+/// The target is held until this many units after the refusal.
+pub(in crate::ratelimit) const HOLD: f64 = 1.5;
 
-/// Where the headers explain a refusal their limit is kept, at first for so many units and then for
-/// twice as many, up to a day or so: they may be wrong.
+/// Where the headers explain a refusal their limit is kept, at first for this many units and then for
+/// twice as many each time, up to about a day: they may be wrong.
 const PATIENCE: f64 = 10.0;
 const MOST_PATIENCE: f64 = 5_000.0;
 
-/// How fast a stored_burst is used: not all at once, for many enforce a minute's limit by seconds.
-const BURST_FACTOR: f64 = 2.0;
-
-/// While others use the limit: what a low level takes of the share, and what a second adds, times
-/// the share's root: of small shares less, for there are more of them.
-const EASE: f64 = 0.2;
+/// While others use the limit: the part of the factor that a low level takes, and the amount that a second adds, times
+/// the root of the factor: less for small shares, because there are more of them.
+const REDUCTION: f64 = 0.2;
 const GAIN: f64 = 0.025;
-/// QueueKey seems to be alone and to leave nothing lets so much through: others, of whom it would never
-/// hear, get in between, or the level rises.
-const YIELDED: f64 = 0.995;
 
-/// The course of a recovery after `x` units of time (RFC 9438, section 4): fast from `from` towards
-/// `aim`, flat around it, and upwards from there after [`HELD`].
-pub(in crate::ratelimit) fn recovery(from: f64, aim: f64, x: f64) -> f64 {
+/// Returns the course of a recovery after `x` units of time (RFC 9438, section 4): fast from `from` towards
+/// `target`, flat around it, and upwards from there after [`HOLD`].
+pub(in crate::ratelimit) fn recovery(from: f64, target: f64, x: f64) -> f64 {
     if x <= 1.0 {
-        aim - (aim - from) * (1.0 - x).powi(3)
+        target - (target - from) * (1.0 - x).powi(3)
     } else if x <= HOLD {
-        aim
+        target
     } else {
-        // Faster than that where nothing has been refused for long: the trouble is over.
+        // Faster than CUBIC where nothing has been refused for long: the trouble is over.
         let doublings = (x - HOLD) / 2.0;
-        aim * doublings.max(doublings.powi(2)).min(64.0).exp2()
+        target * doublings.max(doublings.powi(2)).min(64.0).exp2()
     }
 }
 
 #[derive(Debug, Clone)]
-pub(in crate::ratelimit) struct RateController {
-    value: f64,
+pub(super) struct RateController {
+    factor: f64,
     ceiling: f64,
-    /// What the recovery starts from, what it aims at, and its unit of time.
+    /// The start of the recovery, its target, and its unit of time.
     from: f64,
-    aim: f64,
-    unit: Duration,
-    /// How long somebody has waited for more since the cooldown opened.
-    grown: Duration,
-    decreased_at: Option<Duration>,
-    eased: Option<Contended>,
-    /// What the headers say the limit is, where that explains the last refusal.
-    told: Option<f64>,
-    /// For how many units that is kept before more is tried.
+    target: f64,
+    unit: Nanos,
+    /// The time in which callers waited for more since the recovery began.
+    waited: Nanos,
+    reduced_at: Option<Nanos>,
+    contended: Option<Contended>,
+    /// The part of the limit that the headers advertise, where that explains the last refusal.
+    advertised: Option<f64>,
+    /// The number of units for which that is kept before more is tried.
     patience: f64,
 }
 
 /// Others use the limit too.
 #[derive(Debug, Clone, Copy)]
 struct Contended {
-    at: Duration,
-    /// What `grown` was when the share was lowered last.
-    grown: Duration,
+    at: Nanos,
+    /// `waited` when the factor was last reduced.
+    waited: Nanos,
 }
 
 impl RateController {
-    /// All of a limit that somebody has named.
-    pub(in crate::ratelimit) fn whole() -> Self {
+    /// A controller of a limit that is configured or advertised.
+    pub(super) fn whole() -> Self {
         Self {
-            value: 1.0,
+            factor: 1.0,
             ceiling: 1.0,
             from: 1.0,
-            aim: 1.0,
+            target: 1.0,
             unit: UNIT,
-            grown: Duration::ZERO,
-            decreased_at: None,
-            eased: None,
-            told: None,
+            waited: 0,
+            reduced_at: None,
+            contended: None,
+            advertised: None,
             patience: PATIENCE,
         }
     }
 
-    /// A share of a rate that is itself a guess: it may rise above 1.
-    pub(in crate::ratelimit) fn of_an_estimate() -> Self {
+    /// A controller of a rate that is itself an estimate: the factor may rise above 1.
+    pub(super) fn of_an_estimate() -> Self {
         Self {
             ceiling: UNBOUNDED,
             ..Self::whole()
@@ -124,156 +117,143 @@ impl RateController {
         self.ceiling == UNBOUNDED
     }
 
+    /// Whether the passing of time alone changes nothing.
     #[inline]
-    pub(in crate::ratelimit) fn value(&self) -> f64 {
-        self.value
+    pub(super) fn is_settled(&self) -> bool {
+        self.factor >= self.ceiling || (self.is_untouched() && !self.is_estimated())
     }
 
-    /// Whether time alone changes nothing.
-    #[inline]
-    pub(in crate::ratelimit) fn is_settled(&self) -> bool {
-        self.value >= self.ceiling || (self.is_untouched() && !self.is_estimated())
+    /// Whether nothing has ever reduced the factor.
+    pub(super) fn is_untouched(&self) -> bool {
+        self.reduced_at.is_none() && self.contended.is_none()
     }
 
-    /// Nothing has ever lowered it.
-    pub(in crate::ratelimit) fn is_untouched(&self) -> bool {
-        self.decreased_at.is_none() && self.eased.is_none()
+    /// Whether nothing is known of others that use the limit.
+    pub(super) fn is_alone(&self) -> bool {
+        self.is_untouched() && !self.is_estimated()
     }
 
-    /// Twice the limit while there is a `stored_burst`, and the limit otherwise, for one that was
-    /// never lowered.
-    pub(in crate::ratelimit) fn set_burst_available(&mut self, stored_burst: bool) {
-        self.value = if stored_burst {
-            BURST_FACTOR
-        } else {
-            self.value.min(1.0)
-        };
-    }
-
-    /// The headers say that the limit is `told`. If that is more than they said when they explained
-    /// a refusal, there is something new to come back to.
-    pub(in crate::ratelimit) fn apply_headers(&mut self, told: f64) {
-        if self.told.is_some_and(|before| told > 1.01 * before) {
-            self.told = None;
-            self.patience = PATIENCE;
-            self.rise(self.value, told.min(self.ceiling), 0.0);
-        }
-    }
-
-    /// The level is `low`, or is not, though nobody else seems to be there.
-    pub(in crate::ratelimit) fn yield_share(&mut self, low: bool) {
-        if self.is_untouched() && !self.is_estimated() {
-            self.value = if low { YIELDED } else { self.value.max(1.0) };
-        }
-    }
-
-    /// The level is low, by this part of what should be there, and others use the limit.
-    pub(in crate::ratelimit) fn reduce(&mut self, now: Duration, short: f64) {
-        self.value = (self.value * (1.0 - EASE * short)).max(self.floor());
-        self.eased = Some(Contended {
+    /// Reduces the factor from `tried`: the level is low by the part `short` of what should be available, and others use the
+    /// limit.
+    pub(super) fn reduce(&mut self, now: Nanos, tried: f64, short: f64) {
+        self.factor = (tried * (1.0 - REDUCTION * short)).max(self.floor());
+        self.contended = Some(Contended {
             at: now,
-            grown: self.grown,
+            waited: self.waited,
         });
-        // Nothing was refused: there is nothing to come back to.
-        self.rise(self.value, self.value, HOLD);
+        // No call was refused: there is no rate to return to.
+        self.rise(self.factor, self.factor, HOLD);
     }
 
-    /// Twice the limit was refused, `now`: the limit itself was not tried.
-    pub(in crate::ratelimit) fn record_burst_refusal(&mut self, now: Duration) {
-        self.value = 1.0;
-        self.decreased_at = Some(now);
+    /// A call was refused at a multiple of the limit, so the limit itself was not tried.
+    pub(super) fn record_burst_refusal(&mut self, now: Nanos) {
+        self.factor = 1.0;
+        self.reduced_at = Some(now);
     }
 
-    /// Somebody waited for `time` at an open cooldown: only then more is wanted.
-    pub(in crate::ratelimit) fn grow(&mut self, time: Duration) {
-        self.grown = self.grown.saturating_add(time);
-        let x = self.grown.as_secs_f64() / self.unit.as_secs_f64();
-        let share = recovery(self.from, self.aim, x);
-        if let Some(told) = self.told
-            && x >= self.patience
-        {
-            let beyond = self.unit.mul_f64(x - self.patience);
-            self.told = None;
-            self.patience = (2.0 * self.patience).min(MOST_PATIENCE);
-            let told = told.min(self.ceiling);
-            self.rise(told, told, HOLD);
-            return self.grow(beyond);
-        }
-        let most = self
-            .told
-            .map_or(self.ceiling, |told| told.min(self.ceiling));
-        let added = self.eased.map_or(0.0, |eased| {
-            let time = self.grown.saturating_sub(eased.grown);
-            self.from + GAIN * self.from.sqrt() * time.as_secs_f64()
-        });
-        self.value = share.max(added).min(most);
-    }
-
-    /// Takes back the reductions since `share` was tried: they did not help.
-    pub(in crate::ratelimit) fn restore(&mut self, share: f64) {
-        if self.value < share {
-            (self.value, self.told) = (share.min(self.ceiling), None);
+    /// Takes back the reductions since `factor` was in use: they did not help.
+    pub(super) fn restore(&mut self, tried: f64, factor: f64) {
+        if tried < factor {
+            (self.factor, self.advertised) = (factor.min(self.ceiling), None);
             self.unit = UNIT;
-            self.rise(self.value, self.value, HOLD);
+            self.rise(self.factor, self.factor, HOLD);
         }
     }
 
-    /// From now on upwards along the curve, of which so many units have passed.
-    fn rise(&mut self, from: f64, aim: f64, units: f64) {
-        (self.from, self.aim) = (from, aim);
-        self.grown = self.unit.mul_f64(units);
-        if let Some(eased) = &mut self.eased {
-            eased.grown = self.grown;
+    /// Starts the curve at `from`, with a number of units that have passed already.
+    fn rise(&mut self, from: f64, target: f64, units: f64) {
+        (self.from, self.target) = (from, target);
+        self.waited = (self.unit as f64 * units) as Nanos;
+        if let Some(contended) = &mut self.contended {
+            contended.waited = self.waited;
         }
     }
 
     fn floor(&self) -> f64 {
         match self.is_estimated() {
-            true => FLOOR_OF_A_GUESS,
+            true => FLOOR_OF_AN_ESTIMATE,
             false => FLOOR,
         }
     }
+}
 
-    /// A call sent at `sent_at` was refused, `now`. Calls that were on their way when
-    /// the first of them was refused are one cohort: only that one counts.
-    ///
-    /// `passed` is the share that was let through since the last decrease, if known, `told` the
-    /// one that the provider's headers speak of, and `call` the time one call takes
-    /// of the whole limit. Says whether the share was lowered.
-    pub(in crate::ratelimit) fn record_refusal(
-        &mut self,
-        now: Duration,
-        sent_at: Duration,
-        passed: Option<f64>,
-        told: Option<f64>,
-        call: Duration,
-    ) -> bool {
-        // Nothing goes at the moment of a refusal but what went before it.
-        if self.decreased_at.is_some_and(|at| sent_at <= at) {
+impl LimitPolicy for RateController {
+    fn on_time(&mut self, time: Nanos) {
+        self.waited = self.waited.saturating_add(time);
+        let x = self.waited as f64 / self.unit as f64;
+        let curve = recovery(self.from, self.target, x);
+        if let Some(advertised) = self.advertised
+            && x >= self.patience
+        {
+            let beyond = self.unit as f64 * (x - self.patience);
+            self.advertised = None;
+            self.patience = (2.0 * self.patience).min(MOST_PATIENCE);
+            let advertised = advertised.min(self.ceiling);
+            self.rise(advertised, advertised, HOLD);
+            return self.on_time(beyond as Nanos);
+        }
+        let most = self.advertised.unwrap_or(self.ceiling).min(self.ceiling);
+        let added = self.contended.map_or(0.0, |contended| {
+            let time = self.waited.saturating_sub(contended.waited) as f64 / SECOND as f64;
+            self.from + GAIN * self.from.sqrt() * time
+        });
+        self.factor = curve.max(added).min(most);
+    }
+
+    /// Where the headers advertise more than when they explained a refusal, more is tried.
+    fn on_headers(&mut self, reading: &Reading) {
+        let (Some(before), Some(limit)) = (self.advertised, reading.limit) else {
+            return;
+        };
+        let advertised = limit.per_second() / reading.known.per_second();
+        if advertised > 1.01 * before {
+            self.advertised = None;
+            self.patience = PATIENCE;
+            self.rise(self.factor, advertised.min(self.ceiling), 0.0);
+        }
+    }
+
+    /// Reduces the factor. Calls that were in flight when the first of them was refused are one cohort: only the first
+    /// counts.
+    fn on_refusal(&mut self, refusal: &LimitRefusal) -> bool {
+        let LimitRefusal {
+            now, tried, call, ..
+        } = *refusal;
+        // No call is sent at the moment of a refusal but those before it.
+        if self.reduced_at.is_some_and(|at| refusal.sent_at <= at) {
             return false;
         }
-        let tried = self.value;
         let floor = self.floor();
         let believed = match self.is_estimated() {
-            true => BELIEVED_OF_A_GUESS,
+            true => BELIEVED_OF_AN_ESTIMATE,
             false => BELIEVED,
         };
-        // Headers that speak of less than what has passed are wrong.
-        let told = told.filter(|told| passed.is_none_or(|passed| *told >= 0.9 * passed));
-        // Those that speak of more than was tried explain nothing.
-        self.told = told.filter(|told| AIM * told <= tried);
+        // Headers that advertise less than what was let through are wrong.
+        let passed = refusal.passed;
+        let is_possible =
+            |advertised: &f64| passed.is_none_or(|passed| *advertised >= 0.9 * passed);
+        let advertised = refusal.advertised.filter(is_possible);
+        // Those that advertise more than was tried explain nothing.
+        self.advertised = advertised.filter(|advertised| TARGET * advertised <= tried);
         let passed = passed.filter(|passed| *passed < CUT * tried);
-        let aim = passed.into_iter().chain(told).fold(AIM * tried, f64::min);
-        let aim = aim.max(believed * tried).max(floor);
-        self.told = self.told.map(|told| told.max(aim));
-        let longest = LONGEST_UNIT.max(call * UNIT_CALLS * 2);
-        self.unit = (call * UNIT_CALLS).div_f64(aim).clamp(UNIT, longest);
-        self.value = (CUT * aim).max(floor);
-        self.decreased_at = Some(now);
-        // QueueKey was not told lately that others are there is alone again.
-        self.eased = self.eased.filter(|eased| now <= eased.at + UNIT);
-        self.rise(self.value, aim, 0.0);
+        let known = passed.into_iter().chain(advertised);
+        let target = known.fold(TARGET * tried, f64::min);
+        let target = target.max(believed * tried).max(floor);
+        self.advertised = self.advertised.map(|advertised| advertised.max(target));
+        let calls = call.saturating_mul(UNIT_CALLS.into());
+        let longest = LONGEST_UNIT.max(calls.saturating_mul(2));
+        self.unit = ((calls as f64 / target) as Nanos).clamp(UNIT, longest);
+        self.factor = (CUT * target).max(floor);
+        self.reduced_at = Some(now);
+        // Contention that was not observed lately is over.
+        let lately = |contended: &Contended| now <= contended.at.saturating_add(UNIT);
+        self.contended = self.contended.filter(lately);
+        self.rise(self.factor, target, 0.0);
         true
+    }
+
+    fn rate_factor(&self) -> Option<f64> {
+        Some(self.factor)
     }
 }
 
@@ -281,132 +261,163 @@ impl RateController {
 mod tests {
     use proptest::prelude::*;
 
+    use super::super::contention::OwnUse;
     use super::*;
+    use crate::ratelimit::bucket::Rate;
 
-    const SECOND: Duration = Duration::from_secs(1);
-
-    fn refused(scale: &mut RateController, now: u32) -> bool {
-        scale.record_refusal(now * SECOND, now * SECOND, None, None, Duration::ZERO)
+    /// Refuses a call that was sent at the same time.
+    fn refuse(
+        controller: &mut RateController,
+        now: Nanos,
+        passed: Option<f64>,
+        advertised: Option<f64>,
+        call: Nanos,
+    ) -> bool {
+        controller.on_refusal(&LimitRefusal {
+            now,
+            sent_at: now,
+            tried: controller.factor,
+            passed,
+            advertised,
+            call,
+        })
     }
 
-    fn at(scale: &RateController, x: f64) -> f64 {
-        let mut scale = scale.clone();
-        scale.grow(UNIT.mul_f64(x));
-        scale.value()
+    fn refused(controller: &mut RateController, second: u64) -> bool {
+        refuse(controller, second * SECOND, None, None, 0)
+    }
+
+    fn units(units: f64) -> Nanos {
+        (UNIT as f64 * units) as Nanos
+    }
+
+    fn at(controller: &RateController, x: f64) -> f64 {
+        let mut controller = controller.clone();
+        controller.on_time(units(x));
+        controller.factor
     }
 
     #[test]
     fn the_curve_is_cubic_then_flat_then_exponential() {
-        let mut scale = RateController::whole();
-        assert!(scale.is_settled());
-        refused(&mut scale, 1);
-        refused(&mut scale, 2);
-        let aim = 0.98 * 0.8 * 0.98;
+        let mut controller = RateController::whole();
+        assert!(controller.is_settled());
+        refused(&mut controller, 1);
+        refused(&mut controller, 2);
+        let target = 0.98 * 0.8 * 0.98;
         let close = |x: f64, expected: f64| {
-            let value = at(&scale, x);
+            let value = at(&controller, x);
             assert!((value - expected).abs() < 1e-9, "{x}: {value}, {expected}");
         };
-        close(0.0, 0.8 * aim);
-        close(0.5, aim * (1.0 - 0.2 * 0.125));
-        close(1.0, aim);
-        close(1.5, aim);
-        close(2.0, aim * 2_f64.powf(0.25));
+        close(0.0, 0.8 * target);
+        close(0.5, target * (1.0 - 0.2 * 0.125));
+        close(1.0, target);
+        close(1.5, target);
+        close(2.0, target * 2_f64.powf(0.25));
         close(40.0, 1.0);
     }
 
     #[test]
-    fn one_decrease_for_each_cohort() {
-        let mut scale = RateController::whole();
-        assert!(refused(&mut scale, 10));
-        let after = scale.value();
-        assert!(!scale.record_refusal(11 * SECOND, 9 * SECOND, None, None, Duration::ZERO));
-        assert_eq!(scale.value(), after);
-        assert!(refused(&mut scale, 12));
+    fn a_cohort_of_refusals_reduces_the_rate_once() {
+        let mut controller = RateController::whole();
+        assert!(refused(&mut controller, 10));
+        let after = controller.factor;
+        assert!(!controller.on_refusal(&LimitRefusal {
+            now: 11 * SECOND,
+            sent_at: 9 * SECOND,
+            tried: after,
+            passed: None,
+            advertised: None,
+            call: 0,
+        }));
+        assert_eq!(controller.factor, after);
+        assert!(refused(&mut controller, 12));
     }
 
     #[test]
-    fn what_was_let_through_and_what_headers_say_lower_the_aim() {
-        let mut scale = RateController::whole();
-        scale.record_refusal(SECOND, SECOND, Some(0.75), None, Duration::ZERO);
-        assert!((at(&scale, 1.0) - 0.75).abs() < 1e-9);
-        let mut scale = RateController::whole();
-        scale.record_refusal(SECOND, SECOND, Some(0.1), None, Duration::ZERO);
-        assert!((at(&scale, 1.0) - BELIEVED).abs() < 1e-9);
-        let mut scale = RateController::whole();
-        scale.record_refusal(SECOND, SECOND, None, Some(0.7), Duration::ZERO);
-        assert!((at(&scale, 1.0) - 0.7).abs() < 1e-9);
+    fn throughput_and_header_limits_lower_the_target() {
+        let mut controller = RateController::whole();
+        refuse(&mut controller, SECOND, Some(0.75), None, 0);
+        assert!((at(&controller, 1.0) - 0.75).abs() < 1e-9);
+        let mut controller = RateController::whole();
+        refuse(&mut controller, SECOND, Some(0.1), None, 0);
+        assert!((at(&controller, 1.0) - BELIEVED).abs() < 1e-9);
+        let mut controller = RateController::whole();
+        refuse(&mut controller, SECOND, None, Some(0.7), 0);
+        assert!((at(&controller, 1.0) - 0.7).abs() < 1e-9);
+    }
+
+    fn advertise(controller: &mut RateController, part: f64) {
+        let known = Rate::per_minute(1_000);
+        controller.on_headers(&Reading {
+            now: 0,
+            left: 0,
+            limit: Some(Rate::per_minute((1_000.0 * part) as u64)),
+            known,
+            spare: 0,
+            own: OwnUse {
+                taken: 0,
+                largest: 0,
+                pace: 0.0,
+            },
+        });
     }
 
     #[test]
     fn headers_that_explain_a_refusal_are_kept_until_they_change_or_patience_ends() {
-        let mut scale = RateController::whole();
-        scale.record_refusal(SECOND, SECOND, None, Some(0.8), Duration::ZERO);
-        let units = |units: f64| UNIT.mul_f64(units);
-        scale.grow(units(9.9));
-        assert_eq!(scale.value(), 0.8);
-        let mut raised = scale.clone();
-        raised.apply_headers(0.8);
-        assert_eq!(raised.value(), 0.8);
-        raised.apply_headers(0.9);
-        raised.grow(units(1.0));
-        assert!((raised.value() - 0.9).abs() < 1e-9);
-        scale.grow(units(0.3));
-        assert!((0.8..0.9).contains(&scale.value()) && scale.value() > 0.8);
+        let mut controller = RateController::whole();
+        refuse(&mut controller, SECOND, None, Some(0.8), 0);
+        controller.on_time(units(9.9));
+        assert_eq!(controller.factor, 0.8);
+        let mut raised = controller.clone();
+        advertise(&mut raised, 0.8);
+        assert_eq!(raised.factor, 0.8);
+        advertise(&mut raised, 0.9);
+        raised.on_time(units(1.0));
+        assert!((raised.factor - 0.9).abs() < 1e-9);
+        controller.on_time(units(0.3));
+        assert!((0.8..0.9).contains(&controller.factor) && controller.factor > 0.8);
         // The second time it takes twice as long.
-        scale.record_refusal(500 * SECOND, 500 * SECOND, None, Some(0.8), Duration::ZERO);
-        scale.grow(units(19.9));
-        assert_eq!(scale.value(), 0.8);
-        let mut scale = RateController::whole();
-        scale.record_refusal(SECOND, SECOND, None, Some(2.0), Duration::ZERO);
-        assert_eq!(at(&scale, 9.0), 1.0, "that explains nothing");
+        refuse(&mut controller, 500 * SECOND, None, Some(0.8), 0);
+        controller.on_time(units(19.9));
+        assert_eq!(controller.factor, 0.8);
+        let mut controller = RateController::whole();
+        refuse(&mut controller, SECOND, None, Some(2.0), 0);
+        assert_eq!(at(&controller, 9.0), 1.0, "that explains nothing");
     }
 
     #[test]
-    fn a_slow_account_recovers_by_calls() {
-        let mut scale = RateController::whole();
-        scale.record_refusal(SECOND, SECOND, None, Some(0.8), SECOND * 4 / 5);
-        scale.grow(50 * SECOND - SECOND);
-        assert!(scale.value() < 0.8, "50 calls at a second each");
-        scale.grow(SECOND);
-        assert!((scale.value() - 0.8).abs() < 1e-9);
+    fn a_slow_account_recovers_in_units_of_calls() {
+        let mut controller = RateController::whole();
+        refuse(&mut controller, SECOND, None, Some(0.8), SECOND * 4 / 5);
+        controller.on_time(50 * SECOND - SECOND);
+        assert!(controller.factor < 0.8, "50 calls at a second each");
+        controller.on_time(SECOND);
+        assert!((controller.factor - 0.8).abs() < 1e-9);
     }
 
     #[test]
-    fn a_guess_may_be_exceeded() {
-        let mut scale = RateController::of_an_estimate();
-        refused(&mut scale, 1);
-        assert!(at(&scale, 10.0) > 10.0);
-        assert!(at(&scale, 1e9).is_finite());
+    fn an_estimate_may_be_exceeded() {
+        let mut controller = RateController::of_an_estimate();
+        refused(&mut controller, 1);
+        assert!(at(&controller, 10.0) > 10.0);
+        assert!(at(&controller, 1e9).is_finite());
     }
 
     #[test]
-    fn shares_of_one_account_become_equal() {
-        let mut shares = [0.9, 0.1].map(|value| RateController {
-            value,
+    fn the_shares_of_lanes_of_one_account_become_equal() {
+        let mut shares = [0.9, 0.1].map(|factor| RateController {
+            factor,
             ..RateController::whole()
         });
         for second in 0..200 {
-            for scale in &mut shares {
-                scale.reduce(second * SECOND, 0.3);
-                scale.grow(SECOND);
+            for controller in &mut shares {
+                controller.reduce(second * SECOND, controller.factor, 0.3);
+                controller.on_time(SECOND);
             }
         }
-        let [one, other] = shares.map(|scale| scale.value());
+        let [one, other] = shares.map(|controller| controller.factor);
         assert!((one / other - 1.0).abs() < 0.02, "{one} and {other}");
         assert!((0.1..0.3).contains(&one), "{one}");
-    }
-
-    #[test]
-    fn who_is_alone_makes_way_only_while_the_level_is_low() {
-        let mut scale = RateController::whole();
-        scale.yield_share(true);
-        assert_eq!(scale.value(), YIELDED);
-        scale.yield_share(false);
-        assert_eq!(scale.value(), 1.0);
-        refused(&mut scale, 1);
-        let lowered = scale.value();
-        scale.yield_share(true);
-        assert_eq!(scale.value(), lowered);
     }
 
     proptest! {
@@ -414,20 +425,20 @@ mod tests {
         fn it_stays_within_floor_and_ceiling_and_only_grows_in_between(
             steps in proptest::collection::vec((any::<bool>(), 0..60_000u64, 0.0..2.0f64), 1..200),
         ) {
-            let mut scale = RateController::whole();
-            let mut now = Duration::ZERO;
+            let mut controller = RateController::whole();
+            let mut now = 0;
             for (refusal, ms, passed) in steps {
-                let before = scale.value();
-                let time = Duration::from_millis(ms);
+                let before = controller.factor;
+                let time = ms * 1_000_000;
                 now += time;
                 if refusal {
-                    scale.record_refusal(now, now, Some(passed), None, Duration::from_millis(ms));
-                    prop_assert!(scale.value() <= before.max(FLOOR));
+                    refuse(&mut controller, now, Some(passed), None, ms * 1_000_000);
+                    prop_assert!(controller.factor <= before.max(FLOOR));
                 } else {
-                    scale.grow(time);
-                    prop_assert!(scale.value() >= before);
+                    controller.on_time(time);
+                    prop_assert!(controller.factor >= before);
                 }
-                prop_assert!((FLOOR..=1.0).contains(&scale.value()));
+                prop_assert!((FLOOR..=1.0).contains(&controller.factor));
             }
         }
     }

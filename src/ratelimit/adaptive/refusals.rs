@@ -94,7 +94,7 @@ impl RefusalMonitor {
 
     /// A call was refused when the lane had granted so many in all. Returns whether that is
     /// within the budget.
-    pub(in crate::ratelimit) fn add(&mut self, now: Nanos, granted: u64) -> bool {
+    pub(in crate::ratelimit) fn tolerates(&mut self, now: Nanos, granted: u64) -> bool {
         if now.saturating_sub(self.refused_at) > FORGOTTEN {
             *self = Self::tolerating(self.least);
         }
@@ -210,26 +210,34 @@ mod tests {
     #[test]
     fn isolated_refusals_are_within_the_budget_for_ever() {
         let mut refusals = RefusalMonitor::of_overload();
-        assert!((1..=1_000).all(|n| refusals.add(n * SECOND, 40 * n)));
+        assert!((1..=1_000).all(|n| refusals.tolerates(n * SECOND, 40 * n)));
         assert!(!refusals.is_majority());
     }
 
     #[test]
     fn a_series_uses_the_budget_up_and_prevails() {
         let mut refusals = RefusalMonitor::of_overload();
-        let within = (1..=20).filter(|n| refusals.add(SECOND, 100 + n)).count();
+        let within = (1..=20)
+            .filter(|n| refusals.tolerates(SECOND, 100 + n))
+            .count();
         assert_eq!(within, 8);
         assert!(refusals.is_majority());
-        assert!(!refusals.add(2 * SECOND, 130), "ten calls are too few");
-        assert!(refusals.add(3 * SECOND, 170), "one of forty is tolerated");
+        assert!(
+            !refusals.tolerates(2 * SECOND, 130),
+            "ten calls are too few"
+        );
+        assert!(
+            refusals.tolerates(3 * SECOND, 170),
+            "one of forty is tolerated"
+        );
     }
 
     #[test]
     fn a_long_time_without_a_refusal_restores_the_budget() {
         let mut refusals = RefusalMonitor::of_overload();
-        while refusals.add(SECOND, 1) {}
+        while refusals.tolerates(SECOND, 1) {}
         let later = SECOND + FORGOTTEN + 1;
-        assert!(refusals.add(later, 1));
+        assert!(refusals.tolerates(later, 1));
         assert!(!refusals.is_majority());
     }
 
@@ -262,7 +270,7 @@ mod tests {
                 None,
                 "{n}"
             );
-            assert!(!refusals.add(SECOND, granted));
+            assert!(!refusals.tolerates(SECOND, granted));
         }
     }
 
@@ -275,7 +283,7 @@ mod tests {
         let every = |refusals: &mut RefusalMonitor, calls: u64, from: u64| {
             let granted = (1..=100).map(move |n| from + calls * n);
             granted
-                .filter(|granted| refusals.add(SECOND, *granted))
+                .filter(|granted| refusals.tolerates(SECOND, *granted))
                 .count()
         };
         assert_eq!(every(&mut refusals, 10, 70), 100);

@@ -1,129 +1,123 @@
-//! How grants end, and what their ends say of the limits.
+//! How granted calls end, and what their ends say of the limits.
 
 use std::time::Duration;
 
-use super::{End, Grant, Scheduler, Wakeups};
+use super::{GrantId, Scheduler, Wakeups};
 use crate::error::{Error, ErrorKind, Persistence};
+use crate::ratelimit::adaptive::Policy;
 use crate::ratelimit::adaptive::refusals::Reduction;
 use crate::ratelimit::bucket::{Nanos, nanos};
 use crate::ratelimit::concurrency::Refusal;
-use crate::ratelimit::limits::{Levels, Slowed, ThrottledResource};
+use crate::ratelimit::limits::{Grant, Reduced, ThrottledResource};
 use crate::ratelimit::types::{CallOutcome, Charge, LaneChange};
-use crate::request::RateSnapshot;
+use crate::usage::RateSnapshot;
 
 /// The longest wait after a refusal that names none.
 const LONGEST_THROTTLE: Duration = Duration::from_secs(30);
 /// Overload passes sooner than a minute's limit, and costs each call an attempt.
 const LONGEST_OVERLOAD: Duration = Duration::from_secs(5);
-/// QueueKey is asked to wait longer than this is better told than left waiting.
+/// A longer wait fails the calls instead of keeping them waiting.
 const LONGEST_WAIT: Duration = Duration::from_secs(10 * 60);
 
 impl<W: Clone> Scheduler<W> {
-    /// What the headers of the reply to `grant`'s call say. They are left alone if those
-    /// of a later call are known already.
+    /// Applies the headers of the reply to a granted call, unless those of a later call are known already.
     pub(in crate::ratelimit) fn observe(
         &mut self,
         now: Nanos,
-        grant: &Grant,
-        said: &RateSnapshot,
+        id: &GrantId,
+        headers: &RateSnapshot,
         wakeups: &mut Wakeups<W>,
     ) -> Vec<LaneChange> {
-        let granted = self.concurrency.get_mut(grant.0);
-        granted.named = ThrottledResource::of(said, granted.charge);
-        if !self.adaptive || granted.at < self.observed {
+        let adaptive = self.is_adaptive();
+        let call = self.concurrency.get_mut(id.0);
+        let grant = &mut call.grant;
+        grant.throttled = ThrottledResource::of(headers, grant.charge);
+        if !adaptive || grant.at < self.observed {
             return Vec::new();
         }
-        if granted.charge.output_deferred {
-            granted.said = Some(Box::new(said.clone()));
+        if grant.charge.output_deferred {
+            // A part of the charge is not in the level yet: the headers wait until the call has ended.
+            call.headers = Some(Box::new(headers.clone()));
             return Vec::new();
         }
-        let (at, levels) = (granted.at, granted.levels);
+        let grant = *grant;
         self.advance(now);
-        let changes = self.apply_headers(now, at, &levels, said);
+        let changes = self.apply_headers(now, &grant, headers);
         self.pump(now, wakeups);
         changes
     }
 
-    /// What is said to a call that was let through at `at` and left `mark` in the limits.
     fn apply_headers(
         &mut self,
         now: Nanos,
-        at: Nanos,
-        levels: &Levels,
-        said: &RateSnapshot,
+        grant: &Grant,
+        headers: &RateSnapshot,
     ) -> Vec<LaneChange> {
-        self.observed = self.observed.max(at);
-        let closed_until = self.cooldown.until();
-        let adopted = self
-            .limits
-            .observe(now, said, (at, levels), self.burst, closed_until);
-        let told = adopted
+        self.observed = self.observed.max(grant.at);
+        let adopted =
+            self.limits
+                .apply_headers(now, headers, grant, self.burst, self.cooldown.until());
+        let changes = adopted
             .into_iter()
             .map(|(resource, rate)| LaneChange::LimitAdopted {
                 limit: resource.binding(),
                 per_minute: (rate.per_second() * 60.0).round() as u64,
             });
-        told.collect()
+        changes.collect()
     }
 
-    /// A grant comes back. Says what that changes for everybody.
+    /// Ends a granted call. Returns what that changes for all callers.
     pub(in crate::ratelimit) fn finish(
         &mut self,
         now: Nanos,
-        grant: Grant,
-        end: End,
+        id: GrantId,
+        outcome: CallOutcome,
         wakeups: &mut Wakeups<W>,
     ) -> Vec<LaneChange> {
-        let granted = self.concurrency.get_mut(grant.0);
-        let (charge, at, named) = (granted.charge, granted.at, granted.named);
-        let in_flight = granted.in_flight;
+        let grant = self.concurrency.get_mut(id.0).grant;
+        let estimated = grant.charge;
         let mut changes = Vec::new();
         self.advance(now);
-        if let End::Finished(CallOutcome::Succeeded { .. }) = end {
-            self.cooldown.record_success(at);
-            self.concurrency.record_success(now, at, in_flight);
-            self.probing.take_if(|probing| probing.since <= at);
-        }
-        match end {
-            End::Unsent => self.limits.refund(now, charge, at),
-            // Taken to have cost what was reserved.
-            End::Abandoned
-            | End::Finished(
-                CallOutcome::Failed { usage: None } | CallOutcome::Succeeded { usage: None },
-            ) => {
-                self.limits.settle(now, charge, charge, at);
+        match outcome {
+            CallOutcome::NotSent => self.limits.refund(now, &grant),
+            CallOutcome::Abandoned | CallOutcome::Failed { usage: None } => {
+                self.limits.settle(now, &grant, estimated);
             }
-            End::Finished(CallOutcome::Failed { usage: Some(usage) }) => {
-                self.limits.settle(now, charge, usage.into(), at);
+            CallOutcome::Failed { usage: Some(usage) } => {
+                self.limits.settle(now, &grant, usage.into());
             }
-            End::Finished(CallOutcome::Succeeded { usage: Some(usage) }) => {
-                self.limits.settle(now, charge, usage.into(), at);
-                if charge.output_deferred {
-                    self.limits.learn(now, charge, usage.into(), at);
+            CallOutcome::Succeeded { usage } => {
+                let actual = usage.map_or(estimated, Charge::from);
+                self.limits.settle(now, &grant, actual);
+                if usage.is_some() && estimated.output_deferred {
+                    self.limits.record_answer(now, &grant, actual);
                 }
+                self.cooldown.record_success(grant.at);
+                self.concurrency
+                    .record_success(now, grant.at, grant.in_flight);
+                self.probing.take_if(|probing| probing.since <= grant.at);
             }
-            End::Finished(CallOutcome::Throttled { wait }) => {
+            CallOutcome::Throttled { wait } => {
                 self.throttled += 1;
-                self.limits.settle(now, charge, Charge::default(), at);
-                if self.throttle(now, (at, charge, in_flight), named, wait, &mut changes) {
-                    self.close(now, at, wait, LONGEST_THROTTLE, &mut changes);
+                self.limits.settle(now, &grant, Charge::default());
+                if self.throttle(now, &grant, wait, &mut changes) {
+                    self.start_cooldown(now, grant.at, wait, LONGEST_THROTTLE, &mut changes);
                 }
                 if let Some(wait) = wait.filter(|wait| *wait > LONGEST_WAIT) {
                     self.park(now, wait, wakeups, &mut changes);
                 }
             }
-            End::Finished(CallOutcome::Overloaded { wait }) => {
+            CallOutcome::Overloaded { wait } => {
                 self.overloaded += 1;
-                let charged = charge.on_admission();
-                self.limits.settle(now, charge, charged, at);
-                if self.overload(now, at, in_flight, &mut changes) {
-                    self.close(now, at, wait, LONGEST_OVERLOAD, &mut changes);
+                self.limits.settle(now, &grant, estimated.on_admission());
+                if self.overload(now, &grant, &mut changes) {
+                    self.start_cooldown(now, grant.at, wait, LONGEST_OVERLOAD, &mut changes);
                 }
             }
         }
-        let granted = self.free_slot(grant.0);
-        if let Some(said) = &granted.said {
-            changes.extend(self.apply_headers(now, at, &granted.levels, said));
+        let call = self.release(id.0);
+        if let Some(headers) = &call.headers {
+            changes.extend(self.apply_headers(now, &grant, headers));
         }
         for exceeded in self.limits.take_exceeded() {
             changes.push(LaneChange::CallExceedsLimit {
@@ -136,37 +130,34 @@ impl<W: Clone> Scheduler<W> {
         changes
     }
 
-    /// A call met an overloaded provider. Returns whether so many do that the lane should wait.
+    /// Records that the provider was overloaded. Returns whether so many calls are refused that the lane should cool down.
     ///
-    /// A single overload says nothing: it costs its own call an attempt, and nobody else anything.
-    fn overload(
-        &mut self,
-        now: Nanos,
-        sent_at: Nanos,
-        in_flight: usize,
-        changes: &mut Vec<LaneChange>,
-    ) -> bool {
+    /// A single overload says nothing: it costs its own call an attempt and has no other consequence.
+    fn overload(&mut self, now: Nanos, grant: &Grant, changes: &mut Vec<LaneChange>) -> bool {
         let granted = self.granted;
+        let tolerates = !self.is_adaptive() || self.policies.has(Policy::OverloadTolerance);
         let overloads = &mut self.overloads;
-        let noisy = overloads.is_random();
-        let mut tolerated = || overloads.add(now, granted);
-        let refused = match self.adaptive {
-            true => self
-                .concurrency
-                .record_refusal(now, sent_at, in_flight, noisy, tolerated),
+        let random = overloads.is_random();
+        let mut tolerated = || overloads.tolerates(now, granted) && tolerates;
+        let reduces = self.policies.has(Policy::ConcurrencyControl);
+        let refusal = match reduces {
+            true => {
+                self.concurrency
+                    .record_refusal(now, grant.at, grant.in_flight, random, tolerated)
+            }
             false if tolerated() => Refusal::Tolerated,
             false => Refusal::Reduced {
                 tried: self.concurrency.used(),
                 recovered: true,
             },
         };
-        if self.adaptive && refused != Refusal::Tolerated {
+        if reduces && refusal != Refusal::Tolerated {
             let in_flight = self.concurrency.limit();
             changes.push(LaneChange::ConcurrencyReduced { in_flight });
         }
-        let (tried, recovered, below) = match refused {
+        let (tried, recovered, below) = match refusal {
             Refusal::Tolerated | Refusal::Cohort => return false,
-            Refusal::Probe => (in_flight, false, false),
+            Refusal::Probe => (grant.in_flight, false, false),
             Refusal::Reduced { tried, recovered } => (tried, recovered, true),
         };
         let reduction = Reduction {
@@ -175,34 +166,35 @@ impl<W: Clone> Scheduler<W> {
             in_flight: true,
             recovered,
         };
-        if let Some(before) = self.overloads.record_reduction(reduction) {
+        if self.policies.has(Policy::NoiseDetection)
+            && let Some(before) = self.overloads.record_reduction(reduction)
+        {
             self.concurrency.restore(before as usize);
         }
         below && self.overloads.is_majority()
     }
 
-    /// A call was refused by a rate limit, or for the number in flight. Returns whether the lane should
-    /// wait.
+    /// Records a refusal by a rate limit, or for the number in flight. Returns whether the lane should cool down.
     fn throttle(
         &mut self,
         now: Nanos,
-        (sent_at, charge, in_flight): (Nanos, Charge, usize),
-        named: Option<ThrottledResource>,
+        grant: &Grant,
         wait: Option<Duration>,
         changes: &mut Vec<LaneChange>,
     ) -> bool {
-        let explained = named.is_some();
-        if !self.adaptive {
+        let explained = grant.throttled.is_some();
+        if !self.is_adaptive() {
             return true;
         }
-        if !explained && self.throttles.add(now, self.granted) {
+        if !explained && self.throttles.tolerates(now, self.granted) {
             return false;
         }
-        if self.is_crowd(now, sent_at, named, wait) {
-            let refused = self.concurrency.over_limit(now, sent_at, in_flight);
+        let detects_noise = self.policies.has(Policy::NoiseDetection);
+        if self.is_over_limit(now, grant, wait) {
+            let refusal = self.concurrency.over_limit(now, grant.at, grant.in_flight);
             let in_flight = self.concurrency.limit();
             changes.push(LaneChange::ConcurrencyReduced { in_flight });
-            let Refusal::Reduced { tried, recovered } = refused else {
+            let Refusal::Reduced { tried, recovered } = refusal else {
                 return false;
             };
             let reduction = Reduction {
@@ -211,60 +203,54 @@ impl<W: Clone> Scheduler<W> {
                 in_flight: true,
                 recovered,
             };
-            if let Some(before) = self.throttles.record_reduction(reduction) {
+            if detects_noise && let Some(before) = self.throttles.record_reduction(reduction) {
                 self.concurrency.restore(before as usize);
             }
-        } else if let Some(slowed) = self.slow_down(now, (sent_at, charge), named, changes)
+        } else if let Some(reduced) = self.reduce_rate(now, grant, changes)
             && !explained
         {
             let reduction = Reduction {
                 granted: self.granted,
-                tried: slowed.tried,
+                tried: reduced.tried,
                 in_flight: false,
                 recovered: false,
             };
-            if let Some(before) = self.throttles.record_reduction(reduction) {
-                self.limits.restore(now, slowed.resource, before);
+            if detects_noise && let Some(before) = self.throttles.record_reduction(reduction) {
+                self.limits.restore(now, reduced.resource, before);
             }
         }
         true
     }
 
-    /// Whether a call was refused for the number in flight: nobody says how long to wait or
-    /// for what, no rate is near its end, and most concurrency are taken.
-    fn is_crowd(
-        &self,
-        now: Nanos,
-        sent_at: Nanos,
-        named: Option<ThrottledResource>,
-        wait: Option<Duration>,
-    ) -> bool {
-        let unexplained = named.is_none() && wait.is_none();
+    /// Whether a call was refused for the number in flight: the refusal names neither a wait nor a resource, no rate is near
+    /// its end, and most of the calls that are allowed are in flight.
+    fn is_over_limit(&self, now: Nanos, grant: &Grant, wait: Option<Duration>) -> bool {
+        let unexplained = grant.throttled.is_none() && wait.is_none();
         let many = || self.concurrency.is_mostly_used() && self.limits.are_half_full(now);
-        unexplained && (self.concurrency.was_over_limit(sent_at) || many())
+        self.policies.has(Policy::ThrottledConcurrency)
+            && unexplained
+            && (self.concurrency.was_over_limit(grant.at) || many())
     }
 
-    /// Uses the limit that was refused more slowly, where no limit was known one
-    /// that is guessed.
-    fn slow_down(
+    /// Uses the refused limit more slowly; where no limit was known, one that is estimated.
+    fn reduce_rate(
         &mut self,
         now: Nanos,
-        sent: (Nanos, Charge),
-        named: Option<ThrottledResource>,
+        grant: &Grant,
         changes: &mut Vec<LaneChange>,
-    ) -> Option<Slowed> {
-        let guess = || (self.throughput.rate(now), self.burst);
-        let slowed = self.limits.record_refusal(now, sent, named, guess);
-        changes.extend(slowed.map(|slowed| LaneChange::RateReduced {
-            limit: slowed.resource.binding(),
-            factor: slowed.scale,
+    ) -> Option<Reduced> {
+        let estimate = || (self.throughput.rate(now), self.burst);
+        let reduced = self.limits.record_refusal(now, grant, estimate);
+        changes.extend(reduced.map(|reduced| LaneChange::RateReduced {
+            limit: reduced.resource.binding(),
+            factor: reduced.factor,
         }));
-        slowed
+        reduced
     }
 
-    /// Closes the cooldown, and empties the limits until it opens: what waited behind
-    /// it then goes at the lane's rate, not all at once.
-    fn close(
+    /// Starts or extends the cooldown, and empties the limits until it ends: the calls that wait for it then go at the
+    /// rate of the lane, not all at once.
+    fn start_cooldown(
         &mut self,
         now: Nanos,
         granted_at: Nanos,
@@ -275,15 +261,15 @@ impl<W: Clone> Scheduler<W> {
         let before = self.cooldown.until();
         self.cooldown
             .record_refusal(now, granted_at, self.granted, wait, longest);
-        let opens_at = self.cooldown.until();
-        self.limits.stand_still_until(now, opens_at);
-        if opens_at > before {
-            let wait = Duration::from_nanos(opens_at - now);
+        let until = self.cooldown.until();
+        self.limits.stand_still_until(now, until);
+        if until > before {
+            let wait = Duration::from_nanos(until - now);
             changes.push(LaneChange::CoolingDown { wait });
         }
     }
 
-    /// Nobody should wait for as long as the provider asks: they are told instead.
+    /// Stops the lane for as long as the provider asks: too long to keep callers waiting.
     fn park(
         &mut self,
         now: Nanos,
