@@ -1,4 +1,4 @@
-//! What a grant costs: alone, contended, and with a long queue, beside governor's check.
+//! The time of a grant: alone, contended, and with a long queue, beside governor's check.
 //!
 //! ```sh
 //! cargo bench --bench lane

@@ -97,7 +97,7 @@ fn scenarios() -> [Scenario; 4] {
 struct Row {
     makespan: Duration,
     bound: Duration,
-    /// What hung calls add to the makespan at most.
+    /// The most that hung calls add to the makespan.
     hung: Duration,
     sent: u64,
     rejected: u64,

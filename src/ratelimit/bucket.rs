@@ -12,10 +12,10 @@
 use std::time::Duration;
 
 /// A time in nanoseconds. `Duration` keeps seconds and nanoseconds apart, and its arithmetic
-/// was half of what a grant cost.
+/// took half of the time of a grant.
 pub(super) type Nanos = u64;
 
-/// 584 years are as good as for ever.
+/// Converts a duration; 584 years are as good as for ever.
 pub(super) fn nanos(time: Duration) -> Nanos {
     saturating(time.as_nanos())
 }
@@ -101,7 +101,7 @@ impl Rate {
 #[derive(Debug, Clone)]
 pub(super) struct Bucket {
     rate: Rate,
-    /// What the bucket holds when full, as the time in which it fills.
+    /// The capacity, as the time in which the bucket fills.
     capacity: Nanos,
     /// The time until it is full, as of `at`. Above `capacity` the bucket owes.
     deficit: Nanos,
@@ -125,7 +125,7 @@ impl Bucket {
         self.rate
     }
 
-    /// When `n` units can be taken if nobody takes any before: `now`, or later.
+    /// Returns when `n` units can be taken if no other call takes any before: `now`, or later.
     ///
     /// More than the bucket ever holds waits until it is full. Zero units wait
     /// while the bucket owes, because a debt is paid by waiting.
@@ -135,8 +135,7 @@ impl Bucket {
         now.saturating_add(self.deficit_at(now).saturating_sub(spare))
     }
 
-    /// When it is so full that `time` more than it holds flows in within `lead`; `None` if
-    /// it never is.
+    /// Returns when the level and the refill of `lead` together cover `time`; `None` if they never do.
     pub(super) fn covers_at(&self, now: Nanos, time: Nanos, lead: Nanos) -> Option<Nanos> {
         let spare = self.capacity.saturating_add(lead).checked_sub(time)?;
         Some(now.saturating_add(self.deficit_at(now).saturating_sub(spare)))
@@ -149,7 +148,7 @@ impl Bucket {
         bucket.ready_at(now, n)
     }
 
-    /// What is there, as the time in which it flowed in.
+    /// The level, as the time in which it flowed in.
     #[inline]
     pub(super) fn filled(&self, now: Nanos) -> Nanos {
         self.capacity.saturating_sub(self.deficit_at(now))
@@ -160,7 +159,7 @@ impl Bucket {
         (time as f64 / self.rate.nanos_per_unit()) as u64
     }
 
-    /// The time until what it owes is paid.
+    /// The time until the debt is paid.
     pub(super) fn debt(&self, now: Nanos) -> Nanos {
         self.deficit_at(now).saturating_sub(self.capacity)
     }
@@ -176,11 +175,10 @@ impl Bucket {
         self.debit(now, self.rate.time_for(n));
     }
 
-    /// Takes back what [`take`](Bucket::take) took at `taken_at`, for a call that never was.
+    /// Gives back the units that [`take`](Bucket::take) took at `taken_at`, for a call that was never sent.
     ///
-    /// Only what has not flowed in again since comes back: the rest may long be
-    /// lost at the brim, and giving it out would put more into a window than the
-    /// limit allows. A refund at once is a full one.
+    /// Only units that have not flowed in again since come back: the bucket may have been full in the meantime, and
+    /// a larger refund would put more into a window than the limit allows. An immediate refund is a full one.
     pub(super) fn refund(&mut self, now: Nanos, n: u64, taken_at: Nanos) {
         let refilled = now.saturating_sub(taken_at);
         self.credit(now, self.rate.time_for(n).saturating_sub(refilled));
@@ -417,7 +415,7 @@ mod tests {
         assert_eq!(in_debt.ready_at(ms(0), 0), ms(500));
     }
 
-    /// A token bucket as everybody would write it: a level in units, in floating point.
+    /// A plain token bucket: a level in units, in floating point.
     struct Plain {
         per_second: f64,
         capacity: f64,

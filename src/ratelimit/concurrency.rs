@@ -1,8 +1,8 @@
-//! [`ConcurrencyLimit`]: the calls in flight, and how many there may be while the provider refuses calls
+//! [`ConcurrencyLimit`]: the calls in flight, and the number that is allowed while the provider refuses calls
 //! for their number.
 //!
-//! Neither a 503 nor a 429 says how many calls are too many, but each of them says that one
-//! was: what is left in flight is what the provider let in. So a reduction goes to that number and
+//! Neither a 503 nor a 429 says how many calls are too many, but each of them says that one call
+//! was: the provider admitted the calls that are still in flight. So a reduction goes to that number and
 //! never below it, as DCTCP reduces its window by the share of marked packets (RFC 8257) and not
 //! by half. The number comes back in time, on the same curve as a rate ([`recovery`]); where
 //! it is refused at the same height again, the next attempt waits twice as long.
@@ -16,10 +16,10 @@ use crate::ratelimit::bucket::Nanos;
 /// How long the number is held after a first refusal on the way up, in units of the recovery. It
 /// doubles with each that meets the same number, up to [`HELD`].
 const PAUSE: f64 = HOLD / 32.0;
-/// Over about so many answers the latency is averaged.
+/// The number of answers over which the latency is averaged.
 const REMEMBERED: f64 = 8.0;
 
-/// Each slot holds what there is to know of its call while that is made.
+/// Each slot holds the state of its call until the call ends.
 #[derive(Debug)]
 pub(super) struct ConcurrencyLimit<T> {
     most: usize,
@@ -33,7 +33,7 @@ pub(super) struct ConcurrencyLimit<T> {
 #[derive(Debug)]
 struct Reduced {
     limit: usize,
-    /// So many calls at one time the provider has let in since the last reduction.
+    /// The largest number of calls at one time that the provider has admitted since the last reduction.
     proven: usize,
     /// The recovery, as in [`recovery`]: from, towards, and for how many units so far.
     from: f64,
@@ -56,17 +56,16 @@ struct Reduced {
     over_limit: bool,
 }
 
-/// What a refusal of a call says of the number in flight.
+/// The consequence of a refusal for the number of calls in flight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Refusal {
-    /// Nothing: the number stays.
+    /// The number stays.
     Tolerated,
     /// It went with one that was refused before: there is room for one less.
     Cohort,
     /// One more than the provider is known to let in was tried, and was too many.
     Probe,
-    /// Calls are refused among numbers that were let in before, so many that all in flight now
-    /// is what can be relied on.
+    /// Calls are refused at numbers that were admitted before: the limit is now the number of calls in flight.
     Reduced {
         /// How many were in flight.
         tried: usize,
@@ -255,7 +254,7 @@ impl<T> ConcurrencyLimit<T> {
         }
     }
 
-    /// Whether so many are in flight that it may be their number that is refused.
+    /// Whether more than half of the allowed calls are in flight, so that a refusal may be for their number.
     pub(super) fn is_mostly_used(&self) -> bool {
         self.limit() < usize::MAX && self.used() > self.limit() / 2
     }
@@ -306,7 +305,7 @@ mod tests {
 
     const SECOND: Nanos = 1_000_000_000;
 
-    /// ConcurrencyLimit of which so many are taken, all at once.
+    /// A limit with a number of calls in flight.
     fn taken(most: Option<usize>, calls: usize) -> ConcurrencyLimit<()> {
         let mut concurrency = ConcurrencyLimit::new(most);
         for _ in 0..calls {

@@ -1,4 +1,4 @@
-//! [`Cooldown`]: closed for everybody while the provider wants nothing.
+//! [`Cooldown`]: the wait of the whole lane after a refusal (Retry-After, or a growing time).
 
 use std::time::Duration;
 
@@ -9,13 +9,13 @@ use crate::ratelimit::bucket::{Nanos, nanos};
 
 /// The wait after a first refusal that names none; it doubles with each further one.
 const FIRST_WAIT: Duration = Duration::from_millis(500);
-/// RefusalMonitor are not in a row where so many calls went in between.
+/// Refusals are not in a row if this number of calls were granted in between.
 const MANY: u64 = 4;
 const LONGEST_JITTER: Duration = Duration::from_secs(2);
 
 #[derive(Debug)]
 pub(super) struct Cooldown {
-    opens_at: Nanos,
+    until: Nanos,
     /// When the refusal came that counted last.
     refused_at: Option<Nanos>,
     /// RefusalMonitor in a row, one for each cohort of calls.
@@ -28,7 +28,7 @@ pub(super) struct Cooldown {
 impl Cooldown {
     pub(super) fn new(seed: u64) -> Self {
         Self {
-            opens_at: 0,
+            until: 0,
             refused_at: None,
             refusals: 0,
             granted: 0,
@@ -37,7 +37,7 @@ impl Cooldown {
     }
 
     pub(super) fn until(&self) -> Nanos {
-        self.opens_at
+        self.until
     }
 
     /// Closes for the `wait` the provider asks for, or else for a time that doubles
@@ -70,18 +70,18 @@ impl Cooldown {
             FIRST_WAIT.saturating_mul(1 << doublings).min(longest)
         });
         let cooldown = wait.saturating_add(self.jitter(wait));
-        let opens_at = now.saturating_add(nanos(cooldown));
-        self.opens_at = self.opens_at.max(opens_at);
+        let until = now.saturating_add(nanos(cooldown));
+        self.until = self.until.max(until);
     }
 
-    /// Stays closed until `opens_at`, or longer if it would have.
-    pub(super) fn stand_still_until(&mut self, opens_at: Nanos) {
-        self.opens_at = self.opens_at.max(opens_at);
+    /// Extends the cooldown until `until`, unless it takes longer already.
+    pub(super) fn extend_until(&mut self, until: Nanos) {
+        self.until = self.until.max(until);
     }
 
-    /// Opens, whatever was asked for.
-    pub(super) fn open(&mut self) {
-        self.opens_at = 0;
+    /// Ends the cooldown.
+    pub(super) fn end(&mut self) {
+        self.until = 0;
         self.refusals = 0;
     }
 
@@ -133,13 +133,13 @@ mod tests {
 
     #[test]
     fn the_same_seed_jitters_the_same() {
-        let opens_at = |seed| {
+        let until = |seed| {
             let mut cooldown = Cooldown::new(seed);
             cooldown.record_refusal(at(1), at(1), 1, Some(60 * SECOND), LONGEST);
             cooldown.until()
         };
-        assert_eq!(opens_at(7), opens_at(7));
-        assert_ne!(opens_at(7), opens_at(8));
+        assert_eq!(until(7), until(7));
+        assert_ne!(until(7), until(8));
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! [`Lane`] and [`Permit`]: the asynchronous shell around the scheduler.
+//! [`Lane`] and [`Permit`]: the asynchronous handle of the scheduler.
 
 use std::fmt;
 use std::future::Future;
@@ -24,13 +24,13 @@ use crate::request::RateSnapshot;
 ///
 /// Every call [acquires](Lane::acquire) a [`Permit`] first. Permits are granted in
 /// order of arrival, each when **all** it needs is there: a request, its tokens and
-/// a slot in flight. Nobody is refused and nobody overtakes, so large needs do not
+/// a slot in flight. No call is refused and none overtakes, so large needs do not
 /// starve; one larger than a limit's burst waits until that limit is full, goes,
 /// and leaves a debt that those behind it wait for.
 ///
 /// When the provider refuses a call ([`CallOutcome::Throttled`], [`CallOutcome::Overloaded`]),
-/// the lane closes for everybody, for the time the provider asks plus up to a tenth
-/// of it (2 s at most), so that nobody comes early and several processes do not
+/// the lane cools down for all calls, for the time the provider asks plus up to a tenth
+/// of it (2 s at most), so that no call comes early and several processes do not
 /// come at once. Without such a time it is half a second, doubled with every
 /// refusal in a row, up to 30 s (5 s for overload). Then the lane resumes empty,
 /// at its rate: no herd. Only a lane without any rate has none to resume at.
@@ -66,7 +66,7 @@ use crate::request::RateSnapshot;
 /// # Ok(()) }
 /// ```
 ///
-/// # Example: the provider says not now
+/// # Example: the provider asks to wait
 ///
 /// ```
 /// use throughline::{Pace, ratelimit::{Binding, CallOutcome, Lane, Need}};
@@ -91,27 +91,27 @@ pub struct Lane {
     shared: Arc<Shared>,
 }
 
-/// What the handles of a lane, its permits and its timers share.
+/// The state that the handles of a lane, its permits and its timers share.
 pub(super) struct Shared {
     start: Instant,
     state: Mutex<State>,
 }
 
-/// What the lock of a lane guards.
+/// The state that the lock of a lane guards.
 pub(super) struct State {
     pub(super) scheduler: Scheduler<Waker>,
     pub(super) timers: Timers,
-    /// Whom to tell that the lane was stopped or started by hand.
+    /// Notified when the lane is stopped, resumed or retuned by its handle.
     watchers: Vec<Weak<Notify>>,
 }
 
 impl Lane {
-    /// A lane with the limits of `pace`, every one of them unused so far.
+    /// Makes a lane with the limits of `pace`, all of them unused so far.
     pub fn new(pace: Pace) -> Self {
         Self::seeded(pace, fastrand::u64(..))
     }
 
-    /// A lane whose jitter is reproducible, for tests and simulations.
+    /// Makes a lane whose jitter is reproducible, for tests and simulations.
     pub fn seeded(pace: Pace, seed: u64) -> Self {
         Self {
             shared: Arc::new(Shared {
@@ -125,7 +125,7 @@ impl Lane {
         }
     }
 
-    /// Waits for its turn and for all that `need` asks.
+    /// Waits for its turn in the queue and for everything that `need` asks.
     ///
     /// The place in the queue is `need`'s ([`Need::at`]), or else taken when the
     /// returned future is first polled.
@@ -162,7 +162,7 @@ impl Lane {
         }
     }
 
-    /// A permit if one is to be had at once, and nobody waits for it.
+    /// Returns a permit if one is available at once and no other call waits for it.
     pub fn try_acquire(&self, need: &Need) -> Option<Permit> {
         let charge = Charge::from(need);
         self.shared.step(|scheduler, now, _| {
@@ -195,12 +195,12 @@ impl Lane {
         self.shared.lock().scheduler.next_position()
     }
 
-    /// Changes the limits, for those who wait already too.
+    /// Changes the limits, also for the calls that wait already.
     ///
-    /// What is left of each limit stays as it is, in requests and tokens, and grows
-    /// at the new rate; a limit that was not there before starts unused. If there
-    /// are more calls in flight than now allowed, they end in their own time. What
-    /// was learned of a limit whose rate changes is forgotten. A lane that is stopped, parked or closed
+    /// The level of each limit stays as it is, in requests and tokens, and grows
+    /// at the new rate; a new limit starts unused. If there
+    /// are more calls in flight than now allowed, they end in their own time. Everything that
+    /// was learned of a limit whose rate changes is forgotten. A lane that is stopped, parked or cooling down
     /// starts again, as by [`resume`](Lane::resume).
     pub fn retune(&self, pace: Pace) {
         self.shared
@@ -208,7 +208,7 @@ impl Lane {
         self.shared.tell_watchers();
     }
 
-    /// Stops the lane: everybody who waits, and everybody who comes, gets `why` at once,
+    /// Stops the lane: all calls that wait or arrive fail with `why` at once,
     /// and nothing is sent. A [`Context`](crate::Context) does so by itself when the
     /// provider refuses the whole account (credentials, quota).
     ///
@@ -244,16 +244,16 @@ impl Lane {
             .step(|scheduler, now, wakeups| scheduler.end_probing(now, wakeups));
     }
 
-    /// Starts a lane again that was stopped or parked, or that is closed because the provider
+    /// Resumes a lane that was stopped or parked, or that cools down because the provider
     /// refused a call. The wait that the provider asked for is forgotten; the lane resumes empty, at
-    /// its rate, and closes again when the provider refuses again.
+    /// its rate, and cools down again when the provider refuses again.
     pub fn resume(&self) {
         self.shared
             .step(|scheduler, now, wakeups| scheduler.resume(now, wakeups));
         self.shared.tell_watchers();
     }
 
-    /// Tells `watcher` from now on when the lane is stopped, started, closed or retuned by other means
+    /// Notifies `watcher` from now on when the lane is stopped, resumed, cooled down or retuned by other means
     /// than the end of a call.
     pub(crate) fn notify_on_change(&self, watcher: &Arc<Notify>) {
         let mut state = self.shared.lock();
@@ -261,13 +261,13 @@ impl Lane {
         state.watchers.push(Arc::downgrade(watcher));
     }
 
-    /// Why the lane is stopped, if it is.
+    /// Returns why the lane is stopped, if it is.
     pub fn stopped(&self) -> Option<Error> {
         self.shared
             .step(|scheduler, now, _| scheduler.stopped(now).cloned())
     }
 
-    /// What the lane looks like now.
+    /// Returns the state of the lane now.
     pub fn snapshot(&self) -> LaneSnapshot {
         self.shared
             .step(|scheduler, now, _| scheduler.snapshot(now))
@@ -295,13 +295,13 @@ impl fmt::Debug for Lane {
 }
 
 impl Shared {
-    /// A panic cannot leave the scheduler half changed: nothing it does between
-    /// two changes can fail. So whoever poisoned the lock, the lane goes on.
+    /// Locks the state, also after a panic. A panic cannot leave the scheduler half changed, because nothing
+    /// between two changes can fail.
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// One step of the scheduler.
+    /// Runs one step of the scheduler.
     fn step<R>(
         &self,
         step: impl FnOnce(&mut Scheduler<Waker>, Nanos, &mut Wakeups<Waker>) -> R,
@@ -309,8 +309,8 @@ impl Shared {
         self.step_with_timers(|state, now, wakeups| step(&mut state.scheduler, now, wakeups))
     }
 
-    /// One step of the scheduler and of those who keep its time. The clock is read under the lock, so that
-    /// the scheduler's time never runs backwards; who is woken is woken outside it.
+    /// Runs one step of the scheduler and its timers. The clock is read under the lock, so that
+    /// the time of the scheduler never runs backwards; callers are woken after the lock is released.
     pub(super) fn step_with_timers<R>(
         &self,
         step: impl FnOnce(&mut State, Nanos, &mut Wakeups<Waker>) -> R,
@@ -336,7 +336,7 @@ impl Shared {
         }
     }
 
-    /// The moment that the scheduler calls `at`, or one that is as good as never.
+    /// Converts a time of the scheduler; one that is too late becomes as good as never.
     pub(super) fn instant(&self, at: Nanos) -> Instant {
         const DECADES: Duration = Duration::from_secs(30 * 365 * 86_400);
         let instant = self.start.checked_add(Duration::from_nanos(at));
@@ -345,20 +345,20 @@ impl Shared {
 }
 
 impl State {
-    /// After each step: sees to it that a timer looks at the deadline.
+    /// Makes sure after each step that a timer looks at the deadline.
     fn keep_time(&mut self, wakeups: &mut Wakeups<Waker>) {
         if !self.timers.is_empty() {
             let waiting = !self.scheduler.is_empty();
             self.timers
                 .notify(self.scheduler.deadline(), waiting, wakeups);
         } else if self.scheduler.head_ready_at().is_some() {
-            // It waits outside any runtime, and must say that it cannot.
+            // The head waits outside any runtime: it must panic.
             self.scheduler.wake_head(wakeups);
         }
     }
 }
 
-/// The future of a caller that comes and waits.
+/// The future of a caller that waits for a permit.
 struct Acquire<'a> {
     lane: &'a Lane,
     /// With the place in the queue, once the caller has come.
@@ -449,9 +449,8 @@ impl Drop for Acquire<'_> {
 /// | drop after it | stays charged | stay charged | free |
 /// | [`finish`](Permit::finish) | stays charged | by [`CallOutcome`] | free |
 ///
-/// What an unsent permit gives back is what has not flowed in again while it was
-/// held: all of it if it is dropped soon, nothing if that took longer than the
-/// limit needs to recover, for then nothing is missing.
+/// An unsent permit gives back the units that have not flowed in again while it was
+/// held: all of them if it is dropped soon, none if the limit has recovered in the meantime.
 #[must_use = "dropping a permit gives it back at once"]
 pub struct Permit {
     lane: Lane,
@@ -462,65 +461,65 @@ pub struct Permit {
 }
 
 impl Permit {
-    /// Where its call stood in the queue: with [`Need::at`], a retry stands there again
-    /// and comes before all that arrived since.
+    /// Returns the position of its call in the queue: with [`Need::at`], a retry takes it again
+    /// and comes before all calls that arrived since.
     pub fn position(&self) -> QueuePosition {
         self.position
     }
 
-    /// Says that the call is on its way, so that from here on a drop does not
-    /// give its charge back.
+    /// Marks the call as sent: from here on a drop does not give its charge back.
     pub fn mark_sent(&mut self) {
         self.sent = true;
     }
 
-    /// Says how the call ended.
+    /// Ends the permit with the outcome of its call.
     ///
-    /// - [`Done`](CallOutcome::Succeeded): the tokens are settled to what was used. What was
-    ///   too much is free again; what was too little becomes a debt.
+    /// - [`Succeeded`](CallOutcome::Succeeded): the tokens are settled to the usage. Too high an estimate is given
+    ///   back; too low an estimate becomes a debt.
     /// - [`Throttled`](CallOutcome::Throttled): the tokens are given back, the request
-    ///   stays charged, for providers count it. The lane closes for everybody.
-    /// - [`Overloaded`](CallOutcome::Overloaded): everything stays charged. The lane
-    ///   closes, more briefly.
-    /// - [`Failed`](CallOutcome::Failed): the tokens are settled to what was charged; the
+    ///   stays charged, because providers count it. The lane cools down for all calls.
+    /// - [`Overloaded`](CallOutcome::Overloaded): everything stays charged. If most calls are refused, the lane
+    ///   cools down, more briefly.
+    /// - [`Failed`](CallOutcome::Failed): the tokens are settled to the charge; the
     ///   estimate stays where that is not known.
+    /// - [`NotSent`](CallOutcome::NotSent) and [`Abandoned`](CallOutcome::Abandoned): as a drop before and after
+    ///   [`mark_sent`](Permit::mark_sent).
     pub fn finish(mut self, outcome: CallOutcome) {
         self.end(outcome);
     }
 
-    /// As [`observe`](Permit::observe) and [`finish`](Permit::finish) in one step of the lane,
-    /// and says what that changed for everybody.
+    /// Does [`observe`](Permit::observe) and [`finish`](Permit::finish) in one step of the lane.
+    /// Returns what that changed for all callers.
     pub(crate) fn conclude(
         mut self,
-        said: Option<&RateSnapshot>,
+        headers: Option<&RateSnapshot>,
         outcome: CallOutcome,
     ) -> Vec<LaneChange> {
         let Some(grant) = self.grant.take() else {
             return Vec::new();
         };
-        // Apart from `end`, which most permits of a bare lane come to: joining what both say costs it 8 %.
+        // Apart from `end`, which most permits of a bare lane use: joining the changes of both costs 8 % of a grant.
         self.lane.shared.step(|scheduler, now, wakeups| {
-            let mut changes = said.map_or_else(Vec::new, |said| {
-                scheduler.observe(now, &grant, said, wakeups)
+            let mut changes = headers.map_or_else(Vec::new, |headers| {
+                scheduler.observe(now, &grant, headers, wakeups)
             });
             changes.extend(scheduler.finish(now, grant, outcome, wakeups));
             changes
         })
     }
 
-    /// Says what the headers of the reply, or of the error, told of the limits. Call it
+    /// Applies the rate-limit headers of the reply, or of the error. Call it
     /// before [`finish`](Permit::finish).
     ///
-    /// A limit that has more left than they say is lowered to that, less what was sent
-    /// since this call; a limit that nobody has set is kept from now on; and
-    /// when this call is [throttled](CallOutcome::Throttled), they say for which limit. What
-    /// an older call tells is left alone. A lane that is not
-    /// [adaptive](Pace::adaptive) does not listen.
-    pub fn observe(&mut self, said: &RateSnapshot) {
+    /// A limit that has more left than the headers say is lowered to that, less the calls sent
+    /// since this one; a limit that is not configured is kept from now on; and
+    /// when this call is [throttled](CallOutcome::Throttled), they show for which limit. The headers of
+    /// an older call are ignored, and a lane that is not [adaptive](Pace::adaptive) ignores all.
+    pub fn observe(&mut self, headers: &RateSnapshot) {
         if let Some(grant) = &self.grant {
             self.lane
                 .shared
-                .step(|scheduler, now, wakeups| scheduler.observe(now, grant, said, wakeups));
+                .step(|scheduler, now, wakeups| scheduler.observe(now, grant, headers, wakeups));
         }
     }
 

@@ -35,7 +35,7 @@ pub(super) struct Burst {
     pub(super) full_at_start: bool,
 }
 
-/// What one call takes of a limit.
+/// The units that one call takes of a limit.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct Cost {
     /// The units that are charged when the call is admitted.
@@ -61,7 +61,7 @@ impl Cost {
     }
 }
 
-/// What was taken until the last reduction.
+/// The units and calls taken until the last reduction.
 #[derive(Debug, Clone, Copy, Default)]
 struct Checkpoint {
     units: u64,
@@ -404,7 +404,7 @@ impl Limit {
         self.policies.restore(factor);
     }
 
-    /// Changes the limit. What was learned of another rate or from another source is forgotten.
+    /// Changes the limit. If its rate or its source changes, all that was learned of it is forgotten.
     pub(super) fn retune(&mut self, now: Nanos, source: Source, rate: Rate, burst: Burst) {
         let clock = self.clock_at(now);
         if source != self.source || rate != self.rate() {
@@ -501,7 +501,7 @@ mod tests {
     }
 
     #[test]
-    fn a_slower_clock_is_a_lower_rate_and_a_smaller_burst() {
+    fn a_slower_clock_lowers_the_rate_and_the_burst() {
         let mut limit = limit(Source::Configured);
         let part = Rate::per_minute(450);
         assert!(limit.record_refusal(0, 0, 1, Some(part)));
@@ -523,7 +523,7 @@ mod tests {
     }
 
     #[test]
-    fn closed_it_stands_still_and_resumes_empty() {
+    fn a_limit_that_stands_still_resumes_empty() {
         let mut limit = limit(Source::Configured);
         let ms = |ms: u64| ms * 1_000_000;
         limit.stand_still_until(ms(500), ms(5_000));
@@ -539,7 +539,7 @@ mod tests {
     }
 
     #[test]
-    fn only_time_in_which_somebody_waits_brings_it_back() {
+    fn the_rate_recovers_only_while_calls_wait() {
         let mut limit = limit(Source::Configured);
         limit.record_refusal(0, 0, 1, None);
         let low = limit.rate_factor();
@@ -550,7 +550,7 @@ mod tests {
     }
 
     #[test]
-    fn what_passed_between_two_refusals_is_the_better_guess() {
+    fn throughput_between_two_refusals_lowers_the_target() {
         let mut limit = limit(Source::Configured);
         limit.take(0, at_once(1));
         limit.record_refusal(0, 0, 1, None);
@@ -573,7 +573,7 @@ mod tests {
     }
 
     #[test]
-    fn a_fresh_limit_lets_one_call_go_and_owe() {
+    fn an_unused_limit_admits_one_call_of_any_size() {
         let burst = Burst {
             time: SECOND,
             full_at_start: false,
@@ -593,7 +593,7 @@ mod tests {
     }
 
     #[test]
-    fn calls_charged_at_their_end_start_ahead_of_what_they_will_cost() {
+    fn calls_charged_at_their_end_start_ahead_of_their_charge() {
         let call = Cost {
             upfront: 0,
             deferred: 10,
@@ -613,7 +613,7 @@ mod tests {
         limit.record_answer(2 * SECOND, call, 5, 0);
         // There are 5, and 20 more come within two seconds: five calls of 5.
         assert_eq!(starts(&mut limit, 2 * SECOND), 5);
-        // Where something is owed, nobody starts.
+        // While there is a debt, no call starts.
         for _ in 0..5 {
             limit.settle(3 * SECOND, call, 10);
         }

@@ -7,7 +7,7 @@
 //!
 //! - The first offer to a caller stands for [`STANDS_FOR`]: many times what a wake-up takes, and a
 //!   fraction of what a call takes.
-//! - While offers expire one after the other, nobody seems to be there, and each stands for half
+//! - While offers expire one after the other, no caller seems to be polled, and each stands for half
 //!   as long as the one before, down to [`SHORTEST`]. One that is collected ends that.
 //! - A caller that has missed an offer is offered its next ones for [`SHORTEST`] only: whoever is
 //!   polled seldom must not hold up the others again and again.

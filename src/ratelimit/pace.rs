@@ -12,7 +12,7 @@ use crate::ratelimit::types::Binding;
 /// Token limits are per minute and count what the provider counts: either input
 /// and output together ([`tokens`](Pace::tokens)) or each on its own
 /// ([`input_tokens`](Pace::input_tokens), [`output_tokens`](Pace::output_tokens)).
-/// What is not limited here is limited by what the provider says and refuses
+/// A resource without a limit here is limited by the headers and the refusals of the provider
 /// ([`adaptive`](Pace::adaptive)), and by nothing else: there are no hidden defaults, and
 /// no number means unlimited.
 ///
@@ -50,9 +50,7 @@ pub struct Pace {
 }
 
 impl Pace {
-    /// No limits, until one is added or the provider tells one: limits that replies
-    /// speak of are kept from then on, and a refusal leaves a rate that is learned
-    /// ([`adaptive`](Pace::adaptive)).
+    /// Sets no limits. The headers of replies and refusals can add some ([`adaptive`](Pace::adaptive)).
     pub fn unlimited() -> Self {
         Self {
             spacing: None,
@@ -70,7 +68,7 @@ impl Pace {
     ///
     /// # Panics
     ///
-    /// If `requests` is zero: a lane that lets nothing through is a mistake.
+    /// If `requests` is zero: a lane that never grants a call is a mistake.
     #[track_caller]
     pub fn per_minute(requests: u64) -> Self {
         Self {
@@ -179,8 +177,8 @@ impl Pace {
     /// providers enforce a minute's limit second by second.
     ///
     /// A burst that is set is there from the start. The default one must first be saved up:
-    /// nobody has said what was used before the lane was made, and a lane that
-    /// starts with room for one call is refused by nobody who counts strictly.
+    /// the use before the lane was made is unknown, and a lane that
+    /// starts with room for one call is not refused by a provider that counts strictly.
     ///
     /// One request may always go at once. A burst of zero makes requests evenly
     /// spaced, but loses the rate of any moment at which the machine is late
@@ -194,7 +192,7 @@ impl Pace {
         self
     }
 
-    /// Whether the lane learns from the provider. It does, unless told not to:
+    /// Sets whether the lane learns from the provider. It does by default:
     ///
     /// - a limit that is refused although it was kept is used more slowly, and more
     ///   again as time passes without a refusal, never above what is set here;
@@ -202,11 +200,11 @@ impl Pace {
     ///   from the first refusal;
     /// - a limit of which the headers say that less is left is lowered to that;
     /// - a provider that refuses more than a few of a hundred calls as overloaded (503, 529) gets no more calls at one
-    ///   time than it lets in, and slowly more again;
-    /// - where sending less does not lower the share of refused calls, no limit is the reason: the lane goes at
-    ///   its full rate again.
+    ///   time than it admits, and slowly more again;
+    /// - where sending less does not lower the share of refused calls, no limit is the reason: the lane returns to
+    ///   its full rate.
     ///
-    /// Without it, a refusal closes the lane for a while and changes nothing else.
+    /// Without it, a refusal starts a cooldown and changes nothing else.
     pub fn adaptive(mut self, adaptive: bool) -> Self {
         self.policies = match adaptive {
             true => PolicySet::ALL,

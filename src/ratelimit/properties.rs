@@ -1,4 +1,4 @@
-//! What must hold of the scheduler whatever happens to it.
+//! Properties of the scheduler under any sequence of events.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
@@ -65,7 +65,7 @@ struct World {
     pace: Pace,
     scheduler: Scheduler<u64>,
     now: Duration,
-    closed_until: Duration,
+    cooldown_until: Duration,
     waiting: BTreeMap<u64, Waiter>,
     /// Of those, the callers that are not polled.
     ignored: BTreeSet<u64>,
@@ -84,7 +84,7 @@ impl World {
             scheduler: Scheduler::new(&pace, 0),
             pace,
             now: Duration::ZERO,
-            closed_until: Duration::ZERO,
+            cooldown_until: Duration::ZERO,
             waiting: BTreeMap::new(),
             ignored: BTreeSet::new(),
             ignores: false,
@@ -103,7 +103,7 @@ impl World {
         Some((head, self.now + wait))
     }
 
-    /// What arrives or leaves, whoever it lets pass, keeps nobody waiting who is next.
+    /// A call that arrives or leaves does not delay the head of the queue.
     fn apply(&mut self, op: Op) {
         let harmless = matches!(op, Op::Pass(_) | Op::Arrive(_) | Op::Leave(_)) && !self.ignores;
         let before = self.add();
@@ -143,8 +143,8 @@ impl World {
             }
             Op::Retune(pace) => {
                 self.pace = pace.clone();
-                // It opens the cooldown.
-                self.closed_until = Duration::ZERO;
+                // It ends the cooldown.
+                self.cooldown_until = Duration::ZERO;
                 self.step(|scheduler, now, wakeups| scheduler.retune(now, &pace, wakeups));
             }
             Op::Ignore(nth) => {
@@ -191,7 +191,7 @@ impl World {
     fn end(&mut self, held: Held, end: CallOutcome) {
         let granted = &mut self.books[held.entry];
         let (before, taken_at) = (granted.charge, granted.at);
-        // Nobody says otherwise: what was reserved.
+        // The reserved tokens, unless the outcome says otherwise.
         let mut charge = held.charge;
         let mut kind = Kind::Settled { before };
         match end {
@@ -203,7 +203,7 @@ impl World {
             CallOutcome::Overloaded { .. } => charge = before,
             CallOutcome::Throttled { wait } => {
                 charge = Charge::default();
-                self.closed_until = self.closed_until.max(self.now + wait.unwrap_or_default());
+                self.cooldown_until = self.cooldown_until.max(self.now + wait.unwrap_or_default());
             }
             _ => {}
         }
@@ -220,8 +220,8 @@ impl World {
         let late = self.now - at;
         assert!(late.is_zero() || self.ignores && late < Duration::from_secs(1));
         assert!(
-            at >= self.closed_until || self.ignores,
-            "a grant through a closed cooldown"
+            at >= self.cooldown_until || self.ignores,
+            "a grant during a cooldown"
         );
         self.held.push(Held {
             grant,
@@ -301,7 +301,7 @@ impl World {
             );
         }
         let snapshot = self.scheduler.snapshot(nanos(self.now));
-        // What was offered and not collected is in flight.
+        // Grants that were offered and not collected are in flight.
         let offered = snapshot.in_flight - self.held.len();
         assert!(offered <= self.ignored.len());
         assert_eq!(snapshot.waiting + offered, self.waiting.len());
@@ -309,13 +309,13 @@ impl World {
             let deadline = self.deadline();
             assert!(
                 deadline.is_some_and(|at| at <= self.now + wait),
-                "nobody keeps the time"
+                "no timer looks at the head in time"
             );
         }
     }
 
     /// Passes the time, in which each call is answered after `latency`: by as much as it
-    /// has reserved, or by so many hundredths of it.
+    /// has reserved, or by `part` hundredths of it.
     fn live_until(&mut self, then: Duration, latency: Duration, exact: bool, part: u64) {
         loop {
             let ends = self.held.iter();
@@ -358,7 +358,7 @@ impl World {
             }
             let next = self
                 .deadline()
-                .expect("somebody waits and nobody will come");
+                .expect("a call waits and nothing will grant it");
             self.pass_until(next);
         }
         let in_flight = self.scheduler.snapshot(nanos(self.now)).in_flight;
@@ -416,7 +416,7 @@ fn smaller_first(books: &[Booked], cost: impl Fn(Charge) -> i128) -> Vec<&Booked
 }
 
 /// A provider's bucket, as it keeps it: what a call takes when it is let in, and the rest
-/// when it ends. Below zero it lets nobody in.
+/// when it ends. Below zero it admits no call.
 struct Provider {
     resource: Resource,
     rate: Rate,
@@ -696,4 +696,28 @@ fn a_hundred_thousand_waiters_go_one_by_one() {
         }
     }
     assert_eq!(granted, 1_100_000);
+}
+
+/// A caller that collects its grant must not change the time at which the next one can go.
+#[test]
+fn collecting_a_grant_keeps_the_deadline_of_the_next_call() {
+    let mut lane = Scheduler::<u64>::new(&Pace::per_minute(60).burst(Duration::ZERO), 0);
+    let mut wakeups = Wakeups::default();
+    let need = Need::default();
+    let Admission::Granted(id) = lane.enter(0, &need, &0, &mut wakeups) else {
+        panic!("nothing is in its way");
+    };
+    lane.finish(0, id, CallOutcome::Throttled { wait: None }, &mut wakeups);
+    let [first, _second] = [1, 2].map(|id| match lane.enter(0, &need, &id, &mut wakeups) {
+        Admission::Queued(key) => key,
+        _ => panic!("the lane cools down"),
+    });
+    let granted_at = lane.deadline().expect("two calls wait");
+    lane.tick(granted_at, true, &mut wakeups);
+    let now = granted_at + 20_000_000;
+    let turn = lane.poll(now, first, &need, &1, &mut wakeups);
+    assert!(matches!(turn, Admission::Granted(_)));
+    let wait = lane.snapshot(now).head_wait.expect("the second call waits");
+    let deadline = lane.deadline().expect("the second call waits");
+    assert!(deadline <= now + nanos(wait), "{deadline} after {wait:?}");
 }

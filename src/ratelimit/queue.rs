@@ -1,10 +1,9 @@
-//! [`Queue`]: who waits, and who is next.
+//! [`Queue`]: the calls that wait, and which of them is next.
 //!
-//! Within a priority and a tenant, first come, first served. Between tenants, and above
-//! them between priorities, start-time fair queueing (Goyal, Vin and Cheng, 1996): whoever
-//! is served moves back by what was taken over its weight, and the one furthest in front
-//! is next. So each gets its share while it wants it, nobody is passed over without
-//! end, and who was idle has saved nothing up.
+//! Within a priority and a tenant, the order is that of arrival. Between tenants, and above
+//! them between priorities, it is start-time fair queueing (Goyal, Vin and Cheng, 1996): the virtual time of a
+//! flow grows by the cost of a served call over the weight of the flow, and the flow with the lowest virtual time
+//! is next. So each flow gets its share while it wants it, none starves, and an idle flow saves nothing up.
 //!
 //! A tenant is known by its name. When its calls name different weights, the weight of the call
 //! that joined the queue last holds.
@@ -15,7 +14,7 @@ use std::ops::Bound;
 
 use crate::ratelimit::types::{Charge, Priority, QueueKey, QueuePosition, Tenant, TenantId};
 
-/// A map by small keys of our own: SipHash would cost more than all else that is done with it.
+/// A map by small keys of our own: SipHash would take longer than the rest of a lookup.
 pub(super) type Map<K, V> = HashMap<K, V, BuildHasherDefault<Multiplying>>;
 
 /// Multiplicative hashing (Knuth, The Art of Computer Programming, vol. 3, section 6.4), by
@@ -47,7 +46,7 @@ impl Hasher for Multiplying {
     }
 }
 
-/// One waiter: its line, its place, and a ticket of its own, for two may hold one place.
+/// One waiter: its flow, its position, and a unique ticket, because two calls may have one position.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct WaiterKey {
     flow: u32,
@@ -58,35 +57,35 @@ pub(super) struct WaiterKey {
 #[derive(Debug)]
 pub(super) struct Waiter<W> {
     pub(super) charge: Charge,
-    /// How to reach it. `None` while it is awake anyway.
+    /// `None` while the caller is awake.
     pub(super) waker: Option<W>,
 }
 
-/// What was taken over a weight. In units of 2⁻⁴⁰ of a cost, so that weights count exactly
+/// Served cost over a weight. In units of 2⁻⁴⁰ of a cost, so that weights count exactly
 /// where every call costs the same: 33 and 64 were served alike when the unit was 2⁻⁶.
 type VirtualTime = u128;
 
-/// By how much a mark moves back that is served at this cost.
+/// Returns the increase of the virtual time for a served cost.
 fn step(cost: u64, weight: u32) -> VirtualTime {
     ((VirtualTime::from(cost.max(1)) << 40) / VirtualTime::from(weight)).max(1)
 }
 
-/// Those of one priority and one tenant.
+/// The calls of one priority and one tenant.
 #[derive(Debug)]
 struct Flow {
     who: QueueKey,
     waiting: usize,
-    /// Where it stands: the next to be served is the lowest.
+    /// The flow with the lowest is served next.
     virtual_time: VirtualTime,
 }
 
-/// Those of one priority.
+/// The calls of one priority.
 #[derive(Debug, Default)]
 struct Class {
     virtual_time: VirtualTime,
-    /// The mark of the line served last: who comes back from idling starts there.
+    /// The virtual time of the flow that was served last: a flow that was idle starts there.
     front: VirtualTime,
-    /// The lines with waiters, by mark.
+    /// The flows with waiters, by virtual time.
     flows: BTreeSet<(VirtualTime, u32)>,
 }
 
@@ -98,7 +97,7 @@ pub(super) struct Queue<W> {
     flows: Map<u32, Flow>,
     ids: Map<(Priority, Option<TenantId>), u32>,
     next_id: u32,
-    /// When so many lines are known, those that idle are looked through.
+    /// The number of flows at which the idle ones are swept.
     sweep_at: usize,
     classes: [Class; Priority::ALL.len()],
     front: VirtualTime,
@@ -158,7 +157,7 @@ impl<W> Queue<W> {
         key
     }
 
-    /// The one who is next, and what it needs.
+    /// Returns the waiter that is next, and its charge.
     pub(super) fn head(&self) -> Option<(WaiterKey, Charge)> {
         if self.waiters.is_empty() {
             return None;
@@ -174,7 +173,7 @@ impl<W> Queue<W> {
         Some((*key, waiter.charge))
     }
 
-    /// Some of those behind `head`.
+    /// Returns the waiters behind `head`, in the order of the map.
     pub(super) fn behind(&self, head: WaiterKey) -> impl Iterator<Item = (WaiterKey, Charge)> {
         let behind = (Bound::Excluded(head), Bound::Unbounded);
         let behind = self.waiters.range(behind);
@@ -189,7 +188,7 @@ impl<W> Queue<W> {
         self.waiters.values_mut()
     }
 
-    /// Takes everybody out.
+    /// Removes all waiters.
     pub(super) fn clear(&mut self) -> impl Iterator<Item = Waiter<W>> {
         for class in &mut self.classes {
             class.flows.clear();
@@ -200,12 +199,12 @@ impl<W> Queue<W> {
         std::mem::take(&mut self.waiters).into_values()
     }
 
-    /// Takes one out that goes away.
+    /// Removes a waiter that goes away.
     pub(super) fn remove(&mut self, key: WaiterKey) -> Option<Waiter<W>> {
         self.take(key, None)
     }
 
-    /// Takes one out that is served, at this cost.
+    /// Removes a waiter that is served, at this cost.
     pub(super) fn serve(&mut self, key: WaiterKey, cost: u64) -> Option<Waiter<W>> {
         self.take(key, Some(cost))
     }
@@ -228,15 +227,15 @@ impl<W> Queue<W> {
         if flow.waiting > 0 {
             class.flows.insert((flow.virtual_time, key.flow));
         } else if class.flows.is_empty() {
-            // Nobody is behind: what the last one took is nobody's loss.
+            // No flow waits: none was passed over for this call.
             class.front = class.front.max(flow.virtual_time);
         }
         Some(waiter)
     }
 
-    /// One that was served at this cost did not take it: its line stands where it stood.
+    /// Undoes the serving of a call at this cost, because the caller did not take it.
     pub(super) fn release(&mut self, key: WaiterKey, cost: u64) {
-        // A line that is forgotten would start as a new one does anyway.
+        // A flow that was swept would start as a new one does anyway.
         let Some(flow) = self.flows.get_mut(&key.flow) else {
             return;
         };
@@ -275,7 +274,7 @@ impl<W> Queue<W> {
         id
     }
 
-    /// Forgets the lines that idle and owe nothing: they would start as new ones do.
+    /// Removes the idle flows that are not ahead: they would start as new ones do.
     fn sweep(&mut self) {
         let classes = &self.classes;
         self.flows.retain(|_, flow| {
@@ -385,7 +384,7 @@ mod tests {
     }
 
     #[test]
-    fn one_tenant_has_one_weight_the_one_named_last() {
+    fn a_tenant_has_the_weight_that_was_named_last() {
         let mut queue = Queue::new();
         let [before, after, other] =
             [(1, 1), (1, 3), (2, 1)].map(|(tenant, weight)| who(Priority::Normal, tenant, weight));
@@ -397,7 +396,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_given_back_counts_as_not_served() {
+    fn a_call_that_is_given_back_counts_as_not_served() {
         let mut queue = Queue::new();
         let both = [1, 2].map(|tenant| who(Priority::Normal, tenant, 1));
         for who in both {
@@ -434,10 +433,10 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(10_000))]
 
-        /// Whoever waits is served before the others have taken more than what their
-        /// weights give them meanwhile, however they come, go and come back.
+        /// A waiting call is served before the other flows have taken more than their
+        /// weights give them in the meantime, however they come, go and come back.
         #[test]
-        fn nobody_starves(
+        fn no_call_starves(
             priority in 0..Priority::ALL.len(),
             weight in 1..8u32,
             others in proptest::collection::vec(

@@ -1,7 +1,7 @@
-//! [`Scheduler`]: who may go, and when. The lane without its clock, its lock and its wakers.
+//! [`Scheduler`]: decides which call goes next, and when. The lane without its clock, its lock and its wakers.
 //!
-//! A pure state machine: every method is given the time (since the lane was made)
-//! and says whom to wake. It never waits itself: while callers wait, the shell must call
+//! A pure state machine: every method takes the time (since the lane was made)
+//! and collects the wakers to call. It never waits itself: while callers wait, the lane must call
 //! [`Scheduler::tick`] at the [`Scheduler::deadline`] at the latest, and no caller needs to be
 //! polled for that. A grant to a caller that waits is an [offer](super::offers).
 
@@ -23,12 +23,12 @@ use crate::ratelimit::queue::{Queue, WaiterKey};
 use crate::ratelimit::types::{Binding, CallOutcome, Charge, LaneSnapshot, Need, QueuePosition};
 use crate::request::RateSnapshot;
 
-/// How many of those behind the head are looked at for one that may pass.
+/// The number of calls behind the head that are examined for one that may pass it.
 const BACKFILL_WINDOW: usize = 8;
-/// A probe that has not ended for so long lets another one go: it may belong to a future that is
+/// After this time without an end of the probe another one goes: the first may belong to a future that is
 /// not polled, whose timeout does not end it.
 const LONGEST_PROBE: Nanos = 60_000_000_000;
-/// Over how long grants are counted, in case a rate must be guessed from them.
+/// The time over which grants are counted, in case a rate must be estimated from them.
 const THROUGHPUT_WINDOW: Nanos = 60_000_000_000;
 
 /// Names a call that was granted; it must come back through [`Scheduler::finish`].
@@ -203,12 +203,13 @@ impl<W: Clone> Scheduler<W> {
         QueuePosition(self.next_place)
     }
 
-    /// Lets `charge` through now if nobody waits and nothing stands against it.
+    /// Grants `charge` now if no call waits and all limits have room for it.
     pub(super) fn try_enter(&mut self, now: Nanos, charge: Charge) -> Option<GrantId> {
-        self.advance(now);
+        self.end_timed_stop(now);
         if self.stop.is_some() || !self.queue.is_empty() {
             return None;
         }
+        self.advance(now);
         if self.obstacle(now, charge).is_some() {
             // While no caller waits, nothing else takes back what was not collected.
             let expired = self.expire(now);
@@ -220,7 +221,7 @@ impl<W: Clone> Scheduler<W> {
         Some(self.grant(now, charge))
     }
 
-    /// Lets `charge` through, or queues it with a clone of its waker. A caller in the queue must
+    /// Grants a call, or queues it with a clone of its waker. A caller in the queue must
     /// [`poll`](Scheduler::poll) when it is woken, and in the end either collect its grant or
     /// [`leave`](Scheduler::leave).
     pub(super) fn enter(
@@ -237,8 +238,9 @@ impl<W: Clone> Scheduler<W> {
         if let Some(stop) = &self.stop {
             return Admission::Stopped(stop.why.clone());
         }
-        // First, as it is code of others: if it panics, nobody has come.
+        // First, because a clone runs code of the caller: if that panics, nothing has changed.
         let waker = waker.clone();
+        self.advance(now);
         let position = need.position.unwrap_or_else(|| self.next_position());
         self.next_ticket += 1;
         let key = self
@@ -247,7 +249,7 @@ impl<W: Clone> Scheduler<W> {
         self.look(now, key, waker, wakeups)
     }
 
-    /// A waiter looks whether it has been let through, and leaves its waker if not.
+    /// Returns the grant of a waiter, or stores its waker if it must wait on.
     pub(super) fn poll(
         &mut self,
         now: Nanos,
@@ -256,28 +258,30 @@ impl<W: Clone> Scheduler<W> {
         waker: &W,
         wakeups: &mut Wakeups<W>,
     ) -> Admission {
-        self.advance(now);
+        self.end_timed_stop(now);
         if self.queue.get_mut(key).is_some() {
-            // First, as it is code of others: if it panics, nothing has changed.
+            // First, because a clone runs code of the caller: if that panics, nothing has changed.
             let waker = waker.clone();
+            self.advance(now);
             return self.look(now, key, waker, wakeups);
         }
         if let Some(offer) = self.offers.expire_of(now, key.ticket) {
-            // It would be sent too late for the time at which it was charged.
+            // The call would be sent too late for the time at which it was charged.
             self.take_back(now, offer);
         }
         if self.offers.come_back(now, key.ticket) && self.stop.is_none() {
             let waker = waker.clone();
+            self.advance(now);
             let charge = Charge::from(need);
             let key = self.queue.push(need.who, key.position, key.ticket, charge);
             return self.look(now, key, waker, wakeups);
         }
-        // Whoever let it through has seen to the others.
+        // No time is passed here: the factors of the limits would change, and the time at which the head can go with them.
         self.collect(now, key)
     }
 
-    /// One in the queue looks after itself and everybody else. Its waker is a clone of one
-    /// that is in use, so it can be dropped here.
+    /// Grants what can be granted, and then returns the grant of this waiter or stores its waker. The waker is a clone of
+    /// one that is in use, so it can be dropped here.
     fn look(
         &mut self,
         now: Nanos,
@@ -300,7 +304,7 @@ impl<W: Clone> Scheduler<W> {
         }
     }
 
-    /// What is there for someone who no longer waits.
+    /// Returns the grant of a caller that is no longer in the queue, or why it has none.
     fn collect(&mut self, now: Nanos, key: WaiterKey) -> Admission {
         match (self.offers.collect(now, key.ticket), &self.stop) {
             (Some((_, grant)), None) => Admission::Granted(grant),
@@ -341,8 +345,8 @@ impl<W: Clone> Scheduler<W> {
         self.offers.next_expiry().is_some_and(|at| at <= now)
     }
 
-    /// The time has come: takes back the offers that were not collected, if it is to `expire`
-    /// them, and lets everybody through who can go.
+    /// Passes the deadline: takes back the offers that were not collected, if it is to `expire`
+    /// them, and grants all calls that can go.
     pub(super) fn tick(&mut self, now: Nanos, expire: bool, wakeups: &mut Wakeups<W>) {
         self.advance(now);
         if expire {
@@ -366,7 +370,7 @@ impl<W: Clone> Scheduler<W> {
         }
     }
 
-    /// Gives back what was offered and not collected in time. A caller that missed its offer
+    /// Takes back the offers that were not collected in time. A caller that missed its offer
     /// leaves the queue, so that it holds up no other, until it is polled again: then it is
     /// back at its place. Says whether there was any.
     fn expire(&mut self, now: Nanos) -> bool {
@@ -391,7 +395,7 @@ impl<W: Clone> Scheduler<W> {
         self.concurrency.get_mut(id.0).grant.at
     }
 
-    /// A waiter goes away without its grant, or with one it never collected.
+    /// Removes a waiter that goes away without its grant, or with one it never collected.
     pub(super) fn leave(&mut self, now: Nanos, key: WaiterKey, wakeups: &mut Wakeups<W>) {
         if let Some((_, grant)) = self.offers.forget(key.ticket) {
             self.finish(now, grant, CallOutcome::NotSent, wakeups);
@@ -402,7 +406,7 @@ impl<W: Clone> Scheduler<W> {
         }
     }
 
-    /// Changes the limits under those who wait and those in flight, and starts a lane
+    /// Changes the limits, also for waiting calls and calls in flight, and resumes a lane
     /// that was stopped.
     pub(super) fn retune(&mut self, now: Nanos, pace: &Pace, wakeups: &mut Wakeups<W>) {
         self.advance(now);
@@ -412,7 +416,7 @@ impl<W: Clone> Scheduler<W> {
         self.resume(now, wakeups);
     }
 
-    /// Sends everybody away who waits or comes, until [`resume`](Scheduler::reopen).
+    /// Fails all calls that wait or arrive, until [`resume`](Scheduler::reopen).
     pub(super) fn stop(&mut self, why: Error, until: Option<Nanos>, wakeups: &mut Wakeups<W>) {
         for waiter in self.queue.clear() {
             wakeups.wake(waiter.waker);
@@ -423,12 +427,12 @@ impl<W: Clone> Scheduler<W> {
         self.stop = Some(Stop { why, until });
     }
 
-    /// Lets calls through again that a stop, a cooldown or probing kept. The limits are empty
+    /// Ends a stop, a cooldown and probing. The limits are empty
     /// and refill from now on; the rates that were learned stay.
     pub(super) fn resume(&mut self, now: Nanos, wakeups: &mut Wakeups<W>) {
         self.advance(now);
         self.stop = None;
-        self.cooldown.open();
+        self.cooldown.end();
         self.limits.resume(now);
         self.probing = None;
         self.pump(now, wakeups);
@@ -437,8 +441,7 @@ impl<W: Clone> Scheduler<W> {
     /// Sends nothing for as long as `wait`, and then one call at a time until one succeeds.
     pub(super) fn cool_down(&mut self, now: Nanos, wait: Duration, wakeups: &mut Wakeups<W>) {
         self.advance(now);
-        self.cooldown
-            .stand_still_until(now.saturating_add(nanos(wait)));
+        self.cooldown.extend_until(now.saturating_add(nanos(wait)));
         self.limits.stand_still_until(now, self.cooldown.until());
         self.probe(now);
         self.pump(now, wakeups);
@@ -471,7 +474,7 @@ impl<W: Clone> Scheduler<W> {
     }
 
     pub(super) fn stopped(&mut self, now: Nanos) -> Option<&Error> {
-        self.advance(now);
+        self.end_timed_stop(now);
         self.stop.as_ref().map(|stop| &stop.why)
     }
 
@@ -511,8 +514,8 @@ impl<W: Clone> Scheduler<W> {
         }
     }
 
-    /// Passes the time until `now`. What is learned of a limit fades only while somebody
-    /// waits whom a slot would not hold up.
+    /// Passes the time until `now`. The factor of a limit recovers only while a call waits
+    /// that has a slot.
     fn advance(&mut self, now: Nanos) {
         let waited = !self.queue.is_empty();
         let concurrency = self.concurrency.free() == 0;
@@ -520,6 +523,11 @@ impl<W: Clone> Scheduler<W> {
         let open_since = self.cooldown.until();
         self.concurrency
             .advance(now, (waited && concurrency).then_some(open_since));
+        self.end_timed_stop(now);
+    }
+
+    /// Ends a stop whose time is over: from then on one call at a time probes the provider.
+    fn end_timed_stop(&mut self, now: Nanos) {
         let over = |stop: &mut Stop| stop.until.is_some_and(|until| until <= now);
         if self.stop.take_if(over).is_some() {
             self.probe(now);
@@ -573,13 +581,12 @@ impl<W: Clone> Scheduler<W> {
         GrantId(slot)
     }
 
-    /// After anything has changed: lets everybody through who can go.
+    /// Grants all calls that can go, after any change.
     fn pump(&mut self, now: Nanos, wakeups: &mut Wakeups<W>) {
         self.head_ready_at = self.grant_all(now, wakeups);
     }
 
-    /// Says when the caller that is next then can go: `None` if only a call in flight can
-    /// change anything.
+    /// Returns when the next call can go: `None` if that depends on a call in flight.
     fn grant_all(&mut self, now: Nanos, wakeups: &mut Wakeups<W>) -> Option<Nanos> {
         loop {
             let (head, charge) = self.queue.head()?;
@@ -611,9 +618,9 @@ impl<W: Clone> Scheduler<W> {
         self.offers.make(now, key.ticket, (key, grant));
     }
 
-    /// One of those behind the head that can go now without making it wait any longer (EASY
-    /// backfill: Lifka, 1995). There is none where the head waits for requests, for
-    /// everybody takes one, nor while the next slot must be the head's.
+    /// Returns a call behind the head that can go now without delaying the head (EASY
+    /// backfill: Lifka, 1995). There is none where the head waits for requests, because
+    /// each call takes one, nor while the next slot must be kept for the head.
     fn backfill(
         &self,
         now: Nanos,

@@ -118,7 +118,7 @@ impl Timers {
     }
 }
 
-/// What a timer does next.
+/// The next step of a timer.
 enum Next {
     /// Looks again when the other tasks of its runtime that are ready have had their turn.
     Yield,

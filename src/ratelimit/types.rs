@@ -1,4 +1,4 @@
-//! The words of the lane: [`Need`], [`QueuePosition`], [`CallOutcome`], [`LaneSnapshot`], [`Binding`].
+//! The types of the lane: [`Need`], [`QueuePosition`], [`CallOutcome`], [`LaneSnapshot`], [`Binding`].
 
 use std::fmt;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -7,7 +7,7 @@ use std::time::Duration;
 use crate::error::Error;
 use crate::request::Usage;
 
-/// What one call needs: a request, and its tokens as far as they can be foreseen.
+/// The need of one call: a request, and its estimated tokens.
 ///
 /// ```
 /// use throughline::ratelimit::Need;
@@ -29,7 +29,7 @@ pub struct Need {
 }
 
 impl Need {
-    /// One request of so many tokens.
+    /// Makes the need of one request with these numbers of tokens.
     pub fn new(input_tokens: u64, output_tokens: u64) -> Self {
         Self {
             input_tokens,
@@ -40,14 +40,14 @@ impl Need {
         }
     }
 
-    /// Waits in the line of that priority. [`Priority::Normal`] unless set.
+    /// Waits in the queue of that priority. [`Priority::Normal`] unless set.
     #[must_use]
     pub fn priority(mut self, priority: Priority) -> Self {
         self.who.priority = priority;
         self
     }
 
-    /// Waits in the line of that tenant. All calls without one are one tenant of weight 1.
+    /// Waits in the queue of that tenant. All calls without one are one tenant of weight 1.
     #[must_use]
     pub fn tenant(mut self, tenant: Tenant) -> Self {
         self.who.tenant = Some(tenant);
@@ -76,15 +76,15 @@ impl Need {
 /// How urgent a call is, against others that wait for the same lane.
 ///
 /// While all of them wait, of 73 calls 64 are high, 8 normal and 1 low: urgent work
-/// goes first, and the rest still goes. Nobody waits behind a class that is empty.
+/// goes first, and the rest still goes. An empty class delays no call.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Priority {
-    /// A person waits for it.
+    /// A person waits for the call.
     High,
     /// Work like any other.
     #[default]
     Normal,
-    /// What can wait: backfills, evaluations.
+    /// Work that can wait: backfills, evaluations.
     Low,
 }
 
@@ -100,7 +100,7 @@ impl Priority {
     }
 }
 
-/// Whose call it is, and how large a share of the lane that one gets while others wait.
+/// A tenant: calls that share a name, and a weight in the distribution of the lane among tenants.
 ///
 /// A tenant with twice the weight gets twice as much of what is scarce, in requests or
 /// tokens; one that asks for a thousand times as much gets no more for it.
@@ -146,7 +146,7 @@ impl Tenant {
     }
 }
 
-/// The line that a call waits in.
+/// The key of the queue that a call waits in.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub(crate) struct QueueKey {
     pub(crate) priority: Priority,
@@ -175,7 +175,7 @@ pub enum CallOutcome {
     Abandoned,
     /// A reply came.
     Succeeded {
-        /// What it used: the estimate is settled to its input and output tokens.
+        /// The usage: the estimate is settled to its input and output tokens.
         /// `None` leaves the charge as estimated, for a provider that does not
         /// say, or does not give back what it reserved.
         usage: Option<Usage>,
@@ -192,13 +192,13 @@ pub enum CallOutcome {
     },
     /// The call failed in any other way.
     Failed {
-        /// What the provider charged all the same, where that is known. `None`
+        /// The tokens that the provider charged all the same, where that is known. `None`
         /// leaves the charge as estimated.
         usage: Option<Usage>,
     },
 }
 
-/// What a lane looks like at one moment.
+/// The state of a lane at one moment.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct LaneSnapshot {
@@ -225,16 +225,16 @@ pub struct LaneSnapshot {
     pub throttled: u64,
     /// Calls that met an overloaded provider so far.
     pub overloaded: u64,
-    /// How long the lane stays closed because the provider refused a call.
+    /// The remaining cooldown after a refusal.
     pub cooldown: Option<Duration>,
-    /// What holds up the call that is next.
+    /// The limiting factor of the call that is next.
     pub binding: Binding,
-    /// How long the call that is next must still wait. `None` if nobody waits, or
+    /// The remaining wait of the call that is next. `None` if no call waits, or
     /// if that depends on when a call in flight ends.
     pub head_wait: Option<Duration>,
 }
 
-/// What holds up the call that is next in a lane.
+/// The limiting factor of the call that is next in a lane.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Binding {
@@ -258,10 +258,10 @@ pub enum Binding {
     InFlight,
     /// The provider refused a call, and the lane cools down.
     Cooldown,
-    /// So many calls fail that the retries of a context wait
+    /// The retries of a context wait, because too many calls fail
     /// ([`Retry`](crate::Retry)). A lane does not know of it.
     Budget,
-    /// The lane was stopped: no call can succeed until somebody acts, or for long.
+    /// The lane was stopped: no call can succeed until it is resumed, or for more than ten minutes.
     Stopped,
 }
 
@@ -290,10 +290,10 @@ impl fmt::Display for Binding {
     }
 }
 
-/// What one call's end changed for all calls of a lane.
+/// A change for all calls of a lane, caused by the end of one call.
 #[derive(Debug, Clone)]
 pub(crate) enum LaneChange {
-    /// The cooldown closed, or for longer than before.
+    /// A cooldown started, or became longer.
     CoolingDown { wait: Duration },
     /// A limit is used more slowly.
     RateReduced { limit: Binding, factor: f64 },
@@ -321,7 +321,7 @@ pub(super) struct Charge {
 }
 
 impl Charge {
-    /// What the provider takes when it lets the call in.
+    /// Returns the part that the provider charges when it admits the call.
     pub(super) fn on_admission(self) -> Self {
         let output = if self.output_deferred { 0 } else { self.output };
         Self { output, ..self }

@@ -46,7 +46,7 @@ async fn call(lane: Lane, latency: Duration) {
     permit.finish(CallOutcome::Succeeded { usage: None });
 }
 
-/// How long 300 calls take behind so many callers that are never polled.
+/// Measures how long 300 calls take behind a number of callers that are never polled.
 async fn behind(unpolled: usize, pace: Pace, latency: Duration) -> Duration {
     let lane = Lane::new(pace);
     // All that is there is taken, so that everybody waits.

@@ -505,7 +505,7 @@ async fn the_snapshot_says_what_binds() {
 
 #[tokio::test(start_paused = true)]
 async fn a_waker_may_run_anything_when_it_is_dropped() {
-    /// Holds a future that waits in the same lane, as a task does that nobody else holds.
+    /// Holds a future that waits in the same lane, as a detached task does.
     struct Task(#[expect(dead_code)] Mutex<Pin<Box<dyn Future<Output = Permit> + Send>>>);
     impl Wake for Task {
         fn wake(self: Arc<Self>) {}
@@ -684,7 +684,7 @@ async fn a_series_of_overloads_closes_the_lane_and_leaves_the_calls_that_were_le
     }
     let snapshot = lane.snapshot();
     assert!(snapshot.cooldown.unwrap() <= ms(550));
-    // Eight are within the budget; of the rest nobody knows.
+    // Eight refusals are within the budget.
     assert_eq!((snapshot.in_flight, snapshot.max_in_flight), (60, Some(60)));
 }
 
@@ -710,7 +710,7 @@ async fn a_refusal_that_no_rate_explains_lowers_the_calls_in_flight() {
     assert_eq!(snapshot.max_in_flight, Some(16));
     assert!(snapshot.rate_factor < 1.0);
 
-    // And where somebody says how long to wait, too.
+    // The same holds where the refusal names a wait.
     let lane = Lane::new(Pace::per_minute(6_000).burst(secs(1)).in_flight(16));
     let mut permits = join_all((0..16).map(|_| lane.acquire(small()))).await;
     let wait = Some(secs(1));
@@ -764,7 +764,7 @@ async fn a_parked_lane_starts_at_once_when_it_is_reopened_or_retuned() {
         lane.acquire(small()).await.unwrap().mark_sent();
         // It resumes empty, and at no more than its rate, which the refusal has lowered.
         assert!((secs(1)..=secs(4)).contains(&start.elapsed()));
-        // What it had learned from the refusal is forgotten, but not how to close.
+        // The rate that was learned from the refusal is forgotten.
         lane.acquire(small()).await.unwrap().finish(refused);
         assert!(lane.acquire(small()).await.is_err());
     }

@@ -13,7 +13,7 @@ use crate::bound::{Curve, Limit};
 
 const SECOND: Duration = Duration::from_secs(1);
 
-/// What the provider enforces.
+/// The limits that the provider enforces.
 #[derive(Debug, Clone)]
 pub struct Truth {
     pub requests: Option<u64>,
@@ -40,7 +40,7 @@ pub enum Sizes {
     Small,
     /// `max_tokens` log-normal around 300, one in a hundred above 4,000.
     HeavyTailed,
-    /// Small ones, and one in so many of that many `max_tokens`.
+    /// Small ones, and one in `one_in` of `tokens` `max_tokens`.
     Some { one_in: usize, tokens: u64 },
     /// All ask for that many, and use what the answer takes.
     Capped(u64),
@@ -73,7 +73,7 @@ impl Cell {
     /// A cell with the account's limits unset, a bucket of one second, and calls of 2 s ± 50 %.
     pub fn new(scenario: &'static str, configured: impl Into<Option<f64>>) -> Self {
         let configured = configured.into();
-        // What is right is never rejected.
+        // A right configuration is never rejected.
         let right = configured.is_some_and(|share| share <= 1.0);
         Self {
             scenario,
@@ -163,7 +163,7 @@ impl Cell {
         sim.build()
     }
 
-    /// What each context is told.
+    /// The pace of each context.
     pub fn pace(&self) -> Pace {
         let Some(configured) = self.configured else {
             return self.ablated(Pace::unlimited());
@@ -207,7 +207,7 @@ impl Cell {
         (0..self.items).map(request).collect()
     }
 
-    /// Who limits what: the provider, the configuration, and the provider's own word where
+    /// The limits: those of the provider, of the configuration, and of the headers where
     /// it says less than it enforces (to believe it is no fault).
     pub fn limits(&self, work: &[Request], outputs: &[u64]) -> Vec<Limit> {
         let truth = &self.truth;
@@ -218,7 +218,7 @@ impl Cell {
         let tokens = truth
             .tokens
             .map(|n| Limit::new(self.curves(n), work.iter().map(tokens)));
-        // What is produced is charged at the end of a call: what is still in flight when
+        // Produced tokens are charged at the end of a call: those of calls in flight when
         // the last call is admitted is not in its way. Those are the last ones in order: to
         // keep the longest answers for the end one would have to know them before.
         let output_tokens = truth.output_tokens.map(|n| {
@@ -299,7 +299,7 @@ impl Cell {
     }
 }
 
-/// What a request costs of the tokens where `max_tokens` is reserved.
+/// The tokens of a request where `max_tokens` is reserved.
 fn tokens(request: &Request) -> u64 {
     request.estimated_input_tokens() + request.max_tokens.unwrap_or(0)
 }

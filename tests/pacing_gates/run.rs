@@ -11,7 +11,7 @@ use tokio::time::Instant;
 use crate::bound::{Calls, lower_bound};
 use crate::cell::Cell;
 
-/// What one run of a cell came to.
+/// The figures of one run of a cell.
 #[derive(Debug, Clone, Copy)]
 pub struct Measured {
     pub makespan: Duration,

@@ -29,7 +29,7 @@ pub fn all() -> Vec<Cell> {
 
 fn steady() -> Vec<Cell> {
     let bucket = AXIS.map(|c| Cell::new("bucket of 1 s", c).requests(600, 3_000));
-    // What providers document; it lets a minute's worth through at once.
+    // The behaviour that providers document: a minute's worth goes through at once.
     let minute = AXIS.map(|c| {
         Cell::new("bucket of 60 s", c)
             .requests(600, 3_000)
@@ -98,7 +98,7 @@ fn windows() -> Vec<Cell> {
     ]
 }
 
-/// What the provider says, and what of it is true.
+/// Headers that are absent, incomplete or wrong.
 fn headers() -> Vec<Cell> {
     let none = AXIS.map(|c| {
         Cell::new("no headers", c)

@@ -26,7 +26,7 @@ const USED: f64 = 0.5;
 /// between, or the level rises.
 const YIELDED: f64 = 0.995;
 
-/// What the lane itself does: the units that it has taken, the most in one call, and how many it may take in a second.
+/// The use of the lane itself: the units that it has taken, the most in one call, and how many it may take in a second.
 #[derive(Debug, Clone, Copy)]
 pub(in crate::ratelimit) struct OwnUse {
     pub(in crate::ratelimit) taken: u64,

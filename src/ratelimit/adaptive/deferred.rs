@@ -1,21 +1,20 @@
-//! [`DeferredCharges`]: what the calls in flight will be charged when they end.
+//! [`DeferredCharges`]: the expected charges of the calls in flight, where answers are charged when they end.
 //!
-//! Where a provider counts the tokens of an answer as they are produced, a call takes
-//! nothing of them when it is let in. Its bucket fills up while the first answers are written
-//! unless more calls start than it holds tokens for; and what comes due is not what was
-//! reserved, but what such calls are charged on average.
+//! Where a provider counts the tokens of an answer as they are produced, a call takes none of them when it is admitted.
+//! The bucket of the provider overflows while the first answers are written, unless more calls start than it holds tokens
+//! for. The expected charge is not the reserved number of tokens, but the average of such calls.
 
 use crate::ratelimit::bucket::Nanos;
 
-/// Over about so many calls averages are taken.
+/// The number of calls over which averages are taken.
 const REMEMBERED: f64 = 64.0;
 
 #[derive(Debug, Clone, Default)]
 pub(in crate::ratelimit) struct DeferredCharges {
-    /// What calls in flight have reserved, and how many they are.
-    promised: u64,
+    /// The units that the calls in flight have reserved, and the number of these calls.
+    reserved_in_flight: u64,
     calls: u64,
-    /// What calls that ended lately had reserved, and what they were charged.
+    /// The units that recent calls had reserved, and the units that they were charged.
     reserved: f64,
     charged: f64,
     /// The mean of the charges, and of their squares.
@@ -27,17 +26,17 @@ pub(in crate::ratelimit) struct DeferredCharges {
 
 impl DeferredCharges {
     pub(in crate::ratelimit) fn add(&mut self, n: u64) {
-        self.promised = self.promised.saturating_add(n);
+        self.reserved_in_flight = self.reserved_in_flight.saturating_add(n);
         self.calls += u64::from(n > 0);
     }
 
-    /// A call that has reserved `n` has ended, however.
+    /// Removes a call that had reserved `n` units: it has ended in any way.
     pub(in crate::ratelimit) fn remove(&mut self, n: u64) {
-        self.promised = self.promised.saturating_sub(n);
+        self.reserved_in_flight = self.reserved_in_flight.saturating_sub(n);
         self.calls = self.calls.saturating_sub(u64::from(n > 0));
     }
 
-    /// An answer was charged `actual` units after so long.
+    /// Records an answer that was charged `actual` units after `latency`.
     pub(in crate::ratelimit) fn record(&mut self, reserved: u64, actual: u64, latency: Nanos) {
         let kept = 1.0 - 1.0 / REMEMBERED;
         let first = self.reserved == 0.0;
@@ -54,15 +53,14 @@ impl DeferredCharges {
     }
 
     pub(in crate::ratelimit) fn is_pending(&self) -> bool {
-        self.promised > 0
+        self.reserved_in_flight > 0
     }
 
-    /// What is sure to come due if a call that reserves `n` starts too: what is expected, less one
-    /// standard deviation. Too little in flight leaves the bucket full, and what it cannot
-    /// hold is lost; too much is owed for a while, and nothing is lost. `None` if
-    /// the call is alone, for then there is nothing to wait for.
+    /// Returns the units that will be charged at least if a call that reserves `n` starts too: the expected charge, less one
+    /// standard deviation. With too few calls in flight the bucket overflows and units are lost; too many
+    /// leave a debt for a while, and nothing is lost. `None` if the call is alone: then there is nothing to wait for.
     pub(in crate::ratelimit) fn expected_with(&self, n: u64) -> Option<u64> {
-        let all = self.promised.saturating_add(n);
+        let all = self.reserved_in_flight.saturating_add(n);
         let typical = if self.reserved > 0.0 {
             let expected = all as f64 * self.charged / self.reserved;
             let variance = (self.square - self.mean * self.mean).max(0.0);
@@ -71,10 +69,10 @@ impl DeferredCharges {
         } else {
             all
         };
-        (self.promised > 0).then_some(typical)
+        (self.reserved_in_flight > 0).then_some(typical)
     }
 
-    /// In how long a call that starts now comes due.
+    /// The average time from the start of a call to its charge.
     pub(in crate::ratelimit) fn mean_latency(&self) -> Nanos {
         self.latency as Nanos
     }
@@ -85,11 +83,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_expected_is_the_part_of_the_reserved_that_is_charged_in_the_end() {
+    fn the_expected_charge_is_the_average_part_of_the_reserved_units() {
         let mut deferred = DeferredCharges::default();
         assert_eq!(deferred.expected_with(100), None, "nothing is in flight");
         deferred.add(100);
-        assert_eq!(deferred.expected_with(100), Some(200), "nothing is known");
+        assert_eq!(
+            deferred.expected_with(100),
+            Some(200),
+            "nothing is known yet"
+        );
         for _ in 0..10 {
             deferred.record(100, 25, 2_000);
         }

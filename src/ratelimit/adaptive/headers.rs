@@ -1,4 +1,4 @@
-//! What a provider's headers say of its limits, read with care.
+//! Reads limits and levels from the headers of a provider, with care.
 
 use std::time::Duration;
 
@@ -21,7 +21,7 @@ pub(in crate::ratelimit) fn per_minute(quota: &Quota) -> Option<Rate> {
     let limit = quota.limit.filter(|limit| *limit > 0)?;
     let used = limit.saturating_sub(quota.remaining.unwrap_or(limit));
     let reset = quota.reset.unwrap_or_default();
-    // Nothing of a minute's limit takes longer than a minute to come back; a debt may.
+    // The units of a minute's limit take at most a minute to come back; a debt may take longer.
     if reset > MINUTE + MINUTE / 10 {
         return None;
     }
@@ -35,8 +35,8 @@ pub(in crate::ratelimit) fn per_minute(quota: &Quota) -> Option<Rate> {
     Some(Rate::per_minute(limit))
 }
 
-/// What is left of a limit of which the provider keeps a whole minute, as far as it says so
-/// itself: what was used comes back evenly, a minute's worth in a minute.
+/// Returns the units left of a limit of which the provider stores a whole minute, if the headers show that it does: the used
+/// units come back evenly, a minute's worth in a minute.
 ///
 /// Fixed windows give it back at their end; and where a limit per minute is enforced second by
 /// second, it is there again within the second.
@@ -45,7 +45,7 @@ pub(in crate::ratelimit) fn left_of_a_minute(quota: &Quota) -> Option<u64> {
     let used = limit.checked_sub(left).filter(|used| *used > 0)?;
     let evenly = MINUTE.as_secs_f64() * used as f64 / limit as f64;
     let off = (reset.as_secs_f64() - evenly).abs();
-    // Some say it in whole seconds.
+    // Some providers round to whole seconds.
     (off <= f64::max(0.1 * evenly, 1.0)).then_some(left)
 }
 

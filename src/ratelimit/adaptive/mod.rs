@@ -109,7 +109,7 @@ pub(super) trait LimitPolicy {
     fn rate_factor(&self) -> Option<f64>;
 }
 
-/// What the headers of a reply say of one limit.
+/// The headers of a reply, as far as they concern one limit.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Reading {
     pub(super) now: Nanos,

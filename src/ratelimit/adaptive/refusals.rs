@@ -1,11 +1,11 @@
-//! [`RefusalMonitor`]: the share of the calls sent lately that were refused, and how much of it is noise.
+//! [`RefusalMonitor`]: the share of recent calls that were refused, and whether it depends on the rate.
 //!
 //! One refusal in a thousand calls says nothing of a limit, and a lane that reacts to each one is
 //! slowed down by noise. So a share of the calls may be refused without consequence: an error
 //! budget, kept as a token bucket that every granted call fills a little (as the retry budgets of
 //! Finagle and gRPC do, with successes in place of calls).
 //!
-//! How large that share is, the lane finds out from its own reductions. If a limit is the reason for the refusals,
+//! The lane learns that share from its own reductions. If a limit is the reason for the refusals,
 //! sending less lowers their share. If a series of reductions does not, sending less is no
 //! cure: the reductions are taken back, and refusals at that rate are expected from then on.
 
@@ -15,26 +15,25 @@ use crate::ratelimit::bucket::Nanos;
 
 /// The share of calls that an overloaded provider may refuse before the lane reacts.
 const OVERLOADS: f64 = 0.03;
-/// So many refusals in a row are within the budget. Where one call in a hundred is refused at random and three are
+/// The refusals in a row that are within the budget. Where one call in a hundred is refused at random and three are
 /// tolerated, a budget of eight is used up by about one refusal in a million: exp(-8θ), 0.01 (e^θ - 1) = 0.03 θ.
 const DEPTH: f64 = 8.0;
-/// Over so many refusals the share is measured that is expected from now on.
+/// The number of refusals over which the expected share is measured.
 const REMEMBERED: usize = 32;
-/// And over so many, whether calls are refused in a row.
+/// The number of refusals over which a majority is measured.
 const RECENT: usize = 4;
-/// How many reductions, one soon after the other, tell whether they help.
+/// The number of reductions that show whether they help.
 const SERIES: usize = 8;
-/// What is left of a rate in the later half of a series that tells: one that merely hovers around a limit
-/// does not fall.
+/// The rate in the later half of a series must have fallen to this part: a rate that hovers around a limit does
+/// not fall.
 const FALL: f64 = 0.6;
-/// And so many reductions must have been made while the rate was high, for the share of refusals at that
-/// time to be known.
+/// The reductions while the rate was high: fewer do not show the share of refusals at that rate.
 const TELLING: usize = 3;
-/// Where more calls than this are refused, to send less is right whatever the reason.
+/// Where a larger share is refused, sending less is right for any reason.
 const MOST: f64 = 0.3;
-/// How many times the share that no limit explains is tolerated, for refusals come in clusters.
+/// The tolerated share is this multiple of the measured one, because refusals come in clusters.
 const MARGIN: f64 = 2.0;
-/// A tolerated share that has become smaller than this is none.
+/// A smaller tolerated share counts as none.
 const LEAST: f64 = 0.02;
 /// A refusal longer ago than this says nothing of today.
 pub(in crate::ratelimit) const FORGOTTEN: Nanos = 600_000_000_000;
@@ -48,7 +47,7 @@ pub(in crate::ratelimit) struct RefusalMonitor {
     most: f64,
     /// How many refusals are left of the budget.
     budget: f64,
-    /// How many calls had been granted at each of the last refusals, the oldest first.
+    /// The number of calls granted until each of the last refusals, the oldest first.
     granted: VecDeque<u64>,
     refused_at: Nanos,
     /// The last reductions.
@@ -92,8 +91,7 @@ impl RefusalMonitor {
         }
     }
 
-    /// A call was refused when the lane had granted so many in all. Returns whether that is
-    /// within the budget.
+    /// Records a refusal, when the lane had `granted` that number of calls in all. Returns whether it is within the budget.
     pub(in crate::ratelimit) fn tolerates(&mut self, now: Nanos, granted: u64) -> bool {
         if now.saturating_sub(self.refused_at) > FORGOTTEN {
             *self = Self::tolerating(self.least);
@@ -115,7 +113,7 @@ impl RefusalMonitor {
         within
     }
 
-    /// Expects what was refused lately. Only another series of reductions raises it above what the last one
+    /// Expects the share of the last refusals. Only another series of reductions raises it above what the last one
     /// found: where too many calls are tried, more tolerance means more refusals.
     fn adjust(&mut self) {
         let share = share(self.granted.iter().copied()).unwrap_or(1.0);
@@ -187,12 +185,13 @@ impl RefusalMonitor {
     }
 }
 
-/// What to tolerate where a share was measured over so many refusals: it may be two standard deviations higher.
+/// Returns the tolerated share for one that was measured over a number of refusals: the true share may be two standard
+/// deviations higher.
 fn tolerance(share: f64, refusals: usize) -> f64 {
     MARGIN * share * (1.0 + 2.0 / (refusals as f64).sqrt())
 }
 
-/// The share of refused calls, by how many had been granted at each refusal; the first one only marks
+/// Returns the share of refused calls from the number of granted calls at each refusal; the first one only marks
 /// the beginning.
 fn share(granted: impl ExactSizeIterator<Item = u64> + Clone) -> Option<f64> {
     let refused = granted.len().checked_sub(1).filter(|n| *n > 0)? as u64;
@@ -250,7 +249,7 @@ mod tests {
         }
     }
 
-    /// What is tried after `n` refusals, each of which takes a fifth.
+    /// The rate after `n` refusals, each of which takes a fifth.
     fn cut(n: u64) -> f64 {
         0.8_f64.powi(n as i32)
     }

@@ -130,7 +130,7 @@ impl<W: Clone> Scheduler<W> {
         changes
     }
 
-    /// Records that the provider was overloaded. Returns whether so many calls are refused that the lane should cool down.
+    /// Records that the provider was overloaded. Returns whether most calls are refused, so that the lane should cool down.
     ///
     /// A single overload says nothing: it costs its own call an attempt and has no other consequence.
     fn overload(&mut self, now: Nanos, grant: &Grant, changes: &mut Vec<LaneChange>) -> bool {
