@@ -220,13 +220,16 @@ impl Limit {
         self.bucket.fullness(self.clock_at(now))
     }
 
+    /// Takes the part of `cost` that one call is charged.
     #[inline]
     pub(super) fn take(&mut self, now: Nanos, cost: Cost) {
+        let is_deferred = cost.deferred > 0;
+        let cost = self.capped(cost);
         self.unused = false;
         self.taken = self.taken.saturating_add(cost.upfront);
         self.calls += 1;
         self.bucket.take(self.clock_at(now), cost.upfront);
-        if cost.deferred > 0 {
+        if is_deferred {
             self.deferred.add(cost.deferred);
         }
         self.largest = self.largest.max(cost.upfront.saturating_add(cost.deferred));
@@ -240,7 +243,11 @@ impl Limit {
     /// Takes a cost back, for a call that was never sent. The refill since is counted at the full rate, so that the refund
     /// is never too large.
     pub(super) fn refund(&mut self, now: Nanos, cost: Cost, taken_at: Nanos) {
-        self.deferred.remove(cost.deferred);
+        let is_deferred = cost.deferred > 0;
+        let cost = self.capped(cost);
+        if is_deferred {
+            self.deferred.remove(cost.deferred);
+        }
         let clock = self.clock_at(now);
         let passed = now.saturating_sub(taken_at) as f64 * self.rate_factor().max(1.0);
         let taken_at = clock.saturating_sub(passed as Nanos);
@@ -251,8 +258,11 @@ impl Limit {
     /// Replaces the cost of a call by the `actual` units that it was charged in all.
     #[inline]
     pub(super) fn settle(&mut self, now: Nanos, cost: Cost, actual: u64) {
+        // Not by the capped cost: the rate, and the cap with it, may have changed since the call was granted.
+        let is_deferred = cost.deferred > 0;
+        let cost = self.capped(cost);
         self.bucket.settle(self.clock_at(now), cost.upfront, actual);
-        if cost.deferred > 0 {
+        if is_deferred {
             self.deferred.remove(cost.deferred);
             self.taken = self
                 .taken

@@ -235,13 +235,11 @@ impl LimitSet {
     pub(super) fn take(&mut self, now: Nanos, charge: Charge) -> Levels {
         let mut levels = Levels::default();
         for (resource, limit) in &mut self.limits {
-            let whole = resource.cost(charge);
-            let cost = limit.capped(whole);
-            if cost != whole {
-                let needed = resource.of(charge);
+            let needed = resource.of(charge);
+            if limit.most(needed) < needed {
                 self.exceeded.push(exceeded(*resource, needed, limit));
             }
-            limit.take(now, cost);
+            limit.take(now, resource.cost(charge));
             levels[*resource as usize] = limit.filled(now);
         }
         levels
@@ -257,8 +255,7 @@ impl LimitSet {
     /// Takes everything back, for a call that was never sent.
     pub(super) fn refund(&mut self, now: Nanos, grant: &Grant) {
         for (resource, limit) in self.of_grant(grant) {
-            let cost = limit.capped(resource.cost(grant.charge));
-            limit.refund(now, cost, grant.at);
+            limit.refund(now, resource.cost(grant.charge), grant.at);
         }
     }
 
@@ -269,13 +266,13 @@ impl LimitSet {
             if !limit.existed_at(grant.at) {
                 continue;
             }
-            let (whole, used) = (resource.cost(grant.charge), resource.of(actual));
-            let (cost, charged) = (limit.capped(whole), limit.most(used));
-            if charged != used && cost == whole {
+            let (estimated, used) = (resource.of(grant.charge), resource.of(actual));
+            let charged = limit.most(used);
+            if charged < used && limit.most(estimated) == estimated {
                 // Otherwise it was recorded when the call was granted.
                 self.exceeded.push(exceeded(*resource, used, limit));
             }
-            limit.settle(now, cost, charged);
+            limit.settle(now, resource.cost(grant.charge), charged);
         }
     }
 

@@ -721,3 +721,22 @@ fn collecting_a_grant_keeps_the_deadline_of_the_next_call() {
     let deadline = lane.deadline().expect("the second call waits");
     assert!(deadline <= now + nanos(wait), "{deadline} after {wait:?}");
 }
+
+/// The cap of a charge depends on the rate: a call that was granted before a retune must still be removed from the
+/// charges that are pending.
+#[test]
+fn a_deferred_charge_is_removed_although_the_limit_was_lowered_meanwhile() {
+    let pace = |tokens| Pace::unlimited().tokens(tokens).burst(Duration::ZERO);
+    let mut lane = Scheduler::<u64>::new(&pace(470), 0);
+    let mut wakeups = Wakeups::default();
+    let need = Need::new(188, 282).output_deferred(true);
+    let Admission::Granted(id) = lane.enter(0, &need, &0, &mut wakeups) else {
+        panic!("nothing is in its way");
+    };
+    lane.retune(0, &pace(1), &mut wakeups);
+    let next = Need::new(0, 12).output_deferred(true);
+    let queued = lane.enter(0, &next, &1, &mut wakeups);
+    assert!(matches!(queued, Admission::Queued(_)));
+    lane.finish(0, id, CallOutcome::Abandoned, &mut wakeups);
+    assert!(lane.deadline().is_some(), "no call is in flight");
+}

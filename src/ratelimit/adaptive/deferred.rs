@@ -27,13 +27,17 @@ pub(in crate::ratelimit) struct DeferredCharges {
 impl DeferredCharges {
     pub(in crate::ratelimit) fn add(&mut self, n: u64) {
         self.reserved_in_flight = self.reserved_in_flight.saturating_add(n);
-        self.calls += u64::from(n > 0);
+        self.calls += 1;
     }
 
     /// Removes a call that had reserved `n` units: it has ended in any way.
     pub(in crate::ratelimit) fn remove(&mut self, n: u64) {
         self.reserved_in_flight = self.reserved_in_flight.saturating_sub(n);
-        self.calls = self.calls.saturating_sub(u64::from(n > 0));
+        self.calls = self.calls.saturating_sub(1);
+        if self.calls == 0 {
+            // The cap of a call may have changed since it was granted.
+            self.reserved_in_flight = 0;
+        }
     }
 
     /// Records an answer that was charged `actual` units after `latency`.
@@ -53,7 +57,7 @@ impl DeferredCharges {
     }
 
     pub(in crate::ratelimit) fn is_pending(&self) -> bool {
-        self.reserved_in_flight > 0
+        self.calls > 0
     }
 
     /// Returns the units that will be charged at least if a call that reserves `n` starts too: the expected charge, less one
@@ -69,7 +73,7 @@ impl DeferredCharges {
         } else {
             all
         };
-        (self.reserved_in_flight > 0).then_some(typical)
+        self.is_pending().then_some(typical)
     }
 
     /// The average time from the start of a call to its charge.
