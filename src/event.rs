@@ -1,4 +1,4 @@
-//! [`Event`]: what happens while work runs. [`Observer`]: who is told.
+//! [`Event`]: something that happens while work runs. [`Observer`]: receives events.
 
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -9,81 +9,81 @@ use std::time::Duration;
 use crate::error::Error;
 use crate::usage::Usage;
 
-/// Something that happened while work ran. `Display` gives one line for a person.
+/// Something that happened while work ran. `Display` writes it as one line for a person.
 ///
-/// A path says where: the labels of fan-outs with the key or index of each item,
-/// as in `week-plan[3]/routine[0]`.
+/// The path of an event names the place: the labels of fan-outs with the key or index of each item,
+/// as in `week-plan[3]/routine[0]`. It is empty for calls of the context itself.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub enum Event {
-    /// A call leaves for the provider.
+    /// A call is sent to the provider.
     #[non_exhaustive]
     CallStarted {
-        /// Where.
+        /// The path of the place.
         path: Arc<str>,
-        /// The how-manieth call for the same request, from 1.
+        /// The number of this call among those for the same request, from 1.
         attempt: u32,
     },
     /// The provider answered a call.
     #[non_exhaustive]
     CallSucceeded {
-        /// Where.
+        /// The path of the place.
         path: Arc<str>,
-        /// The how-manieth call for the same request, from 1.
+        /// The number of this call among those for the same request, from 1.
         attempt: u32,
-        /// How long the call took, waiting for the lane not included.
+        /// The duration of the call, without the wait for the lane.
         elapsed: Duration,
         /// The tokens it used.
         usage: Usage,
     },
-    /// The provider's rate limit refused a call. It will be sent again by itself.
+    /// The provider's rate limit refused a call. The call is sent again.
     #[non_exhaustive]
     CallThrottled {
-        /// Where.
+        /// The path of the place.
         path: Arc<str>,
-        /// What the provider said, its wait included.
+        /// The refusal, with the wait that the provider asks for.
         error: Error,
     },
-    /// A call failed and will be tried again.
+    /// A call failed and is retried.
     #[non_exhaustive]
     CallRetried {
-        /// Where.
+        /// The path of the place.
         path: Arc<str>,
-        /// Which attempt failed, from 1.
+        /// The number of the attempt that failed, from 1.
         attempt: u32,
-        /// How long until the next one may go.
+        /// The delay before the next attempt.
         delay: Duration,
-        /// Why it failed.
+        /// The failure.
         error: Error,
     },
-    /// A call failed for good.
+    /// A call failed and is not retried.
     #[non_exhaustive]
     CallFailed {
-        /// Where.
+        /// The path of the place.
         path: Arc<str>,
-        /// Why, after how many attempts.
+        /// The failure, with the number of attempts.
         error: Error,
     },
-    /// A reply came and could not be used. It is asked for again.
+    /// A reply could not be used, so the model is asked again.
     #[non_exhaustive]
     ReplyRejected {
-        /// Where.
+        /// The path of the place.
         path: Arc<str>,
-        /// The how-manieth request for the same value it answered, from 1.
+        /// The number of the request that it answered among those for the same value, from 1.
         ask: u32,
-        /// What is wrong with it.
+        /// The problem with the reply.
         error: Error,
     },
     /// The lane sends nothing for a while, because the provider refused a call.
     #[non_exhaustive]
     LaneCoolingDown {
-        /// For how long.
+        /// The duration.
         wait: Duration,
     },
     /// The provider refused a call although the lane kept to the limit: the lane uses less of it for a while.
     #[non_exhaustive]
     LaneSlowed {
-        /// Which limit, as [`Binding`](crate::ratelimit::Binding) names it.
+        /// The limit, as [`Binding`](crate::ratelimit::Binding) names it.
         limit: &'static str,
         /// The part of the limit that is used now. Above 1 where the limit itself is an estimate.
         factor: f64,
@@ -98,64 +98,62 @@ pub enum Event {
     /// [`Context::retune`](crate::Context::retune).
     #[non_exhaustive]
     LaneRetuned {
-        /// Which limit, as [`Binding`](crate::ratelimit::Binding) names it.
+        /// The limit, as [`Binding`](crate::ratelimit::Binding) names it.
         limit: &'static str,
-        /// What is allowed in a minute.
+        /// The amount that is allowed in a minute.
         per_minute: u64,
     },
-    /// One call was charged more of a limit than flows in within a minute: by its estimate
-    /// (usually `max_tokens`), or by the usage that its reply claims. The lane counts a minute's worth of it,
-    /// for which the calls behind it wait, and no more.
+    /// One call needs more of a limit than a minute allows, by its estimate (usually `max_tokens`) or by the usage that
+    /// its reply reports. The lane charges the amount of one minute for it, so later calls wait for a minute at most.
     ///
-    /// Such a call is usually refused by the provider. Lower `max_tokens`, or correct the limit.
+    /// The provider usually refuses such a call. Lower `max_tokens`, or correct the limit.
     #[non_exhaustive]
     CallExceedsLimit {
-        /// Which limit, as [`Binding`](crate::ratelimit::Binding) names it.
+        /// The limit, as [`Binding`](crate::ratelimit::Binding) names it.
         limit: &'static str,
-        /// How much the call was to be charged.
+        /// The amount that the call needs.
         needed: u64,
-        /// How much flows in within a minute.
+        /// The amount that a minute allows.
         per_minute: u64,
     },
     /// The lane stopped: nothing is sent until [`Lane::resume`](crate::ratelimit::Lane::resume) is called, or until
     /// a wait of more than ten minutes is over.
     #[non_exhaustive]
     LaneStopped {
-        /// Why.
+        /// The reason.
         error: Error,
     },
     /// A [stage](crate::Context::stage) has ended.
     #[non_exhaustive]
     StageEnded {
-        /// Where.
+        /// The path of the place.
         path: Arc<str>,
-        /// How long it took.
+        /// The duration of the stage.
         elapsed: Duration,
-        /// Why it failed, if it did.
+        /// The failure, if there was one.
         error: Option<Error>,
     },
-    /// Results could not be written into the store. They are kept and written later.
+    /// Results could not be written to the store. They stay in memory and are written later.
     #[non_exhaustive]
     StoreFailed {
-        /// Why.
+        /// The reason.
         error: Error,
-        /// How many results wait to be written.
+        /// The number of results that wait to be written.
         waiting: usize,
     },
     /// An item of a batch has its outcome.
     #[non_exhaustive]
     ItemSettled {
-        /// Where.
+        /// The path of the place.
         path: Arc<str>,
-        /// How long the item took.
+        /// The duration of the item.
         elapsed: Duration,
-        /// Why it has no value: it failed, or it was cancelled ([`Error::is_cancelled`]).
+        /// The reason why it has no value: it failed, or it was cancelled ([`Error::is_cancelled`]).
         error: Option<Error>,
     },
 }
 
-/// Where something happened, as the start of a line. Calls of the context itself, outside batches and labels, have no
-/// path.
+/// A path as the beginning of a line; nothing for the empty path.
 struct At<'a>(&'a str);
 
 impl fmt::Display for At<'_> {
@@ -209,7 +207,7 @@ impl fmt::Display for Event {
                     )
                 }
                 percent if percent < 100.5 => write!(f, "the lane slows to the limit on {limit}"),
-                // Neither the user nor the provider has named that limit: it was estimated.
+                // The lane has estimated this limit: neither the user nor the provider has named it.
                 _ => write!(
                     f,
                     "the lane slows to {factor:.1} times the estimated limit on {limit}"
@@ -244,7 +242,7 @@ impl fmt::Display for Event {
                 error,
             } => match error {
                 None => write!(f, "{}done in {elapsed:.1?}", At(path)),
-                // Work that was drained or cancelled has not failed; the error says so.
+                // Cancelled work has not failed.
                 Some(error) if error.is_cancelled() => write!(f, "{}{error}", At(path)),
                 Some(error) => write!(f, "{}failed in {elapsed:.1?}: {error}", At(path)),
             },
@@ -252,13 +250,13 @@ impl fmt::Display for Event {
     }
 }
 
-/// Who is told of [`Event`]s. A closure `Fn(&Event)` is one.
+/// Receives [`Event`]s. A closure `Fn(&Event)` is an observer.
 ///
-/// Observers run on the path of the calls, so they must be quick: hand slow work to a
-/// channel. A panic in one is caught and counted
+/// Observers run on the path of the calls, so they must be quick: send slow work to a
+/// channel. A panic in an observer is caught and counted
 /// ([`Snapshot::observer_panics`](crate::context::Snapshot::observer_panics)); it never fails work.
 pub trait Observer: Send + Sync + 'static {
-    /// Called once for each event, from whichever task it happened in.
+    /// Receives an event, in the task where it happened. It is called once for each event.
     fn on_event(&self, event: &Event);
 }
 
@@ -280,12 +278,12 @@ impl Observers {
         self.list.push(Box::new(observer));
     }
 
-    /// Whether there are any.
+    /// Whether there are observers.
     pub(crate) fn listen(&self) -> bool {
         !self.list.is_empty()
     }
 
-    /// Tells everybody; the event is not even made when nobody listens.
+    /// Passes an event to all observers; without observers the event is not made.
     pub(crate) fn tell(&self, event: impl FnOnce() -> Event) {
         if !self.listen() {
             return;
@@ -296,7 +294,7 @@ impl Observers {
         }
     }
 
-    /// Runs a callback of the user's; a panic in it is counted and goes no further.
+    /// Runs a callback of the user; a panic in it is caught and counted.
     pub(crate) fn shield(&self, callback: impl FnOnce()) {
         if catch_unwind(AssertUnwindSafe(callback)).is_err() {
             self.panics.fetch_add(1, Ordering::Relaxed);
@@ -313,7 +311,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_panicking_observer_is_counted_and_the_others_are_told() {
+    fn a_panic_in_an_observer_is_counted_and_the_other_observers_get_the_event() {
         let told = Arc::new(AtomicU64::new(0));
         let mut observers = Observers::default();
         observers.add(|_: &Event| panic!("observer"));
@@ -332,7 +330,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_names_the_place_only_where_there_is_one() {
+    fn a_line_begins_with_the_path_if_there_is_one() {
         let sent = |path: &str| Event::CallStarted {
             path: path.into(),
             attempt: 1,
@@ -364,7 +362,7 @@ mod tests {
     }
 
     #[test]
-    fn a_drained_item_is_cancelled_and_not_failed() {
+    fn a_drained_item_is_reported_as_cancelled_and_not_as_failed() {
         let settled = |error| Event::ItemSettled {
             path: "page[3]".into(),
             elapsed: Duration::ZERO,
@@ -380,7 +378,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_listening_makes_no_event() {
+    fn without_observers_no_event_is_made() {
         Observers::default().tell(|| unreachable!("no observer asked for it"));
     }
 }

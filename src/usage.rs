@@ -1,4 +1,4 @@
-//! [`Usage`]: the tokens of a reply. [`RateSnapshot`]: what the provider said of its limits.
+//! [`Usage`]: the tokens of a reply. [`RateSnapshot`]: the rate limits that a provider reported with it.
 
 use std::iter::Sum;
 use std::ops::{Add, AddAssign};
@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-/// The tokens a reply used, as the provider counted them.
+/// The tokens that a call used, as the provider counted them.
 ///
 /// Cached tokens are part of the input tokens, reasoning tokens part of the output tokens.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -25,7 +25,7 @@ pub struct Usage {
 }
 
 impl Usage {
-    /// Input and output tokens, nothing cached, no reasoning.
+    /// Makes a usage of input and output tokens, with none cached and none for reasoning.
     pub fn new(input_tokens: u64, output_tokens: u64) -> Self {
         Self {
             input_tokens,
@@ -34,7 +34,7 @@ impl Usage {
         }
     }
 
-    /// Input and output together.
+    /// Returns the sum of input and output tokens.
     pub fn total(&self) -> u64 {
         self.input_tokens.saturating_add(self.output_tokens)
     }
@@ -66,13 +66,13 @@ impl Sum for Usage {
     }
 }
 
-/// What a provider said of its rate limits with one reply or error.
+/// The rate limits that a provider reported with one reply or error.
 ///
-/// Every field is optional: providers send what they like.
+/// Every field is optional, because providers report different limits.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct RateSnapshot {
-    /// The limit on requests. Groq's is per day, the others' per minute.
+    /// The limit on requests: per day at Groq, per minute elsewhere.
     pub requests: Quota,
     /// The limit on input and output tokens together.
     pub tokens: Quota,
@@ -80,13 +80,13 @@ pub struct RateSnapshot {
     pub input_tokens: Quota,
     /// The limit on output tokens, where it is a limit of its own.
     pub output_tokens: Quota,
-    /// How long the server asks to wait before the next call. It counts in an error, as
-    /// [`Error::with_rate`](crate::Error::with_rate) says; of a successful reply it is ignored.
+    /// The time that the server asks to wait before the next call. It counts in an error, see
+    /// [`Error::with_rate`](crate::Error::with_rate), and is ignored in a successful reply.
     pub retry_after: Option<Duration>,
 }
 
 impl RateSnapshot {
-    /// Nothing yet; add what the provider said.
+    /// Makes an empty snapshot; add the limits that the provider reported.
     ///
     /// ```
     /// use std::time::Duration;
@@ -131,37 +131,37 @@ impl RateSnapshot {
         self
     }
 
-    /// Adds how long the server asks to wait before the next call.
+    /// Adds the time that the server asks to wait before the next call.
     #[must_use]
     pub fn with_retry_after(mut self, wait: Duration) -> Self {
         self.retry_after = Some(wait);
         self
     }
 
-    /// Whether the provider said nothing at all.
+    /// Whether the provider reported nothing.
     pub fn is_empty(&self) -> bool {
         *self == Self::default()
     }
 }
 
-/// One limit as its provider reports it.
+/// One limit, as the provider reports it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Quota {
-    /// How much is allowed in a period.
+    /// The amount that is allowed in a period.
     pub limit: Option<u64>,
-    /// How much is left now.
+    /// The amount that is left now.
     pub remaining: Option<u64>,
-    /// How long until all of it is back, counted from when the reply was written.
+    /// The time until the whole amount is available again, counted from when the reply was written.
     pub reset: Option<Duration>,
 }
 
 impl Quota {
-    /// A limit in a period, what is left of it, and how long until all of it is back; `None` for
-    /// each that the provider does not tell.
+    /// Makes a quota of a limit in a period, the amount that remains, and the time until the whole amount is available
+    /// again; `None` for each that the provider does not report.
     ///
     /// A lane reads the limit as one per minute, unless `remaining` and `reset` show that it holds for
-    /// an hour or a day. Leave out a limit of another period where the provider tells no reset.
+    /// an hour or a day. Leave out a limit for another period if the provider reports no reset.
     pub fn new(
         limit: impl Into<Option<u64>>,
         remaining: impl Into<Option<u64>>,

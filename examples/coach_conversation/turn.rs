@@ -100,9 +100,10 @@ pub async fn turn(cx: &Context, message: &str) -> Result<Turn> {
     let (workout, workout_update) = workout.unwrap_or_else(unavailable);
     let (memory, memory_update) = memory.unwrap_or_else(unavailable);
 
-    // A service would pass each piece on to its user.
+    // A service would use `stream` here and pass each piece on to its user.
     let prompt = format!("answer: {message} ({known}; {workout:?}, {memory:?})");
-    let answer = cx.child("answer").stream(prompt).for_each_text(|_piece| {});
+    let step = cx.child("answer");
+    let answer = step.generate(prompt);
     let insights = ask(cx, "insights-update", message);
     let (answer, insights) = cx.join_best_effort(answer, insights).await;
     let updates = [acknowledged.ok(), pattern.ok(), insights.ok()];

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::task::{self, Poll, ready};
 use std::time::Duration;
 
-use futures::{FutureExt as _, Stream, StreamExt as _};
+use futures::{FutureExt as _, Stream};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tokio::task::JoinHandle;
 
@@ -15,10 +15,10 @@ use tokio::task::JoinHandle;
 use crate::call::FailedEntry;
 use crate::call::{CallOptions, DeltaSender};
 use crate::context::Context;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, Result};
 use crate::provider::IDLE_TIMEOUT;
 use crate::request::Request;
-use crate::request::reply::{Delta, Reply};
+use crate::request::reply::Delta;
 
 impl Context {
     /// Sends a request and yields the reply while it is written: [`Delta::Text`] piece by piece,
@@ -106,40 +106,6 @@ impl Deltas {
     pub fn discarding(mut self) -> Self {
         self.discard = true;
         self
-    }
-
-    /// Reads the reply to its end, passes each piece of its text to `f`, and returns the whole reply.
-    ///
-    /// ```
-    /// # use throughline::{Context, testing::Scripted};
-    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> throughline::Result<()> {
-    /// # let cx = Context::builder(Scripted::new().streamed(std::time::Duration::ZERO, ["The ", "Danube."])).build();
-    /// let reply = cx.stream("Name a river.").for_each_text(|piece| print!("{piece}")).await?;
-    /// assert_eq!(reply.text, "The Danube.");
-    /// # Ok(()) }
-    /// ```
-    ///
-    /// With [`discarding`](Self::discarding), the pieces of a reply that is started again are passed on again; the
-    /// returned reply is whole in any case.
-    ///
-    /// # Errors
-    /// As the stream's.
-    ///
-    /// # Cancel safety
-    /// Dropping it cancels the call.
-    pub async fn for_each_text(mut self, mut f: impl FnMut(&str)) -> Result<Reply> {
-        while let Some(delta) = self.next().await {
-            match delta? {
-                Delta::Text(piece) => f(&piece),
-                Delta::End(reply) => return Ok(*reply),
-                _ => {}
-            }
-        }
-        // The caller has read the stream to its end before.
-        Err(Error::new(
-            ErrorKind::MalformedReply,
-            "the reply was read to its end already",
-        ))
     }
 
     /// Puts the memo entry of the call there if it fails, for a reader that can use a part of the reply.

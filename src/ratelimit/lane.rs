@@ -1,5 +1,7 @@
 //! [`Lane`] and [`Permit`]: the asynchronous handle of the scheduler.
 
+mod timer;
+
 use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
@@ -11,12 +13,12 @@ use tokio::runtime::Handle;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
+use self::timer::{TimerId, TimerTask, Timers};
 use crate::error::{Error, Result};
 use crate::ratelimit::bucket::{Nanos, nanos};
 use crate::ratelimit::pace::Pace;
 use crate::ratelimit::queue::WaiterKey;
 use crate::ratelimit::scheduler::{Admission, GrantId, Scheduler, Wakeups};
-use crate::ratelimit::timer::{TimerId, TimerTask, Timers};
 use crate::ratelimit::types::{CallOutcome, Charge, LaneChange, LaneSnapshot, Need, QueuePosition};
 use crate::request::RateSnapshot;
 
@@ -92,15 +94,15 @@ pub struct Lane {
 }
 
 /// The state that the handles of a lane, its permits and its timers share.
-pub(super) struct Shared {
+struct Shared {
     start: Instant,
     state: Mutex<State>,
 }
 
 /// The state that the lock of a lane guards.
-pub(super) struct State {
-    pub(super) scheduler: Scheduler<Waker>,
-    pub(super) timers: Timers,
+struct State {
+    scheduler: Scheduler<Waker>,
+    timers: Timers,
     /// Notified when the lane is stopped, resumed or retuned by its handle.
     watchers: Vec<Weak<Notify>>,
 }
@@ -311,7 +313,7 @@ impl Shared {
 
     /// Runs one step of the scheduler and its timers. The clock is read under the lock, so that
     /// the time of the scheduler never runs backwards; callers are woken after the lock is released.
-    pub(super) fn step_with_timers<R>(
+    fn step_with_timers<R>(
         &self,
         step: impl FnOnce(&mut State, Nanos, &mut Wakeups<Waker>) -> R,
     ) -> R {
@@ -337,7 +339,7 @@ impl Shared {
     }
 
     /// Converts a time of the scheduler; one that is too late becomes as good as never.
-    pub(super) fn instant(&self, at: Nanos) -> Instant {
+    fn instant(&self, at: Nanos) -> Instant {
         const DECADES: Duration = Duration::from_secs(30 * 365 * 86_400);
         let instant = self.start.checked_add(Duration::from_nanos(at));
         instant.unwrap_or_else(|| self.start + DECADES)

@@ -8,8 +8,7 @@
 //! - `concurrency`, `cooldown`, `queue`, `offers`: the calls in flight, the wait after a refusal, the callers that
 //!   wait, and the grants that they have not collected yet;
 //! - `scheduler`: the state machine of all of them, with time as an argument;
-//! - `timer`: the tasks that let callers through when their time comes;
-//! - `lane`: the asynchronous handle, with the clock, the lock and the wakers.
+//! - `lane`: the asynchronous handle, with the clock, the lock, the wakers and the timers.
 
 mod adaptive;
 mod bucket;
@@ -24,7 +23,6 @@ mod pace;
 mod properties;
 mod queue;
 mod scheduler;
-mod timer;
 mod types;
 
 #[doc(hidden)]

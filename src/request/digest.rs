@@ -1,4 +1,4 @@
-//! [`RequestDigest`]: a stable name for *what was asked*.
+//! [`RequestDigest`]: a stable name for the content of a request.
 
 use std::fmt;
 use std::str::FromStr;
@@ -10,35 +10,34 @@ use sha2::{Digest as _, Sha256};
 use crate::error::{Error, ErrorKind};
 use crate::request::Request;
 
-/// A SHA-256 over all of a [`Request`] that changes the answer, and nothing else.
+/// A SHA-256 over the parts of a [`Request`] that determine its answer.
 ///
 /// Two requests have the same digest if and only if model, messages, limits,
-/// sampling, format and `extra` are equal. Timeouts and item keys do not count,
-/// nor does the order in which `extra` was filled, nor whether a number was
-/// written `1` or `1.0`. A schema that `generate_as` and its siblings derive from a type does not count either;
-/// one that the caller sets does.
+/// sampling, format and `extra` are equal. Timeouts do not count, nor does the order of the fields in `extra`, nor
+/// whether a number was written `1` or `1.0`. A schema that `generate_as` and its siblings derive from a type does not
+/// count; one that the caller sets does.
 ///
-/// Stores keep digests, so the form is fixed: SHA-256 of `throughline/1` followed
-/// by JSON without white space, object keys sorted by their bytes. This is RFC 8785
-/// but for numbers: integers keep all their digits (RFC 8785 rounds them to a double,
-/// and two seeds above 2⁵³ would share one answer).
+/// Stores keep digests, so their form is fixed: SHA-256 of `throughline/1` followed
+/// by JSON without white space, with object keys sorted by their bytes. This is RFC 8785
+/// except for numbers: integers keep all their digits. RFC 8785 rounds them to doubles,
+/// and two seeds above 2⁵³ would share one answer.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RequestDigest([u8; 32]);
 
 impl RequestDigest {
-    /// A digest that was kept as its 32 bytes.
+    /// Makes a digest of its 32 bytes.
     pub fn from_bytes(bytes: [u8; 32]) -> Self {
         Self(bytes)
     }
 
-    /// The 32 bytes.
+    /// Returns the 32 bytes.
     pub fn as_bytes(&self) -> &[u8; 32] {
         &self.0
     }
 }
 
 impl Request {
-    /// The digest of what is asked.
+    /// Computes the digest of the request.
     ///
     /// ```
     /// use std::time::Duration;
@@ -52,7 +51,7 @@ impl Request {
     pub fn digest(&self) -> RequestDigest {
         let mut asked = Map::new();
         let mut put = |name: &str, value: Value| asked.insert(name.to_owned(), value);
-        // Named one by one: a new field of `Request` must be put here or left out on purpose.
+        // All fields are named: a new one must be added here or left out on purpose.
         let Self {
             model,
             messages,
@@ -81,7 +80,7 @@ impl Request {
         }
         if let Some(temperature) = temperature {
             let number = json!(temperature);
-            // JSON has no word for these; a provider will refuse them anyway.
+            // JSON cannot write NaN and infinities; a provider refuses them anyway.
             let odd = || json!(temperature.to_string());
             put("temperature", if number.is_null() { odd() } else { number });
         }
@@ -92,7 +91,7 @@ impl Request {
             put("seed", json!(seed));
         }
         let format = match reply_type {
-            // No response format of the caller's looks like this.
+            // Differs from every response format that a caller can set.
             Some(reply_type) => json!({ "derived": reply_type.shape }),
             None => json!(response_format),
         };
@@ -107,8 +106,8 @@ impl Request {
     }
 }
 
-/// Sorts keys itself: `serde_json` keeps insertion order when any crate of the
-/// tree turns its `preserve_order` feature on.
+/// Writes JSON without white space and with sorted keys. It sorts them itself, because `serde_json` keeps the order of
+/// insertion if any crate in the tree enables its feature `preserve_order`.
 pub(crate) fn write_canonical(value: &Value, out: &mut String) {
     match value {
         Value::Object(map) => {
@@ -136,7 +135,7 @@ pub(crate) fn write_canonical(value: &Value, out: &mut String) {
             out.push(']');
         }
         Value::Number(number) => match number.as_f64() {
-            // 2⁵³: below it a whole double and the integer are the same number.
+            // Below 2⁵³, a whole double and the integer are the same number.
             Some(float)
                 if number.is_f64()
                     && float.fract() == 0.0

@@ -1,4 +1,4 @@
-//! [`Request`]: what a provider is asked, in words common to all of them.
+//! [`Request`]: a prompt with its settings, in terms common to all providers.
 
 pub(crate) mod digest;
 pub(crate) mod reply;
@@ -15,16 +15,16 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-/// Who speaks in a [`Message`].
+/// The speaker of a [`Message`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum Role {
-    /// Instructions that stand above the conversation.
+    /// The author of instructions for the whole conversation.
     System,
-    /// The one who asks.
+    /// The user, who asks.
     User,
-    /// The model.
+    /// The model, which answers.
     Assistant,
 }
 
@@ -32,14 +32,14 @@ pub enum Role {
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct Message {
-    /// Who speaks.
+    /// The speaker.
     pub role: Role,
-    /// What is said.
+    /// The text.
     pub content: String,
 }
 
 impl Message {
-    /// A turn of `role`.
+    /// Makes a message of `role`.
     pub fn new(role: Role, content: impl Into<String>) -> Self {
         Self {
             role,
@@ -47,7 +47,7 @@ impl Message {
         }
     }
 
-    /// A turn of the user.
+    /// Makes a message of the user.
     ///
     /// ```
     /// use throughline::{Message, Request};
@@ -64,12 +64,12 @@ impl Message {
         Self::new(Role::User, content)
     }
 
-    /// A turn of the model.
+    /// Makes a message of the model.
     pub fn assistant(content: impl Into<String>) -> Self {
         Self::new(Role::Assistant, content)
     }
 
-    /// Instructions that stand above the conversation.
+    /// Makes a system message: instructions for the whole conversation.
     pub fn system(content: impl Into<String>) -> Self {
         Self::new(Role::System, content)
     }
@@ -83,18 +83,18 @@ pub enum ResponseFormat {
     /// Plain text.
     #[default]
     Text,
-    /// Some JSON object.
+    /// A JSON object of any shape.
     Json,
     /// JSON that satisfies a schema.
     JsonSchema {
-        /// A short name for the schema, as some providers ask for one.
+        /// A short name for the schema, which some providers require.
         name: String,
         /// The JSON schema.
         schema: Value,
     },
 }
 
-/// What a provider is asked: neutral words, plus [`extra`](Request::extra) for its own.
+/// A prompt with its settings, common to all providers; [`extra`](Request::extra) holds settings of one provider.
 ///
 /// A string is a request with one user message.
 ///
@@ -117,14 +117,14 @@ pub struct Request {
     pub model: Option<Arc<str>>,
     /// The conversation so far, system messages first.
     pub messages: Vec<Message>,
-    /// The most tokens the answer may have. `None` leaves it to the provider
-    /// (Anthropic demands a number; its client sends 4,096 then).
+    /// The most tokens that the answer may have. `None` leaves it to the provider
+    /// (Anthropic requires a number; its client sends 4,096).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_tokens: Option<u64>,
     /// The sampling temperature.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub temperature: Option<f64>,
-    /// Texts that end the answer where they would appear.
+    /// Stop sequences: texts that end the answer where they would appear.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub stop: Vec<String>,
     /// A seed, for providers that sample reproducibly.
@@ -132,18 +132,17 @@ pub struct Request {
     pub seed: Option<u64>,
     /// The form the answer must have.
     pub response_format: ResponseFormat,
-    /// Fields of the provider's own, sent as they are. A field that the
-    /// provider's client sets itself is overwritten by the one given here.
+    /// Fields that only this provider knows, sent as they are. They replace fields of the same name
+    /// that the client sets.
     #[serde(skip_serializing_if = "Map::is_empty")]
     pub extra: Map<String, Value>,
-    /// The longest the whole call may take; `None` takes the context's. Not part of the digest.
+    /// The timeout of the whole call; `None` takes the context's. Not part of the digest.
     #[serde(skip)]
     pub timeout: Option<Duration>,
-    /// The key of the item this is asked for, set by the context. It is sent to
-    /// nobody and is not part of the digest; the simulated provider's ledger shows it.
+    /// The key of the item that asks, set by the context: the simulator bills it under this key.
     #[serde(skip)]
-    pub item_key: Option<Arc<str>>,
-    /// Where the context has a store: `Some(n)` shares the nth answer to this request among
+    pub(crate) item_key: Option<Arc<str>>,
+    /// If the context has a store: `Some(n)` shares the nth answer to this request among
     /// all items of a tenant; `None` gives each item an answer of its own. Not part of the digest.
     #[serde(skip)]
     pub sample: Option<u32>,
@@ -153,7 +152,7 @@ pub struct Request {
     /// Whether the first message is the prompt of the reply type, which the digest leaves out.
     #[serde(skip)]
     pub(crate) has_schema_prompt: bool,
-    /// A reply to what this asks for came before and could not be used. Not part of the digest.
+    /// An earlier reply to the same question could not be used. Not part of the digest.
     #[serde(skip)]
     pub(crate) asks_again: bool,
 }
@@ -171,7 +170,7 @@ pub(crate) struct ReplyType {
 }
 
 impl Request {
-    /// A request with one user message.
+    /// Makes a request with one user message.
     pub fn new(prompt: impl Into<String>) -> Self {
         Self {
             messages: vec![Message::new(Role::User, prompt)],
@@ -179,7 +178,7 @@ impl Request {
         }
     }
 
-    /// A request with a whole conversation.
+    /// Makes a request with a whole conversation.
     pub fn conversation(messages: impl IntoIterator<Item = Message>) -> Self {
         Self {
             messages: messages.into_iter().collect(),
@@ -187,7 +186,7 @@ impl Request {
         }
     }
 
-    /// Puts a system message in front.
+    /// Puts a system message in front of the others.
     #[must_use]
     pub fn system(mut self, content: impl Into<String>) -> Self {
         self.messages.insert(0, Message::new(Role::System, content));
@@ -201,7 +200,7 @@ impl Request {
         self
     }
 
-    /// Sets the most tokens the answer may have.
+    /// Sets the most tokens that the answer may have.
     #[must_use]
     pub fn max_tokens(mut self, max_tokens: u64) -> Self {
         self.max_tokens = Some(max_tokens);
@@ -215,7 +214,7 @@ impl Request {
         self
     }
 
-    /// Adds a text that ends the answer where it would appear.
+    /// Adds a stop sequence: a text that ends the answer where it would appear.
     #[must_use]
     pub fn stop(mut self, sequence: impl Into<String>) -> Self {
         self.stop.push(sequence.into());
@@ -236,44 +235,45 @@ impl Request {
         self
     }
 
-    /// Sets a field of the provider's own, sent as it is.
+    /// Sets a field that only this provider knows, sent as it is.
     #[must_use]
     pub fn extra(mut self, name: impl Into<String>, value: impl Into<Value>) -> Self {
         self.extra.insert(name.into(), value.into());
         self
     }
 
-    /// Sets the longest the whole call may take.
+    /// Sets the timeout of the whole call.
     #[must_use]
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.timeout = Some(timeout);
         self
     }
 
-    /// Shares one answer among all items of a tenant that ask the same, where the context has a
-    /// store: it is paid for once, also while it is still in flight.
+    /// Shares one answer among all items of a tenant that ask the same, if the context has a
+    /// store. It is paid for once, also while the call is still in flight.
     #[must_use]
     pub fn shared(self) -> Self {
         self.sample(0)
     }
 
-    /// As [`shared`](Self::shared), for who wants several answers to one request: all that ask for
-    /// sample `n` get the same one.
+    /// As [`shared`](Self::shared), with several answers to one request: all requests for sample `n` share one
+    /// answer.
     #[must_use]
     pub fn sample(mut self, n: u32) -> Self {
         self.sample = Some(n);
         self
     }
 
-    /// The content of the last message, empty without one.
+    /// Returns the content of the last message, or an empty text.
     pub fn last_text(&self) -> &str {
         self.messages.last().map_or("", |message| &message.content)
     }
 
-    /// A rough count of the prompt's tokens: four UTF-8 bytes to a token for text, and
-    /// four tokens for the frame of each message. English prose has 4 to 5 bytes to a
-    /// token and other scripts have fewer characters to one but more bytes to each,
-    /// so the estimate tends to lie a little above the truth.
+    /// Estimates the number of prompt tokens: one for each four UTF-8 bytes of text, and
+    /// four for the frame of each message.
+    ///
+    /// English prose has 4 to 5 bytes per token. Other scripts have fewer characters per token but more bytes per
+    /// character. So the estimate tends to be a little too high.
     pub fn estimated_input_tokens(&self) -> u64 {
         let schema = match &self.response_format {
             ResponseFormat::JsonSchema { schema, .. } => schema.to_string().len(),
@@ -307,7 +307,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_system_message_goes_first() {
+    fn a_system_message_comes_first() {
         let request = Request::new("a").system("b");
         assert_eq!(request.messages[0].role, Role::System);
         assert_eq!(request.last_text(), "a");
@@ -326,7 +326,7 @@ mod tests {
     }
 
     #[test]
-    fn json_round_trip_leaves_out_what_is_ours_alone() {
+    fn the_timeout_is_not_serialised() {
         let mut request = Request::new("a").timeout(Duration::from_secs(1)).seed(7);
         let json = serde_json::to_string(&request).unwrap();
         request.timeout = None;

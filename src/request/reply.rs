@@ -1,4 +1,4 @@
-//! [`Reply`]: what a provider answered, whole or in [`Delta`]s.
+//! [`Reply`]: the answer of a provider, whole or streamed in [`Delta`]s.
 
 use std::fmt;
 use std::pin::Pin;
@@ -10,20 +10,20 @@ use serde::{Deserialize, Serialize};
 use crate::error::Result;
 use crate::usage::{RateSnapshot, Usage};
 
-/// Why the model stopped.
+/// The reason why the model stopped.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum FinishReason {
-    /// It was done, or met a stop sequence.
+    /// The answer is complete, or met a stop sequence.
     Stop,
-    /// It reached the limit on output tokens: the text is cut.
+    /// The answer reached the limit on output tokens and is cut.
     Length,
     /// The provider withheld content.
     ContentFilter,
-    /// It asked for a tool.
+    /// The model asked for a tool.
     ToolCalls,
-    /// The provider's own word for something else.
+    /// Another reason, as the provider names it.
     #[serde(untagged)]
     Other(String),
 }
@@ -40,31 +40,32 @@ impl fmt::Display for FinishReason {
     }
 }
 
-/// A provider's answer to a [`Request`](crate::Request).
+/// The answer of a provider to a [`Request`](crate::Request).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct Reply {
     /// The generated text.
     pub text: String,
-    /// Why the model stopped.
+    /// The reason why the model stopped.
     pub finish: FinishReason,
-    /// The tokens used, as the provider counted them.
+    /// The tokens that the call used, as the provider counted them.
     pub usage: Usage,
     /// The model that answered, as the provider names it.
     pub model: String,
-    /// The provider's id of the call, for a question to its support.
+    /// The provider's id of the call, for questions to its support.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub request_id: Option<String>,
-    /// The body as it came (for a stream: the last frame), before anything was parsed.
+    /// The body as it was received, before parsing; of a stream, the last frame.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub raw: Option<Arc<str>>,
-    /// The rate limits at that moment, if the provider said. Not serialised: it ages in seconds.
+    /// The rate limits at that moment, if the provider reported them. They are outdated in seconds, so they are not
+    /// serialised.
     #[serde(skip)]
     pub rate: Option<Box<RateSnapshot>>,
 }
 
 impl Reply {
-    /// A finished text with its usage; set the other fields as they are known.
+    /// Makes a complete reply of a text and its usage; set the other fields if they are known.
     pub fn new(text: impl Into<String>, usage: Usage) -> Self {
         Self {
             text: text.into(),
@@ -84,10 +85,10 @@ impl Reply {
 pub enum Delta {
     /// More text.
     Text(String),
-    /// What came so far is void: the call is made again. A provider never says so; it is
-    /// [asked for](crate::context::Deltas::discarding).
+    /// The text so far is void, because the call is made again. It comes only to streams that
+    /// [ask for it](crate::context::Deltas::discarding), and never from a provider.
     Discard,
-    /// The end: the whole reply, text included. A stream that ends without it was cut.
+    /// The end, with the whole reply. A stream that ends without it was cut.
     End(Box<Reply>),
 }
 
@@ -99,7 +100,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn finish_reasons_are_plain_words_in_json() {
+    fn finish_reasons_are_serialised_as_words() {
         for (reason, word) in [
             (FinishReason::ToolCalls, "\"tool_calls\""),
             (FinishReason::Other("pause_turn".into()), "\"pause_turn\""),

@@ -1,19 +1,18 @@
-//! JSON schemas in the subset that providers enforce.
+//! Reduces JSON schemas to the subset that providers enforce.
 //!
-//! Providers compile a schema into a grammar and refuse what they cannot compile: an
-//! object must be closed, and bounds and formats they do not know must be absent. What
-//! is taken out here stays in force where the reply is parsed.
+//! Providers compile a schema into a grammar and refuse schemas that they cannot compile: an
+//! object must be closed, and bounds and formats that they do not know must be absent. The
+//! removed keywords still hold where the reply is parsed.
 
 use serde_json::{Map, Value, json};
 
-/// A schema made fit, and what it still lacks.
+/// A reduced schema, and whether providers enforce it.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Enforced {
     pub(crate) schema: Value,
-    /// Every part has a fixed shape: no maps, no free JSON. Without this, no provider
-    /// enforces it.
+    /// Every part has a fixed shape: there are no maps and no free JSON. Providers enforce only such schemas.
     pub(crate) closed: bool,
-    /// Every property is required: OpenAI's strict mode has no optional ones.
+    /// Every property is required, as OpenAI's strict mode demands.
     pub(crate) all_required: bool,
 }
 
@@ -86,7 +85,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn objects_are_closed_and_unknown_words_removed_but_not_properties_of_that_name() {
+    fn objects_are_closed_and_unsupported_keywords_removed_but_not_properties_of_that_name() {
         let schema = json!({
             "type": "object",
             "properties": {

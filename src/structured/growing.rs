@@ -22,6 +22,7 @@ use crate::structured::json::Draft;
 
 /// A value while it grows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Growing<T> {
     /// As far as it is written: fields may be missing, texts and lists short.
     Partial(T),

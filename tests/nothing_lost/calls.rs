@@ -304,13 +304,10 @@ async fn contexts_of_one_account_share_a_lane() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_context_fills_in_the_model_and_the_item_key() {
+async fn the_context_fills_in_the_model_where_a_request_names_none() {
     let script = Scripted::new().reply("a").reply("b");
     let cx = Context::builder(script.clone()).model("m-1").build();
-    let batch = cx
-        .fan_out("n", ["x", "y"])
-        .key(|n| format!("key-{n}"))
-        .sequential();
+    let batch = cx.fan_out("n", ["x", "y"]).sequential();
     let settled = batch.settle(|cx, n| async move {
         let request = Request::new(n);
         cx.generate(if n == "y" {
@@ -324,7 +321,6 @@ async fn the_context_fills_in_the_model_and_the_item_key() {
     let seen = script.requests();
     assert_eq!(seen[0].model.as_deref(), Some("m-1"));
     assert_eq!(seen[1].model.as_deref(), Some("m-2"));
-    assert_eq!(seen[1].item_key.as_deref(), Some("key-y"));
 }
 
 #[tokio::test(start_paused = true)]

@@ -12,7 +12,7 @@ use futures::future::{join_all, poll_immediate};
 use proptest::prelude::*;
 use throughline::provider::sim::{Ended, Enforcement, Headers, Ledger, Sim, SimBuilder, Tokens};
 use throughline::{
-    Error, ErrorKind, Provider, Reply, Request, Result, Usage,
+    Context, Error, ErrorKind, Provider, Reply, Request, Result, Usage,
     provider::OutputCharge,
     request::{Delta, FinishReason},
 };
@@ -35,10 +35,14 @@ fn ten_tokens() -> Request {
     request
 }
 
-fn keyed(key: &str) -> Request {
-    let mut request = ten_tokens();
-    request.item_key = Some(key.into());
-    request
+/// Requests that differ, so that the ledger bills them under keys of their own: those of [`key_of`].
+fn numbered(n: u64) -> Request {
+    ten_tokens().seed(n)
+}
+
+/// The key under which the ledger bills a request outside of a batch.
+fn key_of(request: &Request) -> String {
+    request.digest().to_string()
 }
 
 /// Makes `calls` at once and returns how many are admitted.
@@ -288,7 +292,7 @@ async fn simulate_an_hour() {
     let worker = async |_| {
         while left.get() > 0 {
             left.set(left.get() - 1);
-            let request = keyed(&left.get().to_string());
+            let request = numbered(left.get());
             while let Err(error) = sim.generate(&request).await {
                 sleep(error.wait().unwrap()).await;
             }
@@ -539,7 +543,7 @@ async fn faults_occur_at_their_rates_and_are_billed_as_documented() {
         .latency(SECOND)
         .build();
     let calls = (0..2_000).map(|i| {
-        let (sim, request) = (sim.clone(), keyed(&i.to_string()));
+        let (sim, request) = (sim.clone(), numbered(i));
         async move { timeout(SECOND * 2, sim.generate(&request)).await }
     });
     let (mut ok, mut hung, mut kinds) = (0, 0, Vec::new());
@@ -591,12 +595,13 @@ async fn a_cut_stream_has_no_end_and_its_text_is_billed() {
         .time_per_token(ms(100))
         .output_tokens(Tokens::fixed(100))
         .build();
-    let stream = sim.stream(&keyed("a")).await.unwrap();
+    let request = ten_tokens();
+    let stream = sim.stream(&request).await.unwrap();
     let deltas: Vec<_> = stream.collect().await;
     assert!(deltas.iter().all(|d| matches!(d, Ok(Delta::Text(_)))));
     let ledger = sim.ledger();
     assert_eq!(ledger.bills[0].ended, Ended::Cut);
-    let billed = ledger.of_key("a").usage;
+    let billed = ledger.of_key(&key_of(&request)).usage;
     assert_eq!(billed.input_tokens, 10);
     assert!(billed.output_tokens.abs_diff(deltas.len() as u64) <= 1);
     assert!(billed.output_tokens < 100);
@@ -612,23 +617,23 @@ async fn a_cancelled_call_is_billed_for_its_generated_tokens() {
             .output_tokens(Tokens::fixed(100))
     };
     let sim = build().build();
-    assert!(timeout(ms(300), sim.generate(&keyed("a"))).await.is_err());
-    let mut stream = sim.stream(&keyed("b")).await.unwrap();
+    let [a, b] = [1, 2].map(numbered);
+    assert!(timeout(ms(300), sim.generate(&a)).await.is_err());
+    let mut stream = sim.stream(&b).await.unwrap();
     sleep(ms(600)).await;
     assert!(stream.next().await.is_some());
     drop(stream);
 
     let ledger = sim.ledger();
-    assert_eq!(ledger.of_key("a").usage, Usage::new(10, 30));
-    assert_eq!(ledger.of_key("b").usage, Usage::new(10, 60));
+    assert_eq!(ledger.of_key(&key_of(&a)).usage, Usage::new(10, 30));
+    assert_eq!(ledger.of_key(&key_of(&b)).usage, Usage::new(10, 60));
     assert_eq!((ledger.total.cancelled, ledger.total.billed), (2, 2));
     assert!(ledger.bills.iter().all(|b| b.ended == Ended::Cancelled));
     assert_eq!(ledger.in_flight, 0);
 
     let kind = build().bill_cancelled(false).build();
-    let request = keyed("a");
-    assert!(timeout(ms(300), kind.generate(&request)).await.is_err());
-    let account = kind.ledger().of_key("a");
+    assert!(timeout(ms(300), kind.generate(&a)).await.is_err());
+    let account = kind.ledger().of_key(&key_of(&a));
     assert_eq!((account.cancelled, account.billed), (1, 0));
     assert_eq!(account.usage, Usage::default());
 }
@@ -639,26 +644,33 @@ async fn the_ledger_has_totals_by_key_and_of_all_calls() {
         .requests_per_minute(3)
         .output_tokens(Tokens::fixed(7))
         .build();
-    for key in ["a", "a", "b", "b"] {
-        let _ = sim.generate(&keyed(key)).await;
+    for n in [1, 1, 2, 2] {
+        let _ = sim.generate(&numbered(n)).await;
     }
     let ledger = sim.ledger();
-    let (a, b) = (ledger.of_key("a"), ledger.of_key("b"));
+    let names = [1, 2].map(|n| key_of(&numbered(n)));
+    let [a, b] = names.each_ref().map(|name| ledger.of_key(name));
     assert_eq!((a.admitted, a.rejected, a.billed), (2, 0, 2));
     assert_eq!((b.admitted, b.rejected, b.billed), (1, 1, 1));
     assert_eq!(a.usage, Usage::new(20, 14));
-    assert_eq!(Vec::from_iter(ledger.billed_again()), [("a", 2)]);
+    assert_eq!(Vec::from_iter(ledger.billed_again()), [(&*names[0], 2)]);
     assert_eq!(ledger.seconds.len(), 1);
     assert_eq!(
         (ledger.seconds[0].accepted, ledger.seconds[0].rejected),
         (3, 1)
     );
+}
 
-    let unkeyed = ten_tokens();
-    sim.set_limits(|limits| limits.requests_per_minute = None);
-    sim.generate(&unkeyed).await.unwrap();
-    let digest = unkeyed.digest().to_string();
-    assert_eq!(sim.ledger().of_key(&digest).billed, 1);
+#[tokio::test(start_paused = true)]
+async fn items_of_a_batch_are_billed_under_their_keys() {
+    let sim = Sim::builder().build();
+    let cx = Context::builder(sim.clone()).build();
+    let batch = cx.fan_out("n", ["x", "y"]).key(|n| format!("key-{n}"));
+    let settled = batch.settle(async |cx, n| cx.generate(n).await).await;
+    assert!(settled.all().is_ok());
+    let ledger = sim.ledger();
+    assert_eq!(ledger.by_key.len(), 2);
+    assert_eq!(ledger.of_key("key-y").billed, 1);
 }
 
 // The ledger in a file
@@ -670,8 +682,8 @@ async fn the_ledger_file_has_each_bill_at_once_and_is_continued() {
     let build = || Sim::builder().latency(SECOND).ledger_file(&path).build();
 
     let sim = build();
-    let request = keyed("a");
-    let mut call = Box::pin(sim.generate(&request));
+    let [a, b] = [1, 2].map(numbered);
+    let mut call = Box::pin(sim.generate(&a));
     assert!(poll_immediate(&mut call).await.is_none());
     assert_eq!(Ledger::read(&path).unwrap().total.billed, 0);
     call.await.unwrap();
@@ -685,10 +697,13 @@ async fn the_ledger_file_has_each_bill_at_once_and_is_continued() {
     assert_eq!((ledger.total.billed, ledger.torn_lines), (1, 1));
 
     let sim = build();
-    sim.generate(&keyed("b")).await.unwrap();
+    sim.generate(&b).await.unwrap();
     let ledger = Ledger::read(&path).unwrap();
     let bills = ledger.bills.iter().map(|bill| (bill.seq, &*bill.key));
-    assert_eq!(Vec::from_iter(bills), [(0, "a"), (1, "b")]);
+    assert_eq!(
+        Vec::from_iter(bills),
+        [(0, &*key_of(&a)), (1, &*key_of(&b))]
+    );
     assert_eq!(ledger.torn_lines, 1);
 }
 
@@ -700,7 +715,7 @@ async fn two_simulators_can_share_a_ledger_file() {
         .map(|_| Sim::builder().ledger_file(&path).build())
         .collect();
     for i in 0..50 {
-        sims[i % 2].generate(&keyed(&i.to_string())).await.unwrap();
+        sims[i % 2].generate(&numbered(i as u64)).await.unwrap();
     }
     let ledger = Ledger::read(&path).unwrap();
     assert_eq!((ledger.by_key.len(), ledger.torn_lines), (50, 0));

@@ -189,13 +189,60 @@ proptest! {
         let mut draft = Draft::new();
         for byte in text.as_bytes().chunks(1) {
             draft.push(byte);
-        }
-        if draft.is_done() {
-            // Numbers and words are not looked into: that is for serde_json.
-            let closed = draft.closed().unwrap();
-            prop_assert!(text.contains(&closed), "{closed}");
+            if let Some(closed) = draft.closed() {
+                prop_assert!(serde_json::from_str::<Value>(&closed).is_ok(), "{closed}");
+                prop_assert!(!draft.is_done() || text.contains(&closed), "{closed}");
+            }
         }
     }
+
+    #[test]
+    fn a_draft_does_not_depend_on_the_pieces(
+        text in "[\\[\\]{}\",:\\\\ 1atrue.u0D8é-]{0,40}",
+        cuts in vec(any::<usize>(), 0..10),
+    ) {
+        let drafts = [vec![text.as_bytes()], pieces(text.as_bytes(), &cuts)].map(|pieces| {
+            let mut draft = Draft::new();
+            pieces.iter().for_each(|piece| draft.push(piece));
+            (draft.closed(), draft.is_done(), draft.is_broken(), draft.len())
+        });
+        prop_assert_eq!(&drafts[0], &drafts[1]);
+    }
+}
+
+#[test]
+fn a_draft_leaves_out_what_cannot_be_closed_yet() {
+    for (text, expected) in [
+        ("[", None),
+        ("[ ] to do", Some("[ ]")),
+        ("see [below]: {\"a\"", Some("{}")),
+        (r#"{"a": "x", "b"#, Some(r#"{"a": "x"}"#)),
+        (r#"{"a": "x", "b":"#, Some(r#"{"a": "x"}"#)),
+        (r#"{"a": [1, 2"#, Some(r#"{"a": [1]}"#)),
+        (r#"{"a": [1, 2 "#, Some(r#"{"a": [1, 2 ]}"#)),
+        (r#"{"a\"": tru"#, Some("{}")),
+        (r#"["a\"#, Some(r#"["a"]"#)),
+        (r#"["a\\"#, Some(r#"["a\\"]"#)),
+        (r#"["a\u00e"#, Some(r#"["a"]"#)),
+        (r#"["a\ud83d"#, Some(r#"["a"]"#)),
+        (r#"["a\ud83d\ude0"#, Some(r#"["a"]"#)),
+        (r#"["a\ud83d\ude00"#, Some(r#"["a\ud83d\ude00"]"#)),
+        (r#"{"a" 1, "b": 2"#, None),
+        ("[1, 2}", None),
+    ] {
+        let mut draft = Draft::new();
+        draft.push(text);
+        assert_eq!(draft.closed().as_deref(), expected, "{text}");
+    }
+    let mut draft = Draft::new();
+    draft.push(&"[\"é".as_bytes()[..3]);
+    assert_eq!(draft.closed().unwrap(), "[\"\"]");
+    let mut draft = Draft::new();
+    draft.push("[".repeat(200));
+    assert!(draft.is_broken());
+    let mut draft = Draft::new().max_bytes(3);
+    draft.push("[1,2]");
+    assert!(draft.is_broken() && draft.closed().is_none());
 }
 
 #[test]

@@ -1,35 +1,28 @@
 //! [`Draft`]: one value that is still being written, closed wherever it is open.
 
-/// What may follow.
+use serde::de::IgnoredAny;
+
+use super::scanner::{MAX_DEPTH, Scanner, Stop};
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
-    /// Before the value's first bracket.
+    /// Before the first bracket.
     Seek,
-    /// After a brace that may be one in prose.
+    /// Behind a first bracket that may be one in prose.
     Opened,
-    Value,
-    Key,
-    InKey,
-    Colon,
-    InString,
-    /// In a number or a word, which may go on.
-    Scalar,
-    /// A value has ended.
-    After,
+    /// In the value.
+    Open,
     /// The outermost bracket has closed.
     Done,
-    /// What came is not JSON.
+    /// The brackets do not match, or the value is too large or too deep.
     Broken,
 }
 
-/// As deep as `serde_json` reads.
-const MAX_DEPTH: usize = 127;
-
 /// One object or array that is still being written, as JSON at any moment.
 ///
-/// What is open is closed: strings where they end so far, brackets in their order. What cannot
-/// be closed is left out until it can: half a key, a key without its value, half an escape, a
-/// number that may have more digits. Text before the value and behind it is skipped.
+/// [`closed`](Self::closed) ends open strings where they end so far and closes open brackets in their order. It leaves
+/// out a part that cannot be closed yet: half a key, a key without its value, half an escape, a number that may have
+/// more digits. Text before the value and behind it is skipped.
 ///
 /// ```
 /// use throughline::structured::json::Draft;
@@ -44,26 +37,13 @@ const MAX_DEPTH: usize = 127;
 /// ```
 #[derive(Debug, Clone)]
 pub struct Draft {
-    /// From the first bracket on.
+    /// The value so far, from its first bracket on.
     text: Vec<u8>,
-    /// The bracket that closes each that is open.
-    open: Vec<u8>,
+    scanner: Scanner,
+    /// The number of bytes that the scanner has read.
+    scanned: usize,
     state: State,
-    /// As much of the text can be closed; with a quote first, in a string.
-    safe: usize,
-    escape: Escape,
     max_bytes: usize,
-}
-
-/// Where in an escape of a string.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Escape {
-    None,
-    Backslash,
-    /// In the digits of a `\u`: their value so far, and how many are missing.
-    Unicode(u16, u8),
-    /// A high surrogate is worth nothing without its low one.
-    Half,
 }
 
 impl Default for Draft {
@@ -73,72 +53,98 @@ impl Default for Draft {
 }
 
 impl Draft {
-    /// Nothing yet. At most 16 MiB are taken in, and 127 brackets inside one another.
+    /// Makes an empty draft, which takes at most 16 MiB and as many nested brackets as `serde_json`.
     pub fn new() -> Self {
         Self {
             text: Vec::new(),
-            open: Vec::new(),
+            scanner: Scanner::default(),
+            scanned: 0,
             state: State::Seek,
-            safe: 0,
-            escape: Escape::None,
             max_bytes: 16 << 20,
         }
     }
 
-    /// How many bytes the value may have; what is larger counts as not JSON.
+    /// Sets the most bytes that the value may have; a larger one is [broken](Self::is_broken).
     #[must_use]
     pub fn max_bytes(mut self, bytes: usize) -> Self {
         self.max_bytes = bytes;
         self
     }
 
-    /// Takes in more of the text. A piece may end anywhere, within a character too.
+    /// Adds a piece of the text. A piece may end anywhere, also within a character.
     pub fn push(&mut self, piece: impl AsRef<[u8]>) {
         let mut piece = piece.as_ref();
-        while let Some((byte, rest)) = piece.split_first() {
+        loop {
             match self.state {
+                State::Seek => {
+                    let Some(at) = piece.iter().position(|b| matches!(b, b'{' | b'[')) else {
+                        return;
+                    };
+                    self.text.push(piece[at]);
+                    self.state = State::Opened;
+                    piece = &piece[at + 1..];
+                }
+                State::Opened => {
+                    let at = piece.iter().position(|b| !b.is_ascii_whitespace());
+                    let (space, rest) = piece.split_at(at.unwrap_or(piece.len()));
+                    self.text.extend_from_slice(space);
+                    let Some(first) = rest.first() else {
+                        return;
+                    };
+                    if begins(self.text[0], *first) {
+                        self.state = State::Open;
+                    } else {
+                        // A bracket in prose. This byte may be a better one.
+                        self.text.clear();
+                        self.state = State::Seek;
+                    }
+                    piece = rest;
+                }
+                State::Open => {
+                    self.text.extend_from_slice(piece);
+                    let depth = MAX_DEPTH - 1;
+                    let stop = self.scanner.run(&self.text, &mut self.scanned, depth);
+                    self.text.truncate(self.scanned);
+                    self.state = match stop {
+                        _ if self.text.len() > self.max_bytes => State::Broken,
+                        Stop::Open => State::Open,
+                        Stop::Closed => State::Done,
+                        _ => State::Broken,
+                    };
+                    return;
+                }
                 State::Done | State::Broken => return,
-                State::Seek if !matches!(byte, b'{' | b'[') => {}
-                State::InString if self.escape == Escape::None => {
-                    piece = self.plain(piece);
-                    continue;
-                }
-                _ => {
-                    self.text.push(*byte);
-                    self.state = self.step(*byte);
-                }
             }
-            piece = rest;
-        }
-        if self.text.len() > self.max_bytes {
-            self.state = State::Broken;
         }
     }
 
-    /// The value so far, closed; `None` before it begins, and once it is known not to be JSON.
+    /// Returns the value so far, closed: JSON in any case. `None` before the value begins and where it is not JSON.
     pub fn closed(&self) -> Option<String> {
-        if matches!(self.state, State::Seek | State::Opened | State::Broken) {
+        if !matches!(self.state, State::Open | State::Done) {
             return None;
         }
-        let mut closed = self.text[..self.safe].to_vec();
-        if self.state == State::InString {
+        let (end, is_text) = self.end();
+        let mut closed = self.text[..end].to_vec();
+        if is_text {
             closed.push(b'"');
         }
-        closed.extend(self.open.iter().rev());
-        String::from_utf8(closed).ok()
+        closed.extend(self.scanner.closing_brackets());
+        let closed = String::from_utf8(closed).ok()?;
+        let is_json = serde_json::from_str::<IgnoredAny>(&closed).is_ok();
+        is_json.then_some(closed)
     }
 
-    /// Whether the value has ended: what is pushed from now on is ignored.
+    /// Whether the value has ended: text that is pushed from now on is ignored.
     pub fn is_done(&self) -> bool {
         self.state == State::Done
     }
 
-    /// Whether what came cannot be JSON any more.
+    /// Whether the value can never be closed: its brackets do not match, or it is too large or too deep.
     pub fn is_broken(&self) -> bool {
         self.state == State::Broken
     }
 
-    /// How many bytes the value has so far.
+    /// Returns the number of bytes that the value has so far.
     pub fn len(&self) -> usize {
         self.text.len()
     }
@@ -148,189 +154,87 @@ impl Draft {
         self.text.is_empty()
     }
 
-    /// Takes in what is plain text of a string, and the byte behind it.
-    fn plain<'a>(&mut self, piece: &'a [u8]) -> &'a [u8] {
-        let special = piece.iter().position(|b| matches!(b, b'"' | b'\\'));
-        let (plain, rest) = piece.split_at(special.unwrap_or(piece.len()));
-        self.text.extend_from_slice(plain);
-        let Some((byte, rest)) = rest.split_first() else {
-            // A character of several bytes, four at most, is whole when the next one begins.
-            let len = self.text.len();
-            let tail = self.text.iter().enumerate().rev().take(4);
-            self.safe = match tail.into_iter().find(|(_, b)| **b & 0xC0 != 0x80) {
-                Some((last, b)) if *b >= 0x80 => last,
-                _ => len,
-            };
-            return rest;
-        };
-        self.text.push(*byte);
-        self.state = self.step(*byte);
-        rest
-    }
-
-    /// Takes in the byte that was pushed last.
-    fn step(&mut self, byte: u8) -> State {
-        let space = matches!(byte, b' ' | b'\n' | b'\r' | b'\t');
-        match (self.state, byte) {
-            (State::InString, _) => self.in_string(byte),
-            (State::InKey, _) => self.in_key(byte),
-            (State::Scalar, b',' | b'}' | b']') => {
-                self.safe = self.text.len() - 1;
-                self.after(byte)
-            }
-            (State::Scalar, _) if space => self.ended(1),
-            (State::Scalar, b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'+' | b'.') => {
-                State::Scalar
-            }
-            (state, _) if space => state,
-            (State::Seek | State::Value, b'{') => self.opened(b'}'),
-            (State::Seek | State::Value, b'[') => self.opened(b']'),
-            (State::Opened, b'"') if self.open == b"}" => {
-                self.safe = 1;
-                State::InKey
-            }
-            (State::Opened, b'}' | b']') if self.open == [byte] => self.closed_by(byte),
-            (State::Opened, b'{' | b'[' | b'"' | b'-' | b'0'..=b'9' | b't' | b'f' | b'n')
-                if self.open == b"]" =>
-            {
-                self.safe = 1;
-                self.value(byte)
-            }
-            (State::Opened, _) => {
-                // A bracket in prose. This byte may be a better one.
-                self.text.clear();
-                self.open.clear();
-                match byte {
-                    b'{' | b'[' => {
-                        self.text.push(byte);
-                        self.opened(if byte == b'{' { b'}' } else { b']' })
-                    }
-                    _ => State::Seek,
-                }
-            }
-            (State::Value, b']')
-                if self.text[..self.text.len() - 1]
-                    .trim_ascii_end()
-                    .ends_with(b"[") =>
-            {
-                self.closed_by(byte)
-            }
-            (State::Value, _) => self.value(byte),
-            (State::Key, b'"') => State::InKey,
-            (State::Key, b'}')
-                if self.text[..self.text.len() - 1]
-                    .trim_ascii_end()
-                    .ends_with(b"{") =>
-            {
-                self.closed_by(byte)
-            }
-            (State::Colon, b':') => State::Value,
-            (State::After, _) => self.after(byte),
-            _ => State::Broken,
-        }
-    }
-
-    fn value(&mut self, byte: u8) -> State {
-        match byte {
-            b'{' => self.opened(b'}'),
-            b'[' => self.opened(b']'),
-            b'"' => {
-                self.safe = self.text.len();
-                State::InString
-            }
-            b'-' | b'0'..=b'9' | b't' | b'f' | b'n' => State::Scalar,
-            _ => State::Broken,
-        }
-    }
-
-    fn opened(&mut self, close: u8) -> State {
-        if self.open.len() == MAX_DEPTH {
-            return State::Broken;
-        }
-        self.open.push(close);
-        self.safe = self.text.len();
-        match (self.open.len(), close) {
-            (1, _) => State::Opened,
-            (_, b'}') => State::Key,
-            _ => State::Value,
-        }
-    }
-
-    fn after(&mut self, byte: u8) -> State {
-        match byte {
-            b',' if self.open.last() == Some(&b'}') => State::Key,
-            b',' => State::Value,
-            b'}' | b']' => self.closed_by(byte),
-            _ => State::Broken,
-        }
-    }
-
-    fn closed_by(&mut self, byte: u8) -> State {
-        if self.open.pop() != Some(byte) {
-            return State::Broken;
-        }
-        self.ended(0);
-        if self.open.is_empty() {
-            State::Done
-        } else {
-            State::After
-        }
-    }
-
-    /// A value has ended, so many bytes ago.
-    fn ended(&mut self, ago: usize) -> State {
-        self.safe = self.text.len() - ago;
-        State::After
-    }
-
-    fn in_key(&mut self, byte: u8) -> State {
-        match (self.escape, byte) {
-            (Escape::Backslash, _) => self.escape = Escape::None,
-            (_, b'\\') => self.escape = Escape::Backslash,
-            (_, b'"') => return State::Colon,
-            _ => {}
-        }
-        State::InKey
-    }
-
-    fn in_string(&mut self, byte: u8) -> State {
+    /// How much of the text can be closed, and whether a string is open there.
+    fn end(&self) -> (usize, bool) {
         let len = self.text.len();
-        let before = self.escape;
-        self.escape = match (before, byte) {
-            (Escape::None | Escape::Half, b'\\') => {
-                if before == Escape::None {
-                    self.safe = len - 1;
-                }
-                Escape::Backslash
-            }
-            (Escape::None | Escape::Half, b'"') => {
-                self.escape = Escape::None;
-                return self.ended(0);
-            }
-            // The rest of a string is taken in by `plain`.
-            (Escape::None, _) => Escape::None,
-            (Escape::Backslash, b'u') => Escape::Unicode(0, 4),
-            (Escape::Backslash, _) => {
-                self.safe = len;
-                Escape::None
-            }
-            (Escape::Unicode(value, missing), _) => {
-                let Some(digit) = (byte as char).to_digit(16) else {
-                    return State::Broken;
-                };
-                let value = (value << 4) | digit as u16;
-                match (missing, value) {
-                    (2.., _) => Escape::Unicode(value, missing - 1),
-                    (_, 0xD800..=0xDBFF) => Escape::Half,
-                    _ => {
-                        self.safe = len;
-                        Escape::None
-                    }
-                }
-            }
-            // Nothing but the other half may follow.
-            (Escape::Half, _) => return State::Broken,
+        let mark = self.scanner.mark;
+        let before = match self.text[mark] {
+            b']' | b'}' => return (len, false),
+            b',' => mark,
+            _ => mark + 1,
         };
-        State::InString
+        let part = &self.text[mark + 1..];
+        let value = match self.scanner.is_in_object() {
+            true => after_key(part),
+            false => Some(part),
+        };
+        let value = value.unwrap_or_default().trim_ascii_start();
+        match value {
+            [b'"', text @ ..] if self.scanner.in_string => {
+                (len - text.len() + whole_characters(text), true)
+            }
+            [b'"', ..] => (len, false),
+            // A number or a word has ended where a space follows.
+            [.., last] if last.is_ascii_whitespace() => (len, false),
+            _ => (before, false),
+        }
+    }
+}
+
+/// Whether a value can begin with this bracket and this byte, the first behind it that is no white space.
+fn begins(bracket: u8, first: u8) -> bool {
+    match bracket {
+        b'{' => matches!(first, b'"' | b'}'),
+        _ => matches!(
+            first,
+            b']' | b'{' | b'[' | b'"' | b'-' | b'0'..=b'9' | b't' | b'f' | b'n'
+        ),
+    }
+}
+
+/// The value of an object's member, behind its key and colon.
+fn after_key(member: &[u8]) -> Option<&[u8]> {
+    let key = member.trim_ascii_start().strip_prefix(b"\"")?;
+    let mut escaped = false;
+    let quote = key.iter().position(|byte| {
+        let is_quote = *byte == b'"' && !escaped;
+        escaped = *byte == b'\\' && !escaped;
+        is_quote
+    })?;
+    key[quote + 1..].trim_ascii_start().strip_prefix(b":")
+}
+
+/// The number of bytes before an incomplete character or escape at the end of a string.
+fn whole_characters(text: &[u8]) -> usize {
+    let mut at = 0;
+    while let Some(first) = text.get(at) {
+        let len = match first {
+            b'\\' => escape_len(&text[at..]),
+            0xC0..=0xDF => 2,
+            0xE0..=0xEF => 3,
+            0xF0.. => 4,
+            _ => 1,
+        };
+        if at + len > text.len() {
+            break;
+        }
+        at += len;
+    }
+    at
+}
+
+/// How long the escape at the beginning of `text` is, where its end may be missing. A high surrogate is nothing
+/// without the low one that follows it.
+fn escape_len(text: &[u8]) -> usize {
+    match text {
+        [
+            _,
+            b'u',
+            b'd' | b'D',
+            b'8' | b'9' | b'a' | b'b' | b'A' | b'B',
+            ..,
+        ] => 12,
+        [_, b'u', ..] => 6,
+        _ => 2,
     }
 }

@@ -6,9 +6,9 @@
 //! to `serde_json` what is in them.
 
 mod draft;
-mod nest;
 mod reader;
+mod scanner;
 
 pub use self::draft::Draft;
-pub(crate) use self::nest::spans;
 pub use self::reader::Reader;
+pub(crate) use self::scanner::spans;

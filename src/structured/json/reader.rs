@@ -1,6 +1,6 @@
 //! [`Reader`]: the elements of an array, each as soon as it closes.
 
-use super::nest::{MAX_DEPTH, Nest, SPECIAL, Stop};
+use super::scanner::{MAX_DEPTH, SPECIAL, Scanner, Stop};
 use crate::error::{Error, ErrorKind, Result};
 
 const MAX_ELEMENT: usize = 16 << 20;
@@ -44,7 +44,7 @@ pub struct Reader {
     /// All before it is not needed any more.
     keep: usize,
     state: State,
-    nest: Nest,
+    scanner: Scanner,
     /// Elements handed out so far, invalid ones included.
     elements: usize,
     /// What was met that is not the array: told when there is none.
@@ -102,7 +102,7 @@ impl Reader {
             pos: 0,
             keep: 0,
             state: State::Seek,
-            nest: Nest::default(),
+            scanner: Scanner::default(),
             elements: 0,
             met: Met::default(),
             failed: None,
@@ -186,18 +186,18 @@ impl Reader {
     #[inline]
     fn is_quiet(&mut self) -> bool {
         let rest = &self.buf[self.pos..];
-        let within = matches!(self.state, State::Element) && !self.nest.escaped;
+        let within = matches!(self.state, State::Element) && !self.scanner.escaped;
         if !within || rest.len() > SHORT || self.pos - self.keep >= self.max_element {
             return false;
         }
-        let in_string = self.nest.in_string;
+        let in_string = self.scanner.in_string;
         let special = |byte: &u8| match in_string {
             true => matches!(byte, b'"' | b'\\'),
             false => SPECIAL[*byte as usize],
         };
         let quiet = match rest {
             [b'"'] => {
-                self.nest.in_string = !self.nest.in_string;
+                self.scanner.in_string = !self.scanner.in_string;
                 true
             }
             [byte] => !special(byte),
@@ -279,7 +279,7 @@ impl Reader {
                 State::InKey { sure } => self.in_key(sure)?,
                 State::Skip => {
                     self.keep = self.pos;
-                    match self.nest.run(&self.buf, &mut self.pos, self.max_depth) {
+                    match self.scanner.run(&self.buf, &mut self.pos, self.max_depth) {
                         Stop::Open => {
                             self.keep = self.pos;
                             return None;
@@ -304,7 +304,7 @@ impl Reader {
                         }
                     }
                     _ => {
-                        self.nest = Nest::default();
+                        self.scanner = Scanner::default();
                         self.keep = self.pos;
                         self.state = State::Element;
                     }
@@ -315,7 +315,7 @@ impl Reader {
     }
 
     fn element(&mut self) -> Option<Result<(usize, usize)>> {
-        let stop = self.nest.run(&self.buf, &mut self.pos, self.max_depth);
+        let stop = self.scanner.run(&self.buf, &mut self.pos, self.max_depth);
         let (start, end) = (self.keep, self.pos);
         if matches!(self.state, State::Element) && end - start > self.max_element {
             self.state = State::TooLarge;
@@ -412,14 +412,14 @@ impl Reader {
                 b'"' => {
                     self.pos += 1;
                     self.keep = self.pos;
-                    self.nest = Nest::in_string();
+                    self.scanner = Scanner::in_string();
                     self.state = State::InKey { sure };
                 }
                 b'}' => self.object_ended(),
                 b',' if sure => self.go(State::Key { sure }),
                 _ if sure => {
                     // Not JSON: go on behind the next comma.
-                    self.nest = Nest::default();
+                    self.scanner = Scanner::default();
                     self.state = State::Skip;
                 }
                 _ => self.again(),
@@ -427,7 +427,7 @@ impl Reader {
             State::Colon { sure, ours } => match byte {
                 b':' => self.go(State::Value { ours }),
                 _ if sure => {
-                    self.nest = Nest::default();
+                    self.scanner = Scanner::default();
                     self.state = State::Skip;
                 }
                 _ => self.again(),
@@ -438,7 +438,7 @@ impl Reader {
             State::Value { ours } => {
                 // "First" takes any array and minds nothing else.
                 self.met.other_value |= ours && !matches!(self.target, Target::First);
-                self.nest = Nest::default();
+                self.scanner = Scanner::default();
                 self.state = State::Skip;
             }
             _ => unreachable!("only called in these states"),
@@ -451,8 +451,8 @@ impl Reader {
         // Keys are short; what is not is looked at once, byte by byte.
         for (i, byte) in rest.iter().enumerate() {
             match byte {
-                _ if self.nest.escaped => self.nest.escaped = false,
-                b'\\' => self.nest.escaped = true,
+                _ if self.scanner.escaped => self.scanner.escaped = false,
+                b'\\' => self.scanner.escaped = true,
                 b'"' => {
                     let key = &self.buf[self.keep..self.pos + i];
                     let ours = match &self.target {

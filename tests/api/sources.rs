@@ -2,8 +2,6 @@
 //!
 //! Code under `#[cfg(test)]` is left out; nothing else is.
 
-#![allow(dead_code, reason = "each test uses a part of it")]
-
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
@@ -17,6 +15,7 @@ pub type ModulePath = Vec<String>;
 /// A module with its items, macros of the crate not expanded.
 pub struct Module {
     pub items: Vec<Item>,
+    names: BTreeSet<String>,
     /// Each name that a `use` brings in, with the path it stands for; `*` for all names of a module.
     uses: Vec<(String, Vec<String>)>,
 }
@@ -31,13 +30,13 @@ impl Module {
                 });
             }
         }
-        Self { items, uses }
+        let names = items.iter().filter_map(ident).map(syn::Ident::to_string);
+        let names = names.chain(made_by_macros(&items)).collect();
+        Self { items, names, uses }
     }
 
     fn defines(&self, name: &str) -> bool {
-        self.items
-            .iter()
-            .any(|item| ident(item).is_some_and(|ident| ident == name))
+        self.names.contains(name)
     }
 }
 
@@ -257,6 +256,36 @@ pub fn attributes(item: &Item) -> &[Attribute] {
         Item::Use(item) => &item.attrs,
         _ => &[],
     }
+}
+
+/// The macro that `call` calls, if it is defined among `items`.
+pub fn macro_of<'a>(items: &'a [Item], call: &syn::ItemMacro) -> Option<&'a syn::ItemMacro> {
+    let name = call.mac.path.get_ident().filter(|_| call.ident.is_none())?;
+    let mut macros = items.iter().filter_map(|item| match item {
+        Item::Macro(item) => Some(item),
+        _ => None,
+    });
+    macros.find(|item| item.ident.as_ref() == Some(name))
+}
+
+/// The names of items that are spelled out in a macro which the same module defines and calls.
+fn made_by_macros(items: &[Item]) -> Vec<String> {
+    let calls = items.iter().filter_map(|item| match item {
+        Item::Macro(call) => macro_of(items, call),
+        _ => None,
+    });
+    calls.flat_map(|item| names_made_by(item)).collect()
+}
+
+/// The names of the structs, enums and traits that a macro spells out.
+pub fn names_made_by(item: &syn::ItemMacro) -> Vec<String> {
+    let text = item.mac.tokens.to_string();
+    let words: Vec<_> = text.split_whitespace().collect();
+    let pairs = words.windows(2);
+    let names = pairs.filter(|pair| matches!(pair[0], "struct" | "enum" | "trait"));
+    let names = names.map(|pair| pair[1].split('<').next().unwrap_or_default());
+    let names = names.filter(|name| name.starts_with(char::is_alphabetic));
+    names.map(str::to_owned).collect()
 }
 
 /// The name of an item; none for imports, implementations and submodules.

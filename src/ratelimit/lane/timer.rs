@@ -19,8 +19,8 @@ use std::task::{Context, Poll, Waker, ready};
 use tokio::runtime::{self, Handle};
 use tokio::time::{Sleep, sleep_until};
 
+use super::Shared;
 use crate::ratelimit::bucket::Nanos;
-use crate::ratelimit::lane::Shared;
 use crate::ratelimit::scheduler::Wakeups;
 
 /// Names one timer of a lane. It is not used again when that has ended.
