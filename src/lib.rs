@@ -1,13 +1,19 @@
-//! Batched, rate-limited LLM generation: run at the full rate the provider allows, never
-//! above it, and lose nothing.
+//! Batched, rate-limited LLM generation: run at the full rate that the provider allows, never
+//! above it, and never lose a result or pay for it twice.
 //!
-//! - Write the work as a [`Pipeline`]: one async function from an input to an output, in ordinary Rust.
-//! - Give it a [`Context`]: a [`Provider`] behind a [`Pace`], with [retries](Retry), a deadline,
+//! Use this crate to send hundreds or millions of requests to a language model and to get one outcome for each. It paces
+//! the calls to the limits of the account, retries transient failures, reports the cost, and continues where it stopped.
+//! It is of little use for a single conversation, and it does not build agents or prompts.
+//!
+//! - [`Context`] is the handle for calls: a [`Provider`] behind a [`Pace`], with [retries](Retry), a deadline,
 //!   cancellation and [observers](observe::Observer).
-//! - Run it for many inputs as a [`Batch`], nested as you like, and get one
-//!   [`Outcome`] for each: [`Settled`].
-//! - Give the context a [store], and nothing is paid for twice ([`ContextBuilder::store`]). Submit the work with a
-//!   [`Runner`], and [`Worker`]s in any number of processes do it, whoever of them dies.
+//! - [`Batch`] runs an async closure for many inputs and returns an [`Outcome`] for each, in
+//!   [`Settled`]. Batches can be nested.
+//! - [`Pipeline`] gives a step a name, so that steps can be combined, registered and tested.
+//! - A [store] keeps the replies, so that no reply is paid for twice ([`ContextBuilder::store`]). With a store for several
+//!   processes, a [`Runner`] submits runs and [`Worker`]s do them, even if some of the workers die.
+//!
+//! # Example
 //!
 //! ```
 //! use std::time::Duration;
@@ -39,19 +45,19 @@
 //!
 //! # Features
 //!
-//! None is on by default; the core pulls in neither HTTP nor SQL.
+//! No feature is enabled by default; the core depends on neither HTTP nor SQL.
 //!
 //! - `openai`: [`OpenAi`], chat completions at any base URL.
 //! - `anthropic`: [`Anthropic`], the Messages API.
 //! - `structured`: replies as Rust values, whole ([`Context::generate_as`]), element by element
 //!   ([`Context::generate_items`]) and growing ([`Context::generate_drafts`]).
-//! - `sqlite`, `postgres`: durable [stores](store) besides the one in memory. They need Rust 1.94.
-//! - `sim`: [`Sim`], a provider that enforces limits on Tokio's clock and bills a ledger.
+//! - `sqlite`, `postgres`: durable [stores](store), besides the one in memory. They need Rust 1.94.
+//! - `sim`: [`Sim`], a simulated provider that enforces limits on Tokio's clock and records its bills.
 //! - `testing`: [`testing::Scripted`] and `sim`, for tests of your own code.
 //! - `bar`: [`observe::Bar`], a terminal progress bar.
 //! - `stages`: [`observe::Stages`], percentiles of calls, stages and items by label.
-//! - `tiktoken`: [`call::Tiktoken`], a counter of prompt tokens.
-//! - `signal`: [`context::stop_on_signal`], for services that are asked to stop.
+//! - `tiktoken`: [`call::Tiktoken`], which counts prompt tokens with the tokenizers of OpenAI.
+//! - `signal`: [`context::stop_on_signal`], which stops on Ctrl-C and SIGTERM.
 //! - `full`: `openai`, `anthropic`, `structured`, `sim`, `bar` and `signal`.
 //!
 //! # Where to go from here

@@ -1,15 +1,15 @@
 //! The incremental JSON reader and the drafts against `serde_json`, on any bytes cut anywhere.
 //!
-//! The first byte says how the others are cut. What must hold:
+//! The first byte decides how the others are cut into pieces. The properties:
 //! - nothing panics, and cutting changes nothing;
 //! - the elements of a text that is a JSON array are those that `serde_json` reads;
-//! - each draft of a text that is JSON is JSON, and the last is the text.
+//! - each draft is JSON, and the last draft of a text that is JSON is the text.
 
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
 use serde_json::Value;
-use throughline::json::{Draft, Reader};
+use throughline::structured::json::{Draft, Reader};
 
 /// The elements with the errors as text, and how it ended.
 type Told = (Vec<Result<String, String>>, Result<(), String>);
@@ -43,8 +43,12 @@ fuzz_target!(|data: &[u8]| {
 
     let Ok(value) = serde_json::from_slice::<Value>(text) else {
         let mut draft = Draft::new();
-        text.chunks(size).for_each(|piece| draft.push(piece));
-        draft.closed();
+        for piece in text.chunks(size) {
+            draft.push(piece);
+            if let Some(closed) = draft.closed() {
+                serde_json::from_str::<Value>(&closed).unwrap();
+            }
+        }
         return;
     };
     if let Value::Array(values) = &value {

@@ -1,4 +1,4 @@
-//! What runs the items of a batch, and the stream of their outcomes.
+//! The engine runs the items of a batch; [`Outcomes`] streams their outcomes.
 
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -23,21 +23,20 @@ use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::event::Event;
 
-/// The place of an outcome in the window of a stream, free again when the consumer takes it.
-type Room = Option<OwnedSemaphorePermit>;
+/// The slot of an outcome in the window of a stream, free again when the consumer takes the outcome.
+type Slot = Option<OwnedSemaphorePermit>;
 
 impl<T: Send, S: Stream<Item = T> + Send> Batch<Context, S> {
-    /// The outcomes as they come.
+    /// Runs `work` on the inputs and yields the outcomes as they come.
     ///
-    /// With `stop`, inputs that were not taken when that context ends are left alone, and the error
-    /// that says so is put there; without it, they are all taken and end as cancelled. With `room`, an input is
-    /// taken when there is some.
+    /// With `stop`, no input is taken after that context has ended, and the error that says so is stored there; without
+    /// it, all inputs are taken and end as cancelled. With `window`, an input is taken when a slot is free.
     pub(super) fn run<'a, O, F, Fut>(
         self,
         work: F,
         stop: Option<(Context, CutShort)>,
-        room: Option<Arc<Semaphore>>,
-    ) -> BoxStream<'a, Box<(Outcome<O>, Room)>>
+        window: Option<Arc<Semaphore>>,
+    ) -> BoxStream<'a, Box<(Outcome<O>, Slot)>>
     where
         F: Fn(Context, T) -> Fut + Send + 'a,
         Fut: Future<Output = Result<O>> + Send + 'a,
@@ -64,11 +63,11 @@ impl<T: Send, S: Stream<Item = T> + Send> Batch<Context, S> {
         let open_items = Arc::new(open_items);
         let started = Arc::clone(&open_items);
         let inputs = Intake::new(self.inputs.boxed(), stop);
-        let inputs = match room {
-            Some(room) => inputs
+        let inputs = match window {
+            Some(window) => inputs
                 .then(move |input| {
-                    let room = Arc::clone(&room).acquire_owned();
-                    room.map(|room| (input, room.ok()))
+                    let slot = Arc::clone(&window).acquire_owned();
+                    slot.map(|slot| (input, slot.ok()))
                 })
                 .boxed(),
             None => inputs.map(|input| (input, None)).boxed(),
@@ -77,7 +76,7 @@ impl<T: Send, S: Stream<Item = T> + Send> Batch<Context, S> {
         let (key, label) = (self.key, self.label);
         let has_store = batch.scope().namespace.is_some();
         let repeats = has_store.then(Mutex::<DuplicateKeys>::default);
-        let start = move |(index, (input, room)): (usize, (T, Room))| {
+        let start = move |(index, (input, slot)): (usize, (T, Slot))| {
             let key = key
                 .as_ref()
                 .map(|key| caught(|| key(&input)).map(Arc::from))
@@ -98,8 +97,8 @@ impl<T: Send, S: Stream<Item = T> + Send> Batch<Context, S> {
             let item = cx
                 .check()
                 .and(key)
-                // Boxed here, because on its way into the set of running items it is moved
-                // a dozen times, and it is as large as everything the work awaits.
+                // Boxed, because it is moved a dozen times on its way into the set of running items,
+                // and it is as large as everything that the work awaits.
                 .and_then(|_| caught(|| Box::pin(work(cx, input))));
             async move {
                 let result = match item {
@@ -109,7 +108,7 @@ impl<T: Send, S: Stream<Item = T> + Send> Batch<Context, S> {
                         .unwrap_or_else(|panic| Err(Error::panicked(panic))),
                     Err(error) => Err(error),
                 };
-                running.settle(&scope, index, started, result, room)
+                running.settle(&scope, index, started, result, slot)
             }
         };
 
@@ -143,7 +142,7 @@ fn exact_len(inputs: &impl Stream) -> Option<usize> {
     }
 }
 
-/// Counts the items of one batch and tells of each.
+/// Counts the items of one batch and reports each.
 struct Tracker {
     batch: Context,
     began: Instant,
@@ -155,7 +154,7 @@ struct Tracker {
     on_progress: Option<ProgressFn>,
 }
 
-/// An item under way, which is counted as dropped if it does not get to its outcome.
+/// A running item. It is counted as dropped if it has no outcome when this is dropped.
 struct Running {
     tracker: Arc<Tracker>,
     is_settled: bool,
@@ -176,10 +175,10 @@ impl Running {
         index: usize,
         started: Instant,
         result: Result<O>,
-        room: Room,
-    ) -> Box<(Outcome<O>, Room)> {
+        slot: Slot,
+    ) -> Box<(Outcome<O>, Slot)> {
         self.is_settled = true;
-        self.tracker.settle(item, index, started, result, room)
+        self.tracker.settle(item, index, started, result, slot)
     }
 }
 
@@ -216,8 +215,8 @@ impl Tracker {
         index: usize,
         started: Instant,
         result: Result<O>,
-        room: Room,
-    ) -> Box<(Outcome<O>, Room)> {
+        slot: Slot,
+    ) -> Box<(Outcome<O>, Slot)> {
         let elapsed = started.elapsed();
         if let (Err(error), Some(namespace)) = (&result, &item.namespace) {
             namespace.record_failure(error);
@@ -256,37 +255,37 @@ impl Tracker {
             started: started.duration_since(self.began),
             elapsed,
         };
-        // Boxed, because on its way out it is moved as often as the work was on its way in.
-        Box::new((outcome, room))
+        // Boxed, because it is moved as often as the work.
+        Box::new((outcome, slot))
     }
 }
 
-/// How a batch stands when one of its items has just ended ([`Batch::on_progress`]).
+/// The state of a batch when one of its items has just ended ([`Batch::on_progress`]).
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct Progress {
-    /// The batch's label: of a fan-out its own, of a pipeline the pipeline's name.
+    /// The label of the fan-out, or the name of the pipeline.
     pub label: Arc<str>,
-    /// How many items there are, where the inputs know.
+    /// The number of items, if the inputs know it.
     pub total: Option<usize>,
-    /// Items that ended well, this one included.
+    /// The items that succeeded, including this one.
     pub done: usize,
-    /// Items that failed, this one included; those that were cancelled are not counted.
+    /// The items that failed, including this one and without cancelled items.
     pub failed: usize,
-    /// Items that ended because the context was drained or cancelled, this one included.
+    /// The items that ended because the context was drained or cancelled, including this one.
     pub cancelled: usize,
-    /// The item that has just ended: its place among the inputs.
+    /// The index of the item that has just ended.
     pub index: usize,
-    /// The item that has just ended: its key.
+    /// The key of the item that has just ended.
     pub key: Option<Arc<str>>,
-    /// Whether it ended well.
+    /// Whether that item succeeded.
     pub ok: bool,
-    /// How long the batch has been running.
+    /// The time since the start of the batch.
     pub elapsed: Duration,
 }
 
 impl fmt::Display for Progress {
-    /// `river: 3 of 12 done, 1 failed, 2.5s`
+    /// Writes `river: 3 of 12 done, 1 failed, 2.5s`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}: {}", self.label, self.done)?;
         if let Some(total) = self.total {
@@ -303,15 +302,15 @@ impl fmt::Display for Progress {
     }
 }
 
-/// The outcomes of a batch as they come (`stream`).
+/// A stream of the outcomes of a batch, made by `stream`.
 ///
 /// The items run in a task of their own, so calls in flight go on while the consumer is
-/// busy. With a parallelism of n, at most 2n items are under way or waiting to be taken; then no
-/// new one starts until the consumer takes some. [`join_all`](Batch::join_all) knows no such bound.
+/// busy. With a parallelism of n, at most 2n items are running or waiting to be taken; no
+/// further item starts until the consumer takes one. [`join_all`](Batch::join_all) has no such bound.
 ///
-/// When the context drains, is cancelled or meets its deadline, the stream ends: items that
-/// have started yield their outcome, inputs that were not taken are left alone, and
-/// [`cut_short`](Self::cut_short) says so. Look at it where the result is taken for the whole:
+/// When the context drains, is cancelled or reaches its deadline, the stream ends: items that
+/// have started yield their outcome, and no further inputs are taken. Check
+/// [`cut_short`](Self::cut_short) before you treat the result as complete:
 ///
 /// ```
 /// use futures::StreamExt;
@@ -333,25 +332,25 @@ impl fmt::Display for Progress {
 /// ```
 ///
 /// # Cancel safety
-/// Dropping the stream cancels its items: nothing more is sent, permits go back, and the
-/// task is gone the next time the runtime gets to it. What is in flight may be billed.
+/// Dropping the stream cancels its items: no further call is sent, permits go back, and the
+/// runtime removes the task. Calls in flight may be billed.
 ///
 /// # Panics
-/// A panic of the iterator or stream of inputs comes out of `poll_next`.
+/// `poll_next` panics if the iterator or stream of inputs panics.
 #[must_use = "a stream does nothing unless polled"]
 pub struct Outcomes<T> {
-    receiver: mpsc::UnboundedReceiver<Box<(Outcome<T>, Room)>>,
-    /// The one task that drives the items; a set, because a set aborts its tasks when dropped.
+    receiver: mpsc::UnboundedReceiver<Box<(Outcome<T>, Slot)>>,
+    /// The task that drives the items, in a set, because a set aborts its tasks when it is dropped.
     driver: JoinSet<()>,
     cx: Context,
     cut_short: CutShort,
 }
 
 impl<T: Send + 'static> Outcomes<T> {
-    /// Drives `running` in a task; `cx` is the context it all runs in.
+    /// Drives `running` in a task; `cx` is the context of all items.
     pub(super) fn spawn(
         cx: Context,
-        mut running: BoxStream<'static, Box<(Outcome<T>, Room)>>,
+        mut running: BoxStream<'static, Box<(Outcome<T>, Slot)>>,
         cut_short: CutShort,
     ) -> Self {
         let (sender, receiver) = mpsc::unbounded_channel();
@@ -376,12 +375,12 @@ impl<T: Send + 'static> Outcomes<T> {
 }
 
 impl<T> Outcomes<T> {
-    /// Why the stream ended before its inputs did: the context drained, was cancelled or met its
+    /// Returns the reason why the stream ended before its inputs did: the context drained, was cancelled or reached its
     /// deadline ([`Error::is_cancelled`], [`Error::is_deadline_exceeded`]), or the runtime that drove
-    /// the items shut down. `None` while the stream has not ended, and where it ended with its inputs.
+    /// the items shut down. `None` until the stream has ended, and if it ended with its inputs.
     ///
-    /// Inputs that are a stream of unknown length count as left when none was waiting: whether
-    /// more would have come is unknown.
+    /// Of a stream of inputs with unknown length, it is not known whether more inputs would have come; they count as not
+    /// taken.
     pub fn cut_short(&self) -> Option<&Error> {
         self.cut_short.get()
     }
@@ -392,14 +391,14 @@ impl<T> Stream for Outcomes<T> {
 
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut task::Context<'_>) -> Poll<Option<Outcome<T>>> {
         if let Some(item) = ready!(self.receiver.poll_recv(cx)) {
-            let (outcome, _room) = *item;
+            let (outcome, _slot) = *item;
             return Poll::Ready(Some(outcome));
         }
         match ready!(self.driver.poll_join_next(cx)) {
             Some(Err(error)) if error.is_panic() => resume_unwind(error.into_panic()),
             Some(Err(_)) => {
                 let message =
-                    "the runtime that drove the batch has shut down, with items under way";
+                    "the runtime that drove the batch has shut down while items were running";
                 let error = Error::cancelled(message).with_billed(None);
                 let _ = self.cut_short.set(error);
                 Poll::Ready(None)
@@ -411,7 +410,7 @@ impl<T> Stream for Outcomes<T> {
 
 impl<T> Drop for Outcomes<T> {
     fn drop(&mut self) {
-        // At once, while the abort below waits for the runtime.
+        // Takes effect at once; the task is aborted only when the runtime polls it next.
         self.cx.cancel();
     }
 }

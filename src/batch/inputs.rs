@@ -1,22 +1,22 @@
-//! [`IntoInputs`]: iterators and streams alike are the inputs of a batch.
+//! [`IntoInputs`]: turns iterators and streams into the inputs of a batch.
 
 use futures::{Stream, stream};
 
-/// Anything that iterates or streams can be the inputs of a batch.
+/// A conversion into the inputs of a batch, for all iterators and streams.
 ///
-/// `M` tells iterators and streams apart; it is inferred and never written.
+/// `M` distinguishes iterators from streams; it is inferred and never written.
 #[diagnostic::on_unimplemented(
     message = "`{Self}` can be neither iterated nor streamed",
     label = "not the inputs of a batch",
     note = "a batch takes any `IntoIterator` (Send, as its iterator) or any `Stream` (Send)"
 )]
 pub trait IntoInputs<M> {
-    /// What one item takes.
+    /// The input of one item.
     type Item;
-    /// The inputs as a stream.
+    /// The stream of inputs.
     type Stream: Stream<Item = Self::Item> + Send;
 
-    /// The inputs as a stream.
+    /// Turns the inputs into a stream.
     fn into_inputs(self) -> Self::Stream;
 }
 

@@ -12,23 +12,24 @@ use tokio::task::yield_now;
 use crate::context::Context;
 use crate::error::Error;
 
-/// Why a batch left some of its inputs, once it has.
+/// The reason why a batch did not take all of its inputs, set when it stops.
 pub(super) type CutShort = Arc<OnceLock<Error>>;
 
-/// How many items of a batch may start, and how many may end, before other tasks get their turn: as much as Tokio
-/// lets a task do at a time.
+/// The number of items of a batch that may start, and that may end, before other tasks run: as many as the steps that
+/// Tokio allows a task at a time.
 const AT_A_TIME: usize = 128;
 
-/// Lets other tasks run after every 128 outcomes: where items and inputs are all ready, nothing else does.
-/// Tokio's own budget is left to the items: those that find it used up lose their place among the others.
+/// Lets other tasks run after every 128 outcomes. A batch whose items and inputs are all ready would otherwise never
+/// return to the runtime. It does not use Tokio's own budget, because items that find it used up lose their place in the
+/// queue of the lane.
 pub(super) async fn yield_after(outcomes: usize) {
     if outcomes.is_multiple_of(AT_A_TIME) {
         yield_now().await;
     }
 }
 
-/// The inputs of a running batch, taken one by one and at most 128 in a row, so that a batch without a limit on
-/// its parallelism does not start all of its items before anything else can run.
+/// The inputs of a running batch. At most 128 are taken in a row, so that a batch without a limit on
+/// its parallelism lets other tasks run before all of its items have started.
 pub(super) struct Intake<'a, T> {
     inputs: BoxStream<'a, T>,
     taken: usize,
@@ -37,7 +38,7 @@ pub(super) struct Intake<'a, T> {
     has_ended: bool,
 }
 
-/// When the inputs are left alone.
+/// The condition under which no further input is taken.
 struct Stop {
     cx: Context,
     stopped: BoxFuture<'static, ()>,
@@ -73,7 +74,7 @@ impl<T> Stream for Intake<'_, T> {
             && stop.stopped.poll_unpin(cx).is_ready()
         {
             this.has_ended = true;
-            // Taking one more to see whether there is one could take it from somebody else.
+            // Another reader of the same source may need the next input, so it is not polled to see whether there is one.
             if this.inputs.size_hint().1 != Some(0) {
                 let error = stop.cx.bounds().inputs_left(this.taken);
                 let _ = stop.cut_short.set(error);

@@ -1,4 +1,4 @@
-//! [`Batch`]: many inputs through one piece of work, with a parallelism and a collection rule.
+//! [`Batch`]: runs one piece of work on many inputs, with a parallelism and a rule for collecting the outcomes.
 
 mod engine;
 mod inputs;
@@ -20,17 +20,17 @@ use crate::context::Context;
 use crate::error::Result;
 use crate::ratelimit::Priority;
 
-/// How many items run at a time unless the batch says otherwise: enough that the lane,
-/// which paces the calls, is what limits most accounts.
+/// The default number of items that run at a time: enough that the lane, which paces the calls, is the limit for most
+/// accounts.
 const DEFAULT_PARALLELISM: usize = 64;
 
-/// Inputs may say that there are more of them than there is memory.
+/// The most outcomes for which memory is reserved in advance, because inputs may report any length.
 const MOST_RESERVED: usize = 1 << 16;
 
 impl Context {
-    /// Many inputs through one closure, each item in a context of its own under `label`.
+    /// Makes a batch that runs one closure on many inputs, each item in a context of its own under `label`.
     ///
-    /// See [`Batch`] for how many run at a time and how they are collected.
+    /// See [`Batch`] for the parallelism and for collecting the outcomes.
     pub fn fan_out<M, I: IntoInputs<M>>(
         &self,
         label: impl Into<Arc<str>>,
@@ -49,11 +49,11 @@ enum Parallelism {
 }
 
 impl Parallelism {
-    /// How many outcomes of a stream may wait for the consumer or be under way.
+    /// The number of items of a stream that may run or wait for the consumer.
     fn window(self) -> usize {
         match self {
             Self::JoinAll => Semaphore::MAX_PERMITS,
-            // As many again as run, so that a slow consumer does not idle the lane.
+            // Twice as many as may run, so that a slow consumer does not idle the lane.
             Self::Buffered(n) | Self::Unordered(n) | Self::Chunks(n) => {
                 n.saturating_mul(2).min(Semaphore::MAX_PERMITS)
             }
@@ -61,7 +61,7 @@ impl Parallelism {
     }
 }
 
-/// Many inputs through one piece of work: choose how many run at a time, then how to collect.
+/// One piece of work for many inputs: choose the parallelism, then collect the outcomes.
 ///
 /// | parallelism | runs | a stream yields |
 /// |---|---|---|
@@ -73,13 +73,12 @@ impl Parallelism {
 ///
 /// | collection | gives |
 /// |---|---|
-/// | `settle` | [`Settled`]: every outcome, in input order; never fails |
-/// | `try_all` | all values, or the first failure, after which nothing new is sent |
-/// | `stream` | [`Outcomes`]: each outcome as it comes, in memory O(in flight) |
+/// | `settle` | [`Settled`]: all outcomes, in input order; never fails |
+/// | `try_all` | all values, or the first failure, after which no further call is sent |
+/// | `stream` | [`Outcomes`]: each outcome as it comes, with memory for the items in flight only |
 ///
-/// Items hold no permits, only the calls inside them do, so fan-outs can be nested
-/// without deadlock. A panic in an item is that item's failure; a panic of the iterator
-/// that makes the inputs is the caller's own and goes through.
+/// Only calls hold permits, not items, so fan-outs can be nested without deadlock. A panic in an item is caught and
+/// fails that item; a panic of the iterator of inputs is not caught.
 ///
 /// A batch of a pipeline collects with `settle(&cx)`, a fan-out of a context with
 /// `settle(async |cx, input| { .. })`. Such a closure borrows what it captures, here a `String`, for all items at
@@ -147,13 +146,13 @@ impl<W, S: Stream> Batch<W, S> {
         self
     }
 
-    /// Starts every item at once. Memory grows with the inputs; the lane still paces the calls.
+    /// Starts all items at once. Memory grows with the number of inputs; the lane still paces the calls.
     pub fn join_all(self) -> Self {
         self.parallelism(Parallelism::JoinAll)
     }
 
-    /// Runs `n` items at a time and yields in input order. An item that ends before its
-    /// predecessors keeps its place until they have ended.
+    /// Runs `n` items at a time and yields their outcomes in input order. An outcome waits for those of earlier
+    /// items.
     ///
     /// # Panics
     /// If `n` is 0.
@@ -163,10 +162,10 @@ impl<W, S: Stream> Batch<W, S> {
         self.parallelism(Parallelism::Buffered(n))
     }
 
-    /// Runs `n` items at a time and yields as they end.
+    /// Runs `n` items at a time and yields their outcomes as they end.
     ///
-    /// This bounds the items, of which each may make many calls; [`Pace::in_flight`](crate::Pace::in_flight)
-    /// bounds the calls of all batches together.
+    /// This limits the items, of which each may make many calls; [`Pace::in_flight`](crate::Pace::in_flight)
+    /// limits the calls of all batches together.
     ///
     /// # Panics
     /// If `n` is 0.
@@ -195,24 +194,24 @@ impl<W, S: Stream> Batch<W, S> {
         self.buffered(1)
     }
 
-    /// Names each item: outcomes, events and ledgers then say the key in the place of the
-    /// index. A panic in `f` fails the item.
+    /// Gives each item a key, which outcomes, events and ledgers show instead of the index. A panic in `f` fails the
+    /// item.
     ///
-    /// Keys are best unique. Where there is a [store](crate::ContextBuilder::store), items are remembered by their
-    /// keys; items of one batch with the same key are told apart by their order, so that each has answers
+    /// Keys should be unique. With a [store](crate::ContextBuilder::store), the answers of an item are found by its
+    /// key. Items of one batch with the same key are distinguished by their order, so that each has answers
     /// of its own. That takes 8 to 16 bytes of memory for each key of the batch.
     pub fn key(mut self, f: impl Fn(&S::Item) -> String + Send + 'static) -> Self {
         self.key = Some(Box::new(f));
         self
     }
 
-    /// How urgent the calls of the items are; the context's own unless set.
+    /// Sets the priority of the calls; the default is the priority of the context.
     pub fn priority(mut self, priority: Priority) -> Self {
         self.priority = Some(priority);
         self
     }
 
-    /// Calls `f` each time an item has its outcome. A panic in it is caught and counted.
+    /// Calls `f` after each item. A panic in it is caught and counted.
     pub fn on_progress(mut self, f: impl Fn(&Progress) + Send + Sync + 'static) -> Self {
         self.on_progress = Some(Box::new(f));
         self
@@ -221,10 +220,10 @@ impl<W, S: Stream> Batch<W, S> {
 
 /// Collecting a fan-out of a context.
 impl<T: Send, S: Stream<Item = T> + Send> Batch<Context, S> {
-    /// Runs `work` on every item and gives every outcome, in input order. Never fails.
+    /// Runs `work` on every input and returns all outcomes, in input order. Never fails.
     ///
     /// # Cancel safety
-    /// Dropping it drops the items: nothing more is sent, and what is in flight may be billed.
+    /// Dropping it drops the items: no further call is sent, and calls in flight may be billed.
     pub async fn settle<O, F, Fut>(self, work: F) -> Settled<O>
     where
         F: Fn(Context, T) -> Fut + Send,
@@ -232,7 +231,7 @@ impl<T: Send, S: Stream<Item = T> + Send> Batch<Context, S> {
         O: Send,
     {
         let began = Instant::now();
-        // All of it is kept, so the room for it is made once.
+        // All outcomes are kept, so their memory is reserved once.
         let mut outcomes = Vec::with_capacity(self.inputs.size_hint().0.min(MOST_RESERVED));
         let mut running = self.run(work, None, None);
         while let Some(item) = running.next().await {
@@ -242,12 +241,12 @@ impl<T: Send, S: Stream<Item = T> + Send> Batch<Context, S> {
         Settled::new(outcomes, began.elapsed())
     }
 
-    /// Runs `work` on every item and gives all values in input order, or the first failure.
+    /// Runs `work` on every input and returns all values in input order, or the first failure.
     ///
     /// # Errors
-    /// The first failure, with the item it comes from ([`Error::item`](crate::Error::item)). From then on nothing new is
-    /// sent; calls in flight are paid already, so they are waited for. Where the context drains, is
-    /// cancelled or meets its deadline before all inputs were taken, the error says so:
+    /// The first failure, with the path of its item ([`Error::item`](crate::Error::item)). After it, no further call is
+    /// sent; calls in flight are paid for already, so `try_all` waits for them. If the context drains, is
+    /// cancelled or reaches its deadline before all inputs were taken, the error says so:
     /// there are never fewer values than inputs.
     ///
     /// # Cancel safety
@@ -284,9 +283,9 @@ impl<T: Send, S: Stream<Item = T> + Send> Batch<Context, S> {
         }
     }
 
-    /// Runs `work` on every item and yields the outcomes as they come. See [`Outcomes`].
+    /// Runs `work` on every input and yields the outcomes as they come. See [`Outcomes`].
     ///
-    /// The items run in a task of their own, so `work` cannot borrow: it owns what it captures and hands a
+    /// The items run in a task of their own, so `work` cannot borrow: it owns the values it captures and gives a
     /// clone to each item.
     ///
     /// ```
@@ -319,9 +318,9 @@ impl<T: Send, S: Stream<Item = T> + Send> Batch<Context, S> {
     {
         let cx = self.work.child("");
         self.work = cx.clone();
-        let room = Arc::new(Semaphore::new(self.parallelism.window()));
+        let window = Arc::new(Semaphore::new(self.parallelism.window()));
         let cut_short = CutShort::default();
         let stop = Some((cx.clone(), Arc::clone(&cut_short)));
-        Outcomes::spawn(cx, self.run(work, stop, Some(room)), cut_short)
+        Outcomes::spawn(cx, self.run(work, stop, Some(window)), cut_short)
     }
 }

@@ -1,19 +1,21 @@
-//! [`OpenItems`]: whether a batch's parallelism keeps it from starting more items.
+//! [`OpenItems`]: reports when the parallelism of a batch is the limiting factor.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use super::Parallelism;
 use crate::context::Context;
 
-/// Counts the open items of one batch and reports to the context while the batch has inputs left and may not start
-/// another: then its parallelism, and not the provider, can be the limiting factor ([`Binding::OpenItems`]).
+/// Counts the open items of one batch. It reports to the context while the batch has inputs left and may not start
+/// another item, because then the parallelism can be the limiting factor instead of the provider
+/// ([`Binding::OpenItems`]).
 ///
 /// [`Binding::OpenItems`]: crate::ratelimit::Binding::OpenItems
 pub(super) struct OpenItems {
     batch: Context,
-    /// Open items that keep another from starting.
+    /// The number of open items at which no other item may start.
     limit: usize,
-    /// Open items that still keep another from starting once the limit was reached: a chunk has to end whole.
+    /// The number of open items, after the limit was reached, down to which no other item may start: all items of a
+    /// chunk must end first.
     hold: usize,
     inputs: Option<usize>,
     taken: AtomicUsize,
@@ -22,7 +24,7 @@ pub(super) struct OpenItems {
 }
 
 impl OpenItems {
-    /// `inputs` is the number of inputs, where it is known.
+    /// Counts the items of `batch`; `inputs` is the number of inputs, if it is known.
     pub(super) fn new(batch: Context, parallelism: Parallelism, inputs: Option<usize>) -> Self {
         let (limit, hold) = match parallelism {
             Parallelism::JoinAll => (usize::MAX, usize::MAX),

@@ -1,4 +1,4 @@
-//! [`Settled`]: the outcome of every item, in input order.
+//! [`Outcome`]: the result of one item. [`Settled`]: the outcomes of all items, in input order.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -10,36 +10,36 @@ use serde::{Deserialize, Serialize};
 use crate::call::Tally;
 use crate::error::{Error, ErrorKind, Result};
 
-/// How one item of a batch ended.
+/// The result of one item of a batch, with its cost and duration.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct Outcome<T> {
-    /// The item's place among the inputs, from 0.
+    /// The index of the input, from 0.
     pub index: usize,
-    /// The item's key, where the batch was given [`key`](crate::Batch::key).
+    /// The key of the item, if the batch has [keys](crate::Batch::key).
     pub key: Option<Arc<str>>,
-    /// The value, or why there is none.
+    /// The value, or the error.
     pub result: Result<T>,
-    /// What the item cost, with everything below it: calls, attempts, tokens.
+    /// The cost of the item, with all batches inside it: calls, attempts, tokens.
     pub tally: Tally,
-    /// When the item started, counted from the start of the batch.
+    /// The time from the start of the batch to the start of the item.
     pub started: Duration,
-    /// How long the item took, waiting for the lane included.
+    /// The duration of the item, including the wait for the lane.
     pub elapsed: Duration,
 }
 
 impl<T> Outcome<T> {
-    /// Whether there is a value.
+    /// Whether the item succeeded.
     pub fn is_ok(&self) -> bool {
         self.result.is_ok()
     }
 
-    /// When the item ended, counted from the start of the batch.
+    /// Returns the time from the start of the batch to the end of the item.
     pub fn ended(&self) -> Duration {
         self.started + self.elapsed
     }
 
-    /// How a path names the item: by its key, or else by its index.
+    /// The name of the item in a path: its key, or else its index.
     pub(crate) fn name(&self) -> String {
         match &self.key {
             Some(key) => key.to_string(),
@@ -47,15 +47,15 @@ impl<T> Outcome<T> {
         }
     }
 
-    /// Why there is no value.
+    /// Returns the error, if the item failed.
     pub fn error(&self) -> Option<&Error> {
         self.result.as_ref().err()
     }
 }
 
-/// The outcome of every item of a batch, in input order: one for each input, none lost.
+/// The outcomes of a batch in input order, one for each input.
 ///
-/// `Display` sums it up in a line.
+/// `Display` writes a summary of one line.
 ///
 /// ```
 /// use throughline::{Context, Error, testing::Scripted};
@@ -85,34 +85,34 @@ impl<T> Settled<T> {
         Self { outcomes, elapsed }
     }
 
-    /// All outcomes, in input order.
+    /// Returns all outcomes, in input order.
     pub fn outcomes(&self) -> &[Outcome<T>] {
         &self.outcomes
     }
 
-    /// How many items there were.
+    /// Returns the number of items.
     pub fn len(&self) -> usize {
         self.outcomes.len()
     }
 
-    /// Whether there were no items at all.
+    /// Whether there were no items.
     pub fn is_empty(&self) -> bool {
         self.outcomes.is_empty()
     }
 
-    /// The values, in input order.
+    /// Returns the values, in input order.
     pub fn oks(&self) -> impl Iterator<Item = &T> {
         self.outcomes
             .iter()
             .filter_map(|outcome| outcome.result.as_ref().ok())
     }
 
-    /// The outcomes without a value, in input order.
+    /// Returns the outcomes without a value, in input order.
     pub fn failures(&self) -> impl Iterator<Item = &Outcome<T>> {
         self.outcomes.iter().filter(|outcome| !outcome.is_ok())
     }
 
-    /// What the whole batch cost.
+    /// Returns the cost of the whole batch.
     pub fn tally(&self) -> Tally {
         let mut sum = Tally::default();
         for Outcome { tally, .. } in &self.outcomes {
@@ -121,12 +121,12 @@ impl<T> Settled<T> {
         sum
     }
 
-    /// How long the whole batch took.
+    /// Returns the duration of the whole batch.
     pub fn elapsed(&self) -> Duration {
         self.elapsed
     }
 
-    /// The values, if there are at least `n` of them.
+    /// Returns the values, if there are at least `n` of them.
     ///
     /// # Errors
     /// [`ErrorKind::TooFew`] with the summary as its message and the first failure as its source.
@@ -141,7 +141,7 @@ impl<T> Settled<T> {
         })
     }
 
-    /// The values, if there is one for every input.
+    /// Returns the values, if every item succeeded.
     ///
     /// # Errors
     /// As [`at_least`](Self::at_least).
@@ -150,8 +150,7 @@ impl<T> Settled<T> {
         self.at_least(n)
     }
 
-    /// A value for every input, in input order: its own, or the one `fallback` makes for
-    /// the failed outcome.
+    /// Returns a value for every input, in input order: `fallback` makes those of failed items.
     pub fn or_fallback(self, mut fallback: impl FnMut(&Outcome<T>) -> T) -> Vec<T> {
         let value = |outcome| match outcome {
             Outcome {
@@ -162,13 +161,13 @@ impl<T> Settled<T> {
         self.outcomes.into_iter().map(value).collect()
     }
 
-    /// The bare results, in input order.
+    /// Returns the results alone, in input order.
     pub fn into_results(self) -> Vec<Result<T>> {
         let outcomes = self.outcomes.into_iter();
         outcomes.map(|outcome| outcome.result).collect()
     }
 
-    /// The values, in input order; the failures are dropped.
+    /// Returns the values, in input order, and drops the failures.
     pub fn into_oks(self) -> Vec<T> {
         let outcomes = self.outcomes.into_iter();
         outcomes.filter_map(|outcome| outcome.result.ok()).collect()
@@ -185,7 +184,7 @@ impl<T> IntoIterator for Settled<T> {
 }
 
 impl<T> fmt::Display for Settled<T> {
-    /// `10 of 12 succeeded in 3.2s; 1 timeout, 1 throttled (first: #4: timed out: ...)`
+    /// Writes `10 of 12 succeeded in 3.2s; 1 timeout, 1 throttled (first: #4: timed out: ...)`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (done, all) = (self.oks().count(), self.len());
         write!(f, "{done} of {all} succeeded in {:.1?}", self.elapsed)?;

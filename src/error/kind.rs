@@ -4,17 +4,17 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-/// What went wrong. Ask the predicates of [`Error`](crate::Error) first; match on a kind only
-/// where they do not tell enough.
+/// The kind of a failure. Use the predicates of [`Error`](crate::Error) first; match on a kind only
+/// if they are not enough.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum ErrorKind {
-    /// The provider refused the call because of a rate limit (429). Waiting cures it.
+    /// The provider refused the call because of a rate limit (429). The call succeeds after a wait.
     Throttled,
-    /// The provider is overloaded (503, 529, `slow_down`). Sending less cures it.
+    /// The provider is overloaded (503, 529, `slow_down`). Sending fewer calls helps.
     Overloaded,
-    /// The provider failed in a way that usually passes (408, 409, 5xx).
+    /// The provider failed with an error that is usually transient (408, 409, 5xx).
     Unavailable,
     /// The connection could not be made, was reset, or ended in the middle of a reply.
     Connection,
@@ -24,13 +24,13 @@ pub enum ErrorKind {
     InvalidRequest,
     /// The credentials are refused (401). No call of this account will succeed.
     Unauthorized,
-    /// The request is forbidden (403) and the provider does not say why. It may be this request
-    /// alone (a model that the key may not use, a policy of a gateway) or all of the account's.
+    /// The request is forbidden (403), and the provider gives no reason. Either this request
+    /// is refused (a model that the key may not use, a policy of a gateway) or every request of the account.
     Forbidden,
     /// The account's quota is used up (402, `insufficient_quota`, spend cap, per-day limit).
-    /// No call of this account will succeed until somebody acts or the day ends.
+    /// No call of this account will succeed until its owner acts or the day ends.
     QuotaExhausted,
-    /// The reply is not what the protocol says: not JSON, no choices, too large.
+    /// The reply breaks the protocol: it is not JSON, has no choices, or is too large.
     MalformedReply,
     /// The work was cancelled before it had a result.
     Cancelled,
@@ -45,23 +45,22 @@ pub enum ErrorKind {
     /// Reading or writing failed outside the provider, or no file descriptor was left for a
     /// connection.
     Io,
-    /// The store failed. Temporary where trying again can help: a connection that is gone, a
-    /// file that is busy.
+    /// The store failed. Temporary if a retry can help: a lost connection, a busy file.
     Store,
-    /// A worker's lease is gone: it must stop, because others have its items.
+    /// A worker has lost its lease. It must stop, because other workers have its items.
     LeaseLost,
-    /// A reply came, and it is not what was asked for: not JSON, not of the type, refused by a
-    /// validator or by the model. It is paid for; asking in the same words may end the same way.
+    /// The reply cannot be used: it is not JSON, does not fit the type, or was refused by a
+    /// validator or by the model. It is paid for, and the same request may get the same reply.
     InvalidOutput,
-    /// A reply was cut at the limit on its tokens, or broke off in the middle of a value.
-    /// Asking again with a higher [`max_tokens`](crate::Request::max_tokens) cures the former.
+    /// The reply was cut at its limit on tokens, or broke off in the middle of a value. In the first case, ask again
+    /// with a higher [`max_tokens`](crate::Request::max_tokens).
     Truncated,
     /// An error of the caller's own code, carried by [`Error::other`](crate::Error::other).
     Other,
 }
 
 impl ErrorKind {
-    /// The kind as a lower-case word with underscores, as it is serialised.
+    /// Returns the kind in snake case, as it is serialised.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Throttled => "throttled",
@@ -126,7 +125,7 @@ impl ErrorKind {
         }
     }
 
-    /// Whether a call that ended so was paid for, as far as the kind alone can tell.
+    /// Whether a call that ended with this kind was paid for, if the kind decides it.
     pub(super) fn billed(self) -> Option<bool> {
         match self {
             Self::Connection | Self::Timeout | Self::Panicked | Self::Other => None,
@@ -142,16 +141,16 @@ impl fmt::Display for ErrorKind {
     }
 }
 
-/// Whether trying again can help.
+/// Whether a retry can help.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum Persistence {
-    /// It may pass: the retry loop tries again.
+    /// The failure is transient: the retry loop tries again.
     Temporary,
-    /// It will not pass: nobody tries again.
+    /// The failure is permanent: there is no retry.
     Permanent,
-    /// It might have passed, but whoever retries has given up. An outer layer
-    /// must not retry it once more: that is how retries multiply.
+    /// The failure was transient, and the retry loop has given up. An outer layer must not retry again, because
+    /// retries would multiply.
     Exhausted,
 }

@@ -1,4 +1,4 @@
-//! [`Error`]: what went wrong, whether it can pass, and what to do about it.
+//! [`Error`]: the failure of a call or an item, and whether a retry can help.
 
 mod kind;
 
@@ -15,11 +15,11 @@ use crate::usage::RateSnapshot;
 /// A result with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// Why a call or an item failed: opaque, cheap to move, cloneable.
+/// The failure of a call or an item: opaque, cheap to move, cloneable.
 ///
-/// An error has a [kind](Error::kind), says whether it [can pass](Error::is_temporary),
-/// what the server asked us to [wait](Error::wait), and whether the failure
-/// [was paid for](Error::billed). It never holds a key or a header.
+/// An error has a [kind](Error::kind) and says whether it [is transient](Error::is_temporary),
+/// how long the server asks to [wait](Error::wait), and whether the failed call
+/// [was paid for](Error::billed). It never contains a key or a header.
 ///
 /// # Example: an error of your own inside a pipeline
 ///
@@ -66,7 +66,7 @@ struct Inner {
 }
 
 impl Error {
-    /// An error of `kind`; the kind decides whether it can pass.
+    /// Makes an error of `kind`, which decides whether a retry can help.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
         Self(Box::new(Inner {
             kind,
@@ -85,9 +85,9 @@ impl Error {
         }))
     }
 
-    /// The caller's own error, permanent: nobody tries it again.
+    /// Wraps an error of another type. The result is permanent, so it is not retried.
     ///
-    /// An [`Error`] of this crate passes through unchanged.
+    /// An [`Error`] of this crate is returned unchanged.
     pub fn other(error: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {
         match error.into().downcast::<Self>() {
             Ok(ours) => *ours,
@@ -123,8 +123,8 @@ impl Error {
         self
     }
 
-    /// Adds how long the server asks to wait. The next attempt waits at least that long, and a refusal by the rate limit
-    /// closes the lane for it.
+    /// Adds the time that the server asks to wait. The next attempt waits at least that long, and after a refusal by the
+    /// rate limit the whole lane does.
     ///
     /// It takes precedence over the `retry_after` of [`with_rate`](Self::with_rate), whichever is set first.
     #[must_use]
@@ -147,7 +147,7 @@ impl Error {
         self
     }
 
-    /// Adds the provider's request id, for a question to its support.
+    /// Adds the provider's request id, for questions to its support.
     #[must_use]
     pub fn with_request_id(mut self, id: impl Into<String>) -> Self {
         self.0.request_id = Some(id.into());
@@ -166,22 +166,22 @@ impl Error {
         self
     }
 
-    /// Says whether the failed call was paid for (`None`: nobody can know).
+    /// Sets whether the failed call was paid for; `None` if that cannot be known.
     #[must_use]
     pub fn with_billed(mut self, billed: Option<bool>) -> Self {
         self.0.billed = billed;
         self
     }
 
-    /// Overrules what the kind says about the other calls of the account
-    /// ([`is_account_wide`](Error::is_account_wide)).
+    /// Sets whether the error concerns all calls of the account ([`is_account_wide`](Error::is_account_wide)), in place of
+    /// the answer of the kind.
     #[must_use]
     pub fn with_account_wide(mut self, account_wide: bool) -> Self {
         self.0.account_wide = Some(account_wide);
         self
     }
 
-    /// Overrules what the kind says about trying again (`x-should-retry`).
+    /// Sets whether a retry can help, in place of the answer of the kind (`x-should-retry`).
     #[must_use]
     pub fn with_persistence(mut self, persistence: Persistence) -> Self {
         self.0.persistence = persistence;
@@ -197,129 +197,129 @@ impl Error {
         self
     }
 
-    /// Names the item of a batch that failed, unless an inner batch has named one of its own.
+    /// Adds the path of the item that failed, unless an inner batch has added one.
     pub(crate) fn of_item(mut self, path: impl FnOnce() -> String) -> Self {
         self.0.item.get_or_insert_with(|| path().into());
         self
     }
 
-    /// What went wrong.
+    /// Returns the kind of the failure.
     pub fn kind(&self) -> ErrorKind {
         self.0.kind
     }
 
-    /// Whether trying again can help.
+    /// Returns whether a retry can help.
     pub fn persistence(&self) -> Persistence {
         self.0.persistence
     }
 
-    /// The message alone, without the kind and the details that `Display` adds.
+    /// Returns the message alone, without the kind and the details that `Display` adds.
     pub fn message(&self) -> &str {
         &self.0.message
     }
 
-    /// How long the server asked us to wait, if it did.
+    /// Returns the time that the server asked to wait, if it did.
     pub fn wait(&self) -> Option<Duration> {
         self.0.wait
     }
 
-    /// The HTTP status, if there was a reply.
+    /// Returns the HTTP status, if there was a reply.
     pub fn http_status(&self) -> Option<u16> {
         self.0.http_status
     }
 
-    /// The provider's own error code, if it sent one.
+    /// Returns the provider's own error code, if it sent one.
     pub fn code(&self) -> Option<&str> {
         self.0.code.as_deref()
     }
 
-    /// The provider's request id, if it sent one.
+    /// Returns the provider's request id, if it sent one.
     pub fn request_id(&self) -> Option<&str> {
         self.0.request_id.as_deref()
     }
 
-    /// The rate-limit metadata that came with the error, if any. It is not serialised.
+    /// Returns the rate-limit metadata that came with the error, if any. It is not serialised.
     pub fn rate(&self) -> Option<&RateSnapshot> {
         self.0.rate.as_deref()
     }
 
-    /// Whether the failed call was paid for; `None` where nobody can know, as for
+    /// Returns whether the failed call was paid for; `None` if that cannot be known, as for
     /// a connection that broke after the request was sent.
     pub fn billed(&self) -> Option<bool> {
         self.0.billed
     }
 
-    /// How many calls to the provider were made before giving up; 0 when none was
-    /// made, or when the error did not come out of a call.
+    /// Returns the number of calls to the provider before it was given up; 0 if there was none, or if the error is not
+    /// that of a call.
     pub fn attempts(&self) -> u32 {
         self.0.attempts
     }
 
-    /// The path of the item that failed, as in `week-plan[3]/routine[0]`, where the error is that of a batch
-    /// ([`try_all`](crate::Batch::try_all)): the innermost item, if batches are nested. `Display` begins with it.
+    /// Returns the path of the item that failed, as in `week-plan[3]/routine[0]`, if the error is that of a batch
+    /// ([`try_all`](crate::Batch::try_all)). In nested batches it is the innermost item. `Display` begins with it.
     pub fn item(&self) -> Option<&str> {
         self.0.item.as_deref()
     }
 
-    /// It may pass, and nobody has given up on it.
+    /// Whether the failure is transient and a retry can help.
     pub fn is_temporary(&self) -> bool {
         self.0.persistence == Persistence::Temporary
     }
 
-    /// It will not pass by itself.
+    /// Whether the failure is permanent.
     pub fn is_permanent(&self) -> bool {
         self.0.persistence == Persistence::Permanent
     }
 
-    /// It was tried as often as the policy allows. Do not retry it again.
+    /// Whether the call was tried as often as the policy allows. Do not retry it again.
     pub fn is_exhausted(&self) -> bool {
         self.0.persistence == Persistence::Exhausted
     }
 
-    /// The provider's rate limit said no.
+    /// Whether the provider's rate limit refused the call.
     pub fn is_throttled(&self) -> bool {
         self.0.kind == ErrorKind::Throttled
     }
 
-    /// The provider is overloaded.
+    /// Whether the provider is overloaded.
     pub fn is_overloaded(&self) -> bool {
         self.0.kind == ErrorKind::Overloaded
     }
 
-    /// One of the call's timeouts passed.
+    /// Whether one of the call's timeouts passed.
     pub fn is_timeout(&self) -> bool {
         self.0.kind == ErrorKind::Timeout
     }
 
-    /// The work was cancelled.
+    /// Whether the work was cancelled.
     pub fn is_cancelled(&self) -> bool {
         self.0.kind == ErrorKind::Cancelled
     }
 
-    /// The deadline passed.
+    /// Whether the deadline passed.
     pub fn is_deadline_exceeded(&self) -> bool {
         self.0.kind == ErrorKind::DeadlineExceeded
     }
 
-    /// User code panicked.
+    /// Whether user code panicked.
     pub fn is_panic(&self) -> bool {
         self.0.kind == ErrorKind::Panicked
     }
 
-    /// A reply came and is not what was asked for.
+    /// Whether the reply cannot be used.
     pub fn is_invalid_output(&self) -> bool {
         self.0.kind == ErrorKind::InvalidOutput
     }
 
-    /// A reply was cut short.
+    /// Whether the reply was cut short.
     pub fn is_truncated(&self) -> bool {
         self.0.kind == ErrorKind::Truncated
     }
 
-    /// No other call of this account can succeed either: its credentials or its quota are refused, or
-    /// the provider has answered no call for long. Stop, keep what is done, and tell a person.
+    /// Whether no other call of this account can succeed either: its credentials or its quota are refused, or
+    /// the provider has answered no call for a long time. Stop, keep the results so far, and notify a person.
     ///
-    /// One [`Forbidden`](ErrorKind::Forbidden) request does not say so much: it counts when a different request
+    /// A single [`Forbidden`](ErrorKind::Forbidden) request is no proof: it counts when a different request
     /// has confirmed it.
     pub fn is_account_wide(&self) -> bool {
         let by_kind = matches!(
@@ -388,7 +388,7 @@ impl From<std::io::Error> for Error {
 }
 
 impl From<serde_json::Error> for Error {
-    /// The caller's own JSON did not parse: permanent.
+    /// Wraps the failure to parse JSON of the caller. It is permanent.
     fn from(error: serde_json::Error) -> Self {
         Self::other(error)
     }
@@ -399,7 +399,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn display_names_kind_status_wait_and_attempts() {
+    fn display_shows_kind_status_wait_and_attempts() {
         let error = Error::new(ErrorKind::Throttled, "slow down, please")
             .with_http_status(429)
             .with_code("rate_limit_exceeded")
@@ -414,14 +414,14 @@ mod tests {
     }
 
     #[test]
-    fn giving_up_leaves_a_permanent_error_permanent() {
+    fn a_permanent_error_stays_permanent_when_it_is_given_up() {
         let error = Error::new(ErrorKind::InvalidRequest, "no such model").exhausted(1);
         assert!(error.is_permanent());
         assert_eq!(error.attempts(), 1);
     }
 
     #[test]
-    fn other_keeps_our_own_error_and_the_source_of_a_foreign_one() {
+    fn other_returns_an_error_of_the_crate_unchanged_and_keeps_the_source_of_another() {
         let ours = Error::new(ErrorKind::Timeout, "idle");
         assert_eq!(Error::other(ours).kind(), ErrorKind::Timeout);
 
@@ -434,7 +434,7 @@ mod tests {
     }
 
     #[test]
-    fn serde_keeps_all_but_source_and_rate() {
+    fn all_but_source_and_rate_is_serialised() {
         let error = Error::new(ErrorKind::Connection, "reset")
             .with_source(std::io::Error::other("reset by peer"))
             .with_rate(RateSnapshot::default())
@@ -462,7 +462,7 @@ mod tests {
             throttled().with_rate(rate()).with_wait(one).wait(),
             Some(one)
         );
-        // The same request would be refused again, however long one waits.
+        // A wait does not help: the same request would be refused again.
         let refused = error(ErrorKind::InvalidRequest).with_rate(rate());
         assert_eq!(refused.wait(), None);
     }

@@ -10,16 +10,16 @@ use tokio::time::Instant;
 use crate::context::Snapshot;
 use crate::ratelimit::Binding;
 
-/// The rate is taken over this much of the recent past.
+/// The time over which the rate is measured.
 const RATE_WINDOW: Duration = Duration::from_secs(10);
 
-/// No rate is shown for the start, which is the lane's burst.
+/// The time at the start that does not count for the rate, because the lane spends its burst then.
 const START: Duration = Duration::from_secs(1);
 
-/// A bar that says how far the work is, how fast it goes, and what holds it up.
+/// A progress bar with the rate of calls and the limiting factor.
 ///
-/// It draws to standard error, and nothing at all when that is not a terminal. Feed it
-/// a snapshot several times a second; it redraws at most twenty times.
+/// It draws to standard error if that is a terminal. Update it several times a second; it redraws at most twenty
+/// times a second.
 ///
 /// ```text
 /// [=====>              ]  512/1707  3 failed  48 in flight  5,980/6,000 rpm  bound by requests  ETA 12s
@@ -39,17 +39,17 @@ const START: Duration = Duration::from_secs(1);
 /// # }
 /// ```
 #[derive(Debug)]
-#[must_use = "a bar shows what it is fed"]
+#[must_use = "a bar shows the snapshots it is given"]
 pub struct Bar {
     bar: ProgressBar,
     total: u64,
     began: Instant,
-    /// When, how many calls had been granted, how many items had ended.
+    /// A time, with the calls granted and the items ended until then.
     history: VecDeque<(Instant, u64, u64)>,
 }
 
 impl Bar {
-    /// A bar for so many items.
+    /// Makes a bar for `total` items.
     pub fn new(total: u64) -> Self {
         Self::drawn_to(total, ProgressDrawTarget::stderr())
     }
@@ -66,7 +66,7 @@ impl Bar {
         }
     }
 
-    /// Shows how the work stands now.
+    /// Shows the state of the work.
     pub fn update(&mut self, snapshot: &Snapshot) {
         let message = self.message(snapshot);
         self.bar.set_position(snapshot.items_ended());
@@ -123,7 +123,7 @@ impl Bar {
 
     /// Prints a line above the bar.
     pub fn println(&self, line: impl AsRef<str>) {
-        // `suspend`, because indicatif's own `println` says nothing without a terminal.
+        // `suspend`, because `println` of indicatif prints nothing without a terminal.
         self.bar.suspend(|| eprintln!("{}", line.as_ref()));
     }
 
@@ -133,7 +133,7 @@ impl Bar {
     }
 }
 
-/// `1234567` as `1,234,567`.
+/// Writes `1234567` as `1,234,567`.
 fn grouped(number: u64) -> String {
     let digits = number.to_string();
     let mut out = String::with_capacity(digits.len() + digits.len() / 3);
@@ -160,7 +160,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn the_message_names_the_open_items_that_limit_a_batch() {
+    async fn the_message_names_open_items_as_the_limiting_factor() {
         let latency = Duration::from_millis(100);
         let cx = Context::builder(Sim::builder().latency(latency).build()).build();
         let mut bar = Bar::drawn_to(300, ProgressDrawTarget::hidden());
@@ -177,7 +177,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn the_message_says_how_fast_it_goes_and_why_not_faster() {
+    async fn the_message_has_the_rate_and_the_limiting_factor() {
         let latency = Duration::from_millis(100);
         let cx = Context::builder(Sim::builder().latency(latency).build())
             .pace(Pace::per_minute(600))

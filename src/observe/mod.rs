@@ -1,4 +1,4 @@
-//! Watching a run: [events](Event), and observers that count, time and draw them.
+//! Observing a run: [events](Event), and observers that draw and measure them.
 
 #[cfg(feature = "bar")]
 mod bar;

@@ -1,4 +1,4 @@
-//! [`Stages`]: how long each kind of work takes, in percentiles.
+//! [`Stages`]: the duration of each kind of work, in percentiles.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -10,15 +10,14 @@ use hdrhistogram::Histogram;
 use crate::error::Error;
 use crate::event::{Event, Observer};
 
-/// Kinds that are told apart; what comes after is left out, and counted.
+/// The most kinds of work that are kept; durations of others are only counted.
 const MOST: usize = 1_024;
 
-/// An observer that keeps the durations of calls, items and [stages](crate::Context::stage) by
-/// their labels, and says their percentiles. Clones are one.
+/// An observer that measures the durations of calls, items and [stages](crate::Context::stage) by
+/// their labels and reports percentiles. Clones share their state.
 ///
-/// Keys and indices are left out of a path, so all items of `plan[3]/routine[0]` are one
-/// kind: `plan/routine`. Durations are kept to three digits, in memory that does
-/// not grow with their number.
+/// Keys and indices are left out of a path, so `plan[3]/routine[0]` counts as `plan/routine`. Durations are kept to
+/// three digits, in memory that does not grow with their number.
 ///
 /// ```
 /// use throughline::{Context, testing::Scripted, observe::Stages};
@@ -44,15 +43,15 @@ struct State {
     left_out: u64,
 }
 
-/// What took so long.
+/// A kind of work.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[non_exhaustive]
 pub enum StageKind {
-    /// One call to the provider, from sending to its end. Its waits are not in it.
+    /// A call to the provider, without the wait for the lane and between attempts.
     Call,
-    /// A [stage](crate::Context::stage), with all that is in it.
+    /// A [stage](crate::Context::stage), with all work inside it.
     Stage,
-    /// An item of a batch, with all that is in it.
+    /// An item of a batch, with all work inside it.
     Item,
 }
 
@@ -72,36 +71,36 @@ struct Durations {
     failed: u64,
 }
 
-/// How long one kind of work takes ([`Stages::report`]).
+/// The durations of one kind of work ([`Stages::report`]).
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Stage {
-    /// The labels of its path.
+    /// The labels of the path.
     pub label: String,
-    /// What it is.
+    /// The kind.
     pub kind: StageKind,
-    /// How many there were, those that failed included.
+    /// The number of durations, including those of failures.
     pub count: u64,
-    /// How many of them failed. Failed calls are not told of with a duration: they
-    /// count for the stages and items around them.
+    /// The number of failures. Events of failed calls have no duration, so failed calls count only in the stages and
+    /// items around them.
     pub failed: u64,
-    /// Half of them took no longer.
+    /// The median.
     pub p50: Duration,
-    /// 95 of 100 took no longer.
+    /// The 95th percentile.
     pub p95: Duration,
-    /// 99 of 100 took no longer.
+    /// The 99th percentile.
     pub p99: Duration,
     /// The longest.
     pub max: Duration,
 }
 
 impl Stages {
-    /// An observer that has seen nothing.
+    /// Makes an observer without durations.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// How long everything took so far, in the order of the labels.
+    /// Returns the durations so far, in the order of the labels.
     pub fn report(&self) -> Vec<Stage> {
         let state = self.lock();
         let stage = |((label, kind), durations): (&(String, StageKind), &Durations)| {
@@ -121,13 +120,13 @@ impl Stages {
         state.kinds.iter().map(stage).collect()
     }
 
-    /// Durations that were left out because there were more than 1,024 kinds.
+    /// Returns the number of durations that were left out because there were more than 1,024 kinds.
     pub fn left_out(&self) -> u64 {
         self.lock().left_out
     }
 
     fn add(&self, path: &str, kind: StageKind, elapsed: Duration, error: Option<&Error>) {
-        // Work that was cut short says nothing about how long it takes.
+        // The duration of cancelled work has no meaning.
         if error.is_some_and(Error::is_cancelled) {
             return;
         }
@@ -142,7 +141,7 @@ impl Stages {
             failed: 0,
         });
         let micros = u64::try_from(elapsed.as_micros()).unwrap_or(u64::MAX);
-        // It grows as it must; what it cannot hold counts as the longest it can.
+        // The histogram grows; a duration that it cannot hold counts as the longest that it can.
         if durations.taken.record(micros).is_err() {
             durations.taken.saturating_record(micros);
         }
@@ -154,7 +153,7 @@ impl Stages {
     }
 }
 
-/// A path without its keys and indices. A key may have brackets of its own.
+/// Removes keys and indices from a path. A key may contain brackets.
 fn labels(path: &str) -> String {
     let mut depth = 0_usize;
     let outside = |c: &char| {
@@ -192,7 +191,7 @@ impl Observer for Stages {
 }
 
 impl fmt::Display for Stages {
-    /// A table, a line for each kind.
+    /// Writes a table with a line for each kind.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let report = self.report();
         let width = report.iter().map(|stage| stage.label.chars().count());
@@ -233,7 +232,7 @@ mod tests {
     }
 
     #[test]
-    fn percentiles_by_label() {
+    fn durations_are_reported_as_percentiles_by_label() {
         let stages = Stages::new();
         for n in 1..=100 {
             stages.on_event(&ended(&format!("plan[{n}]/step[a[b]c]"), n * 10, None));
@@ -252,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn more_kinds_than_there_is_room_for_are_counted() {
+    fn durations_of_too_many_kinds_are_counted_only() {
         let stages = Stages::new();
         for n in 0..MOST + 5 {
             stages.on_event(&ended(&format!("label-{n}"), 1, None));

@@ -1,4 +1,4 @@
-//! [`Timeline`]: what ran when, one line for each call.
+//! [`Timeline`]: a drawing of the calls and stages over time.
 
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -8,15 +8,15 @@ use tokio::time::Instant;
 
 use crate::event::{Event, Observer};
 
-/// Lines that are kept; what comes after is left out, and counted.
+/// The most lines that are kept; later ones are only counted.
 const MOST: usize = 10_000;
-/// How wide the bars are, in characters.
+/// The width of the bars, in characters.
 const WIDTH: usize = 60;
-/// Longer paths lose their beginning.
+/// The width of a path, in characters. A longer one loses its beginning.
 const LABEL: usize = 36;
 
-/// An observer that draws what ran when: a line for each call and each
-/// [stage](crate::Context::stage), a bar by time. `Display` is the drawing. Clones are one.
+/// An observer that draws a bar over time for each call and each [stage](crate::Context::stage). `Display` writes the
+/// drawing. Clones share their state.
 ///
 /// ```text
 /// plan                █████████████                                0.0 to 4.0 s
@@ -24,8 +24,7 @@ const LABEL: usize = 36;
 /// routine[0]/etude[1]     ██████████x                              1.0 to 4.2 s
 /// ```
 ///
-/// A bar that ends with `x` failed. Time begins with the first call or stage. For runs that a
-/// person looks at: 10,000 lines are kept.
+/// The bar of a failure ends with `x`. Time begins with the first call or stage. At most 10,000 lines are kept.
 ///
 /// ```
 /// use throughline::{Context, testing::Scripted, observe::Timeline};
@@ -55,17 +54,17 @@ struct Line {
 }
 
 impl Timeline {
-    /// A timeline on which nothing has run.
+    /// Makes an empty timeline.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Forgets what has run, for the next run.
+    /// Removes all lines.
     pub fn clear(&self) {
         *self.lock() = State::default();
     }
 
-    /// How long it is: from the first start to the last end, or to now while something runs.
+    /// Returns the time from the first start to the last end, or to now while a call runs.
     pub fn elapsed(&self) -> Duration {
         let state = self.lock();
         let first = state.lines.iter().map(|line| line.started).min();
@@ -130,7 +129,7 @@ impl Observer for Timeline {
     }
 }
 
-/// The end of a path: what tells its lines apart.
+/// The end of a path, which distinguishes it best from others.
 fn label(path: &str) -> String {
     let count = path.chars().count();
     match count.checked_sub(LABEL) {
@@ -144,7 +143,7 @@ impl fmt::Display for Timeline {
         let state = self.lock();
         let now = Instant::now();
         let mut lines: Vec<_> = state.lines.iter().collect();
-        // The longer of two that start together is around the other.
+        // Of two that start together, the longer one encloses the other.
         lines.sort_by_key(|line| (line.started, std::cmp::Reverse(line.ended)));
         let Some(first) = lines.first().map(|line| line.started) else {
             return writeln!(f, "nothing has run");
@@ -204,7 +203,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_line_for_each_call_by_time() {
+    async fn each_call_and_stage_is_a_bar_over_time() {
         let timeline = Timeline::new();
         assert_eq!(timeline.to_string(), "nothing has run\n");
         assert_eq!(timeline.elapsed(), Duration::ZERO);

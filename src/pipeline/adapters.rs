@@ -1,4 +1,4 @@
-//! The adapters: each a pipeline around one or two others.
+//! The adapters of [`PipelineExt`](super::PipelineExt): pipelines around one or two others.
 
 use std::time::Duration;
 
@@ -9,7 +9,7 @@ use crate::call::Tally;
 use crate::context::Context;
 use crate::error::{Error, ErrorKind, Result};
 
-/// One pipeline after the other ([`PipelineExt::then`](super::PipelineExt::then)).
+/// Runs one pipeline after the other ([`PipelineExt::then`](super::PipelineExt::then)).
 #[derive(Debug, Clone)]
 #[must_use = "a pipeline does nothing until it is run"]
 pub struct Then<A, B> {
@@ -39,7 +39,7 @@ impl<A: Pipeline, B: Pipeline<Input = A::Output>> Pipeline for Then<A, B> {
     }
 }
 
-/// A pipeline with its output changed ([`PipelineExt::map`](super::PipelineExt::map)).
+/// Applies a function to the output of a pipeline ([`PipelineExt::map`](super::PipelineExt::map)).
 #[derive(Debug, Clone)]
 #[must_use = "a pipeline does nothing until it is run"]
 pub struct Map<P, F> {
@@ -71,7 +71,7 @@ where
     }
 }
 
-/// A pipeline with a fallback ([`PipelineExt::or_else`](super::PipelineExt::or_else)).
+/// Runs a fallback when a pipeline fails ([`PipelineExt::or_else`](super::PipelineExt::or_else)).
 #[derive(Debug, Clone)]
 #[must_use = "a pipeline does nothing until it is run"]
 pub struct OrElse<P, Q> {
@@ -109,18 +109,18 @@ where
     }
 }
 
-/// Whether any of the calls in `tally` was paid for; `None` where that is not known.
+/// Whether any of the calls in `tally` was paid for; `None` if that is not known.
 fn billed(tally: &Tally) -> Option<bool> {
     let failed = tally.overloaded + tally.timed_out + tally.transient + tally.failed;
     if tally.attempts > failed {
         return Some(true);
     }
-    // Of failures that may pass, some are billed (a malformed reply) and most are not.
+    // Some transient failures are billed (a malformed reply), and most are not.
     let unknown = tally.ambiguous + tally.transient > 0;
     (!unknown).then_some(false)
 }
 
-/// A pipeline that may take so long ([`PipelineExt::timeout`](super::PipelineExt::timeout)).
+/// Limits the duration of a pipeline ([`PipelineExt::timeout`](super::PipelineExt::timeout)).
 #[derive(Debug, Clone)]
 #[must_use = "a pipeline does nothing until it is run"]
 pub struct Timeout<P> {
@@ -143,8 +143,8 @@ impl<P: Pipeline> Pipeline for Timeout<P> {
     }
 
     async fn run(&self, cx: &Context, input: P::Input) -> Result<P::Output> {
-        // The context's deadline tells the calls, which then say whether they were paid for;
-        // the timer ends whatever else the pipeline may be waiting for.
+        // The deadline ends calls with an error that says whether they were paid for. The timer ends other waits of
+        // the pipeline.
         let bounded = cx.with_timeout(self.limit);
         match timeout(self.limit, self.inner.run(&bounded, input)).await {
             Ok(result) => result,

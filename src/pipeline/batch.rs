@@ -16,10 +16,10 @@ where
     P: Pipeline,
     S: Stream<Item = P::Input> + Send,
 {
-    /// Runs the pipeline on every input and returns every outcome, in input order. Never fails.
+    /// Runs the pipeline on every input and returns all outcomes, in input order. Never fails.
     ///
     /// # Cancel safety
-    /// Dropping it drops the items: nothing more is sent, and calls in flight may be billed.
+    /// Dropping it drops the items: no further call is sent, and calls in flight may be billed.
     pub async fn settle(self, cx: &Context) -> Settled<P::Output> {
         let (pipeline, batch) = self.bind(cx.clone());
         let pipeline = &pipeline;
@@ -31,9 +31,9 @@ where
     /// Runs the pipeline on every input and returns all values in input order, or the first failure.
     ///
     /// # Errors
-    /// The first failure, with the item it comes from ([`Error::item`](crate::Error::item)). From then on nothing new is
-    /// sent; calls in flight are paid already, so they are waited for. Where the context drains, is
-    /// cancelled or meets its deadline before all inputs were taken, the error says so:
+    /// The first failure, with the path of its item ([`Error::item`](crate::Error::item)). After it, no further call is
+    /// sent; calls in flight are paid for already, so `try_all` waits for them. If the context drains, is
+    /// cancelled or reaches its deadline before all inputs were taken, the error says so:
     /// there are never fewer values than inputs.
     ///
     /// # Cancel safety

@@ -1,4 +1,4 @@
-//! [`Pipeline`]: the one trait users implement, and the few adapters that earn their place.
+//! [`Pipeline`]: the trait that users implement, and its adapters.
 
 mod adapters;
 mod batch;
@@ -14,12 +14,12 @@ use crate::batch::{Batch, IntoInputs};
 use crate::context::Context;
 use crate::error::Result;
 
-/// One async function from `Input` to `Output`, given a [`Context`].
+/// An async function from `Input` to `Output` that gets a [`Context`].
 ///
-/// Inside it is ordinary Rust: `?`, `if`, `join!`, loops. Every call that goes through
-/// the context is paced, retried and counted; [`Context::fan_out`] runs many of something.
+/// The function is ordinary Rust: `?`, `if`, `join!`, loops. Every call that goes through
+/// the context is paced, retried and counted; [`Context::fan_out`] runs a step for many inputs.
 ///
-/// Implement it with a plain `async fn`, or make one of a closure with [`pipeline`].
+/// Implement the trait with a plain `async fn`, or make a pipeline of a closure with [`pipeline()`].
 ///
 /// ```
 /// use throughline::{Context, Pipeline, PipelineExt as _, Result, testing::Scripted};
@@ -56,19 +56,18 @@ use crate::error::Result;
     note = "or wrap a closure: `pipeline(\"name\", async |cx: Context, input: Input| {{ .. }})`"
 )]
 pub trait Pipeline: Send + Sync {
-    /// What one run takes.
+    /// The input of one run.
     type Input: Send;
-    /// What one run gives.
+    /// The output of one run.
     type Output: Send;
 
-    /// A short, stable name: paths, logs and stores know the pipeline by it.
+    /// Returns a short, stable name, under which paths, logs and stores show the pipeline.
     fn name(&self) -> &str;
 
     /// Runs the pipeline on one input.
     ///
     /// # Errors
-    /// Whatever the work inside fails with; errors of your own come in by
-    /// [`Error::other`](crate::Error::other).
+    /// The error of the work inside. Wrap errors of other types with [`Error::other`](crate::Error::other).
     fn run(
         &self,
         cx: &Context,
@@ -76,7 +75,7 @@ pub trait Pipeline: Send + Sync {
     ) -> impl Future<Output = Result<Self::Output>> + Send;
 }
 
-/// What every [`Pipeline`] can do besides running.
+/// Adapters and batches for every [`Pipeline`].
 ///
 /// ```
 /// use std::time::Duration;
@@ -106,10 +105,10 @@ pub trait Pipeline: Send + Sync {
 /// # Ok(()) }
 /// ```
 pub trait PipelineExt: Pipeline + Sized {
-    /// Many inputs, from anything that iterates or streams.
+    /// Makes a batch that runs the pipeline on many inputs, from any iterator or stream.
     ///
-    /// By value, as iterators do it: batch `&pipeline` to keep the pipeline, and
-    /// `Arc<pipeline>` to keep it and still [`stream`](Batch::stream).
+    /// It takes the pipeline by value, as iterator adapters do: batch `&pipeline` to keep the pipeline, and
+    /// `Arc<pipeline>` to keep it and [`stream`](Batch::stream).
     fn batch<M, I>(self, inputs: I) -> Batch<Self, I::Stream>
     where
         I: IntoInputs<M, Item = Self::Input>,
@@ -118,7 +117,7 @@ pub trait PipelineExt: Pipeline + Sized {
         Batch::new(self, label, inputs.into_inputs())
     }
 
-    /// Feeds the output into `next`. The name is `first>next`.
+    /// Passes the output to `next`. The name is `first>next`.
     fn then<P: Pipeline<Input = Self::Output>>(self, next: P) -> Then<Self, P> {
         Then::new(self, next)
     }
@@ -131,9 +130,8 @@ pub trait PipelineExt: Pipeline + Sized {
         Map::new(self, f)
     }
 
-    /// Runs `fallback` on the same input when this pipeline fails, be it by a
-    /// cheaper model or a fixed answer. A cancelled or timed-out context is not a reason
-    /// to try: that error is passed on.
+    /// Runs `fallback` on the same input when this pipeline fails, for example a
+    /// cheaper model or a fixed answer. The error of a cancelled or expired context is returned without running it.
     fn or_else<P>(self, fallback: P) -> OrElse<Self, P>
     where
         P: Pipeline<Input = Self::Input, Output = Self::Output>,
@@ -148,7 +146,7 @@ pub trait PipelineExt: Pipeline + Sized {
         Timeout::new(self, limit)
     }
 
-    /// Hides the type, for lists and registries of pipelines.
+    /// Erases the type, for lists and registries of pipelines.
     fn boxed(self) -> BoxPipeline<Self::Input, Self::Output>
     where
         Self: 'static,
@@ -177,11 +175,11 @@ macro_rules! forward {
 }
 forward!([P: Pipeline + ?Sized] &P, [P: Pipeline + ?Sized] Arc<P>, [P: Pipeline + ?Sized] Box<P>);
 
-/// A pipeline of an async closure from a context and an input.
+/// Makes a pipeline of an async closure that takes a context and an input.
 ///
-/// The closure may borrow what it captures, and then the pipeline lives as long as that. A pipeline that a
-/// [`Worker`](crate::Worker) registers, or whose batch is [streamed](Batch::stream), captures nothing, or is a struct
-/// that implements [`Pipeline`] and keeps in its fields what a closure would capture.
+/// The closure may borrow the values it captures; then the pipeline lives as long as they do. A pipeline that a
+/// [`Worker`](crate::Worker) registers, or whose batch is [streamed](Batch::stream), must not borrow: use a closure that
+/// captures nothing, or a struct with fields that implements [`Pipeline`].
 ///
 /// ```
 /// use throughline::{Context, PipelineExt as _, pipeline};
@@ -208,7 +206,7 @@ where
     }
 }
 
-/// The pipeline that [`pipeline`] makes.
+/// A pipeline made of a closure ([`pipeline()`]).
 #[must_use = "a pipeline does nothing until it is run"]
 pub struct FnPipeline<I, F> {
     name: Arc<str>,
@@ -216,7 +214,7 @@ pub struct FnPipeline<I, F> {
     input: std::marker::PhantomData<fn(I)>,
 }
 
-/// So that one pipeline can be submitted to and registered; the input need not be `Clone`.
+/// Does not require the input to be `Clone`, so that one pipeline can be submitted to and registered.
 impl<I, F: Clone> Clone for FnPipeline<I, F> {
     fn clone(&self) -> Self {
         Self {
@@ -246,7 +244,7 @@ where
     }
 }
 
-/// A pipeline whose type is hidden; cheap to clone ([`PipelineExt::boxed`]).
+/// A pipeline whose type is erased; cheap to clone ([`PipelineExt::boxed`]).
 pub struct BoxPipeline<I, O>(Arc<dyn ErasedPipeline<I, O>>);
 
 impl<I, O> Clone for BoxPipeline<I, O> {
@@ -274,7 +272,7 @@ impl<I: Send, O: Send> Pipeline for BoxPipeline<I, O> {
     }
 }
 
-/// The dyn twin of [`Pipeline`], whose `run` returns a type that a vtable cannot name.
+/// The object-safe form of [`Pipeline`], whose `run` returns a type that a vtable cannot name.
 trait ErasedPipeline<I, O>: Send + Sync {
     fn name(&self) -> &str;
     fn run<'a>(&'a self, cx: &'a Context, input: I) -> BoxFuture<'a, Result<O>>

@@ -78,6 +78,7 @@ impl Need {
 /// While all of them wait, of 73 calls 64 are high, 8 normal and 1 low: urgent work
 /// goes first, and the rest still goes. An empty class delays no call.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[non_exhaustive]
 pub enum Priority {
     /// A person waits for the call.
     High,

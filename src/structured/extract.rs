@@ -1,4 +1,4 @@
-//! The value in a reply, or what is wrong with it in words that help a model to mend it.
+//! Extracts the value of a reply, or describes its problem in words that help a model to correct it.
 
 use serde::de::{DeserializeOwned, IgnoredAny};
 use serde_json::error::Category;
@@ -6,8 +6,8 @@ use serde_json::error::Category;
 use super::{SHOWN, boundary, quote};
 use crate::structured::json;
 
-/// The `T` in a reply. It may be in a code fence, have prose around it, and be JSON within a
-/// JSON string; but there may be one alone, and nothing in it is mended.
+/// Returns the `T` in a reply. It may be in a code fence, have prose around it, and be JSON within a
+/// JSON string. Two values that fit are an error, and broken JSON is not repaired.
 pub(super) fn value<T: DeserializeOwned>(text: &str, wrapped: bool) -> Result<T, String> {
     let text = text.trim_start_matches('\u{feff}').trim();
     if text.is_empty() {
@@ -16,7 +16,7 @@ pub(super) fn value<T: DeserializeOwned>(text: &str, wrapped: bool) -> Result<T,
     if let Some(json) = whole(text) {
         return match typed(json, wrapped) {
             Ok(value) => Ok(value),
-            // JSON within a JSON string: written with one layer of quotes too many.
+            // The model may have written the JSON as a string.
             Err(problem) => match serde_json::from_str::<String>(json) {
                 Ok(inner) => whole(&inner).map_or(Err(problem), |inner| typed(inner, wrapped)),
                 Err(_) => Err(problem),
@@ -43,9 +43,9 @@ pub(super) fn value<T: DeserializeOwned>(text: &str, wrapped: bool) -> Result<T,
     }
 }
 
-/// The `T` that is the whole of this JSON, or what does not fit and where.
+/// Parses the whole text as a `T`, or describes what does not fit and where.
 pub(super) fn typed<T: DeserializeOwned>(json: &str, wrapped: bool) -> Result<T, String> {
-    // A struct can be read from an array too; this one must not be.
+    // serde reads structs from arrays too; the wrapper must be an object.
     if wrapped && json.starts_with('{') && serde_json::from_str::<Wrapper<IgnoredAny>>(json).is_ok()
     {
         return bare::<Wrapper<T>>(json).map(|wrapper| wrapper.value);
@@ -61,7 +61,7 @@ fn bare<T: DeserializeOwned>(json: &str) -> Result<T, String> {
         match error.classify() {
             Category::Data if path == "." => error.to_string(),
             Category::Data => format!("at `{path}`: {error}"),
-            // As deep as it is read, which is less deep than it is scanned.
+            // Too deep for this type, although the syntax is right.
             _ => syntax(json).unwrap_or_else(|| error.to_string()),
         }
     })?;
@@ -71,7 +71,7 @@ fn bare<T: DeserializeOwned>(json: &str) -> Result<T, String> {
     Ok(value)
 }
 
-/// The text, without the fence around it, if that is JSON.
+/// Returns the text without a code fence, if that is JSON.
 fn whole(text: &str) -> Option<&str> {
     let text = text.trim();
     let fenced = text
@@ -92,14 +92,14 @@ fn longest<'a>(spans: &[&'a str]) -> Option<&'a str> {
     spans.iter().copied().max_by_key(|span| span.len())
 }
 
-/// What is wrong with a text that is not JSON, by its name; `None` if it is JSON.
+/// Describes the first syntax error of a text; `None` if it is JSON.
 fn syntax(json: &str) -> Option<String> {
     let error = serde_json::from_str::<IgnoredAny>(json).err()?;
     let place = format!("line {} column {}", error.line(), error.column());
     if error.is_eof() {
         return Some(format!("the JSON ends in the middle, at {place}"));
     }
-    // serde_json points at the byte it could not take, or right behind it.
+    // serde_json reports the position of the unexpected byte or the one behind it.
     let line = json.lines().nth(error.line().saturating_sub(1));
     let line = line.unwrap_or_default();
     let at = boundary(line, error.column().saturating_sub(1));

@@ -1,4 +1,4 @@
-//! [`Form`]: the JSON schema of a type, and how a request asks for it.
+//! [`Form`]: the JSON schema of a type, in the form that a request asks for.
 
 use std::sync::Arc;
 
@@ -8,24 +8,24 @@ use serde_json::{Map, Value, json};
 use crate::request::schema::enforceable;
 use crate::request::{ReplyType, Request, ResponseFormat};
 
-/// The field of a value that is no object: providers enforce objects only.
+/// The field for a value that is not an object, because providers enforce only objects.
 pub(super) const VALUE: &str = "value";
-/// The field of an array whose field nobody named.
+/// The default field for the array of a list.
 pub(super) const ITEMS: &str = "items";
 
-/// The form a reply must have: always an object.
+/// The form that a reply must have, which is always an object.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Form {
     name: String,
     schema: Value,
-    /// What is asked for besides the schema, for the digest.
+    /// Names in the digest whether a value or a list is asked for.
     shape: String,
-    /// The value is in the field [`VALUE`].
+    /// Whether the value is in the field [`VALUE`].
     pub(super) wrapped: bool,
 }
 
 impl Form {
-    /// The form of one `T`.
+    /// Makes the form of one `T`.
     pub(super) fn of<T: JsonSchema>() -> Self {
         let (schema, definitions) = parts::<T>();
         let root = root(schema, &definitions);
@@ -39,7 +39,7 @@ impl Form {
         }
     }
 
-    /// The form of many `T`, in an array in that field.
+    /// Makes the form of a list of `T`, in an array in that field.
     pub(super) fn list_of<T: JsonSchema>(name: Option<&str>) -> Self {
         let (schema, definitions) = parts::<T>();
         let array = json!({"type": "array", "items": schema});
@@ -85,7 +85,7 @@ fn parts<T: JsonSchema>() -> (Value, Map<String, Value>) {
     (schema, generator.take_definitions(true))
 }
 
-/// The schema itself where it is a reference: a provider wants to see an object.
+/// Resolves a schema that is a reference, because providers require an object.
 fn root(schema: Value, definitions: &Map<String, Value>) -> Value {
     let reference = schema.get("$ref").and_then(Value::as_str);
     let name = reference.and_then(|path| path.strip_prefix("#/$defs/"));
@@ -100,7 +100,7 @@ fn field(name: &str, schema: Value) -> Value {
     json!({"type": "object", "properties": properties, "required": [name]})
 }
 
-/// The root with the definitions that are referred to.
+/// Adds those definitions to the root that are referred to.
 fn with_definitions(mut root: Value, mut definitions: Map<String, Value>) -> Value {
     loop {
         let text = format!("{root}{}", Value::Object(definitions.clone()));
@@ -116,8 +116,8 @@ fn with_definitions(mut root: Value, mut definitions: Map<String, Value>) -> Val
     root
 }
 
-/// Makes a schema one that strict modes take: every property required (an `Option` may be null
-/// already, and a default is for who leaves a field out), no default, nothing beside a `$ref`.
+/// Makes a schema fit for strict modes: every property is required, there are no defaults, and a `$ref` stands alone. An
+/// `Option` may be null already.
 fn strict(schema: &mut Value) {
     let Value::Object(object) = schema else {
         return;
@@ -162,7 +162,7 @@ mod tests {
     #[derive(Deserialize, JsonSchema)]
     #[allow(dead_code)]
     struct Node {
-        /// What it is called.
+        /// Its name.
         name: Option<String>,
         #[serde(default)]
         weight: u8,
@@ -171,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn everything_is_required_and_nothing_stands_beside_a_reference() {
+    fn strict_requires_every_property_and_isolates_references() {
         let form = Form::of::<Node>();
         let mut schema = form.schema.clone();
         strict(&mut schema);
@@ -189,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_object_is_put_into_one() {
+    fn a_type_that_is_not_an_object_is_wrapped_in_one() {
         let form = Form::of::<Vec<u32>>();
         assert!(form.wrapped);
         assert_eq!(form.schema["properties"]["value"]["type"], "array");
@@ -239,7 +239,7 @@ mod tests {
         let plain = ask(Form::of::<Node>(), Capabilities::default());
         assert_eq!(plain.response_format, ResponseFormat::Text);
         for request in [map, plain] {
-            assert!(request.messages[0].content.contains("What it is called"));
+            assert!(request.messages[0].content.contains("Its name"));
         }
         let own = Request::new("a").response_format(ResponseFormat::Json);
         assert_eq!(Form::of::<Node>().ask(own.clone()), own);

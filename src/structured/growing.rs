@@ -1,4 +1,4 @@
-//! [`Drafts`]: one value while it grows.
+//! [`Drafts`]: one value while it is being written.
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -20,40 +20,39 @@ use crate::request::Delta;
 use crate::request::Request;
 use crate::structured::json::Draft;
 
-/// A value while it grows.
+/// A value that is still being written, or complete.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Growing<T> {
-    /// As far as it is written: fields may be missing, texts and lists short.
+    /// The value so far: fields may be missing, texts and lists may be short.
     Partial(T),
-    /// All of it, read from the whole reply.
+    /// The complete value.
     Whole(T),
 }
 
 impl<T> Growing<T> {
-    /// The value.
+    /// Returns the value.
     pub fn into_inner(self) -> T {
         match self {
             Self::Partial(value) | Self::Whole(value) => value,
         }
     }
 
-    /// Whether nothing is to come.
+    /// Whether the value is complete.
     pub fn is_whole(&self) -> bool {
         matches!(self, Self::Whole(_))
     }
 }
 
 impl Context {
-    /// Asks for one value and yields it as it grows, for somebody who watches; at last
-    /// comes the whole one.
+    /// Asks for one value and yields drafts of it while it is being written, for display; the last is
+    /// the complete value.
     ///
-    /// `T`'s fields are best optional or have defaults: a draft that does not fit `T`, because
-    /// a field is still missing, is left out. So is one that is hardly longer than the one
-    /// before (by less than a 64th), which keeps the work linear in the reply.
+    /// The fields of `T` should be optional or have defaults, because a draft that does not fit `T` is left out. So is a
+    /// draft that is less than a 64th longer than the one before, which keeps the work linear in the length of the reply.
     ///
-    /// The schema is sent as with [`generate_as`](Self::generate_as). A reply that does not
-    /// fit is not asked for again: what was shown cannot be taken back unseen.
+    /// The schema is sent as with [`generate_as`](Self::generate_as). If the reply does not
+    /// fit, the model is not asked again, because the drafts were shown already.
     ///
     /// ```
     /// use futures::StreamExt;
@@ -96,14 +95,14 @@ impl Context {
     }
 }
 
-/// A value while it grows ([`Context::generate_drafts`]).
+/// The drafts of a value while it is being written ([`Context::generate_drafts`]).
 ///
-/// The call starts when the stream is first polled. Drafts that come faster than they are taken
-/// become one.
+/// The call starts when the stream is first polled. If the consumer is slower than the reply, it gets the latest draft
+/// only.
 ///
 /// # Errors
 /// As [`Context::stream`]; [`ErrorKind::InvalidOutput`] if the whole reply does not fit, and
-/// [`ErrorKind::Truncated`] if it reached its limit on tokens. Nothing follows.
+/// [`ErrorKind::Truncated`] if it reached its limit on tokens. The stream ends after an error.
 ///
 /// # Cancel safety
 /// As [`Deltas`]: dropping it cancels the call.
@@ -111,14 +110,14 @@ impl Context {
 pub struct Drafts<T> {
     deltas: Option<Deltas>,
     draft: Draft,
-    /// How long the last draft was.
+    /// The length of the last draft.
     shown: usize,
     wrapped: bool,
     value: PhantomData<fn() -> T>,
 }
 
 impl<T> Drafts<T> {
-    /// The longest silence in the middle of the reply; see [`Deltas::idle_timeout`].
+    /// Sets the longest silence in the middle of the reply; see [`Deltas::idle_timeout`].
     pub fn idle_timeout(mut self, timeout: Duration) -> Self {
         self.deltas = self.deltas.map(|deltas| deltas.idle_timeout(timeout));
         self
@@ -126,7 +125,7 @@ impl<T> Drafts<T> {
 }
 
 impl<T: DeserializeOwned> Drafts<T> {
-    /// The value so far, if there is enough more of it.
+    /// Returns the value so far, if it is long enough for another draft.
     fn grown(&mut self) -> Option<T> {
         if self.draft.len() <= self.shown + self.shown / 64 {
             return None;
@@ -164,7 +163,7 @@ impl<T: DeserializeOwned> Stream for Drafts<T> {
                             .map_err(|problem| Error::new(ErrorKind::InvalidOutput, problem))
                     });
                 }
-                // `Discard` comes only to who asks for it.
+                // `Discard` comes only to streams that ask for it.
                 Poll::Ready(Some(Ok(_))) => {}
                 Poll::Ready(Some(Err(error))) => break Err(error),
                 Poll::Ready(None) => return Poll::Ready(None),

@@ -1,4 +1,4 @@
-//! [`Items`]: the elements of a reply's array, each as soon as its JSON closes.
+//! [`Items`]: the elements of a list, each as soon as its JSON closes.
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -21,21 +21,21 @@ use crate::request::reply::{Delta, FinishReason, Reply};
 use crate::request::{Message, Request, Role};
 use crate::structured::json::Reader;
 
-/// What becomes of a list whose reply is cut or breaks off ([`Items::on_break`]). The
-/// elements that have come stand either way.
+/// The policy for a list whose reply is cut or breaks off ([`Items::on_break`]). The
+/// elements before the break are yielded either way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum OnBreak {
-    /// The error is the last that the stream yields. Nothing of the list is kept: a rerun asks for all of it.
+    /// Ends the stream with the error. No part of the list is stored: a rerun asks for all of it.
     #[default]
     Fail,
-    /// The model is shown the elements that have come and asked for the others, so often at
-    /// most; then as [`Fail`](Self::Fail).
+    /// Shows the elements so far to the model and asks for the others, `times` at
+    /// most; after that as [`Fail`](Self::Fail).
     ///
-    /// Where there is a [store](crate::ContextBuilder::store), the elements that have come are kept like a reply: a
-    /// rerun yields them again, under the same indices, and then the kept rest.
+    /// With a [store](crate::ContextBuilder::store), the elements before the break are stored like a reply: a
+    /// rerun yields them again, with the same indices, and then the stored rest.
     AskForRest {
-        /// How often.
+        /// The most requests for the rest.
         times: u32,
     },
 }
@@ -44,10 +44,10 @@ impl Context {
     /// Asks for a list and yields each of its elements as soon as its JSON closes, while the
     /// rest of the reply is still being written.
     ///
-    /// The stream can be the inputs of a batch: the work of the first element begins
-    /// before the list has ended. The elements are those of the reply's first array, by itself or in
-    /// a field of the reply's object ([`Items::field`] names one). An element that does not fit
-    /// `T` is one error, and the next one follows.
+    /// The stream can be the inputs of a batch: the work on the first element begins
+    /// before the list has ended. The elements are those of the first array in the reply, by itself or in
+    /// a field of an object ([`Items::field`] names one). An element that does not fit
+    /// `T` is yielded as an error, and the next one follows.
     ///
     /// The schema is sent as with [`generate_as`](Self::generate_as).
     ///
@@ -96,13 +96,13 @@ impl Context {
 /// The call starts when the stream is first polled.
 ///
 /// # Errors
-/// [`ErrorKind::InvalidOutput`] for an element that does not fit, with its path, after which
-/// the next one follows; and for a reply without an array, after which nothing does.
-/// [`ErrorKind::Truncated`] where the reply reached its limit on tokens in the middle of the list, and
-/// the error of the call where it broke off: see [`OnBreak`].
+/// - [`ErrorKind::InvalidOutput`] for an element that does not fit, with its path; the next element follows. Also for a
+///   reply without an array, which ends the stream.
+/// - [`ErrorKind::Truncated`] if the reply reached its limit on tokens in the middle of the list, and
+///   the error of the call if it broke off: see [`OnBreak`].
 ///
 /// # Cancel safety
-/// As [`Deltas`]: dropping it cancels the call. Read to its end, it waits for the call's end too.
+/// As [`Deltas`]: dropping it cancels the call. A stream that is read to its end also waits for the end of the call.
 #[must_use = "a stream does nothing unless polled"]
 pub struct Items<T> {
     cx: Context,
@@ -116,12 +116,12 @@ pub struct Items<T> {
 }
 
 struct Run {
-    /// With its schema.
+    /// The request, with the type of its reply.
     request: Request,
     /// `None` once the last reply has ended.
     deltas: Option<Deltas>,
     reader: Reader,
-    /// Of all replies, failed ones included.
+    /// The number of elements of all replies, including those that did not fit.
     elements: usize,
     asks: u32,
     /// The elements so far, as text, if the rest may be asked for.
@@ -138,20 +138,19 @@ struct Broken {
 }
 
 impl<T> Items<T> {
-    /// The elements are those of the array in this field of the reply's object; that is
-    /// how the schema asks for them too.
+    /// Sets the field of the reply's object that holds the array. The schema asks for it by this name.
     pub fn field(mut self, name: impl Into<String>) -> Self {
         self.field = Some(name.into());
         self
     }
 
-    /// What becomes of a reply that is cut or breaks off; [`OnBreak::Fail`] unless set.
+    /// Sets the policy for a reply that is cut or breaks off; the default is [`OnBreak::Fail`].
     pub fn on_break(mut self, policy: OnBreak) -> Self {
         self.on_break = policy;
         self
     }
 
-    /// The longest silence in the middle of the reply; see [`Deltas::idle_timeout`].
+    /// Sets the longest silence in the middle of the reply; see [`Deltas::idle_timeout`].
     pub fn idle_timeout(mut self, timeout: Duration) -> Self {
         self.idle = Some(timeout);
         self
@@ -190,12 +189,12 @@ impl<T> Items<T> {
         }
     }
 
-    /// The reply has ended before its list: asks for the rest, or says why not.
+    /// Asks for the rest of a list whose reply has ended, or returns the error.
     fn broken(&self, run: &mut Run, error: Error) -> Result<()> {
         let OnBreak::AskForRest { times } = self.on_break else {
             return Err(error);
         };
-        // What a person, the deadline or the account has ended is not begun again.
+        // A list is not continued if the user, the deadline or the account has ended it.
         let curable = error.is_truncated() || error.is_invalid_output() || !error.is_permanent();
         if run.asks > times || !curable || self.cx.check().is_err() {
             return Err(error);
@@ -210,7 +209,7 @@ impl<T> Items<T> {
                         missing, and only those, in the form that was asked for.";
             request.messages.push(so_far);
             request.messages.push(Message::new(Role::User, rest));
-            // The rest is asked for behind these elements, so a rerun must find the same ones.
+            // The request for the rest contains these elements, so a rerun must find the same ones.
             run.store_partial();
         }
         if let Some(broken) = &mut run.broken {
@@ -232,7 +231,7 @@ impl Run {
         }
     }
 
-    /// What the end of a reply means for its list.
+    /// Checks at the end of a reply whether its list is complete.
     fn ended(&self, reply: &Reply) -> Result<()> {
         let n = self.elements;
         match self.reader.finish() {
@@ -247,13 +246,13 @@ impl Run {
 }
 
 impl<T: DeserializeOwned> Items<T> {
-    /// The next element that has closed.
+    /// Returns the next element that has closed.
     fn element(run: &mut Run) -> Option<Result<T>> {
         let text = match run.reader.next_element()? {
             Ok(text) => text,
             Err(error) => {
                 run.elements += 1;
-                // The reader's last error is that of the reply, and comes with its end.
+                // The last error of the reader is returned at the end of the reply.
                 return (!run.reader.is_done()).then_some(Err(error));
             }
         };
@@ -298,9 +297,9 @@ impl<T: DeserializeOwned> Stream for Items<T> {
                     continue;
                 }
                 Poll::Ready(Some(Ok(Delta::End(reply)))) => run.ended(&reply),
-                // `Discard` comes only to who asks for it.
+                // `Discard` comes only to streams that ask for it.
                 Poll::Ready(Some(Ok(_))) => continue,
-                // The list is whole, whatever became of the rest.
+                // The list is complete, although the reply is not.
                 Poll::Ready(Some(Err(_))) if run.reader.finish().is_ok() => {
                     run.store_partial();
                     Ok(())

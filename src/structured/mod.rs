@@ -1,9 +1,10 @@
-//! Replies as Rust values, as early as possible.
+//! Replies as Rust values: whole, element by element, and growing.
 //!
-//! - `form`: a type's JSON schema, and how a request asks for it;
-//! - `extract`: the value in a reply, or what is wrong with it, in words a model can use;
-//! - `typed`, `items`, `growing`: one value, the elements of an array as they close, one value
-//!   while it grows.
+//! - `form`: the JSON schema of a type, in the form that a request asks for;
+//! - `extract`: the value of a reply, or its problem in words that help a model to correct it;
+//! - `typed`, `items`, `growing`: one value, the elements of a list as they close, and drafts of a value that is still
+//!   being written;
+//! - [`json`]: readers of JSON that is still being written.
 
 mod extract;
 mod form;
@@ -18,12 +19,12 @@ pub use self::typed::{GenerateAs, Generated, OnLength, Rejection};
 
 use std::fmt::Write as _;
 
-/// How much of a reply is quoted to the model that wrote it.
+/// The most bytes of a reply that are quoted to the model that wrote it.
 const QUOTED: usize = 16 << 10;
-/// How much of it is quoted to a person.
+/// The most bytes of a reply that an error message quotes.
 const SHOWN: usize = 120;
 
-/// The beginning and the end of a text that may be long.
+/// Shortens a long text to its beginning and its end.
 fn quote(text: &str, most: usize) -> String {
     if text.len() <= most {
         return text.to_owned();
@@ -36,7 +37,7 @@ fn quote(text: &str, most: usize) -> String {
     quote
 }
 
-/// The beginning of the character at this byte.
+/// Returns the beginning of the character at this byte.
 fn boundary(text: &str, mut at: usize) -> usize {
     at = at.min(text.len());
     while !text.is_char_boundary(at) {

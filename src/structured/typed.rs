@@ -1,4 +1,4 @@
-//! [`GenerateAs`]: a reply as a value, asked for again while it does not fit.
+//! [`GenerateAs`]: a reply as a Rust value; the model is asked again while the reply does not fit.
 
 use std::fmt;
 
@@ -15,18 +15,18 @@ use crate::error::{Error, ErrorKind, Persistence, Result};
 use crate::request::reply::{FinishReason, Reply};
 use crate::request::{Message, Request, Role};
 
-/// So many requests for one value: the first, and two with what was wrong.
+/// The default number of requests for one value: the first, and two corrections.
 const ASKS: u32 = 3;
 
-/// What becomes of a reply that reached its limit on tokens ([`GenerateAs::on_length`]).
+/// The policy for a reply that reached its limit on tokens ([`GenerateAs::on_length`]).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum OnLength {
-    /// It fails with [`ErrorKind::Truncated`]: the same request would be cut again.
+    /// Fails with [`ErrorKind::Truncated`], because the reply to the same request would be cut again.
     #[default]
     Fail,
-    /// It is asked for once more with this limit. From the beginning, because a
-    /// provider that enforces a schema begins anew; what was cut is paid for too.
+    /// Asks once more with this limit. The reply starts from its beginning, because a
+    /// provider that enforces a schema cannot continue one; the cut reply is paid for too.
     RaiseTo(u64),
 }
 
@@ -38,11 +38,10 @@ impl Context {
     /// cannot), else in the prompt. A request whose
     /// [`response_format`](Request::response_format) is set already is sent as it is.
     ///
-    /// The value may come in a code fence or with prose around it. A reply that does not fit is
-    /// quoted to the model with what is wrong and where, and asked for again: twice unless
-    /// [`attempts`](GenerateAs::attempts) says otherwise, counted in
-    /// [`Tally::reasked`](crate::call::Tally::reasked) and not among the retries, which failing calls have
-    /// besides. Each reply comes through [`generate`](Self::generate).
+    /// The value may come in a code fence or with prose around it. If a reply does not fit, it is
+    /// quoted to the model with the problem and its place, and the model is asked again: twice, unless
+    /// [`attempts`](GenerateAs::attempts) is set. [`Tally::reasked`](crate::call::Tally::reasked) counts these requests;
+    /// retries of failed calls are counted apart. Each reply comes from [`generate`](Self::generate).
     ///
     /// ```
     /// use schemars::JsonSchema;
@@ -89,14 +88,14 @@ impl Context {
 
 type Validate<T> = Box<dyn Fn(&T) -> Result<(), String> + Send>;
 
-/// A value to be asked for ([`Context::generate_as`]); await it.
+/// A request for a value ([`Context::generate_as`]); await it.
 ///
 /// # Errors
-/// - [`ErrorKind::InvalidOutput`] when no reply did fit, with what was wrong with the last and
-///   where; [exhausted](Error::is_exhausted), with the number of requests as its attempts. At
-///   once when the model refused.
-/// - [`ErrorKind::Truncated`] when a reply reached its limit on tokens: see [`OnLength`].
-/// - As [`Context::generate`] when a call fails.
+/// - [`ErrorKind::InvalidOutput`] if no reply fitted, with the problem of the last reply and its
+///   place; [exhausted](Error::is_exhausted), with the number of requests as its attempts. If the model refused, it is
+///   not asked again.
+/// - [`ErrorKind::Truncated`] if a reply reached its limit on tokens: see [`OnLength`].
+/// - As [`Context::generate`] if a call fails.
 ///
 /// # Cancel safety
 /// As [`Context::generate`].
@@ -109,7 +108,7 @@ pub struct GenerateAs<T> {
     validate: Option<Validate<T>>,
 }
 
-/// A value with what it took to get it ([`GenerateAs::detailed`]).
+/// A value with the replies it took ([`GenerateAs::detailed`]).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct Generated<T> {
@@ -117,7 +116,7 @@ pub struct Generated<T> {
     pub value: T,
     /// The reply it was read from.
     pub reply: Reply,
-    /// The replies before it that could not be used, the oldest first.
+    /// The earlier replies that could not be used, the oldest first.
     pub rejected: Vec<Rejection>,
 }
 
@@ -127,7 +126,7 @@ pub struct Generated<T> {
 pub struct Rejection {
     /// The text of the reply.
     pub text: String,
-    /// What is wrong with it, as the model was told.
+    /// The problem, as it was described to the model.
     pub problem: String,
 }
 
@@ -135,14 +134,14 @@ impl<T> GenerateAs<T>
 where
     T: DeserializeOwned + JsonSchema + Send + 'static,
 {
-    /// A last word on each value. What it objects to is told to the model like any other
-    /// error. A panic in it goes through.
+    /// Sets a check of each value. Its objection is passed to the model like any other problem. A panic in it is not
+    /// caught.
     pub fn validate(mut self, f: impl Fn(&T) -> Result<(), String> + Send + 'static) -> Self {
         self.validate = Some(Box::new(f));
         self
     }
 
-    /// How many replies there may be, the first included; 3 unless set.
+    /// Sets the most replies to ask for, including the first; the default is 3.
     ///
     /// # Panics
     /// If `attempts` is 0.
@@ -153,16 +152,16 @@ where
         self
     }
 
-    /// What becomes of a reply that reached its limit on tokens; [`OnLength::Fail`] unless set.
+    /// Sets the policy for a reply that reached its limit on tokens; the default is [`OnLength::Fail`].
     pub fn on_length(mut self, policy: OnLength) -> Self {
         self.on_length = policy;
         self
     }
 
-    /// The value with its reply, and the replies that were refused before it.
+    /// Returns the value with its reply and the earlier replies that could not be used.
     ///
     /// # Errors
-    /// As awaiting it.
+    /// The same as when it is awaited.
     pub async fn detailed(self) -> Result<Generated<T>> {
         let form = Form::of::<T>();
         let mut first = form.ask(self.request);
@@ -214,7 +213,7 @@ where
     }
 }
 
-/// Fails for a reply that is no answer: cut at its limit on tokens, or a refusal.
+/// Fails if the reply is cut at its limit on tokens or is a refusal.
 pub(super) fn finished(reply: &Reply) -> Result<()> {
     match &reply.finish {
         FinishReason::Length => {
@@ -230,12 +229,12 @@ pub(super) fn finished(reply: &Reply) -> Result<()> {
     }
 }
 
-/// The first request again, with its last reply and what is wrong with that. Earlier ones are left
-/// out: the prompt does not grow with each.
+/// The first request again, with its last reply and the problem of that. Earlier replies are left
+/// out, so that the prompt does not grow with each.
 fn corrected(first: &Request, text: &str, problem: &str) -> Request {
     let mut request = first.clone();
     request.asks_again = true;
-    // An empty turn is refused by some providers.
+    // Some providers refuse an empty message.
     if !text.trim().is_empty() {
         let turn = Message::new(Role::Assistant, quote(text, QUOTED));
         request.messages.push(turn);

@@ -1,8 +1,8 @@
 //! Imports go down the table of layers in `DESIGN.md`, and no two modules import each other.
 //!
-//! All code under `src` is read but for items under `#[cfg(test)]`. A path counts for the module that it spells out
-//! and for the one that defines the name, so that a re-export hides nothing. A module and those inside it may know
-//! each other. Methods that are called without naming their type are not seen.
+//! The test reads all code under `src` except for items under `#[cfg(test)]`. A path counts for the module that it spells
+//! out and for the one that defines the name, so a re-export hides nothing. A module and those inside it may import
+//! each other. The test does not see calls of methods whose type is not named.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -22,7 +22,7 @@ fn layers(design: &str) -> Vec<String> {
     rows.map(|(module, _)| module.to_owned()).collect()
 }
 
-/// Who imports whom, with one path that does, for modules of which neither is inside the other.
+/// The pairs of modules of which the first imports the second and neither is inside the other, with an importing path.
 fn imports(sources: &Crate) -> BTreeMap<(ModulePath, ModulePath), String> {
     let mut imports = BTreeMap::new();
     for (importer, module) in &sources.modules {
@@ -37,7 +37,7 @@ fn imports(sources: &Crate) -> BTreeMap<(ModulePath, ModulePath), String> {
     imports
 }
 
-/// What breaks the rules, with the imports that do.
+/// The violations of the rules, each with the imports that cause it.
 fn violations(sources: &Crate, layers: &[String]) -> BTreeMap<String, Vec<String>> {
     let mut wrong = BTreeMap::<String, Vec<String>>::new();
     let layer = |module: &str| layers.iter().position(|layer| layer == module);

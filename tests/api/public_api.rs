@@ -20,7 +20,7 @@ use crate::sources::{self, Crate, ModulePath};
 /// The module and the name of an item.
 type Definition = (ModulePath, String);
 
-/// What makes up the public API.
+/// The items of the public API.
 #[derive(Default)]
 struct Api {
     /// The public paths of each item.
@@ -345,7 +345,7 @@ fn member_line(member: &ImplItem) -> Option<String> {
     }
 }
 
-/// A signature without the `mut` of its parameters, which is not the caller's business.
+/// A signature without the `mut` of its parameters, which does not matter to callers.
 fn signature(signature: &syn::Signature) -> String {
     let mut signature = signature.clone();
     for input in &mut signature.inputs {
@@ -361,7 +361,7 @@ fn signature(signature: &syn::Signature) -> String {
     tidy(&signature)
 }
 
-/// The attributes that callers notice.
+/// The attributes that matter to callers.
 fn notes(attributes: &[Attribute]) -> String {
     let mut derived = Vec::new();
     let mut notes = String::new();

@@ -274,7 +274,7 @@ fn made_by_macros(items: &[Item]) -> Vec<String> {
         Item::Macro(call) => macro_of(items, call),
         _ => None,
     });
-    calls.flat_map(|item| names_made_by(item)).collect()
+    calls.flat_map(names_made_by).collect()
 }
 
 /// The names of the structs, enums and traits that a macro spells out.

@@ -92,7 +92,7 @@ async fn twelve(
 }
 
 #[tokio::test(start_paused = true)]
-async fn each_parallelism_takes_exactly_its_time() {
+async fn each_parallelism_takes_its_exact_time() {
     assert_eq!(twelve(|batch| batch.join_all()).await, (100, 12));
     assert_eq!(twelve(|batch| batch.buffer_unordered(4)).await, (300, 4));
     assert_eq!(twelve(|batch| batch.buffered(4)).await, (300, 4));
@@ -102,7 +102,7 @@ async fn each_parallelism_takes_exactly_its_time() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn streams_yield_as_they_end_or_in_order() {
+async fn streams_yield_outcomes_as_they_end_or_in_input_order() {
     let delays = [300, 100, 200];
     let indices = async |ordered: bool| {
         let (_, cx) = setup();
@@ -126,7 +126,7 @@ async fn streams_yield_as_they_end_or_in_order() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn chunks_wait_for_the_slowest_of_each() {
+async fn a_chunk_starts_after_the_slowest_item_of_the_one_before() {
     let (_, cx) = setup();
     let began = Instant::now();
     let settled = cx
@@ -161,7 +161,7 @@ async fn empty_batches_end_at_once() {
 
 /// Invariant 2: every input ends as exactly one outcome.
 #[tokio::test(start_paused = true)]
-async fn nothing_is_lost_whatever_happens_to_an_item() {
+async fn every_input_has_an_outcome_whatever_happens_to_an_item() {
     let (_, cx) = setup();
     let settled = cx
         .fan_out("n", 0..20)
@@ -303,7 +303,7 @@ async fn an_async_closure_borrows_nests_and_runs_in_a_spawned_task() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_summary_says_what_failed() {
+async fn the_summary_names_the_failures() {
     let (_, cx) = setup();
     let prompts = ["a", "refuse", "b", "refuse"];
     let settled = cx
@@ -325,7 +325,7 @@ async fn the_summary_says_what_failed() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn try_all_stops_sending_at_the_first_failure_and_keeps_what_is_in_flight() {
+async fn try_all_stops_sending_at_the_first_failure_and_waits_for_calls_in_flight() {
     let (echo, cx) = setup();
     let finished = Arc::new(AtomicUsize::new(0));
     let count = Arc::clone(&finished);
@@ -381,7 +381,7 @@ const CUTS: [Cut; 3] = [
 ];
 
 #[tokio::test(start_paused = true)]
-async fn try_all_never_gives_fewer_values_than_inputs() {
+async fn try_all_never_returns_fewer_values_than_inputs() {
     for (timeout, end, kind) in CUTS {
         // Items that do not notice the end, and inputs that come slowly.
         let work = |_: Context, n: u32| async move {
@@ -415,7 +415,7 @@ async fn try_all_never_gives_fewer_values_than_inputs() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_stream_of_outcomes_says_that_it_was_cut_short() {
+async fn a_stream_of_outcomes_reports_that_it_was_cut_short() {
     for (timeout, end, kind) in CUTS {
         let cx = setup().1.with_timeout(timeout);
         let mut outcomes = cx
@@ -440,7 +440,7 @@ async fn a_stream_of_outcomes_says_that_it_was_cut_short() {
 }
 
 #[test]
-fn a_stream_says_that_its_runtime_has_shut_down() {
+fn a_stream_reports_that_its_runtime_has_shut_down() {
     let runtime = || {
         let mut builder = tokio::runtime::Builder::new_multi_thread();
         builder.worker_threads(1).enable_all().build().unwrap()
@@ -492,7 +492,7 @@ async fn the_failure_of_try_all_names_its_item() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn ending_a_context_ends_neither_its_parent_nor_its_siblings() {
+async fn cancelling_a_context_affects_neither_its_parent_nor_its_siblings() {
     use throughline::ratelimit::{Priority, Tenant};
     let narrowings: [fn(&Context) -> Context; 6] = [
         |cx| cx.child("a"),
@@ -517,7 +517,7 @@ async fn ending_a_context_ends_neither_its_parent_nor_its_siblings() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_item_that_ends_its_context_ends_itself_alone() {
+async fn an_item_that_cancels_its_context_cancels_only_itself() {
     for end in [Context::cancel, Context::drain] {
         let (_, cx) = setup();
         let work = move |cx: Context, n: u32| async move {
@@ -538,7 +538,7 @@ async fn an_item_that_ends_its_context_ends_itself_alone() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn ending_the_context_of_a_batch_ends_its_items_wherever_they_are() {
+async fn cancelling_the_context_of_a_batch_cancels_all_of_its_items() {
     let (echo, cx) = setup();
     let batch = cx.child("batch");
     let settle = batch.fan_out("n", 0..4).settle(|cx, n| async move {
@@ -614,7 +614,7 @@ async fn items_of_a_dropped_batch_are_not_running() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn requests_that_nothing_was_sent_for_are_no_calls() {
+async fn requests_that_were_never_sent_do_not_count_as_calls() {
     let pace = throughline::Pace::unlimited().in_flight(4);
     let cx = Context::builder(Echo::default()).pace(pace).build();
     let work = cx.fan_out("n", 0..20).settle(ask);
@@ -652,7 +652,7 @@ fn a_long_chain_of_contexts_does_not_overflow_the_stack() {
 
 /// Invariant 5: dropping a future or stream sends nothing more.
 #[tokio::test(start_paused = true)]
-async fn dropping_sends_nothing_more() {
+async fn a_dropped_batch_sends_no_further_call() {
     let (echo, cx) = setup();
     let batch = cx.fan_out("n", 0..100).buffer_unordered(4).settle(ask);
     assert!(
@@ -759,7 +759,7 @@ async fn streams_of_inputs_start_work_as_they_arrive() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_panic_of_the_inputs_is_the_callers_own() {
+async fn a_panic_of_the_inputs_is_not_caught() {
     let (_, cx) = setup();
     let inputs = || (0..10).inspect(|n| assert!(*n != 2, "inputs"));
     let stream = cx.fan_out("n", inputs()).sequential().stream(ask);
@@ -775,7 +775,7 @@ async fn a_panic_of_the_inputs_is_the_callers_own() {
 }
 
 #[test]
-fn no_parallelism_of_zero() {
+fn a_parallelism_of_zero_panics() {
     let (_, cx) = setup();
     for choose in [
         |batch: Batch<Context, stream::Iter<_>>| drop(batch.buffered(0)),
@@ -790,7 +790,7 @@ fn no_parallelism_of_zero() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn progress_tells_of_each_item_as_it_ends() {
+async fn progress_is_reported_after_each_item() {
     let (_, cx) = setup();
     let lines = Arc::new(Mutex::new(Vec::new()));
     let sink = Arc::clone(&lines);
@@ -811,7 +811,7 @@ async fn progress_tells_of_each_item_as_it_ends() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn events_name_the_path() {
+async fn events_contain_the_path_of_the_item() {
     let echo = Echo::default();
     let paths = Arc::new(Mutex::new(BTreeSet::new()));
     let sink = Arc::clone(&paths);
@@ -871,7 +871,7 @@ async fn pipelines_batch_by_value_by_reference_and_shared() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn adapters() {
+async fn adapters_chain_map_fall_back_and_time_out() {
     let (_, cx) = setup();
     let slow = Arc::new(pipeline("slow", |cx: Context, text: String| async move {
         sleep(Duration::from_secs(5)).await;
@@ -928,7 +928,7 @@ async fn limiting_factors<O: std::fmt::Debug>(
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_batch_whose_parallelism_is_the_limit_says_so_until_its_last_inputs_are_taken() {
+async fn open_items_are_the_limiting_factor_until_the_last_input_is_taken() {
     use Binding::{Nothing, OpenItems};
     let cx = Context::builder(Echo::default()).build();
     let work = async |cx: Context, n: usize| cx.generate(format!("{n}")).await;
@@ -944,7 +944,7 @@ async fn a_batch_whose_parallelism_is_the_limit_says_so_until_its_last_inputs_ar
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_limit_of_the_lane_is_named_before_the_open_items_and_a_dropped_batch_not_at_all() {
+async fn a_limit_of_the_lane_takes_precedence_over_open_items_and_a_dropped_batch_does_not_count() {
     let cx = Context::builder(Echo::default())
         .pace(Pace::unlimited().in_flight(2))
         .build();

@@ -50,7 +50,7 @@ async fn all(items: Items<Routine>) -> Vec<Result<Routine>> {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_work_of_an_element_starts_when_its_json_closes() {
+async fn work_on_an_element_starts_when_its_json_closes() {
     let mut script = Scripted::new().streamed(4 * SECOND, plan());
     for _ in 0..12 {
         script = script.delay(4 * SECOND).reply("an etude");
@@ -91,7 +91,7 @@ async fn the_work_of_an_element_starts_when_its_json_closes() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn one_permit_is_enough_for_a_plan_and_its_work() {
+async fn one_permit_is_enough_for_a_list_and_the_work_on_its_elements() {
     let mut script = Scripted::new().streamed(4 * SECOND, plan());
     for _ in 0..4 {
         script = script.delay(SECOND).reply("done");
@@ -103,7 +103,7 @@ async fn one_permit_is_enough_for_a_plan_and_its_work() {
     let plan = cx
         .generate_items::<Routine>("Plan my week.")
         .field("routines");
-    // One item at a time: nobody polls the plan while the first item waits for the permit.
+    // With one item at a time, the plan is not polled while the first item waits for the permit.
     let settled = cx
         .fan_out("routine", plan)
         .sequential()
@@ -114,7 +114,7 @@ async fn one_permit_is_enough_for_a_plan_and_its_work() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_element_that_does_not_fit_is_one_failure() {
+async fn an_element_that_does_not_fit_fails_alone() {
     let list = format!(
         r#"[{}, {{"name": 7}}, {{"name": NaN}}, {}, ]"#,
         routine("a"),
@@ -140,7 +140,7 @@ fn cut() -> Error {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_has_come_before_a_break_stands() {
+async fn elements_before_a_break_are_yielded() {
     let script = || Scripted::new().broken(3 * SECOND, &plan()[..3], cut());
     let cx = Context::builder(script()).build();
     let items = all(cx.generate_items("list")).await;
@@ -156,7 +156,7 @@ async fn what_has_come_before_a_break_stands() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_rest_is_asked_for_where_the_policy_says_so() {
+async fn the_policy_can_ask_for_the_rest_after_a_break() {
     let rest = || OnBreak::AskForRest { times: 1 };
     let script = Scripted::new()
         .broken(2 * SECOND, &plan()[..2], cut())
@@ -231,7 +231,7 @@ async fn a_list_that_was_completed_after_a_break_is_replayed() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_rest_of_a_list_is_asked_for_by_a_rerun_if_it_never_came() {
+async fn a_rerun_asks_for_the_rest_of_a_list_that_was_never_completed() {
     let store = Arc::new(Memory::new());
     let begun = format!("[{}, ", routine("Danube"));
     let refused = Error::new(ErrorKind::InvalidRequest, "no");
@@ -250,7 +250,7 @@ async fn the_rest_of_a_list_is_asked_for_by_a_rerun_if_it_never_came() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_list_whose_call_breaks_off_behind_it_is_replayed() {
+async fn a_complete_list_is_replayed_although_its_call_broke_off() {
     let store = Arc::new(Memory::new());
     let list = format!("[{}]", routine("Danube"));
     let script = about(Scripted::new().broken(SECOND, [list], cut()));
@@ -261,7 +261,7 @@ async fn a_list_whose_call_breaks_off_behind_it_is_replayed() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_list_that_failed_is_asked_for_anew() {
+async fn a_failed_list_is_asked_for_again_by_a_rerun() {
     let store = Arc::new(Memory::new());
     let begun = format!("[{}, ", routine("Danube"));
     let script = about(Scripted::new().broken(SECOND, [begun], cut()));
@@ -273,7 +273,7 @@ async fn a_list_that_failed_is_asked_for_anew() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_list_that_reached_its_limit_on_tokens_says_so() {
+async fn a_list_that_reached_its_limit_on_tokens_ends_as_truncated() {
     let mut reply = Reply::new(plan()[..2].concat(), Usage::new(5, 64));
     reply.finish = FinishReason::Length;
     let cx = Context::builder(Scripted::new().exact_reply(reply)).build();
@@ -285,7 +285,7 @@ async fn a_list_that_reached_its_limit_on_tokens_says_so() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_holds_no_list_is_one_failure() {
+async fn a_reply_without_a_list_is_one_failure() {
     for (reply, field, message) in [
         ("I cannot.", None, "does not hold an array"),
         (
@@ -314,7 +314,7 @@ async fn what_holds_no_list_is_one_failure() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_schema_is_that_of_a_list_in_its_field() {
+async fn the_schema_describes_a_list_in_the_named_field() {
     let script = Scripted::new()
         .reply(r#"{"routines": []}"#)
         .enforces_schema();
@@ -358,7 +358,7 @@ struct Story {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_value_is_shown_while_it_grows() {
+async fn drafts_of_a_value_come_while_it_is_written() {
     let pieces = [
         "```json\n{\"title\": \"Two",
         " rivers\", \"li",
@@ -393,7 +393,7 @@ async fn a_value_is_shown_while_it_grows() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn drafts_that_nobody_took_become_one() {
+async fn a_slow_consumer_gets_the_latest_draft_only() {
     let pieces: Vec<String> = [r#"{"lines": ["#.to_owned()]
         .into_iter()
         .chain((0..99).map(|n| format!(r#""{n}","#)))
@@ -409,7 +409,7 @@ async fn drafts_that_nobody_took_become_one() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_value_that_does_not_fit_in_the_end_is_an_error() {
+async fn a_complete_value_that_does_not_fit_is_an_error() {
     let cx = Context::builder(Scripted::new().streamed(SECOND, [r#"{"title": "#, "7}"])).build();
     let drafts: Vec<_> = cx.generate_drafts::<Story>("A story.").collect().await;
     assert_eq!(drafts.len(), 2);

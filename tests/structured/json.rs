@@ -139,7 +139,7 @@ proptest! {
     }
 
     #[test]
-    fn whatever_comes_is_read_alike_however_it_is_cut(
+    fn the_elements_do_not_depend_on_the_pieces(
         text in prop_oneof![
             "[\\[\\]{}\",:\\\\ 1a-]{0,40}".prop_map(String::into_bytes),
             vec(any::<u8>(), 0..60),
@@ -159,7 +159,7 @@ proptest! {
     }
 
     #[test]
-    fn a_draft_is_json_at_every_moment_and_the_whole_at_the_end(
+    fn a_draft_is_json_at_every_moment_and_complete_at_the_end(
         value in value().prop_filter("a draft has brackets", |v| v.is_object() || v.is_array()),
         (pretty, ascii) in any::<(bool, bool)>(),
     ) {
@@ -211,7 +211,7 @@ proptest! {
 }
 
 #[test]
-fn a_draft_leaves_out_what_cannot_be_closed_yet() {
+fn a_draft_leaves_out_a_part_that_cannot_be_closed_yet() {
     for (text, expected) in [
         ("[", None),
         ("[ ] to do", Some("[ ]")),
@@ -268,7 +268,7 @@ fn elements_come_as_they_close() {
 }
 
 #[test]
-fn an_object_closes_with_its_brace_and_waits_for_no_comma() {
+fn an_object_is_complete_at_its_brace_and_a_number_at_the_next_delimiter() {
     let mut reader = Reader::array();
     reader.push(r#"[{"a": [1]}"#);
     assert_eq!(reader.next_element().unwrap().unwrap(), r#"{"a": [1]}"#);
@@ -296,7 +296,7 @@ fn prose_with_brackets_is_not_the_array() {
 }
 
 #[test]
-fn what_is_no_json_is_one_failure_and_not_the_end() {
+fn an_element_that_is_not_json_does_not_affect_the_others() {
     let text = r#"[NaN, {'a': 1}, 1 2, , {"a": 1,}, "é"]"#;
     let (elements, end) = read(Reader::array(), &[text.as_bytes()]);
     end.unwrap();
@@ -311,7 +311,7 @@ fn what_is_no_json_is_one_failure_and_not_the_end() {
 }
 
 #[test]
-fn limits_hold() {
+fn elements_above_the_limits_are_failures() {
     let deep = format!("[{}1{}, 2]", "[".repeat(200), "]".repeat(200));
     let (elements, end) = read(Reader::array(), &[deep.as_bytes()]);
     assert!(elements[0].as_ref().unwrap_err().is_invalid_output());
@@ -329,7 +329,7 @@ fn limits_hold() {
 }
 
 #[test]
-fn what_is_missing_is_named() {
+fn the_error_names_what_is_missing() {
     let end = |reader, text: &str| read(reader, &[text.as_bytes()]).1;
     let error = |reader, text: &str| end(reader, text).unwrap_err();
     let field = || Reader::field("a");

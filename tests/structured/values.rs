@@ -51,7 +51,7 @@ where
 }
 
 #[tokio::test]
-async fn malformed_replies_have_their_outcomes() {
+async fn each_kind_of_malformed_reply_has_its_outcome() {
     let ok = "";
     let fence = format!("```json\n{PO}\n```");
     let bare_fence = format!("```{PO}```");
@@ -214,7 +214,7 @@ async fn malformed_replies_have_their_outcomes() {
 }
 
 #[tokio::test]
-async fn what_is_no_object_may_come_wrapped_or_bare() {
+async fn a_value_that_is_not_an_object_may_come_wrapped_or_bare() {
     for reply in [
         "[1, 2]",
         r#"{"value": [1, 2]}"#,
@@ -233,7 +233,7 @@ async fn what_is_no_object_may_come_wrapped_or_bare() {
 }
 
 #[tokio::test]
-async fn an_unusable_reply_is_quoted_with_what_is_wrong() {
+async fn an_unusable_reply_is_quoted_to_the_model_with_its_problem() {
     let script = Scripted::new()
         .reply("The Po, of course.")
         .reply(r#"{"name": "Po"}"#)
@@ -282,7 +282,7 @@ async fn an_unusable_reply_is_quoted_with_what_is_wrong() {
 }
 
 #[tokio::test]
-async fn a_validator_takes_part_and_asking_ends() {
+async fn objections_of_a_validator_are_passed_to_the_model_up_to_the_limit() {
     let script = Scripted::new().reply(PO).reply(PO).reply(PO).reply(PO);
     let cx = Context::builder(script.clone()).build();
     let asked = cx
@@ -302,7 +302,7 @@ async fn a_validator_takes_part_and_asking_ends() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn calls_that_fail_are_retried_by_the_guard_and_not_counted_as_asks() {
+async fn failed_calls_are_retried_and_not_counted_as_asked_again() {
     let script = Scripted::new()
         .error(Error::new(ErrorKind::Unavailable, "first"))
         .reply("no")
@@ -321,7 +321,7 @@ async fn calls_that_fail_are_retried_by_the_guard_and_not_counted_as_asks() {
     assert_eq!(cx.tally().reasked, 0);
 }
 
-/// What became of [`River`] in the next release.
+/// The type [`River`] in the next release.
 #[derive(Debug, PartialEq, Deserialize, JsonSchema)]
 struct EditedRiver {
     /// The name of the river.
@@ -331,7 +331,7 @@ struct EditedRiver {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_edited_type_replays() {
+async fn stored_replies_are_used_after_the_type_is_edited() {
     for enforces in [false, true] {
         let store = Arc::new(Memory::new());
         let script = Scripted::new()
@@ -370,7 +370,7 @@ async fn an_edited_type_replays() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_replay_counts_no_reply_as_asked_again() {
+async fn a_replay_counts_nothing_as_asked_again() {
     let store = Arc::new(Memory::new());
     let script = Scripted::new().reply("no").reply("no").reply(PO);
     let cx = || {
@@ -395,7 +395,7 @@ fn cut(text: &str) -> Reply {
 }
 
 #[tokio::test]
-async fn a_reply_at_its_limit_is_never_asked_again_unless_the_policy_says_so() {
+async fn a_cut_reply_is_asked_for_again_only_if_the_policy_says_so() {
     // Even one that happens to be JSON: 12 may be the beginning of 1200.
     for text in ["12", r#"{"value": 12}"#, r#"{"val"#] {
         let script = Scripted::new().exact_reply(cut(text)).reply("12");
@@ -434,7 +434,7 @@ async fn a_reply_at_its_limit_is_never_asked_again_unless_the_policy_says_so() {
 }
 
 #[tokio::test]
-async fn a_refusal_by_the_model_is_not_argued_with() {
+async fn the_model_is_not_asked_again_after_it_refused() {
     let mut refusal = Reply::new("I cannot help with rivers.", Usage::new(9, 7));
     refusal.finish = FinishReason::ContentFilter;
     let script = Scripted::new().exact_reply(refusal).reply(PO);
@@ -490,7 +490,7 @@ fn futures_and_streams_can_be_sent() {
 
 /// A reply is in the store before anybody parses it: what was wrong with the parser costs nothing.
 #[tokio::test(start_paused = true)]
-async fn a_parser_that_was_broken_and_then_repaired_pays_nothing() {
+async fn a_repaired_parser_reads_the_stored_replies_without_a_call() {
     let provider = Scripted::new()
         .reply(PO)
         .reply("[1, 2, 3]")

@@ -1,9 +1,8 @@
-//! JSON while it is still being written: [`Reader`] hands out the elements of an array as
-//! they close, [`Draft`] closes what is open.
+//! JSON that is still being written: [`Reader`] returns the elements of an array as
+//! they close, [`Draft`] closes all that is open.
 //!
-//! Both take the text in pieces that may break anywhere, in time linear in the text, and
-//! neither knows of providers or of time. They find where values begin and end and leave
-//! to `serde_json` what is in them.
+//! Both take the text in pieces that may end anywhere, in time linear in its length. They find where values begin and
+//! end with a common scanner of brackets and strings; `serde_json` parses the values.
 
 mod draft;
 mod reader;

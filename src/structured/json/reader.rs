@@ -1,25 +1,24 @@
-//! [`Reader`]: the elements of an array, each as soon as it closes.
+//! [`Reader`]: returns the elements of an array, each as soon as it closes.
 
 use super::scanner::{MAX_DEPTH, SPECIAL, Scanner, Stop};
 use crate::error::{Error, ErrorKind, Result};
 
 const MAX_ELEMENT: usize = 16 << 20;
-/// Fewer bytes that are not needed any more are not worth moving the rest for.
+/// The number of unneeded bytes from which it pays to move the rest of the buffer.
 const SWEEP: usize = 1 << 10;
-/// Models write in pieces of a few bytes, most of which mean nothing to us.
+/// The longest piece that is checked for special bytes first: models write in pieces of a few bytes, and most have none.
 const SHORT: usize = 32;
-/// No word that may stand for a value is longer ("-Infinity").
+/// The length of the longest word that may be a value ("-Infinity").
 const MAX_WORD: usize = 9;
 
 /// Finds the elements of one array in a reply that is still being written.
 ///
-/// Text before the array is skipped (prose, code fences, a byte order mark), and so is all
-/// that comes after it. Elements are told apart by brackets, strings and commas alone, so one
-/// that is not JSON (`NaN`, single quotes) is handed out like any other and fails
-/// where it is parsed: one element, not the rest. A comma too many at the end is ignored, and so is
-/// one that is missing behind an object.
+/// Text before the array (prose, code fences, a byte order mark) and after it is skipped. Elements are separated by
+/// brackets, strings and commas alone. So an element that is not JSON (`NaN`, single quotes) is returned like any other
+/// and fails where it is parsed, without harm to the others. A trailing comma is ignored, and so is
+/// a missing comma behind an object.
 ///
-/// It takes time linear in the text however it is cut, and keeps at most the open element.
+/// Reading takes time linear in the length of the text, whatever the pieces, and memory for one element.
 ///
 /// ```
 /// use throughline::structured::json::Reader;
@@ -37,17 +36,17 @@ pub struct Reader {
     target: Target,
     max_depth: u32,
     max_element: usize,
-    /// What may still be needed, and what has not been looked at.
+    /// The open element, and text that has not been read.
     buf: Vec<u8>,
-    /// All before it is looked at.
+    /// The position up to which the text has been read.
     pos: usize,
-    /// All before it is not needed any more.
+    /// The position up to which the text is not needed any more.
     keep: usize,
     state: State,
     scanner: Scanner,
-    /// Elements handed out so far, invalid ones included.
+    /// The number of elements returned so far, including failures.
     elements: usize,
-    /// What was met that is not the array: told when there is none.
+    /// Other values that were found, for the error if there is no array.
     met: Met,
     failed: Option<Error>,
 }
@@ -63,7 +62,7 @@ enum Target {
 enum State {
     /// Before the array, or the object that has it.
     Seek,
-    /// After the bracket of an array that may be none ("see [below]").
+    /// Behind a bracket that may be one in prose ("see [below]").
     Opened,
     /// In the object, before a key. `sure`: it is an object, not a brace in prose.
     Key { sure: bool },
@@ -73,7 +72,7 @@ enum State {
     Colon { sure: bool, ours: bool },
     /// Before the value of a key.
     Value { ours: bool },
-    /// In a value that is not ours.
+    /// In the value of another field.
     Skip,
     /// In the array, before an element.
     Between { after_comma: bool },
@@ -109,27 +108,26 @@ impl Reader {
         }
     }
 
-    /// Reads the elements of the first array of the text.
+    /// Makes a reader of the first array in the text.
     pub fn array() -> Self {
         Self::new(Target::Array)
     }
 
-    /// Reads the elements of the array in this field of an object.
+    /// Makes a reader of the array in this field of an object.
     pub fn field(name: impl Into<String>) -> Self {
         Self::new(Target::Field(name.into()))
     }
 
-    /// Reads the elements of the first array that is either by itself or in a field of an
-    /// object by itself, whichever field that is.
+    /// Makes a reader of the first array that stands by itself or in any field of an object.
     pub fn first_array() -> Self {
         Self::new(Target::First)
     }
 
-    /// How many brackets an element may open inside one another; 126 unless set, which with the
-    /// array and its object makes the 128 that `serde_json` reads.
+    /// Sets the most nested brackets of an element. The default is 126, which makes 128 with the
+    /// array and its object: the limit of `serde_json`.
     ///
     /// # Panics
-    /// If it is above 128.
+    /// If `depth` is above 128.
     #[must_use]
     #[track_caller]
     pub fn max_depth(mut self, depth: u32) -> Self {
@@ -138,15 +136,15 @@ impl Reader {
         self
     }
 
-    /// How many bytes one element may have; 16 MiB unless set. A larger one is not kept: it is one
-    /// failure, and the next one is read.
+    /// Sets the most bytes of an element; the default is 16 MiB. A larger element is returned as an error, and the next
+    /// one follows.
     #[must_use]
     pub fn max_element(mut self, bytes: usize) -> Self {
         self.max_element = bytes;
         self
     }
 
-    /// Takes in more of the text. A piece may end anywhere, within a character too.
+    /// Adds a piece of the text. A piece may end anywhere, also within a character.
     #[inline]
     pub fn push(&mut self, piece: impl AsRef<[u8]>) {
         if matches!(self.state, State::Done) {
@@ -161,19 +159,18 @@ impl Reader {
             self.keep = 0;
         }
         match piece.as_ref() {
-            // Cheaper than a copy.
+            // Cheaper than to extend by a slice.
             [byte] => self.buf.push(*byte),
             piece => self.buf.extend_from_slice(piece),
         }
     }
 
-    /// The exact text of the next element that has closed; `None` until more is pushed, or for
-    /// ever once the array has ended.
+    /// Returns the exact text of the next element that has closed; `None` until more text is pushed, and after the end
+    /// of the array.
     ///
     /// # Errors
-    /// [`ErrorKind::InvalidOutput`] for an element that is too large or not UTF-8, after which
-    /// the next one follows; and for brackets that do not match or are too deep, after which
-    /// nothing does.
+    /// [`ErrorKind::InvalidOutput`] for an element that is too large or not UTF-8; the next element
+    /// follows. Also for brackets that do not match or are too deep, which ends the reading.
     #[inline]
     pub fn next_element(&mut self) -> Option<Result<&str>> {
         if self.is_quiet() {
@@ -182,7 +179,7 @@ impl Reader {
         self.take()
     }
 
-    /// Whether a short piece within an element means nothing; then it is done with.
+    /// Skips a short piece within an element if it changes nothing, and returns whether it did.
     #[inline]
     fn is_quiet(&mut self) -> bool {
         let rest = &self.buf[self.pos..];
@@ -220,17 +217,17 @@ impl Reader {
         }))
     }
 
-    /// How many elements were handed out, failed ones included.
+    /// Returns the number of elements so far, including failures.
     pub fn elements(&self) -> usize {
         self.elements
     }
 
-    /// Whether the array has ended: what is pushed from now on is ignored.
+    /// Whether the array has ended: text that is pushed from now on is ignored.
     pub fn is_done(&self) -> bool {
         matches!(self.state, State::Done)
     }
 
-    /// Says whether the text, now at its end, had the whole array. Take all elements first.
+    /// Checks at the end of the text that the array is complete. Take all elements first.
     ///
     /// # Errors
     /// [`ErrorKind::Truncated`] if the array is open; [`ErrorKind::InvalidOutput`] if there
@@ -268,7 +265,7 @@ impl Reader {
         }))
     }
 
-    /// Goes on to the end of an element or of the text.
+    /// Reads to the end of an element or of the text.
     fn advance(&mut self) -> Option<Result<(usize, usize)>> {
         loop {
             match self.state {
@@ -326,7 +323,7 @@ impl Reader {
         }
         match stop {
             Stop::Open => return None,
-            // `Between` looks at what comes next.
+            // `Between` reads the next byte.
             Stop::Closed | Stop::At(b']') => self.state = State::Between { after_comma: false },
             Stop::At(b',') => self.go(State::Between { after_comma: true }),
             stop => return Some(Err(self.fail(stop))),
@@ -367,12 +364,12 @@ impl Reader {
         Some(())
     }
 
-    /// Tells an array from a bracket in prose by what comes first in it.
+    /// Distinguishes an array from a bracket in prose by its first byte.
     fn opened(&mut self) -> Option<()> {
         let sure = match self.non_space()? {
             b'{' | b'[' | b'"' | b'-' | b'0'..=b'9' => true,
             b']' => {
-                // "[ ]" may be a box to tick.
+                // "[ ]" may be a checkbox.
                 self.met.empty_array = true;
                 false
             }
@@ -418,7 +415,7 @@ impl Reader {
                 b'}' => self.object_ended(),
                 b',' if sure => self.go(State::Key { sure }),
                 _ if sure => {
-                    // Not JSON: go on behind the next comma.
+                    // Not JSON: continue behind the next comma.
                     self.scanner = Scanner::default();
                     self.state = State::Skip;
                 }
@@ -436,7 +433,7 @@ impl Reader {
                 self.go(State::Between { after_comma: false });
             }
             State::Value { ours } => {
-                // "First" takes any array and minds nothing else.
+                // With `First`, any array will do, and other fields do not matter.
                 self.met.other_value |= ours && !matches!(self.target, Target::First);
                 self.scanner = Scanner::default();
                 self.state = State::Skip;
@@ -448,7 +445,7 @@ impl Reader {
 
     fn in_key(&mut self, sure: bool) -> Option<()> {
         let rest = &self.buf[self.pos..];
-        // Keys are short; what is not is looked at once, byte by byte.
+        // Keys are short, so they are read byte by byte.
         for (i, byte) in rest.iter().enumerate() {
             match byte {
                 _ if self.scanner.escaped => self.scanner.escaped = false,
@@ -468,13 +465,13 @@ impl Reader {
         }
         self.pos = self.buf.len();
         if self.pos - self.keep > self.max_element {
-            // Not ours, whatever it is.
+            // Too long for the field that is sought.
             self.keep = self.pos;
         }
         None
     }
 
-    /// What looked like a beginning was none.
+    /// Goes back to seeking, because a bracket was not the beginning.
     fn again(&mut self) {
         self.pos = self.keep;
         self.state = State::Seek;
@@ -485,17 +482,17 @@ impl Reader {
         self.go(State::Seek);
     }
 
-    /// Steps over the byte at hand.
+    /// Steps over the current byte.
     fn go(&mut self, state: State) {
         self.pos += 1;
-        // A doubtful object begins anew at its brace.
+        // A brace may be one in prose; then the text behind it is read again.
         if !matches!(state, State::Colon { sure: false, .. }) {
             self.keep = self.pos;
         }
         self.state = state;
     }
 
-    /// The next byte that is no white space.
+    /// Returns the next byte that is not white space.
     fn non_space(&mut self) -> Option<u8> {
         let rest = &self.buf[self.pos..];
         let spaces = rest
