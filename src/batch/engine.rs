@@ -3,8 +3,8 @@
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::pin::Pin;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{self, Poll, ready};
 use std::time::Duration;
 
@@ -22,6 +22,7 @@ use crate::call::scope::{DuplicateKeys, Scope};
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::event::Event;
+use crate::sync::Mutex;
 
 /// The slot of an outcome in the window of a stream, free again when the consumer takes the outcome.
 type Slot = Option<OwnedSemaphorePermit>;
@@ -84,7 +85,7 @@ impl<T: Send, S: Stream<Item = T> + Send> Batch<Context, S> {
             let name = key.as_ref().ok().cloned().flatten();
             let repeat = match (&repeats, &name) {
                 (Some(repeats), Some(name)) => {
-                    let mut repeats = repeats.lock().unwrap_or_else(PoisonError::into_inner);
+                    let mut repeats = repeats.lock();
                     repeats.count(name)
                 }
                 _ => 0,

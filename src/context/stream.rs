@@ -3,6 +3,7 @@
 use std::fmt;
 use std::panic::resume_unwind;
 use std::pin::Pin;
+#[cfg(feature = "structured")]
 use std::sync::Arc;
 use std::task::{self, Poll, ready};
 use std::time::Duration;

@@ -2,13 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard};
 use std::time::Duration;
 
 use hdrhistogram::Histogram;
 
 use crate::error::Error;
 use crate::event::{Event, Observer};
+use crate::sync::Mutex;
 
 /// The most kinds of work that are kept; durations of others are only counted.
 const MOST: usize = 1_024;
@@ -149,7 +150,7 @@ impl Stages {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock()
     }
 }
 

@@ -1,12 +1,13 @@
 //! [`Timeline`]: a drawing of the calls and stages over time.
 
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard};
 use std::time::Duration;
 
 use tokio::time::Instant;
 
 use crate::event::{Event, Observer};
+use crate::sync::Mutex;
 
 /// The most lines that are kept; later ones are only counted.
 const MOST: usize = 10_000;
@@ -93,7 +94,7 @@ impl Timeline {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock()
     }
 }
 

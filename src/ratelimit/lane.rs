@@ -5,7 +5,7 @@ mod timer;
 use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, MutexGuard, Weak};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
@@ -21,6 +21,7 @@ use crate::ratelimit::queue::WaiterKey;
 use crate::ratelimit::scheduler::{Admission, GrantId, Scheduler, Wakeups};
 use crate::ratelimit::types::{CallOutcome, Charge, LaneChange, LaneSnapshot, Need, QueuePosition};
 use crate::request::RateSnapshot;
+use crate::sync::Mutex;
 
 /// The queue in front of one provider account and group of models, and its limits.
 ///
@@ -300,7 +301,7 @@ impl Shared {
     /// Locks the state, also after a panic. A panic cannot leave the scheduler half changed, because nothing
     /// between two changes can fail.
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 
     /// Runs one step of the scheduler.

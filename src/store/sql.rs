@@ -1,13 +1,14 @@
 //! Helpers that both SQL backends need: transactions, retries, errors, numbers and rows.
 
 use std::ops::{Deref, DerefMut};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::MutexGuard;
 use std::time::Duration;
 
 use sqlx::pool::PoolConnection;
 use sqlx::{Database, Executor, Pool};
 
 use crate::error::{Error, ErrorKind, Persistence, Result};
+use crate::sync::Mutex;
 
 /// Repeats an operation while `$again` returns, for its error and the number of earlier tries, that another try may
 /// succeed. This is a macro so that the compiler sees the borrows of `$operation`.
@@ -368,7 +369,7 @@ impl Cursor {
     }
 
     fn lock(&self) -> MutexGuard<'_, String> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock()
     }
 }
 

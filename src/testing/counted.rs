@@ -2,13 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::sync::MutexGuard;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use crate::error::{Error, ErrorKind, Persistence, Result};
 use crate::store::forward::forward_store;
 use crate::store::{Commit, Memory};
+use crate::sync::Mutex;
 
 /// A wrapper around a store that counts the calls to it. Each call is a round trip, and their number is the same on
 /// every machine, unlike their time.
@@ -93,10 +94,7 @@ impl<S> Counted<S> {
 
     /// Fails the next call of each of these methods with a temporary [`ErrorKind::Store`], like a broken connection.
     pub fn fail_next(&self, methods: impl IntoIterator<Item = &'static str>) {
-        let mut failing = self
-            .fail_next
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut failing = self.fail_next.lock();
         failing.extend(methods);
     }
 
@@ -111,7 +109,7 @@ impl<S> Counted<S> {
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<&'static str, u64>> {
-        self.calls.lock().unwrap_or_else(PoisonError::into_inner)
+        self.calls.lock()
     }
 
     async fn enter(&self, method: &'static str) -> Result<()> {
@@ -120,10 +118,7 @@ impl<S> Counted<S> {
             tokio::time::sleep(self.latency).await;
         }
         let broken = {
-            let mut failing = self
-                .fail_next
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner);
+            let mut failing = self.fail_next.lock();
             let place = failing.iter().position(|failing| *failing == method);
             place.map(|place| failing.swap_remove(place)).is_some()
         };

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -14,6 +14,7 @@ use crate::provider::{Capabilities, Provider};
 use crate::request::Request;
 use crate::request::Usage;
 use crate::request::reply::{Delta, Reply, ReplyStream};
+use crate::sync::Mutex;
 
 /// A provider that answers from a script, line by line, and records the requests.
 ///
@@ -90,7 +91,7 @@ impl Scripted {
     }
 
     fn lock(&self) -> MutexGuard<'_, Script> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock()
     }
 
     fn line(self, answer: impl FnOnce(&Request) -> Result<Reply> + Send + 'static) -> Self {

@@ -51,7 +51,7 @@ mod model;
 use std::collections::HashMap;
 use std::fmt;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -71,6 +71,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::request::Request;
 use crate::request::RequestDigest;
 use crate::request::reply::{Reply, ReplyStream};
+use crate::sync::Mutex;
 use crate::usage::{RateSnapshot, Usage};
 
 /// The simulated provider; see the [module](self). Clones share one account.
@@ -211,7 +212,7 @@ impl Sim {
 impl Inner {
     fn lock(&self) -> MutexGuard<'_, State> {
         // The state is consistent at every possible panic, so a poisoned lock need not make a drop guard panic.
-        self.account.lock().unwrap_or_else(PoisonError::into_inner)
+        self.account.lock()
     }
 
     /// Locks the account, advances its limits to the present, and returns the time since the start.

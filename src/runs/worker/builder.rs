@@ -1,7 +1,7 @@
 //! [`WorkerBuilder`]: the options of a worker.
 
 use std::fmt;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde::Serialize;
@@ -176,8 +176,8 @@ impl WorkerBuilder {
             options: self.options,
             journal,
             created_at: Instant::now(),
-            unknown: Mutex::default(),
-            runs: Mutex::default(),
+            unknown: Default::default(),
+            runs: Default::default(),
             counters: Counters::default(),
         }))
     }

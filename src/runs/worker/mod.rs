@@ -10,8 +10,8 @@ mod suspects;
 
 use std::collections::{HashMap, HashSet};
 use std::fmt;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use futures::future;
@@ -28,6 +28,7 @@ use crate::runs::Spec;
 use crate::store::backoff::Backoff;
 use crate::store::journal::{Journal, JournalStats};
 use crate::store::{Queue, RunFilter, RunId, Status, StoreExt as _};
+use crate::sync::Mutex;
 
 /// A worker on durable runs: it claims items, runs their pipelines and commits the results. Any number of workers share a
 /// store, in one process or in many.
@@ -424,7 +425,7 @@ impl Inner {
         let Ok(runs) = self.queue.runs(filter, NEWEST).await else {
             return;
         };
-        let mut unknown = self.unknown.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut unknown = self.unknown.lock();
         for run in runs {
             if !names.contains(&run.name) && unknown.insert(run.name.clone()) {
                 tracing::warn!(
@@ -440,7 +441,7 @@ impl Inner {
     async fn run_info(&self, run: RunId) -> Result<Option<Arc<RunInfo>>> {
         /// The capacity of the cache. Runs are few compared to their items.
         const KNOWN: usize = 1024;
-        let known = || self.runs.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = || self.runs.lock();
         if let Some(info) = known().get(&run) {
             return Ok(Some(Arc::clone(info)));
         }

@@ -1,7 +1,7 @@
 //! [`Session`]: the work of a worker under one lease. It claims items, starts them and collects their outcomes.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard};
 use std::time::Duration;
 
 use futures::{FutureExt as _, StreamExt as _, stream};
@@ -15,6 +15,7 @@ use super::{Inner, count, later};
 use crate::context::Context;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::{Claim, Handling, Hold, Item, ItemId, LeaseId, RunId};
+use crate::sync::Mutex;
 
 /// The most items in one claim.
 const MAX_CLAIM: usize = 512;
@@ -109,7 +110,7 @@ impl Session {
     }
 
     pub(super) fn running(&self) -> MutexGuard<'_, HashMap<ItemId, Running>> {
-        self.running.lock().unwrap_or_else(PoisonError::into_inner)
+        self.running.lock()
     }
 
     pub(super) async fn work(

@@ -3,7 +3,7 @@
 mod buffer;
 
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard};
 use std::time::Duration;
 
 use futures::future;
@@ -16,6 +16,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::event::{Event, Observers};
 use crate::store::backoff::Backoff;
 use crate::store::{Commit, Generation, Intent, MemoKey, Store};
+use crate::sync::Mutex;
 
 /// Commits of more than 512 entries or 16 MiB take longer without being cheaper by the row, and a database refuses a
 /// message of a gigabyte. The linger time is shorter than a disk takes to write.
@@ -319,7 +320,7 @@ impl fmt::Debug for Journal {
 
 impl Core {
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 
     /// Changes the buffer and wakes the writer.

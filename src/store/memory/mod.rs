@@ -4,7 +4,7 @@ mod state;
 
 use std::collections::{BTreeSet, HashMap};
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard};
 use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
@@ -22,6 +22,7 @@ use super::transaction::{
 };
 use super::{Queue, Store};
 use crate::error::{Error, ErrorKind, Result};
+use crate::sync::Mutex;
 
 /// A store in memory, for tests and for work that need not outlive the process.
 ///
@@ -43,7 +44,7 @@ impl Memory {
     /// Locks the state. Returns the present in milliseconds since 1970 with it.
     fn lock(&self) -> (i64, MutexGuard<'_, State>) {
         let (then, start) = self.start;
-        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let state = self.state.lock();
         (millis(then + start.elapsed()), state)
     }
 }
