@@ -57,7 +57,6 @@
 //! - [`ErrorKind::Config`](crate::ErrorKind::Config): data that no backend can keep.
 //! - [`ErrorKind::LeaseLost`](crate::ErrorKind::LeaseLost): where a method says so.
 
-pub(crate) mod backoff;
 #[cfg(any(feature = "sqlite", feature = "postgres"))]
 mod detached;
 mod extensions;

@@ -7,6 +7,7 @@ use std::time::Duration;
 use sqlx::pool::PoolConnection;
 use sqlx::{Database, Executor, Pool};
 
+use crate::backoff::Jittered;
 use crate::error::{Error, ErrorKind, Persistence, Result};
 use crate::sync::Mutex;
 
@@ -15,12 +16,12 @@ use crate::sync::Mutex;
 macro_rules! retrying {
     ($again:expr, $operation:expr) => {{
         let again = $again;
-        let (first, longest) = $crate::store::sql::CONFLICT_WAITS;
-        let mut backoff = $crate::store::backoff::Backoff::new(first, longest);
+        let mut backoff = None;
         let mut tries = 0;
         loop {
             match $operation.await {
                 Err(error) if again(&error, tries) => {
+                    let backoff = backoff.get_or_insert_with($crate::store::sql::conflict_waits);
                     tokio::time::sleep(backoff.next()).await;
                     tries += 1;
                 }
@@ -31,9 +32,10 @@ macro_rules! retrying {
 }
 pub(super) use retrying;
 
-/// The shortest and the longest wait after a conflict with another transaction.
-pub(super) const CONFLICT_WAITS: (Duration, Duration) =
-    (Duration::from_micros(500), Duration::from_millis(64));
+/// Returns the waits after conflicts with other transactions.
+pub(super) fn conflict_waits() -> Jittered {
+    Jittered::new(Duration::from_micros(500), Duration::from_millis(64))
+}
 
 /// A transaction on a connection of a pool. The connection returns to the pool only after
 /// [`commit`](Self::commit) has succeeded. After an error, and when the future that owns the

@@ -22,10 +22,10 @@ use self::builder::Options;
 pub use self::builder::WorkerBuilder;
 use self::registry::Registry;
 use self::session::{InFlight, LOST_ITEMS_INTERVAL, Session, SessionEnd, StopCondition};
+use crate::backoff::Jittered;
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::runs::Spec;
-use crate::store::backoff::Backoff;
 use crate::store::journal::{Journal, JournalStats};
 use crate::store::{Queue, RunFilter, RunId, Status, StoreExt as _};
 use crate::sync::Mutex;
@@ -179,8 +179,8 @@ fn later(at: Instant, duration: Duration) -> Instant {
 }
 
 /// The waits for a store that is away.
-fn backoff() -> Backoff {
-    Backoff::new(Duration::from_millis(100), Duration::from_secs(5))
+fn backoff() -> Jittered {
+    Jittered::new(Duration::from_millis(100), Duration::from_secs(5))
 }
 
 fn count(counter: &AtomicU64, by: u64) {

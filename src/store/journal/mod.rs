@@ -12,9 +12,9 @@ use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, sleep, sleep_until};
 
 use self::buffer::{Batch, Entry, Limits, Next, Positions, WriteBuffer, commit_of};
+use crate::backoff::Jittered;
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::{Event, Observers};
-use crate::store::backoff::Backoff;
 use crate::store::{Commit, Generation, Intent, MemoKey, Store};
 use crate::sync::Mutex;
 
@@ -118,7 +118,7 @@ struct State {
     /// The time since when the writes of a closed journal fail.
     failing_since: Option<Instant>,
     /// The waits after permanent refusals in a row.
-    refusals: Backoff,
+    refusals: Jittered,
 }
 
 /// The progress that waiting callers see.
@@ -259,8 +259,8 @@ fn halve<T>(parts: &mut Vec<Vec<T>>) {
     }
 }
 
-fn backoff() -> Backoff {
-    Backoff::new(WAITS.0, WAITS.1)
+fn backoff() -> Jittered {
+    Jittered::new(WAITS.0, WAITS.1)
 }
 
 /// The entries of a batch in parts, the next part last. Dropped with the runtime, it returns them to the buffer, and a
