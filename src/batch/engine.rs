@@ -92,7 +92,7 @@ impl<T: Send, S: Stream<Item = T> + Send> Batch<Context, S> {
             };
             let cx = batch.item(Arc::clone(&label), index, name, repeat);
             let running = Running::new(&tracker);
-            started.start();
+            started.start(index);
             let scope = Arc::clone(cx.scope());
             let started = Instant::now();
             let item = cx

@@ -18,7 +18,6 @@ pub(super) struct OpenItems {
     /// chunk must end first.
     hold: usize,
     inputs: Option<usize>,
-    taken: AtomicUsize,
     open: AtomicUsize,
     is_full: AtomicBool,
 }
@@ -36,18 +35,18 @@ impl OpenItems {
             limit,
             hold,
             inputs,
-            taken: AtomicUsize::new(0),
             open: AtomicUsize::new(0),
             is_full: AtomicBool::new(false),
         }
     }
 
-    pub(super) fn start(&self) {
-        let taken = self.taken.fetch_add(1, Ordering::Relaxed) + 1;
+    /// Counts the start of the item with this index.
+    pub(super) fn start(&self, index: usize) {
         let open = self.open.fetch_add(1, Ordering::Relaxed) + 1;
-        self.report(open >= self.limit && self.inputs != Some(taken));
+        self.report(open >= self.limit && self.inputs != Some(index + 1));
     }
 
+    /// Counts the end of an item whose outcome has left the batch.
     pub(super) fn end(&self) {
         let open = self.open.fetch_sub(1, Ordering::Relaxed) - 1;
         let is_full = self.is_full.load(Ordering::Relaxed);
