@@ -98,7 +98,6 @@ pub(super) struct Limit {
     lowered_at: Nanos,
     deferred: DeferredCharges,
     policies: LimitPolicies,
-    enabled: PolicySet,
 }
 
 impl Limit {
@@ -130,7 +129,6 @@ impl Limit {
             lowered_at: 0,
             deferred: DeferredCharges::default(),
             policies: LimitPolicies::new(enabled, source == Source::Estimated),
-            enabled,
         }
     }
 
@@ -200,7 +198,7 @@ impl Limit {
         let clock = self.clock_at(now);
         let mut ready_at = self.bucket.ready_at(clock, cost.least());
         if cost.deferred > 0
-            && self.enabled.has(Policy::DeferredForecast)
+            && self.policies.has(Policy::DeferredForecast)
             && let Some(expected) = self.deferred.expected_with(cost.deferred)
         {
             let expected = self.rate().time_for(expected.saturating_add(cost.upfront));

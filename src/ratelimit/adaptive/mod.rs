@@ -166,6 +166,11 @@ impl LimitPolicies {
         }
     }
 
+    /// Whether a policy is switched on.
+    pub(super) fn has(&self, policy: Policy) -> bool {
+        self.enabled.has(policy)
+    }
+
     /// The factor by which the rate is multiplied now.
     #[inline]
     pub(super) fn factor(&self) -> f64 {
