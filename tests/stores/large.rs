@@ -10,10 +10,10 @@ use std::time::{Duration, Instant};
 
 use sqlx::{Connection as _, SqliteConnection};
 use throughline::store::{
-    Claim, Commit, Item, LeaseId, Postgres, Queue, QueueExt as _, RunId, Settlement, Sqlite,
-    StoreExt as _,
+    Claim, Item, LeaseId, Postgres, Queue, QueueExt as _, RunId, Sqlite, StoreExt as _,
 };
 
+use crate::common::{LONG, done};
 use crate::long::is_long;
 use crate::server::Schemas;
 
@@ -21,8 +21,6 @@ use crate::server::Schemas;
 fn rows(short: i64) -> i64 {
     if is_long() { 1_000_000 } else { short }
 }
-
-const LONG: Duration = Duration::from_secs(3600);
 
 /// Returns statements that fill the tables with a large run of `rows` items, half of them pending and half of them under a
 /// live lease, and a small run of another tenant. They bypass the store, because the test measures reading only.
@@ -36,14 +34,6 @@ fn fill(rows: i64, series: &str) -> String {
                 CASE WHEN n % 2 = 0 THEN NULL ELSE 1 END, 0, 3, 'k', '1' FROM {series} WHERE n < {rows};
         INSERT INTO items (v, run_id, seq, pipeline, tenant, priority, max_attempts, key, input)
             SELECT 1, 2, n, 'p', 'small', 0, 3, 'k', '1' FROM {series} WHERE n < 10;"
-    )
-}
-
-fn done(items: &[Item]) -> Commit {
-    Commit::new().settlements(
-        items
-            .iter()
-            .map(|item| Settlement::new(item.hold(), Ok("1".to_owned()))),
     )
 }
 

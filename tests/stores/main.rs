@@ -1,6 +1,8 @@
 //! The stores: the contract that all of them keep, outages, and many items.
 #![cfg(feature = "testing")]
 
+#[cfg(any(feature = "sqlite", feature = "postgres"))]
+mod common;
 mod large;
 mod memory;
 mod outages;

@@ -9,28 +9,11 @@ use std::time::Duration;
 
 use sqlx::Connection as _;
 use throughline::ErrorKind;
-use throughline::store::{
-    Claim, Commit, Handling, Item, NewItem, NewRun, Postgres, Queue, Settlement, Status, Store,
-    StoreExt as _,
-};
+use throughline::store::{Claim, Handling, Postgres, Queue, Store, StoreExt as _};
 use throughline::testing::store;
 
+use crate::common::{self, LONG, run_of};
 use crate::server::Schemas;
-
-const LONG: Duration = Duration::from_secs(3600);
-
-fn run_of(n: usize) -> NewRun {
-    let items = (0..n).map(|i| NewItem::new(format!("k{i}"), format!("{{\"n\":{i}}}")));
-    NewRun::new("a", "p").items(items)
-}
-
-fn done(items: &[Item]) -> Commit {
-    Commit::new().settlements(
-        items
-            .iter()
-            .map(|item| Settlement::new(item.hold(), Ok("1".to_owned()))),
-    )
-}
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_store_passes_the_conformance_suite() {
@@ -52,26 +35,13 @@ async fn random_walks_agree_with_the_model() {
     schemas.clear().await;
 }
 
-/// N results take ⌈N / batch⌉ round trips.
 #[tokio::test]
 async fn a_batch_takes_one_round_trip() {
-    const N: u64 = 1_000;
-    const BATCH: u32 = 256;
     let Some(schemas) = Schemas::find() else {
         return;
     };
     let store = schemas.open().await;
-    let lease = store.register("w", LONG).await.unwrap();
-    let before = store.round_trips();
-    let run = store.create_run(run_of(N as usize)).await.unwrap().run;
-    assert_eq!(store.round_trips() - before, 1);
-    for expected in 1..=N.div_ceil(BATCH.into()) {
-        let claimed = store.claim(lease, Claim::new(["p"], BATCH)).await.unwrap();
-        store.commit(done(&claimed)).await.unwrap();
-        assert_eq!(store.round_trips() - before, 1 + 2 * expected);
-    }
-    let kept = store.run(run).await.unwrap().unwrap();
-    assert_eq!((kept.status, kept.completed), (Status::Completed, N));
+    common::a_batch_takes_one_round_trip(&store, || store.round_trips()).await;
     schemas.clear().await;
 }
 

@@ -10,13 +10,13 @@ use std::time::Duration;
 use sqlx::Connection as _;
 use tempfile::TempDir;
 use throughline::store::{
-    Claim, Commit, Durability, Generation, Handling, Intent, IntentName, Item, MemoKey, NewItem,
-    NewRun, Queue, RunId, Settlement, Sqlite, Status, Store, StoreExt as _,
+    Claim, Durability, Generation, Handling, Intent, IntentName, MemoKey, NewItem, NewRun, Queue,
+    RunId, Settlement, Sqlite, Status, Store, StoreExt as _,
 };
 use throughline::testing::store;
 use throughline::{Error, ErrorKind, Request, Usage};
 
-const LONG: Duration = Duration::from_secs(3600);
+use crate::common::{self, LONG, done, run_of};
 
 /// Returns a store in a new file.
 async fn open(dir: &TempDir) -> Arc<Sqlite> {
@@ -26,19 +26,6 @@ async fn open(dir: &TempDir) -> Arc<Sqlite> {
     let nth = OPENED.fetch_add(1, Ordering::Relaxed);
     let path = dir.path().join(format!("{nth}.db"));
     Arc::new(Sqlite::open(path).await.unwrap())
-}
-
-fn run_of(n: usize) -> NewRun {
-    let items = (0..n).map(|i| NewItem::new(format!("k{i}"), format!("{{\"n\":{i}}}")));
-    NewRun::new("a", "p").items(items)
-}
-
-fn done(items: &[Item]) -> Commit {
-    Commit::new().settlements(
-        items
-            .iter()
-            .map(|item| Settlement::new(item.hold(), Ok("1".to_owned()))),
-    )
 }
 
 /// Executes SQL on the file, past the store.
@@ -127,24 +114,11 @@ async fn a_file_of_another_program_or_a_newer_version_is_refused_and_unchanged()
     assert!(error.message().contains("folder.db"), "{error}");
 }
 
-/// N results take ⌈N / batch⌉ round trips.
 #[tokio::test]
 async fn a_batch_takes_one_round_trip() {
-    const N: u64 = 1_000;
-    const BATCH: u32 = 256;
     let dir = tempfile::tempdir().unwrap();
     let store = open(&dir).await;
-    let lease = store.register("w", LONG).await.unwrap();
-    let before = store.round_trips();
-    let run = store.create_run(run_of(N as usize)).await.unwrap().run;
-    assert_eq!(store.round_trips() - before, 1);
-    for expected in 1..=N.div_ceil(BATCH.into()) {
-        let claimed = store.claim(lease, Claim::new(["p"], BATCH)).await.unwrap();
-        store.commit(done(&claimed)).await.unwrap();
-        assert_eq!(store.round_trips() - before, 1 + 2 * expected);
-    }
-    let kept = store.run(run).await.unwrap().unwrap();
-    assert_eq!((kept.status, kept.completed), (Status::Completed, N));
+    common::a_batch_takes_one_round_trip(&*store, || store.round_trips()).await;
 }
 
 /// A dropped call takes effect wholly or not at all, and does not disturb the next one.
