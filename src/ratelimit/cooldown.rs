@@ -92,13 +92,13 @@ impl Cooldown {
         }
     }
 
-    /// Whether a call granted then was granted in the knowledge of the last refusal.
+    /// Whether a call that was granted at this time was granted after the last refusal was known.
     fn is_news(&self, granted_at: Nanos) -> bool {
         self.refused_at.is_none_or(|refused| granted_at > refused)
     }
 
-    /// Added, never subtracted: processes that were told the same moment spread
-    /// out behind it, and none comes early.
+    /// Adds jitter and never subtracts it, so that processes that wait for the same moment spread out after it and none
+    /// comes early.
     fn jitter(&mut self, wait: Duration) -> Duration {
         let most = (wait / 10).min(LONGEST_JITTER);
         Duration::from_nanos(self.jitter.u64(0..=nanos(most)))
@@ -176,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn it_never_opens_earlier_than_promised() {
+    fn a_later_refusal_never_shortens_a_cooldown() {
         let mut cooldown = Cooldown::new(0);
         cooldown.record_refusal(at(1), at(1), 1, Some(60 * SECOND), LONGEST);
         let promised = cooldown.until();

@@ -615,7 +615,11 @@ mod tests {
             started
         };
         let mut limit = limit(Source::Configured);
-        assert_eq!(starts(&mut limit, 0), 1, "nobody knows yet when they end");
+        assert_eq!(
+            starts(&mut limit, 0),
+            1,
+            "the latency of such calls is not known yet"
+        );
         assert_eq!(limit.ready_at(0, call), None, "only that one can say");
         limit.settle(2 * SECOND, call, 5);
         limit.record_answer(2 * SECOND, call, 5, 0);

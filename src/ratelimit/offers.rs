@@ -9,12 +9,12 @@
 //!   fraction of what a call takes.
 //! - While offers expire one after the other, no caller seems to be polled, and each stands for half
 //!   as long as the one before, down to [`SHORTEST`]. One that is collected ends that.
-//! - A caller that has missed an offer is offered its next ones for [`SHORTEST`] only: whoever is
-//!   polled seldom must not hold up the others again and again.
-//! - But it may be slow and not absent, if it came back within [`LONGEST`]. Then an offer stands
-//!   for twice as long as it took: always while no caller has collected anything since, so that
-//!   callers that are all slow cannot pass one grant round for ever; else for one part in
-//!   [`PATIENCE`] of the time, so that a slow one among quick ones goes as well.
+//! - A caller that has missed an offer is offered its next ones for [`SHORTEST`] only: a caller that is
+//!   rarely polled must not hold up the others repeatedly.
+//! - A caller that came back within [`LONGEST`] is slow, not absent. Its next offer stands for twice the time that it
+//!   took. While no caller has collected a grant since, that holds for every offer, so that callers that are all slow
+//!   cannot pass one grant round for ever. Otherwise it holds for one part in [`PATIENCE`] of the time, so that a slow
+//!   caller among quick ones is served too.
 
 use std::collections::BTreeSet;
 
@@ -44,19 +44,19 @@ struct Late {
     took: Nanos,
 }
 
-/// All by the ticket of the caller.
+/// The offers and the callers that missed one, by the ticket of the caller.
 #[derive(Debug)]
 pub(super) struct Offers<G> {
     open: Map<u64, Offer<G>>,
     by_expiry: BTreeSet<(Nanos, u64)>,
-    /// Callers whose offer has expired and that were not polled since: when it was made.
+    /// The time of the offer, for callers whose offer has expired and that were not polled since.
     missed: Map<u64, Nanos>,
     late: Map<u64, Late>,
     /// Offers that expired since one was collected.
     expired_in_a_row: u32,
     /// When an offer was collected last.
     collected_at: Nanos,
-    /// When a slow caller is waited for again, though others are quick.
+    /// When the lane waits for a slow caller again, although others are quick.
     patient_at: Nanos,
 }
 

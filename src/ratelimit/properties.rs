@@ -572,8 +572,8 @@ proptest! {
         }
         world.drain();
         world.check_windows();
-        // Of a call that was never sent the provider knows nothing, so that what is credited
-        // meanwhile is lost at its brim and not at ours.
+        // The provider does not know of a call that was never sent: its bucket may be full, and lose units, while that of
+        // the lane is not.
         let unsent = |line: &Booked| line.kind == Kind::Grant { unsent: true };
         if !world.books.iter().any(unsent) {
             for resource in Resource::ALL {
@@ -583,12 +583,11 @@ proptest! {
         }
     }
 
-    /// Answers that are charged when they are there: no call is refused; and where they cost
-    /// what was reserved, no more is owed than flows in while a call takes its time (or
-    /// than one call costs), and one standard deviation of what was in flight: that of
-    /// one call is half of the largest at most.
+    /// No call is refused whose answer is charged at its end. If the charge is the reserved one, the debt is at most the
+    /// units that flow in during one call (or the cost of one call), plus one standard deviation of the charges in flight.
+    /// The deviation of one call is at most half of the largest charge.
     #[test]
-    fn what_is_charged_at_the_end_is_never_refused_nor_owed_for_long(
+    fn calls_that_are_charged_at_their_end_are_not_refused_and_leave_a_small_debt(
         per_minute in 60..1_000_000u64,
         burst in 0..3_000u64,
         latency in 1..20_000u64,
@@ -684,7 +683,7 @@ fn a_hundred_thousand_waiters_go_one_by_one() {
         match world.enter(now, &need, &id, &mut wakeups) {
             Admission::Granted(_) => granted += 1,
             Admission::Queued(key) => keys.push_back((id, key)),
-            Admission::Stopped(_) => panic!("nobody stopped it"),
+            Admission::Stopped(_) => panic!("the lane was not stopped"),
         }
     }
     assert_eq!((granted, keys.len()), (1_000_000, 100_000));

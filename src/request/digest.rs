@@ -259,7 +259,7 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_change_the_answer_does_not_change_the_digest() {
+    fn parts_that_do_not_change_the_answer_do_not_change_the_digest() {
         let mut other = full().timeout(Duration::from_secs(9));
         other.item_key = Some("k".into());
         let n = other.extra.remove("n").unwrap();

@@ -910,7 +910,7 @@ async fn adapters_chain_map_fall_back_and_time_out() {
     assert!(error.is_cancelled() && error.billed() == Some(false));
 }
 
-/// The limiting factors of `batch` in their order, looked at in each quarter of the latency.
+/// Returns the limiting factors of `batch` in their order, read in each quarter of the latency.
 async fn limiting_factors<O: std::fmt::Debug>(
     cx: &Context,
     batch: impl Future<Output = O>,

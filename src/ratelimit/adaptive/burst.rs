@@ -1,4 +1,4 @@
-//! [`StoredBurst`]: what a provider has stored beyond what the lane needs, by its own word.
+//! [`StoredBurst`]: the units that a provider has stored beyond those that the lane needs, by its headers.
 //!
 //! A provider that stores a whole minute of its limit lets all of it through at once, and a lane that keeps to
 //! the rate leaves it there. Where only the provider has named the limit, the lane believes it and goes at twice
@@ -88,7 +88,7 @@ mod tests {
         }
     }
 
-    fn told(limit: u64) -> Limit {
+    fn advertised(limit: u64) -> Limit {
         let burst = Burst {
             time: SECOND,
             full_at_start: false,
@@ -115,8 +115,8 @@ mod tests {
     }
 
     #[test]
-    fn it_goes_at_twice_the_rate_until_it_is_gone() {
-        let mut limit = told(600);
+    fn a_stored_burst_is_spent_at_twice_the_rate() {
+        let mut limit = advertised(600);
         limit.on_headers(0, u64::MAX, None, Some(40), 0);
         assert_eq!(limit.rate_factor(), 2.0, "three bursts of ten are kept");
         take(&mut limit, 0, 4);
@@ -133,8 +133,8 @@ mod tests {
     }
 
     #[test]
-    fn the_first_refusal_is_for_the_haste_and_ends_it() {
-        let mut limit = told(600);
+    fn the_first_refusal_ends_the_stored_burst_and_leaves_the_rate() {
+        let mut limit = advertised(600);
         limit.on_headers(0, u64::MAX, None, Some(600), 0);
         assert!(limit.record_refusal(SECOND, 0, 1, None));
         assert_eq!(limit.rate_factor(), 1.0);
@@ -151,19 +151,19 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(2_000))]
 
-        /// A provider that keeps a minute never refuses who goes faster at its word, whether
-        /// that was true when a call was let in or when it ended.
+        /// A provider that stores a minute refuses no call that spends the stored burst, whether its headers state the
+        /// level at the admission of a call or at its end.
         #[test]
-        fn what_goes_faster_is_there(
+        fn a_stored_burst_that_is_spent_is_never_refused(
             per_minute in 60..100_000u64,
             on_admission: bool,
             calls in proptest::collection::vec((0..100u64, 1..2_000u64, 0..5_000u64), 1..400),
         ) {
-            let mut limit = told(per_minute);
+            let mut limit = advertised(per_minute);
             let mut provider = Minute { limit: per_minute, level: per_minute as f64, at: 0 };
-            // By end: when each was granted, what was left here then, and what it was told.
+            // By the end of the call: when it was granted, the level of the lane then, and the headers of its reply.
             let mut in_flight = BinaryHeap::<Reverse<(Nanos, Nanos, Nanos, u64, Duration)>>::new();
-            let (mut now, mut heard, mut hurried) = (0, 0, 0);
+            let (mut now, mut newest, mut faster) = (0, 0, 0);
             for (gap, thousandths, latency) in calls {
                 // Up to two seconds' worth in one call.
                 let n = (per_minute * thousandths / 60_000).max(1);
@@ -183,17 +183,17 @@ mod tests {
                     limit.advance(now, true);
                     let then = Quota { limit: Some(per_minute), remaining: Some(left), reset: Some(reset) };
                     let said = if on_admission { then } else { provider.says(now) };
-                    if at >= heard {
-                        heard = at;
+                    if at >= newest {
+                        newest = at;
                         limit.lower(now, said.remaining.unwrap(), at, filled);
                         limit.on_headers(now, u64::MAX, None, headers::left_of_a_minute(&said), at);
                     }
                 }
                 limit.advance(now, true);
-                hurried += u64::from(limit.rate_factor() > 1.0);
+                faster += u64::from(limit.rate_factor() > 1.0);
                 // The lane's time counts whole nanoseconds.
                 let level = provider.level(now) + 1e-3;
-                prop_assert!(level >= n as f64, "{n} of {level} after {hurried} in haste");
+                prop_assert!(level >= n as f64, "{n} of {level} after {faster} calls above the rate");
                 provider.level -= n as f64;
                 limit.take(now, share);
                 limit.resize(now);

@@ -16,7 +16,7 @@ const READINGS: u32 = 2;
 const SILENCE: Nanos = 5 * INTERVAL;
 /// A level is low below the units that flow in within this many seconds.
 const LOW: f64 = 0.6;
-/// A low level below this many of the largest calls cannot be told from one of these calls.
+/// A low level below this many of the largest calls cannot be distinguished from the effect of one call.
 const COARSE: f64 = 2.0;
 /// A lane that sends at least this part of the limit is taken to be alone.
 const ALONE: f64 = 0.75;
@@ -154,7 +154,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_taken_may_turn_out_to_be_less() {
+    fn a_refund_between_two_readings_is_not_contention() {
         let mut contention = ContentionDetector::default();
         let mut read = |second: u64, taken| {
             let own = OwnUse {
@@ -169,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn it_matters_who_uses_the_limit() {
+    fn a_low_level_counts_only_if_the_lane_itself_does_not_explain_it() {
         let level = |taken, largest, pace| level(&[0, 0, 0], taken, largest, pace);
         assert_eq!(level(8, 1, 10.0), Some(Level::Low), "the lane itself");
         assert_eq!(level(2, 1, 10.0), None, "it does not want more");
