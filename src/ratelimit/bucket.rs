@@ -199,6 +199,14 @@ impl Bucket {
         }
     }
 
+    /// Raises the level by a time of the rate, or lowers it if that is negative.
+    pub(super) fn shift(&mut self, now: Nanos, time: i64) {
+        match time {
+            0.. => self.credit(now, time.unsigned_abs()),
+            _ => self.debit(now, time.unsigned_abs()),
+        }
+    }
+
     /// Lowers the level to `n` units, if there are more. A debt stays.
     pub(super) fn lower_to(&mut self, now: Nanos, n: u64) {
         self.flow(now);

@@ -5,15 +5,15 @@
 //! the factor: it is a time of the lane, not of the slower clock, because a bucket larger than the provider's
 //! forgets debts that the provider remembers.
 
+use super::adaptive::burst::Unread;
 use super::adaptive::contention::OwnUse;
 use super::adaptive::deferred::DeferredCharges;
-use super::adaptive::{LimitPolicies, LimitRefusal, Policy, PolicySet, Reading};
-use super::bucket::{Bucket, Nanos, Rate};
+use super::adaptive::{LimitPolicies, LimitRefusal, Policy, PolicySet, Reading, headers};
+use super::bucket::{Bucket, Nanos, Rate, nanos};
+use crate::usage::Quota;
 
 /// Fewer calls than this between two refusals say nothing of the throughput.
 const MIN_CALLS: u64 = 4;
-/// The bursts that the lane may have spent since it sent the call whose headers it reads, and one more that it needs.
-const KEPT_BURSTS: u64 = 3;
 
 /// Where a limit is known from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -61,6 +61,19 @@ impl Cost {
     }
 }
 
+/// A call that was refused.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Refused {
+    pub(super) sent_at: Nanos,
+    /// The number of grants before it.
+    pub(super) order: u64,
+    /// The units that it would have been charged at its admission.
+    pub(super) units: u64,
+    /// Whether the headers of the refusal say that the limit is used up, and the rate that they tell.
+    pub(super) explained: bool,
+    pub(super) advertised: Option<Rate>,
+}
+
 /// The units and calls taken until the last reduction.
 #[derive(Debug, Clone, Copy, Default)]
 struct Checkpoint {
@@ -77,8 +90,8 @@ pub(super) struct Limit {
     bucket: Bucket,
     /// The capacity of the bucket at factor 1, in the time of the lane.
     burst: Nanos,
-    /// The factor that the capacity of the bucket goes with.
-    sized_for: f64,
+    /// The factor and the stored burst that the capacity of the bucket goes with.
+    sized_for: (f64, Option<Nanos>),
     /// The time of the bucket at `at`, which is the time of the lane.
     clock: Nanos,
     /// In the future while the clock stands still.
@@ -116,7 +129,7 @@ impl Limit {
             source,
             bucket,
             burst: burst.time,
-            sized_for: 1.0,
+            sized_for: (1.0, None),
             clock: now,
             at: now,
             born: now,
@@ -128,7 +141,7 @@ impl Limit {
             wanted: 0,
             lowered_at: 0,
             deferred: DeferredCharges::default(),
-            policies: LimitPolicies::new(enabled, source == Source::Estimated),
+            policies: LimitPolicies::new(enabled, source == Source::Estimated, burst.full_at_start),
         }
     }
 
@@ -218,9 +231,9 @@ impl Limit {
         self.bucket.fullness(self.clock_at(now))
     }
 
-    /// Takes the part of `cost` that one call is charged.
+    /// Takes the part of `cost` that one call is charged, the one of that `order`.
     #[inline]
-    pub(super) fn take(&mut self, now: Nanos, cost: Cost) {
+    pub(super) fn take(&mut self, now: Nanos, cost: Cost, order: u64) {
         let is_deferred = cost.deferred > 0;
         let cost = self.capped(cost);
         self.unused = false;
@@ -231,10 +244,10 @@ impl Limit {
             self.deferred.add(cost.deferred);
         }
         self.largest = self.largest.max(cost.upfront.saturating_add(cost.deferred));
-        if self.rate_factor() > 1.0 {
-            // The time so far passed at the factor so far.
-            self.advance(now, false);
-            self.policies.on_grant(cost.upfront);
+        let stored_burst = self.policies.stored_burst_mut();
+        if stored_burst.is_learning() {
+            let time = self.bucket.rate().time_for(cost.upfront);
+            stored_burst.on_grant(now, time, order);
         }
     }
 
@@ -297,48 +310,77 @@ impl Limit {
         }
     }
 
-    /// Applies the headers of a call that was granted at `granted_at`: `left` units of `limit`, and `stored` of a whole minute
-    /// that the provider stores, where it does.
+    /// Applies the headers of a call that left the level `filled` here when it was granted in that `order`.
     pub(super) fn on_headers(
         &mut self,
         now: Nanos,
-        left: u64,
-        limit: Option<Rate>,
-        stored: Option<u64>,
-        granted_at: Nanos,
+        quota: &Quota,
+        filled: Nanos,
+        order: u64,
+        next_order: u64,
     ) {
+        let Some(left) = quota.remaining else {
+            return;
+        };
         // The time so far passed at the factor so far.
         self.advance(now, false);
-        self.policies.on_headers(&Reading {
+        let reading = Reading {
             now,
+            order,
+            next_order,
             left,
-            limit,
+            reset: quota.reset.map(nanos),
+            limit: headers::per_minute(quota),
             known: self.rate(),
-            spare: self.spare(now, stored, granted_at),
+            level_then: filled,
+            level: self.filled(now),
+            call: self.average_call(),
             own: OwnUse {
                 taken: self.taken,
                 largest: self.largest,
                 pace: self.rate().per_second() * self.rate_factor(),
             },
-        });
+        };
+        let raise = self.policies.on_headers(&reading);
+        self.resize(now);
+        self.raise(now, raise);
     }
 
-    /// The stored units that can be spent faster than the rate.
-    ///
-    /// The provider is believed only about a limit that no one else has named, and only until the first refusal.
-    fn spare(&self, now: Nanos, stored: Option<u64>, granted_at: Nanos) -> u64 {
-        let advertised = self.source == Source::Advertised && self.existed_at(granted_at);
-        let stored = stored.filter(|_| advertised && self.policies.is_untouched());
-        // Deferred charges are not in the level that the headers tell.
-        let Some(stored) = stored.filter(|_| !self.deferred.is_pending()) else {
-            return 0;
+    /// Learns from a reply without headers to the call of that `order`.
+    pub(super) fn on_unread(&mut self, now: Nanos, order: u64, next_order: u64) {
+        if self.source != Source::Configured {
+            return;
+        }
+        let reply = Unread {
+            order,
+            next_order,
+            now,
+            level: self.filled(now),
+            burst: self.burst,
+            call: self.average_call(),
         };
-        // If the level was true when the call was admitted, the lane may have spent two bursts since, and twice the refill.
-        let since = now.saturating_sub(granted_at);
-        let bursts = self.burst.saturating_mul(KEPT_BURSTS);
-        let kept = self.bucket.units(since.saturating_add(bursts));
-        // A provider that stores a minute refuses a call that is larger than the rest.
-        stored.saturating_sub(kept.saturating_add(self.largest))
+        let raise = self.policies.stored_burst_mut().on_unread(&reply);
+        self.raise(now, raise as i64);
+    }
+
+    /// Raises the level by a time of the rate, or lowers it. Not while it stands still.
+    fn raise(&mut self, now: Nanos, time: i64) {
+        if now >= self.at && time != 0 {
+            let clock = self.clock_at(now);
+            self.bucket.shift(clock, time);
+        }
+    }
+
+    /// The time of the rate that an average call takes.
+    fn average_call(&self) -> Nanos {
+        let average = self.taken.div_ceil(self.calls.max(1));
+        self.rate().time_for(average.max(1))
+    }
+
+    /// The units that the provider is seen to store, and those that are used at once.
+    pub(super) fn stored_burst(&self) -> Option<(u64, u64)> {
+        let stored = self.bucket.units(self.policies.stored_burst().stored()?);
+        Some((stored, self.bucket.units(self.capacity()).min(stored)))
     }
 
     /// Empties the limit and lets it stand still until `until`; a debt stays. It is
@@ -359,15 +401,9 @@ impl Limit {
         self.at = self.at.min(now);
     }
 
-    /// Records that a call of `refused` units sent at `sent_at` was refused for this limit, and that the units were
-    /// given back; `advertised` is the rate that the headers tell. Returns whether the limit is now used more slowly.
-    pub(super) fn record_refusal(
-        &mut self,
-        now: Nanos,
-        sent_at: Nanos,
-        refused: u64,
-        advertised: Option<Rate>,
-    ) -> bool {
+    /// Records that a call was refused for this limit, and that its units were given back. Returns whether the limit is now used
+    /// more slowly.
+    pub(super) fn record_refusal(&mut self, now: Nanos, refused: &Refused) -> bool {
         // The time so far passed at the factor so far.
         self.advance(now, false);
         let rate = self.rate();
@@ -376,10 +412,12 @@ impl Limit {
         let debt = self.bucket.debt(self.clock_at(now));
         let reduced = self.policies.on_refusal(&LimitRefusal {
             now,
-            sent_at,
+            sent_at: refused.sent_at,
+            order: refused.order,
+            explained: refused.explained,
             tried: self.rate_factor(),
-            passed: self.passed(refused, debt),
-            advertised: advertised.map(part),
+            passed: self.passed(refused.units, debt),
+            advertised: refused.advertised.map(part),
             call: rate.time_for(average),
         });
         if reduced {
@@ -418,24 +456,36 @@ impl Limit {
         if source != self.source || rate != self.rate() {
             // A level at the old rate says nothing of the new one.
             self.lowered_at = now;
-            self.policies.reset(source == Source::Estimated);
+            self.policies
+                .reset(source == Source::Estimated, burst.full_at_start);
             self.source = source;
         }
         (self.clock, self.at, self.burst) = (clock, self.at.max(now), burst.time);
-        self.bucket.retune(clock, rate, self.scaled(self.burst));
-        self.sized_for = self.rate_factor();
+        self.sized_for = self.size();
+        self.bucket.retune(clock, rate, self.capacity());
     }
 
-    /// Adapts the capacity of the bucket to the factor. Not while a caller waits until the bucket is full: that would never
-    /// come nearer.
+    /// Adapts the capacity of the bucket to what was learned. Not while a caller waits until the bucket is full: that would
+    /// never come nearer.
     #[inline]
     pub(super) fn resize(&mut self, now: Nanos) {
-        if self.sized_for == self.rate_factor() {
-            return;
+        let size = self.size();
+        if self.sized_for != size {
+            self.sized_for = size;
+            let clock = self.clock_at(now);
+            self.bucket.resize(clock, self.capacity());
         }
-        self.sized_for = self.rate_factor();
-        let clock = self.clock_at(now);
-        self.bucket.resize(clock, self.scaled(self.burst));
+    }
+
+    #[inline]
+    fn size(&self) -> (f64, Option<Nanos>) {
+        (self.rate_factor(), self.policies.stored_burst().in_use())
+    }
+
+    /// The burst at the factor, or what the provider is seen to store.
+    fn capacity(&self) -> Nanos {
+        let stored = self.policies.stored_burst().in_use();
+        self.scaled(self.burst).max(stored.unwrap_or(0))
     }
 
     #[inline]
@@ -499,6 +549,15 @@ mod tests {
         limit.ready_at(now, at_once(n)).unwrap()
     }
 
+    fn refused(sent_at: Nanos, advertised: Option<Rate>) -> Refused {
+        Refused {
+            sent_at,
+            units: 1,
+            advertised,
+            ..Refused::default()
+        }
+    }
+
     /// 10 a second, of which 10 may go at once.
     fn limit(source: Source) -> Limit {
         let burst = Burst {
@@ -512,7 +571,7 @@ mod tests {
     fn a_slower_clock_lowers_the_rate_and_the_burst() {
         let mut limit = limit(Source::Configured);
         let part = Rate::per_minute(450);
-        assert!(limit.record_refusal(0, 0, 1, Some(part)));
+        assert!(limit.record_refusal(0, &refused(0, Some(part))));
         limit.stand_still_until(0, SECOND);
         assert!((limit.rate_factor() - 0.6).abs() < 1e-9);
         let wait = ready_at(&limit, SECOND, 1) - SECOND;
@@ -549,7 +608,7 @@ mod tests {
     #[test]
     fn the_rate_recovers_only_while_calls_wait() {
         let mut limit = limit(Source::Configured);
-        limit.record_refusal(0, 0, 1, None);
+        limit.record_refusal(0, &refused(0, None));
         let low = limit.rate_factor();
         limit.advance(1_000 * SECOND, false);
         assert_eq!(limit.rate_factor(), low);
@@ -560,16 +619,16 @@ mod tests {
     #[test]
     fn throughput_between_two_refusals_lowers_the_target() {
         let mut limit = limit(Source::Configured);
-        limit.take(0, at_once(1));
-        limit.record_refusal(0, 0, 1, None);
+        limit.take(0, at_once(1), 0);
+        limit.record_refusal(0, &refused(0, None));
         let mut now = 0;
         for _ in 0..51 {
             now += SECOND / 5;
             limit.advance(now, true);
-            limit.take(now, at_once(1));
+            limit.take(now, at_once(1), 0);
         }
         let tried = limit.rate_factor();
-        limit.record_refusal(now, now, 1, None);
+        limit.record_refusal(now, &refused(now, None));
         // 50 passed in 10.2 s of a limit of 102: so little is believed down to a part.
         let expected = 0.8 * 0.7 * tried;
         assert!(tried > 0.97, "one refused call says nothing of what passes");
@@ -594,7 +653,7 @@ mod tests {
             PolicySet::ALL,
         );
         assert_eq!(ready_at(&limit, SECOND, 1_000), SECOND);
-        limit.take(SECOND, at_once(5));
+        limit.take(SECOND, at_once(5), 0);
         assert_eq!(ready_at(&limit, SECOND, 1), SECOND + SECOND / 2);
         limit.retune(SECOND, Source::Configured, Rate::per_minute(600), burst);
         assert_eq!(ready_at(&limit, SECOND, 1), SECOND + SECOND / 2);
@@ -609,7 +668,7 @@ mod tests {
         let starts = |limit: &mut Limit, now| {
             let mut started = 0;
             while limit.ready_at(now, call) == Some(now) {
-                limit.take(now, call);
+                limit.take(now, call, 0);
                 started += 1;
             }
             started

@@ -2,9 +2,9 @@
 
 use super::adaptive::{Policy, PolicySet, headers};
 use super::bucket::{Nanos, Rate};
-use super::limit::{Burst, Cost, Limit, Source};
+use super::limit::{Burst, Cost, Limit, Refused, Source};
 use super::pace::Pace;
-use super::types::{Binding, Charge};
+use super::types::{Binding, BurstSnapshot, Charge};
 use crate::usage::{Quota, RateSnapshot};
 
 /// An hour is as good as unlimited, and sums of hours do not overflow.
@@ -125,6 +125,8 @@ impl ThrottledResource {
 pub(super) struct Grant {
     pub(super) charge: Charge,
     pub(super) at: Nanos,
+    /// The number of grants before it.
+    pub(super) order: u64,
     /// The levels after it.
     pub(super) levels: Levels,
     /// The number of calls in flight, with this one.
@@ -230,16 +232,16 @@ impl LimitSet {
         times.fold(1, u64::max).min(HOUR)
     }
 
-    /// Takes `charge` and returns the levels after it.
+    /// Takes `charge` for the call of that `order`, and returns the levels after it.
     #[inline]
-    pub(super) fn take(&mut self, now: Nanos, charge: Charge) -> Levels {
+    pub(super) fn take(&mut self, now: Nanos, charge: Charge, order: u64) -> Levels {
         let mut levels = Levels::default();
         for (resource, limit) in &mut self.limits {
             let needed = resource.of(charge);
             if limit.most(needed) < needed {
                 self.exceeded.push(exceeded(*resource, needed, limit));
             }
-            limit.take(now, resource.cost(charge));
+            limit.take(now, resource.cost(charge), order);
             levels[*resource as usize] = limit.filled(now);
         }
         levels
@@ -310,6 +312,7 @@ impl LimitSet {
         now: Nanos,
         headers: &RateSnapshot,
         grant: &Grant,
+        next_order: u64,
         burst: Burst,
         cooldown_until: Nanos,
     ) -> Vec<(Resource, Rate)> {
@@ -325,16 +328,37 @@ impl LimitSet {
             {
                 adopted.push((resource, rate));
             }
-            let levels = self.enabled.has(Policy::HeaderLevels);
+            let lowers = self.enabled.has(Policy::HeaderLevels);
             if let (Some(limit), Some(left)) = (self.get_mut(resource), quota.remaining) {
-                if levels {
-                    limit.lower(now, left, grant.at, grant.levels[resource as usize]);
+                let filled = grant.levels[resource as usize];
+                if lowers {
+                    limit.lower(now, left, grant.at, filled);
                 }
-                let stored = headers::left_of_a_minute(quota).filter(|_| !burst.full_at_start);
-                limit.on_headers(now, left, advertised, stored, grant.at);
+                limit.on_headers(now, quota, filled, grant.order, next_order);
             }
         }
         adopted
+    }
+
+    /// Learns from a reply that was answered.
+    pub(super) fn on_success(&mut self, now: Nanos, grant: &Grant, next_order: u64) {
+        for (_, limit) in self.of_grant(grant) {
+            limit.on_unread(now, grant.order, next_order);
+        }
+    }
+
+    /// The bursts that the provider is seen to store.
+    pub(super) fn bursts(&self) -> Vec<BurstSnapshot> {
+        let bursts = self.limits.iter().filter_map(|(resource, limit)| {
+            let (stored, usable) = limit.stored_burst()?;
+            let limit = resource.binding();
+            Some(BurstSnapshot {
+                limit,
+                stored,
+                usable,
+            })
+        });
+        bursts.collect()
     }
 
     /// Keeps an advertised limit, unless one is configured. Returns whether it is news.
@@ -396,9 +420,14 @@ impl LimitSet {
         }
         let limit = self.get_mut(resource)?;
         let tried = limit.rate_factor();
-        let refused = limit.capped(resource.cost(grant.charge)).upfront;
-        let advertised = throttled.and_then(|it| it.rate);
-        let reduced = limit.record_refusal(now, grant.at, refused, advertised);
+        let refused = Refused {
+            sent_at: grant.at,
+            order: grant.order,
+            units: limit.capped(resource.cost(grant.charge)).upfront,
+            explained: throttled.is_some(),
+            advertised: throttled.and_then(|it| it.rate),
+        };
+        let reduced = limit.record_refusal(now, &refused);
         reduced.then(|| Reduced {
             resource,
             tried,

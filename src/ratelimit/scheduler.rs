@@ -167,7 +167,9 @@ pub(super) struct Scheduler<W> {
     throughput: ThroughputWindow,
     next_place: u64,
     next_ticket: u64,
+    /// All grants, and those of them that were not collected in time.
     granted: u64,
+    taken_back: u64,
     throttled: u64,
     overloaded: u64,
 }
@@ -193,6 +195,7 @@ impl<W: Clone> Scheduler<W> {
             next_place: 0,
             next_ticket: 0,
             granted: 0,
+            taken_back: 0,
             throttled: 0,
             overloaded: 0,
         }
@@ -386,7 +389,7 @@ impl<W: Clone> Scheduler<W> {
         let Call { grant, .. } = self.release(id.0);
         self.limits.refund(now, &grant);
         self.queue.release(key, self.limits.time_of(grant.charge));
-        self.granted -= 1;
+        self.taken_back += 1;
     }
 
     /// When a call was let through.
@@ -505,9 +508,10 @@ impl<W: Clone> Scheduler<W> {
             in_flight: self.concurrency.used(),
             waiting: self.queue.len() + self.offers.missed(),
             unpolled: self.offers.missed(),
-            granted: self.granted,
+            granted: self.granted - self.taken_back,
             throttled: self.throttled,
             overloaded: self.overloaded,
+            bursts: self.limits.bursts(),
             cooldown: (!cooldown.is_zero()).then_some(cooldown),
             binding,
             head_wait,
@@ -563,12 +567,14 @@ impl<W: Clone> Scheduler<W> {
     }
 
     fn grant(&mut self, now: Nanos, charge: Charge) -> GrantId {
-        let levels = self.limits.take(now, charge);
+        let order = self.granted;
+        let levels = self.limits.take(now, charge, order);
         self.throughput.record(now);
         self.granted += 1;
         let grant = Grant {
             charge,
             at: now,
+            order,
             levels,
             in_flight: self.concurrency.used() + 1,
             throttled: None,

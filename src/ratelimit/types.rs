@@ -204,8 +204,7 @@ pub enum CallOutcome {
 #[non_exhaustive]
 pub struct LaneSnapshot {
     /// The rate of requests per minute that the lane keeps now, if there is one: the
-    /// limit, less of it after a refusal, or twice of it where a provider has much left of a
-    /// limit that only it has named.
+    /// limit, or less of it after a refusal.
     pub requests_per_minute: Option<u64>,
     /// The smallest share of a limit that is used: 1.0, or less after a refusal or while others
     /// use the account.
@@ -226,6 +225,8 @@ pub struct LaneSnapshot {
     pub throttled: u64,
     /// Calls that met an overloaded provider so far.
     pub overloaded: u64,
+    /// The bursts that the provider is seen to store, for each limit of which its headers show one.
+    pub bursts: Vec<BurstSnapshot>,
     /// The remaining cooldown after a refusal.
     pub cooldown: Option<Duration>,
     /// The limiting factor of the call that is next.
@@ -233,6 +234,18 @@ pub struct LaneSnapshot {
     /// The remaining wait of the call that is next. `None` if no call waits, or
     /// if that depends on when a call in flight ends.
     pub head_wait: Option<Duration>,
+}
+
+/// How much of a limit a provider stores while it is not used ([`Pace::burst`](crate::Pace::burst)).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct BurstSnapshot {
+    /// The limit.
+    pub limit: Binding,
+    /// The requests or tokens that the provider stores, by the headers of its replies.
+    pub stored: u64,
+    /// Of these, how many the lane uses at once. It starts with one call and may double with each round trip.
+    pub usable: u64,
 }
 
 /// The limiting factor of the call that is next in a lane.

@@ -1,6 +1,6 @@
 //! [`combine`]: the state of several lanes as that of one, as a pure function.
 
-use crate::ratelimit::{Binding, LaneSnapshot};
+use crate::ratelimit::{Binding, BurstSnapshot, LaneSnapshot};
 
 /// One lane of several.
 pub(super) struct Part {
@@ -46,6 +46,7 @@ pub(super) fn combine(parts: &[Part]) -> LaneSnapshot {
         granted: all().map(|lane| lane.granted).sum(),
         throttled: all().map(|lane| lane.throttled).sum(),
         overloaded: all().map(|lane| lane.overloaded).sum(),
+        bursts: sum_bursts(in_use()),
         cooldown: in_use()
             .map(|lane| lane.cooldown)
             .reduce(|a, b| Some(a?.min(b?)))
@@ -53,6 +54,21 @@ pub(super) fn combine(parts: &[Part]) -> LaneSnapshot {
         binding: first.map_or(Binding::Nothing, |lane| lane.binding),
         head_wait: first.and_then(|lane| lane.head_wait),
     }
+}
+
+/// Adds up the bursts of each limit.
+fn sum_bursts<'a>(lanes: impl Iterator<Item = &'a LaneSnapshot>) -> Vec<BurstSnapshot> {
+    let mut sums: Vec<BurstSnapshot> = Vec::new();
+    for burst in lanes.flat_map(|lane| &lane.bursts) {
+        match sums.iter_mut().find(|sum| sum.limit == burst.limit) {
+            Some(sum) => {
+                sum.stored += burst.stored;
+                sum.usable += burst.usable;
+            }
+            None => sums.push(*burst),
+        }
+    }
+    sums
 }
 
 /// Orders lanes by the time at which the next call can go there; lanes where it is not known come last.

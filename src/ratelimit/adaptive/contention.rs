@@ -117,14 +117,7 @@ mod tests {
 
     fn reading(now: Nanos, left: u64, own: OwnUse) -> Reading {
         let rate = Rate::per_minute(600);
-        Reading {
-            now,
-            left,
-            limit: Some(rate),
-            known: rate,
-            spare: 0,
-            own,
-        }
+        Reading::of(now, left, rate, rate, own)
     }
 
     /// Of a limit of ten a second, of which the lane may take `pace` and takes `taken` in the

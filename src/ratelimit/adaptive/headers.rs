@@ -35,20 +35,6 @@ pub(in crate::ratelimit) fn per_minute(quota: &Quota) -> Option<Rate> {
     Some(Rate::per_minute(limit))
 }
 
-/// Returns the units left of a limit of which the provider stores a whole minute, if the headers show that it does: the used
-/// units come back evenly, a minute's worth in a minute.
-///
-/// Fixed windows give it back at their end; and where a limit per minute is enforced second by
-/// second, it is there again within the second.
-pub(in crate::ratelimit) fn left_of_a_minute(quota: &Quota) -> Option<u64> {
-    let (limit, left, reset) = (quota.limit?, quota.remaining?, quota.reset?);
-    let used = limit.checked_sub(left).filter(|used| *used > 0)?;
-    let evenly = MINUTE.as_secs_f64() * used as f64 / limit as f64;
-    let off = (reset.as_secs_f64() - evenly).abs();
-    // Some providers round to whole seconds.
-    (off <= f64::max(0.1 * evenly, 1.0)).then_some(left)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -77,19 +63,5 @@ mod tests {
         assert_eq!(per_minute(&bare), minute);
         assert_eq!(per_minute(&Quota::default()), None);
         assert_eq!(per_minute(&quota(0, 0, 1.0)), None);
-    }
-
-    #[test]
-    fn only_what_comes_back_evenly_is_left_of_a_minute() {
-        assert_eq!(left_of_a_minute(&quota(600, 500, 10.0)), Some(500));
-        assert_eq!(
-            left_of_a_minute(&quota(600, 597, 1.0)),
-            Some(597),
-            "rounded"
-        );
-        assert_eq!(left_of_a_minute(&quota(600, 500, 45.0)), None, "a window");
-        assert_eq!(left_of_a_minute(&quota(600, 9, 0.1)), None, "a second's");
-        assert_eq!(left_of_a_minute(&quota(600, 600, 0.0)), None, "unused");
-        assert_eq!(left_of_a_minute(&Quota::default()), None);
     }
 }

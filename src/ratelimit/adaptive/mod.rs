@@ -38,7 +38,7 @@ pub enum Policy {
     Contention,
     /// A lane that seems to be alone leaves a little of the limit while the level stays low.
     Yield,
-    /// A burst that the provider has stored is spent at twice the rate.
+    /// A burst that the provider has stored is used at once.
     StoredBurst,
     /// Refusals for overload reduce the number of calls in flight.
     ConcurrencyControl,
@@ -94,9 +94,6 @@ pub(super) trait LimitPolicy {
     /// Callers waited for more of the limit during `time`.
     fn on_time(&mut self, _time: Nanos) {}
 
-    /// A call has taken `units` of the limit.
-    fn on_grant(&mut self, _units: u64) {}
-
     /// The headers of a reply speak of the limit.
     fn on_headers(&mut self, _reading: &Reading) {}
 
@@ -113,23 +110,52 @@ pub(super) trait LimitPolicy {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Reading {
     pub(super) now: Nanos,
-    /// The units that are left.
+    /// The order of the call among those that were granted, and that of the next one.
+    pub(super) order: u64,
+    pub(super) next_order: u64,
+    /// The units that are left, and the time until all are.
     pub(super) left: u64,
+    pub(super) reset: Option<Nanos>,
     /// The limit, where the headers name one per minute.
     pub(super) limit: Option<Rate>,
     /// The rate that the lane knows.
     pub(super) known: Rate,
-    /// The units left of a whole minute that the provider stores, less those that the lane may have spent since and those
-    /// that it needs in any case.
-    pub(super) spare: u64,
+    /// The level of the lane when the call was granted, and now. The headers do not say to which of the two they refer.
+    pub(super) level_then: Nanos,
+    pub(super) level: Nanos,
+    /// The time that an average call takes of the whole limit.
+    pub(super) call: Nanos,
     pub(super) own: OwnUse,
 }
 
+#[cfg(test)]
+impl Reading {
+    /// A reading that tells a level and a limit.
+    pub(super) fn of(now: Nanos, left: u64, limit: Rate, known: Rate, own: OwnUse) -> Self {
+        Self {
+            now,
+            order: 0,
+            next_order: 0,
+            left,
+            reset: None,
+            limit: Some(limit),
+            known,
+            level_then: 0,
+            level: 0,
+            call: 0,
+            own,
+        }
+    }
+}
+
 /// A call that was refused for one limit.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 pub(super) struct LimitRefusal {
     pub(super) now: Nanos,
     pub(super) sent_at: Nanos,
+    pub(super) order: u64,
+    /// Whether the headers of the refusal say that the limit is used up.
+    pub(super) explained: bool,
     /// The factor that was in use.
     pub(super) tried: f64,
     /// The part of the limit that was let through since the last reduction, if known.
@@ -151,16 +177,17 @@ pub(super) struct LimitPolicies {
 }
 
 impl LimitPolicies {
-    /// The policies of a limit that was named, or only estimated.
-    pub(super) fn new(enabled: PolicySet, estimated: bool) -> Self {
+    /// The policies of a limit that was named, or only estimated. Its burst may be one that is `fixed`.
+    pub(super) fn new(enabled: PolicySet, estimated: bool, fixed_burst: bool) -> Self {
         let controller = match estimated {
             true => RateController::of_an_estimate(),
             false => RateController::whole(),
         };
+        let learns_burst = enabled.has(Policy::StoredBurst) && !estimated && !fixed_burst;
         Self {
             enabled,
             factor: 1.0,
-            stored_burst: StoredBurst::default(),
+            stored_burst: StoredBurst::new(learns_burst),
             contention: ContentionDetector::default(),
             controller,
         }
@@ -177,14 +204,19 @@ impl LimitPolicies {
         self.factor
     }
 
-    /// Whether no refusal and no contention has ever reduced the rate.
-    pub(super) fn is_untouched(&self) -> bool {
-        self.controller.is_untouched()
+    /// What is learned of the burst that the provider stores.
+    #[inline]
+    pub(super) fn stored_burst(&self) -> &StoredBurst {
+        &self.stored_burst
+    }
+
+    #[inline]
+    pub(super) fn stored_burst_mut(&mut self) -> &mut StoredBurst {
+        &mut self.stored_burst
     }
 
     fn update(&mut self) {
-        let asked = self.stored_burst.rate_factor();
-        let asked = asked.or_else(|| self.contention.rate_factor());
+        let asked = self.contention.rate_factor();
         let asked = asked.or_else(|| self.controller.rate_factor());
         self.factor = asked.unwrap_or(1.0);
     }
@@ -197,18 +229,9 @@ impl LimitPolicies {
         }
     }
 
-    #[inline]
-    pub(super) fn on_grant(&mut self, units: u64) {
-        if self.stored_burst.is_available() {
-            self.stored_burst.on_grant(units);
-            self.update();
-        }
-    }
-
-    pub(super) fn on_headers(&mut self, reading: &Reading) {
-        if self.enabled.has(Policy::StoredBurst) {
-            self.stored_burst.on_headers(reading);
-        }
+    /// Returns by how much the level of the lane should rise, or fall.
+    pub(super) fn on_headers(&mut self, reading: &Reading) -> i64 {
+        let raise = self.stored_burst.on_headers(reading);
         self.controller.on_headers(reading);
         if let Some(level) = self.contention.level(reading) {
             let alone = self.controller.is_alone();
@@ -222,6 +245,7 @@ impl LimitPolicies {
             }
         }
         self.update();
+        raise
     }
 
     pub(super) fn on_refusal(&mut self, refusal: &LimitRefusal) -> bool {
@@ -252,7 +276,9 @@ impl LimitPolicies {
     }
 
     /// Forgets what was learned of a limit that has changed.
-    pub(super) fn reset(&mut self, estimated: bool) {
-        *self = Self::new(self.enabled, estimated);
+    pub(super) fn reset(&mut self, estimated: bool, fixed_burst: bool) {
+        let mut new = Self::new(self.enabled, estimated, fixed_burst);
+        new.stored_burst.follow(&self.stored_burst);
+        *self = new;
     }
 }

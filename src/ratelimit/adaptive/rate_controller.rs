@@ -280,6 +280,7 @@ mod tests {
             passed,
             advertised,
             call,
+            ..LimitRefusal::default()
         })
     }
 
@@ -325,9 +326,7 @@ mod tests {
             now: 11 * SECOND,
             sent_at: 9 * SECOND,
             tried: after,
-            passed: None,
-            advertised: None,
-            call: 0,
+            ..LimitRefusal::default()
         }));
         assert_eq!(controller.factor, after);
         assert!(refused(&mut controller, 12));
@@ -348,18 +347,13 @@ mod tests {
 
     fn advertise(controller: &mut RateController, part: f64) {
         let known = Rate::per_minute(1_000);
-        controller.on_headers(&Reading {
-            now: 0,
-            left: 0,
-            limit: Some(Rate::per_minute((1_000.0 * part) as u64)),
-            known,
-            spare: 0,
-            own: OwnUse {
-                taken: 0,
-                largest: 0,
-                pace: 0.0,
-            },
-        });
+        let advertised = Rate::per_minute((1_000.0 * part) as u64);
+        let own = OwnUse {
+            taken: 0,
+            largest: 0,
+            pace: 0.0,
+        };
+        controller.on_headers(&Reading::of(0, 0, advertised, known, own));
     }
 
     #[test]

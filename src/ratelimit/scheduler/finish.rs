@@ -54,9 +54,14 @@ impl<W: Clone> Scheduler<W> {
         headers: &RateSnapshot,
     ) -> Vec<LaneChange> {
         self.observed = self.observed.max(grant.at);
-        let adopted =
-            self.limits
-                .apply_headers(now, headers, grant, self.burst, self.cooldown.until());
+        let adopted = self.limits.apply_headers(
+            now,
+            headers,
+            grant,
+            self.granted,
+            self.burst,
+            self.cooldown.until(),
+        );
         let changes = adopted
             .into_iter()
             .map(|(resource, rate)| LaneChange::LimitAdopted {
@@ -92,6 +97,7 @@ impl<W: Clone> Scheduler<W> {
                 if usage.is_some() && estimated.output_deferred {
                     self.limits.record_answer(now, &grant, actual);
                 }
+                self.limits.on_success(now, &grant, self.granted);
                 self.cooldown.record_success(grant.at);
                 self.concurrency
                     .record_success(now, grant.at, grant.in_flight);
