@@ -61,6 +61,18 @@ impl Cost {
     }
 }
 
+/// A call whose reply has headers.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Answered {
+    /// The number of grants before it, and before the next one.
+    pub(super) order: u64,
+    pub(super) next_order: u64,
+    /// The level that it left here when it was granted.
+    pub(super) filled: Nanos,
+    /// The units that it may get back when it ends.
+    pub(super) refundable: u64,
+}
+
 /// A call that was refused.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Refused {
@@ -90,8 +102,6 @@ pub(super) struct Limit {
     bucket: Bucket,
     /// The capacity of the bucket at factor 1, in the time of the lane.
     burst: Nanos,
-    /// The factor and the stored burst that the capacity of the bucket goes with.
-    sized_for: (f64, Option<Nanos>),
     /// The time of the bucket at `at`, which is the time of the lane.
     clock: Nanos,
     /// In the future while the clock stands still.
@@ -129,7 +139,6 @@ impl Limit {
             source,
             bucket,
             burst: burst.time,
-            sized_for: (1.0, None),
             clock: now,
             at: now,
             born: now,
@@ -231,6 +240,12 @@ impl Limit {
         self.bucket.fullness(self.clock_at(now))
     }
 
+    /// Expects a call of this `cost`, which has to wait.
+    pub(super) fn expect(&mut self, cost: Cost) {
+        let cost = self.capped(cost);
+        self.largest = self.largest.max(cost.upfront.saturating_add(cost.deferred));
+    }
+
     /// Takes the part of `cost` that one call is charged, the one of that `order`.
     #[inline]
     pub(super) fn take(&mut self, now: Nanos, cost: Cost, order: u64) {
@@ -310,30 +325,25 @@ impl Limit {
         }
     }
 
-    /// Applies the headers of a call that left the level `filled` here when it was granted in that `order`.
-    pub(super) fn on_headers(
-        &mut self,
-        now: Nanos,
-        quota: &Quota,
-        filled: Nanos,
-        order: u64,
-        next_order: u64,
-    ) {
+    /// Applies the headers of the reply to a call.
+    pub(super) fn on_headers(&mut self, now: Nanos, quota: &Quota, call: &Answered) {
         let Some(left) = quota.remaining else {
             return;
         };
         // The time so far passed at the factor so far.
         self.advance(now, false);
+        // The provider may have given back already what the lane will only when the call ends.
+        let refundable = self.rate().time_for(self.most(call.refundable));
         let reading = Reading {
             now,
-            order,
-            next_order,
+            order: call.order,
+            next_order: call.next_order,
             left,
             reset: quota.reset.map(nanos),
             limit: headers::per_minute(quota),
             known: self.rate(),
-            level_then: filled,
-            level: self.filled(now),
+            level_then: call.filled.saturating_add(refundable),
+            level: self.filled(now).saturating_add(refundable),
             call: self.average_call(),
             own: OwnUse {
                 taken: self.taken,
@@ -461,7 +471,6 @@ impl Limit {
             self.source = source;
         }
         (self.clock, self.at, self.burst) = (clock, self.at.max(now), burst.time);
-        self.sized_for = self.size();
         self.bucket.retune(clock, rate, self.capacity());
     }
 
@@ -469,23 +478,29 @@ impl Limit {
     /// never come nearer.
     #[inline]
     pub(super) fn resize(&mut self, now: Nanos) {
-        let size = self.size();
-        if self.sized_for != size {
-            self.sized_for = size;
-            let clock = self.clock_at(now);
-            self.bucket.resize(clock, self.capacity());
-        }
+        let clock = self.clock_at(now);
+        self.bucket.resize(clock, self.capacity());
     }
 
+    /// The burst at the factor, or as much of what the provider is seen to store as may be used at once. A call that is
+    /// larger than the burst needs as much as it takes, or a full bucket.
     #[inline]
-    fn size(&self) -> (f64, Option<Nanos>) {
-        (self.rate_factor(), self.policies.stored_burst().in_use())
-    }
-
-    /// The burst at the factor, or what the provider is seen to store.
     fn capacity(&self) -> Nanos {
-        let stored = self.policies.stored_burst().in_use();
-        self.scaled(self.burst).max(stored.unwrap_or(0))
+        let burst = self.scaled(self.burst);
+        let stored_burst = self.policies.stored_burst();
+        match (stored_burst.in_use(), stored_burst.stored()) {
+            (in_use, None) => burst.max(in_use.unwrap_or(0)),
+            (in_use, Some(stored)) => {
+                let largest = self.rate().time_for(self.largest);
+                // Readings are rounded: one that is hardly smaller than the burst is as large.
+                let stored = if stored < self.burst / 4 * 3 {
+                    stored
+                } else {
+                    stored.max(self.burst)
+                };
+                burst.max(in_use.unwrap_or(0)).max(largest).min(stored)
+            }
+        }
     }
 
     #[inline]

@@ -2,7 +2,7 @@
 
 use super::adaptive::{Policy, PolicySet, headers};
 use super::bucket::{Nanos, Rate};
-use super::limit::{Burst, Cost, Limit, Refused, Source};
+use super::limit::{Answered, Burst, Cost, Limit, Refused, Source};
 use super::pace::Pace;
 use super::types::{Binding, BurstSnapshot, Charge};
 use crate::usage::{Quota, RateSnapshot};
@@ -232,6 +232,13 @@ impl LimitSet {
         times.fold(1, u64::max).min(HOUR)
     }
 
+    /// Expects a call that has to wait.
+    pub(super) fn expect(&mut self, charge: Charge) {
+        for (resource, limit) in &mut self.limits {
+            limit.expect(resource.cost(charge));
+        }
+    }
+
     /// Takes `charge` for the call of that `order`, and returns the levels after it.
     #[inline]
     pub(super) fn take(&mut self, now: Nanos, charge: Charge, order: u64) -> Levels {
@@ -334,7 +341,16 @@ impl LimitSet {
                 if lowers {
                     limit.lower(now, left, grant.at, filled);
                 }
-                limit.on_headers(now, quota, filled, grant.order, next_order);
+                let answered = Answered {
+                    order: grant.order,
+                    next_order,
+                    filled,
+                    refundable: match resource {
+                        Resource::Requests => 0,
+                        _ => resource.of(grant.charge),
+                    },
+                };
+                limit.on_headers(now, quota, &answered);
             }
         }
         adopted

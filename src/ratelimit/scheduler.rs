@@ -244,6 +244,10 @@ impl<W: Clone> Scheduler<W> {
         // First, because a clone runs code of the caller: if that panics, nothing has changed.
         let waker = waker.clone();
         self.advance(now);
+        self.limits.expect(charge);
+        if self.queue.is_empty() {
+            self.limits.resize(now);
+        }
         let position = need.position.unwrap_or_else(|| self.next_position());
         self.next_ticket += 1;
         let key = self

@@ -20,6 +20,7 @@ const FIRST_STEP: u64 = 3;
 const PROBE_STEP: u64 = 3;
 /// A bucket and its readings may differ by this part.
 const TOLERANCE: f64 = 0.25;
+const SECOND: Nanos = 1_000_000_000;
 /// Resets are given in milliseconds, and rounded in either direction; or else in whole seconds.
 const RESET_UNIT: f64 = 0.002;
 /// Some levels are rounded to thousands.
@@ -51,6 +52,9 @@ impl Sample {
 pub(in crate::ratelimit) struct StoredBurst {
     /// The reading that the next ones are compared with.
     sample: Option<Sample>,
+    /// Whether a reset was not of whole seconds, and a level not of thousands.
+    exact_resets: bool,
+    exact_levels: bool,
     /// Above zero the readings are those of a bucket, below zero those of a window.
     evidence: i32,
     /// The rate of the provider in units per second, if the readings show it and the headers do not say it.
@@ -140,7 +144,9 @@ impl StoredBurst {
         if reading.order >= self.peak_order {
             self.proven = self.proven.max(self.peak);
         }
-        let Some(reset) = reading.reset.filter(|_| !self.refuted) else {
+        let reset = reading.reset.filter(|_| !self.refuted);
+        // A debt does not show in the level, only in the reset.
+        let Some(reset) = reset.filter(|_| reading.left > 0) else {
             return 0;
         };
         let sample = Sample {
@@ -149,6 +155,8 @@ impl StoredBurst {
             reset,
         };
         let rate = reading.limit.map(|limit| limit.per_second());
+        self.exact_resets |= sample.reset % SECOND != 0;
+        self.exact_levels |= sample.left % ROUND != 0;
         self.compare(sample, rate);
         let Some(rate) = rate.or(self.fitted) else {
             return 0;
@@ -166,7 +174,14 @@ impl StoredBurst {
         let time = |units: f64| reading.known.time_for(units.max(0.0) as u64);
         let first = reading.call.saturating_mul(FIRST_STEP);
         if self.evidence > 0 {
-            self.capacity = time(capacity.round());
+            // Each reading is rounded down, so the largest is the nearest. If it falls for good, it has changed.
+            let capacity = time(capacity);
+            let changed = (capacity as f64) < self.capacity as f64 * (1.0 - TOLERANCE);
+            self.capacity = if changed {
+                capacity
+            } else {
+                self.capacity.max(capacity)
+            };
             self.undecided = 0;
             let most = self.capacity.max(first);
             self.step = self.proven.saturating_mul(2).clamp(first, most);
@@ -224,67 +239,55 @@ impl StoredBurst {
 
     /// Compares a reading with an earlier one: whether it looks like a bucket or like a window.
     fn compare(&mut self, sample: Sample, rate: Option<f64>) {
-        let before = self.sample.get_or_insert(sample);
+        let before = *self.sample.get_or_insert(sample);
         if sample.now >= before.now.saturating_add(before.reset) {
             // A window may have ended in between.
-            *before = sample;
+            self.sample = Some(sample);
             return;
         }
         let units = before.left as f64 - sample.left as f64;
         let longer = sample.reset_secs() - before.reset_secs();
         let Some(rate) = rate.or(self.fitted) else {
-            if longer.abs() > 2.0 * before.coarseness(&sample) && units / longer > 0.0 {
+            if longer.abs() > 2.0 * self.reset_unit() && units / longer > 0.0 {
                 self.fitted = Some(units / longer);
-                *before = sample;
+                self.sample = Some(sample);
             }
             return;
         };
         let expected = units / rate;
-        let unit = before.coarseness(&sample) + before.roundness(&sample) / rate;
+        let unit = self.reset_unit() + self.level_unit() / rate;
         let agrees = (longer - expected).abs() <= TOLERANCE * expected.abs() + unit;
         let vote = match agrees {
             true if longer * expected > 0.0 => 1,
             false if expected.abs() > 2.0 * unit => -CONTRADICTION,
             _ => return,
         };
-        *before = sample;
+        self.sample = Some(sample);
         self.evidence = (self.evidence + vote).clamp(-MOST_EVIDENCE, MOST_EVIDENCE);
     }
 
     /// The units that are left and that the bucket holds, at least.
     fn least(&self, sample: Sample, rate: f64) -> (f64, f64) {
-        // A level of whole units is rounded down.
-        let left = sample.left as f64 - (sample.roundness(&sample) - 1.0);
-        let reset = sample.reset_secs();
-        let unit = match sample.coarseness(&sample) {
-            RESET_UNIT => 0.0,
-            unit => unit,
-        };
-        (left, left + rate * (reset - unit).max(0.0))
+        // A level of whole units is rounded down, and so the capacity, of whole units too, is the next one.
+        let left = sample.left as f64 - (self.level_unit() - 1.0);
+        let reset = sample.reset_secs() - self.reset_unit();
+        (left, (left + rate * reset.max(0.0)).ceil())
+    }
+
+    /// The seconds that the resets are rounded to.
+    fn reset_unit(&self) -> f64 {
+        if self.exact_resets { RESET_UNIT } else { 1.0 }
+    }
+
+    /// The units that the levels are rounded to.
+    fn level_unit(&self) -> f64 {
+        if self.exact_levels { 1.0 } else { ROUND as f64 }
     }
 
     /// Takes over from a limit that has changed that its burst was refuted.
     pub(super) fn follow(&mut self, before: &Self) {
         self.refuted |= before.refuted;
         (self.last, self.before) = (before.last, before.last.order);
-    }
-}
-
-impl Sample {
-    /// The unit of the resets, in seconds.
-    fn coarseness(self, other: &Self) -> f64 {
-        let whole = [self.reset, other.reset]
-            .iter()
-            .all(|reset| reset % 1_000_000_000 == 0);
-        if whole { 1.0 } else { RESET_UNIT }
-    }
-
-    /// The unit of the levels.
-    fn roundness(self, other: &Self) -> f64 {
-        let round = [self.left, other.left]
-            .iter()
-            .all(|left| *left > 0 && left % ROUND == 0);
-        if round { ROUND as f64 } else { 1.0 }
     }
 }
 
@@ -313,10 +316,8 @@ mod tests {
     use super::*;
     use crate::ratelimit::adaptive::PolicySet;
     use crate::ratelimit::bucket::Rate;
-    use crate::ratelimit::limit::{Burst, Cost, Limit, Refused, Source};
+    use crate::ratelimit::limit::{Answered, Burst, Cost, Limit, Refused, Source};
     use crate::request::Quota;
-
-    const SECOND: Nanos = 1_000_000_000;
 
     /// What a provider enforces.
     #[derive(Debug, Clone, Copy)]
@@ -445,8 +446,13 @@ mod tests {
                 self.observed = at;
                 self.limit
                     .lower(self.now, quota.remaining.unwrap(), at, filled);
-                self.limit
-                    .on_headers(self.now, &quota, filled, order, self.next);
+                let answered = Answered {
+                    order,
+                    next_order: self.next,
+                    filled,
+                    refundable: 0,
+                };
+                self.limit.on_headers(self.now, &quota, &answered);
             }
         }
 
@@ -499,7 +505,8 @@ mod tests {
             world.call(1, SECOND);
         }
         assert_eq!(world.now, start, "known by now");
-        assert_eq!(world.limit.stored_burst(), Some((60, 20)));
+        // Resets in whole seconds: one may be rounded up.
+        assert_eq!(world.limit.stored_burst(), Some((59, 20)));
     }
 
     #[test]
