@@ -140,7 +140,9 @@ impl StoredBurst {
     }
 
     /// Learns from the headers of a reply. Returns by how much the level of the lane should rise, or fall.
-    pub(super) fn on_headers(&mut self, reading: &Reading) -> i64 {
+    ///
+    /// What is not decided is not tried of a limit that has been refused, so not `untouched`.
+    pub(super) fn on_headers(&mut self, reading: &Reading, untouched: bool) -> i64 {
         if reading.order >= self.peak_order {
             self.proven = self.proven.max(self.peak);
         }
@@ -185,22 +187,23 @@ impl StoredBurst {
             self.undecided = 0;
             let most = self.capacity.max(first);
             self.step = self.proven.saturating_mul(2).clamp(first, most);
-        } else {
-            self.step = first;
         }
-        let Some(then) = self.level_then(reading) else {
+        let then = self.level_then(reading);
+        let Some(then) = then.filter(|_| self.evidence > 0 || untouched) else {
             return 0;
         };
         // Others may use the same account, and read the same level.
         let short = time(left).saturating_sub(reading.call);
         let short = short.saturating_sub(then.max(reading.level)) / 2;
         let in_use = self.used_now(reading.now).saturating_add(reading.level);
-        let raise = short.min(self.step.saturating_sub(in_use.max(self.undecided)));
+        let most = if self.evidence > 0 { self.step } else { first };
+        let raise = short.min(most.saturating_sub(in_use.max(self.undecided)));
         if raise < reading.call {
             return 0;
         }
         if self.evidence == 0 {
             self.undecided += raise;
+            self.step = reading.level.saturating_add(raise);
         }
         self.record_raise(reading.next_order, raise);
         raise as i64

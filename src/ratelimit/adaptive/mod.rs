@@ -231,7 +231,8 @@ impl LimitPolicies {
 
     /// Returns by how much the level of the lane should rise, or fall.
     pub(super) fn on_headers(&mut self, reading: &Reading) -> i64 {
-        let raise = self.stored_burst.on_headers(reading);
+        let untouched = self.controller.is_untouched();
+        let raise = self.stored_burst.on_headers(reading, untouched);
         self.controller.on_headers(reading);
         if let Some(level) = self.contention.level(reading) {
             let alone = self.controller.is_alone();
