@@ -243,11 +243,8 @@ impl StoredBurst {
     /// Compares a reading with an earlier one: whether it looks like a bucket or like a window.
     fn compare(&mut self, sample: Sample, rate: Option<f64>) {
         let before = *self.sample.get_or_insert(sample);
-        if sample.now >= before.now.saturating_add(before.reset) {
-            // A window may have ended in between.
-            self.sample = Some(sample);
-            return;
-        }
+        // Otherwise a window may have ended in between.
+        let same_window = sample.now < before.now.saturating_add(before.reset);
         let units = before.left as f64 - sample.left as f64;
         let longer = sample.reset_secs() - before.reset_secs();
         let Some(rate) = rate.or(self.fitted) else {
@@ -262,8 +259,9 @@ impl StoredBurst {
         let agrees = (longer - expected).abs() <= TOLERANCE * expected.abs() + unit;
         let vote = match agrees {
             true if longer * expected > 0.0 => 1,
-            false if expected.abs() > 2.0 * unit => -CONTRADICTION,
-            _ => return,
+            false if same_window && expected.abs() > 2.0 * unit => -CONTRADICTION,
+            _ if same_window => return,
+            _ => 0,
         };
         self.sample = Some(sample);
         self.evidence = (self.evidence + vote).clamp(-MOST_EVIDENCE, MOST_EVIDENCE);
@@ -271,6 +269,9 @@ impl StoredBurst {
 
     /// The units that are left and that the bucket holds, at least.
     fn least(&self, sample: Sample, rate: f64) -> (f64, f64) {
+        if sample.reset == 0 {
+            return (sample.left as f64, sample.left as f64);
+        }
         // A level of whole units is rounded down, and so the capacity, of whole units too, is the next one.
         let left = sample.left as f64 - (self.level_unit() - 1.0);
         let reset = sample.reset_secs() - self.reset_unit();

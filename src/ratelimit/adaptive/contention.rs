@@ -18,6 +18,11 @@ const SILENCE: Nanos = 5 * INTERVAL;
 const LOW: f64 = 0.6;
 /// A low level below this many of the largest calls cannot be distinguished from the effect of one call.
 const COARSE: f64 = 2.0;
+/// Others use the limit if they take at least this part of what flows in and of what the lane takes. That is remembered for
+/// a minute: at an empty bucket a lane that takes each unit the moment it is there starves the others, and no longer
+/// sees them.
+const OTHERS: f64 = 0.25;
+const REMEMBERED: Nanos = 60 * INTERVAL;
 /// A lane that sends at least this part of the limit is taken to be alone.
 const ALONE: f64 = 0.75;
 /// A lane that sends less than this part of what it may send does not want more.
@@ -46,6 +51,10 @@ pub(super) enum Level {
 
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct ContentionDetector {
+    /// Until then others are taken to use the limit, because the level fell by more than the lane has taken.
+    others_until: Nanos,
+    /// The units that were left when the interval began.
+    left: u64,
     since: Nanos,
     heard: Nanos,
     readings: u32,
@@ -57,8 +66,10 @@ pub(super) struct ContentionDetector {
 
 impl ContentionDetector {
     /// Starts an interval.
-    fn restart(&mut self, now: Nanos, taken: u64) {
+    fn restart(&mut self, now: Nanos, left: u64, taken: u64) {
         *self = Self {
+            others_until: self.others_until,
+            left,
             since: now,
             heard: now,
             taken,
@@ -72,7 +83,7 @@ impl ContentionDetector {
         let Reading { now, left, own, .. } = *reading;
         let limit = reading.limit?;
         if now.saturating_sub(self.heard) > SILENCE {
-            self.restart(now, own.taken);
+            self.restart(now, left, own.taken);
         }
         self.heard = now;
         self.most = self.most.max(left);
@@ -82,16 +93,22 @@ impl ContentionDetector {
             return None;
         }
         let Self { most, taken, .. } = *self;
-        self.restart(now, own.taken);
+        let flown = limit.per_second() * time as f64 / 1e9;
+        let own_units = own.taken.saturating_sub(taken) as f64;
+        let others = self.left as f64 + flown - own_units - left as f64;
+        if others > (flown + own_units) * OTHERS + COARSE * own.largest as f64 {
+            self.others_until = now.saturating_add(REMEMBERED);
+        }
+        self.restart(now, left, own.taken);
         let enough = limit.per_second() * LOW;
         if enough < COARSE * own.largest as f64 {
             return None;
         }
         let short = 1.0 - most as f64 / enough;
-        let pace = own.taken.saturating_sub(taken) as f64 * 1e9 / time as f64;
+        let pace = own_units * 1e9 / time as f64;
         if short <= 0.0 {
             Some(Level::Ample)
-        } else if pace >= ALONE * limit.per_second() {
+        } else if pace >= ALONE * limit.per_second() && now >= self.others_until {
             Some(Level::Low)
         } else {
             // A lane that does not use its share need not give it up.
