@@ -141,8 +141,8 @@ impl StoredBurst {
 
     /// Learns from the headers of a reply. Returns by how much the level of the lane should rise, or fall.
     ///
-    /// What is not decided is not tried of a limit that has been refused, so not `untouched`.
-    pub(super) fn on_headers(&mut self, reading: &Reading, untouched: bool) -> i64 {
+    /// What is not decided is not tried of a limit that has been refused, so not `untouched`. The `reserve` is left.
+    pub(super) fn on_headers(&mut self, reading: &Reading, untouched: bool, reserve: u64) -> i64 {
         if reading.order >= self.peak_order {
             self.proven = self.proven.max(self.peak);
         }
@@ -193,7 +193,8 @@ impl StoredBurst {
             return 0;
         };
         // Others may use the same account, and read the same level.
-        let short = time(left).saturating_sub(reading.call);
+        let reserve = reading.known.time_for(reserve).max(reading.call);
+        let short = time(left).saturating_sub(reserve);
         let short = short.saturating_sub(then.max(reading.level)) / 2;
         let in_use = self.used_now(reading.now).saturating_add(reading.level);
         let most = if self.evidence > 0 { self.step } else { first };

@@ -53,6 +53,8 @@ pub(super) enum Level {
 pub(super) struct ContentionDetector {
     /// Until then others are taken to use the limit, because the level fell by more than the lane has taken.
     others_until: Nanos,
+    /// The part of all use that was the lane's own when there was enough for all.
+    share: f64,
     /// The units that were left when the interval began.
     left: u64,
     since: Nanos,
@@ -69,6 +71,7 @@ impl ContentionDetector {
     fn restart(&mut self, now: Nanos, left: u64, taken: u64) {
         *self = Self {
             others_until: self.others_until,
+            share: self.share,
             left,
             since: now,
             heard: now,
@@ -82,7 +85,7 @@ impl ContentionDetector {
     pub(super) fn level(&mut self, reading: &Reading) -> Option<Level> {
         let Reading { now, left, own, .. } = *reading;
         let limit = reading.limit?;
-        if now.saturating_sub(self.heard) > SILENCE {
+        if self.heard == 0 || now.saturating_sub(self.heard) > SILENCE {
             self.restart(now, left, own.taken);
         }
         self.heard = now;
@@ -93,14 +96,17 @@ impl ContentionDetector {
             return None;
         }
         let Self { most, taken, .. } = *self;
+        let enough = limit.per_second() * LOW;
         let flown = limit.per_second() * time as f64 / 1e9;
         let own_units = own.taken.saturating_sub(taken) as f64;
         let others = self.left as f64 + flown - own_units - left as f64;
         if others > (flown + own_units) * OTHERS + COARSE * own.largest as f64 {
+            if most as f64 >= enough || !self.sees_others(now) {
+                self.share = own_units / (own_units + others);
+            }
             self.others_until = now.saturating_add(REMEMBERED);
         }
         self.restart(now, left, own.taken);
-        let enough = limit.per_second() * LOW;
         if enough < COARSE * own.largest as f64 {
             return None;
         }
@@ -108,12 +114,28 @@ impl ContentionDetector {
         let pace = own_units * 1e9 / time as f64;
         if short <= 0.0 {
             Some(Level::Ample)
-        } else if pace >= ALONE * limit.per_second() && now >= self.others_until {
+        } else if pace >= ALONE * limit.per_second() && !self.sees_others(now) {
             Some(Level::Low)
         } else {
             // A lane that does not use its share need not give it up.
             (pace >= USED * own.pace).then_some(Level::Contended(short))
         }
+    }
+
+    /// Whether others were lately seen to use the limit.
+    pub(super) fn sees_others(&self, now: Nanos) -> bool {
+        now < self.others_until
+    }
+
+    /// The part of the limit that the lane used when there was enough for all, if others were lately seen.
+    pub(super) fn share(&self, now: Nanos) -> Option<f64> {
+        self.sees_others(now).then_some(self.share)
+    }
+
+    /// The units that are left to others, if any were seen: a level above that is ample.
+    pub(super) fn reserve(&self, reading: &Reading) -> u64 {
+        let others = reading.limit.filter(|_| self.sees_others(reading.now));
+        others.map_or(0, |limit| (limit.per_second() * LOW) as u64)
     }
 
     pub(super) fn set_yield(&mut self, yields: bool) {

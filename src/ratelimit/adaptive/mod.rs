@@ -231,10 +231,12 @@ impl LimitPolicies {
 
     /// Returns by how much the level of the lane should rise, or fall.
     pub(super) fn on_headers(&mut self, reading: &Reading) -> i64 {
+        let level = self.contention.level(reading);
         let untouched = self.controller.is_untouched();
-        let raise = self.stored_burst.on_headers(reading, untouched);
+        let reserve = self.contention.reserve(reading);
+        let raise = self.stored_burst.on_headers(reading, untouched, reserve);
         self.controller.on_headers(reading);
-        if let Some(level) = self.contention.level(reading) {
+        if let Some(level) = level {
             let alone = self.controller.is_alone();
             let yields = level == Level::Low && alone && self.enabled.has(Policy::Yield);
             self.contention.set_yield(yields);
@@ -242,7 +244,8 @@ impl LimitPolicies {
                 && self.enabled.has(Policy::Contention)
             {
                 let tried = self.factor;
-                self.controller.reduce(reading.now, tried, short);
+                let share = self.contention.share(reading.now);
+                self.controller.reduce(reading.now, tried, short, share);
             }
         }
         self.update();
@@ -250,7 +253,8 @@ impl LimitPolicies {
     }
 
     pub(super) fn on_refusal(&mut self, refusal: &LimitRefusal) -> bool {
-        let changed = if self.stored_burst.on_refusal(refusal) {
+        let others = refusal.explained && self.contention.sees_others(refusal.now);
+        let changed = if !others && self.stored_burst.on_refusal(refusal) {
             self.controller.record_burst_refusal(refusal.now);
             true
         } else if self.enabled.has(Policy::RateControl) {

@@ -134,9 +134,11 @@ impl RateController {
     }
 
     /// Reduces the factor from `tried`: the level is low by the part `short` of what should be available, and others use the
-    /// limit.
-    pub(super) fn reduce(&mut self, now: Nanos, tried: f64, short: f64) {
-        self.factor = (tried * (1.0 - REDUCTION * short)).max(self.floor());
+    /// limit. The first time it falls to the `share` that the lane had when there was enough, if that is known.
+    pub(super) fn reduce(&mut self, now: Nanos, tried: f64, short: f64, share: Option<f64>) {
+        let share = share.filter(|_| self.contended.is_none()).unwrap_or(1.0);
+        self.factor = (tried * (1.0 - REDUCTION * short)).min(share);
+        self.factor = self.factor.max(self.floor());
         self.contended = Some(Contended {
             at: now,
             waited: self.waited,
@@ -405,7 +407,7 @@ mod tests {
         });
         for second in 0..200 {
             for controller in &mut shares {
-                controller.reduce(second * SECOND, controller.factor, 0.3);
+                controller.reduce(second * SECOND, controller.factor, 0.3, None);
                 controller.on_time(SECOND);
             }
         }
