@@ -77,8 +77,6 @@ pub(super) struct Answered {
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Refused {
     pub(super) sent_at: Nanos,
-    /// The number of grants before it.
-    pub(super) order: u64,
     /// The units that it would have been charged at its admission.
     pub(super) units: u64,
     /// Whether the headers of the refusal say that the limit is used up, and the rate that they tell.
@@ -350,6 +348,7 @@ impl Limit {
                 largest: self.largest,
                 pace: self.rate().per_second() * self.rate_factor(),
             },
+            is_bucket: false,
         };
         let raise = self.policies.on_headers(&reading);
         self.resize(now);
@@ -423,7 +422,6 @@ impl Limit {
         let reduced = self.policies.on_refusal(&LimitRefusal {
             now,
             sent_at: refused.sent_at,
-            order: refused.order,
             explained: refused.explained,
             tried: self.rate_factor(),
             passed: self.passed(refused.units, debt),

@@ -438,7 +438,6 @@ impl LimitSet {
         let tried = limit.rate_factor();
         let refused = Refused {
             sent_at: grant.at,
-            order: grant.order,
             units: limit.capped(resource.cost(grant.charge)).upfront,
             explained: throttled.is_some(),
             advertised: throttled.and_then(|it| it.rate),

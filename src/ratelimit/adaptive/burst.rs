@@ -31,8 +31,6 @@ const MOST_EVIDENCE: i32 = 8;
 /// A lane uses the burst of a limit only where its own rate is at least this part of the provider's: who configures less
 /// wants a share of the account. And only up to this multiple: it is another limit that the headers speak of.
 const RATES: std::ops::Range<f64> = 0.98..2.2;
-/// Refusals that the headers explain, while a burst was in use, after which the burst is not used again.
-const REFUTED: u32 = 3;
 
 /// A level and the time until the limit is unused again.
 #[derive(Debug, Clone, Copy)]
@@ -75,8 +73,6 @@ pub(in crate::ratelimit) struct StoredBurst {
     before: u64,
     /// What was raised before the readings told a bucket from a window.
     undecided: Nanos,
-    /// Refusals while a burst was in use.
-    refusals: u32,
     refuted: bool,
 }
 
@@ -116,6 +112,11 @@ impl StoredBurst {
     /// The time in which everything that the provider stores flows in, if that is known.
     pub(in crate::ratelimit) fn stored(&self) -> Option<Nanos> {
         (self.evidence > 0 && self.capacity > 0 && !self.refuted).then_some(self.capacity)
+    }
+
+    /// Whether the readings are those of a bucket that refills evenly.
+    pub(super) fn is_bucket(&self) -> bool {
+        self.evidence > 0
     }
 
     /// Whether larger bursts than so far may be tried.
@@ -304,8 +305,8 @@ impl StoredBurst {
         if !burst || self.last.order == 0 {
             return false;
         }
-        self.refusals += 1;
-        self.refuted = !refusal.explained || self.refusals >= REFUTED;
+        // Where the level was used up, by whomever, the bucket is as large as before.
+        self.refuted = !refusal.explained;
         (self.step, self.peak, self.proven) = (0, 0, 0);
         true
     }
@@ -523,7 +524,6 @@ mod tests {
         assert!(world.limit.stored_burst().is_some());
         let refused = Refused {
             sent_at: world.now,
-            order: world.next,
             units: 1,
             ..Refused::default()
         };

@@ -100,7 +100,9 @@ impl ContentionDetector {
         let flown = limit.per_second() * time as f64 / 1e9;
         let own_units = own.taken.saturating_sub(taken) as f64;
         let others = self.left as f64 + flown - own_units - left as f64;
-        if others > (flown + own_units) * OTHERS + COARSE * own.largest as f64 {
+        // A debt does not show in a level of zero.
+        let shown = reading.is_bucket && self.left > 0;
+        if shown && others > (flown + own_units) * OTHERS + COARSE * own.largest as f64 {
             if most as f64 >= enough || !self.sees_others(now) {
                 self.share = own_units / (own_units + others);
             }

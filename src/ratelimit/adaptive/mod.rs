@@ -126,6 +126,8 @@ pub(super) struct Reading {
     /// The time that an average call takes of the whole limit.
     pub(super) call: Nanos,
     pub(super) own: OwnUse,
+    /// Whether the readings so far are those of a bucket that refills evenly.
+    pub(super) is_bucket: bool,
 }
 
 #[cfg(test)]
@@ -144,6 +146,7 @@ impl Reading {
             level: 0,
             call: 0,
             own,
+            is_bucket: false,
         }
     }
 }
@@ -153,7 +156,6 @@ impl Reading {
 pub(super) struct LimitRefusal {
     pub(super) now: Nanos,
     pub(super) sent_at: Nanos,
-    pub(super) order: u64,
     /// Whether the headers of the refusal say that the limit is used up.
     pub(super) explained: bool,
     /// The factor that was in use.
@@ -231,6 +233,10 @@ impl LimitPolicies {
 
     /// Returns by how much the level of the lane should rise, or fall.
     pub(super) fn on_headers(&mut self, reading: &Reading) -> i64 {
+        let reading = &Reading {
+            is_bucket: self.stored_burst.is_bucket(),
+            ..*reading
+        };
         let level = self.contention.level(reading);
         let untouched = self.controller.is_untouched();
         let reserve = self.contention.reserve(reading);
