@@ -103,6 +103,15 @@ pub enum Event {
         /// The amount that is allowed in a minute.
         per_minute: u64,
     },
+    /// The headers of the provider show that it stores more of an unused limit than the lane would use at once. The lane uses
+    /// it in doubling steps ([`Pace::burst`](crate::Pace::burst)).
+    #[non_exhaustive]
+    LaneBurstLearned {
+        /// The limit, as [`Binding`](crate::ratelimit::Binding) names it.
+        limit: &'static str,
+        /// The amount that the provider stores.
+        stored: u64,
+    },
     /// One call needs more of a limit than a minute allows, by its estimate (usually `max_tokens`) or by the usage that
     /// its reply reports. The lane charges the amount of one minute for it, so later calls wait for a minute at most.
     ///
@@ -215,6 +224,9 @@ impl fmt::Display for Event {
             },
             Self::LaneConcurrencyReduced { in_flight } => {
                 write!(f, "the lane allows {in_flight} calls in flight")
+            }
+            Self::LaneBurstLearned { limit, stored } => {
+                write!(f, "the provider stores {stored} {limit}")
             }
             Self::LaneRetuned { limit, per_minute } => {
                 write!(f, "the lane keeps to {per_minute} {limit} a minute")

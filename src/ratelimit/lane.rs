@@ -15,11 +15,12 @@ use tokio::time::Instant;
 
 use self::timer::{TimerId, TimerTask, Timers};
 use crate::error::{Error, Result};
+use crate::event::Event;
 use crate::ratelimit::bucket::{Nanos, nanos};
 use crate::ratelimit::pace::Pace;
 use crate::ratelimit::queue::WaiterKey;
 use crate::ratelimit::scheduler::{Admission, GrantId, Scheduler, Wakeups};
-use crate::ratelimit::types::{CallOutcome, Charge, LaneChange, LaneSnapshot, Need, QueuePosition};
+use crate::ratelimit::types::{CallOutcome, Charge, LaneSnapshot, Need, QueuePosition};
 use crate::request::RateSnapshot;
 use crate::sync::Mutex;
 
@@ -276,7 +277,7 @@ impl Lane {
             .step(|scheduler, now, _| scheduler.snapshot(now))
     }
 
-    fn finish(&self, grant: GrantId, outcome: CallOutcome) -> Vec<LaneChange> {
+    fn finish(&self, grant: GrantId, outcome: CallOutcome) -> Vec<Event> {
         self.shared
             .step(|scheduler, now, wakeups| scheduler.finish(now, grant, outcome, wakeups))
     }
@@ -497,17 +498,17 @@ impl Permit {
         mut self,
         headers: Option<&RateSnapshot>,
         outcome: CallOutcome,
-    ) -> Vec<LaneChange> {
+    ) -> Vec<Event> {
         let Some(grant) = self.grant.take() else {
             return Vec::new();
         };
         // Apart from `end`, which most permits of a bare lane use: joining the changes of both costs 8 % of a grant.
         self.lane.shared.step(|scheduler, now, wakeups| {
-            let mut changes = headers.map_or_else(Vec::new, |headers| {
+            let mut events = headers.map_or_else(Vec::new, |headers| {
                 scheduler.observe(now, &grant, headers, wakeups)
             });
-            changes.extend(scheduler.finish(now, grant, outcome, wakeups));
-            changes
+            events.extend(scheduler.finish(now, grant, outcome, wakeups));
+            events
         })
     }
 
@@ -527,7 +528,7 @@ impl Permit {
     }
 
     #[inline]
-    fn end(&mut self, outcome: CallOutcome) -> Vec<LaneChange> {
+    fn end(&mut self, outcome: CallOutcome) -> Vec<Event> {
         match self.grant.take() {
             Some(grant) => self.lane.finish(grant, outcome),
             None => Vec::new(),

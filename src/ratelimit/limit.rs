@@ -323,11 +323,10 @@ impl Limit {
         }
     }
 
-    /// Applies the headers of the reply to a call.
-    pub(super) fn on_headers(&mut self, now: Nanos, quota: &Quota, call: &Answered) {
-        let Some(left) = quota.remaining else {
-            return;
-        };
+    /// Applies the headers of the reply to a call. Returns the units that the provider stores, if that is news.
+    pub(super) fn on_headers(&mut self, now: Nanos, quota: &Quota, call: &Answered) -> Option<u64> {
+        let left = quota.remaining?;
+        let known = self.stored_burst().is_some();
         // The time so far passed at the factor so far.
         self.advance(now, false);
         // The provider may have given back already what the lane will only when the call ends.
@@ -353,6 +352,8 @@ impl Limit {
         let raise = self.policies.on_headers(&reading);
         self.resize(now);
         self.raise(now, raise);
+        let (stored, _) = self.stored_burst().filter(|_| !known)?;
+        (self.rate().time_for(stored) > self.burst).then_some(stored)
     }
 
     /// Learns from a reply without headers to the call of that `order`.

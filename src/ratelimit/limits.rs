@@ -148,6 +148,15 @@ pub(super) struct Reduced {
     pub(super) factor: f64,
 }
 
+/// What the headers of a reply told of a limit.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Learned {
+    /// A limit that is kept from now on.
+    Limit(Resource, Rate),
+    /// The units that the provider stores.
+    Burst(Resource, u64),
+}
+
 /// A charge that is more than a minute of its limit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Exceeded {
@@ -312,8 +321,8 @@ impl LimitSet {
         }
     }
 
-    /// Applies the headers of the reply to a granted call: levels are lowered, and limits that are not configured are adopted.
-    /// Returns the adopted ones.
+    /// Applies the headers of the reply to a granted call: levels are corrected, and limits that are not configured are
+    /// adopted. Returns what was learned.
     pub(super) fn apply_headers(
         &mut self,
         now: Nanos,
@@ -322,8 +331,8 @@ impl LimitSet {
         next_order: u64,
         burst: Burst,
         cooldown_until: Nanos,
-    ) -> Vec<(Resource, Rate)> {
-        let mut adopted = Vec::new();
+    ) -> Vec<Learned> {
+        let mut learned = Vec::new();
         for resource in Resource::ALL {
             let Some(quota) = resource.quota(headers) else {
                 continue;
@@ -333,7 +342,7 @@ impl LimitSet {
                 && self.enabled.has(Policy::AdoptedLimits)
                 && self.adopt(now, resource, rate, burst, cooldown_until)
             {
-                adopted.push((resource, rate));
+                learned.push(Learned::Limit(resource, rate));
             }
             let lowers = self.enabled.has(Policy::HeaderLevels);
             if let (Some(limit), Some(left)) = (self.get_mut(resource), quota.remaining) {
@@ -350,10 +359,11 @@ impl LimitSet {
                         _ => resource.of(grant.charge),
                     },
                 };
-                limit.on_headers(now, quota, &answered);
+                let stored = limit.on_headers(now, quota, &answered);
+                learned.extend(stored.map(|stored| Learned::Burst(resource, stored)));
             }
         }
-        adopted
+        learned
     }
 
     /// Learns from a reply that was answered.

@@ -29,7 +29,7 @@ mod types;
 pub use self::adaptive::Policy;
 pub use self::lane::{Lane, Permit};
 pub use self::pace::Pace;
+pub(crate) use self::types::QueueKey;
 pub use self::types::{
     Binding, BurstSnapshot, CallOutcome, LaneSnapshot, Need, Priority, QueuePosition, Tenant,
 };
-pub(crate) use self::types::{LaneChange, QueueKey};

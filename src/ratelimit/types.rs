@@ -4,7 +4,6 @@ use std::fmt;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::time::Duration;
 
-use crate::error::Error;
 use crate::request::Usage;
 
 /// The need of one call: a request, and its estimated tokens.
@@ -302,27 +301,6 @@ impl fmt::Display for Binding {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.as_str())
     }
-}
-
-/// A change for all calls of a lane, caused by the end of one call.
-#[derive(Debug, Clone)]
-pub(crate) enum LaneChange {
-    /// A cooldown started, or became longer.
-    CoolingDown { wait: Duration },
-    /// A limit is used more slowly.
-    RateReduced { limit: Binding, factor: f64 },
-    /// Fewer calls in flight are allowed.
-    ConcurrencyReduced { in_flight: usize },
-    /// A limit that headers speak of is kept from now on.
-    LimitAdopted { limit: Binding, per_minute: u64 },
-    /// One call was charged more than a minute of a limit.
-    CallExceedsLimit {
-        limit: Binding,
-        needed: u64,
-        per_minute: u64,
-    },
-    /// Nothing goes any more.
-    Stopped { why: Error },
 }
 
 /// The tokens a call is charged.

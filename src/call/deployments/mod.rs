@@ -16,9 +16,7 @@ use self::choose::{Candidate, choose};
 pub use self::deployment::Deployment;
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::{Event, Observers};
-use crate::ratelimit::{
-    Binding, CallOutcome, Lane, LaneChange, LaneSnapshot, Need, Permit, QueuePosition,
-};
+use crate::ratelimit::{Binding, CallOutcome, Lane, LaneSnapshot, Need, Permit, QueuePosition};
 use crate::usage::RateSnapshot;
 
 /// A deployment whose lane cools down for longer than this is passed over for a fallback.
@@ -386,36 +384,13 @@ impl<'a> DeploymentPermit<'a> {
         outcome: CallOutcome,
         observers: &Observers,
     ) {
-        let changes = self.permit.conclude(headers, outcome);
-        let cools_down = |change: &LaneChange| matches!(change, LaneChange::CoolingDown { wait } if *wait > self.deployments.fallback_after);
-        if changes.iter().any(cools_down) {
+        let events = self.permit.conclude(headers, outcome);
+        let cools_down = |event: &Event| matches!(event, Event::LaneCoolingDown { wait } if *wait > self.deployments.fallback_after);
+        if events.iter().any(cools_down) {
             self.deployments.changed.notify_waiters();
         }
-        for change in changes {
-            observers.tell(|| match change {
-                LaneChange::CoolingDown { wait } => Event::LaneCoolingDown { wait },
-                LaneChange::RateReduced { limit, factor } => Event::LaneSlowed {
-                    limit: limit.as_str(),
-                    factor,
-                },
-                LaneChange::ConcurrencyReduced { in_flight } => {
-                    Event::LaneConcurrencyReduced { in_flight }
-                }
-                LaneChange::LimitAdopted { limit, per_minute } => Event::LaneRetuned {
-                    limit: limit.as_str(),
-                    per_minute,
-                },
-                LaneChange::CallExceedsLimit {
-                    limit,
-                    needed,
-                    per_minute,
-                } => Event::CallExceedsLimit {
-                    limit: limit.as_str(),
-                    needed,
-                    per_minute,
-                },
-                LaneChange::Stopped { why } => Event::LaneStopped { error: why },
-            });
+        for event in events {
+            observers.tell(|| event);
         }
     }
 }

@@ -4,12 +4,13 @@ use std::time::Duration;
 
 use super::{GrantId, Scheduler, Wakeups};
 use crate::error::{Error, ErrorKind, Persistence};
+use crate::event::Event;
 use crate::ratelimit::adaptive::Policy;
 use crate::ratelimit::adaptive::refusals::Reduction;
 use crate::ratelimit::bucket::{Nanos, nanos};
 use crate::ratelimit::concurrency::Refusal;
-use crate::ratelimit::limits::{Grant, Reduced, ThrottledResource};
-use crate::ratelimit::types::{CallOutcome, Charge, LaneChange};
+use crate::ratelimit::limits::{Grant, Learned, Reduced, ThrottledResource};
+use crate::ratelimit::types::{CallOutcome, Charge};
 use crate::usage::RateSnapshot;
 
 /// The longest wait after a refusal that names none.
@@ -27,7 +28,7 @@ impl<W: Clone> Scheduler<W> {
         id: &GrantId,
         headers: &RateSnapshot,
         wakeups: &mut Wakeups<W>,
-    ) -> Vec<LaneChange> {
+    ) -> Vec<Event> {
         let adaptive = self.is_adaptive();
         let call = self.concurrency.get_mut(id.0);
         let grant = &mut call.grant;
@@ -42,19 +43,14 @@ impl<W: Clone> Scheduler<W> {
         }
         let grant = *grant;
         self.advance(now);
-        let changes = self.apply_headers(now, &grant, headers);
+        let events = self.apply_headers(now, &grant, headers);
         self.pump(now, wakeups);
-        changes
+        events
     }
 
-    fn apply_headers(
-        &mut self,
-        now: Nanos,
-        grant: &Grant,
-        headers: &RateSnapshot,
-    ) -> Vec<LaneChange> {
+    fn apply_headers(&mut self, now: Nanos, grant: &Grant, headers: &RateSnapshot) -> Vec<Event> {
         self.observed = self.observed.max(grant.at);
-        let adopted = self.limits.apply_headers(
+        let learned = self.limits.apply_headers(
             now,
             headers,
             grant,
@@ -62,13 +58,17 @@ impl<W: Clone> Scheduler<W> {
             self.burst,
             self.cooldown.until(),
         );
-        let changes = adopted
-            .into_iter()
-            .map(|(resource, rate)| LaneChange::LimitAdopted {
-                limit: resource.binding(),
+        let events = learned.into_iter().map(|learned| match learned {
+            Learned::Limit(resource, rate) => Event::LaneRetuned {
+                limit: resource.binding().as_str(),
                 per_minute: (rate.per_second() * 60.0).round() as u64,
-            });
-        changes.collect()
+            },
+            Learned::Burst(resource, stored) => Event::LaneBurstLearned {
+                limit: resource.binding().as_str(),
+                stored,
+            },
+        });
+        events.collect()
     }
 
     /// Ends a granted call. Returns what that changes for all callers.
@@ -78,10 +78,10 @@ impl<W: Clone> Scheduler<W> {
         id: GrantId,
         outcome: CallOutcome,
         wakeups: &mut Wakeups<W>,
-    ) -> Vec<LaneChange> {
+    ) -> Vec<Event> {
         let grant = self.concurrency.get_mut(id.0).grant;
         let estimated = grant.charge;
-        let mut changes = Vec::new();
+        let mut events = Vec::new();
         self.advance(now);
         match outcome {
             CallOutcome::NotSent => self.limits.refund(now, &grant),
@@ -106,40 +106,40 @@ impl<W: Clone> Scheduler<W> {
             CallOutcome::Throttled { wait } => {
                 self.throttled += 1;
                 self.limits.settle(now, &grant, Charge::default());
-                if self.throttle(now, &grant, wait, &mut changes) {
-                    self.start_cooldown(now, grant.at, wait, LONGEST_THROTTLE, &mut changes);
+                if self.throttle(now, &grant, wait, &mut events) {
+                    self.start_cooldown(now, grant.at, wait, LONGEST_THROTTLE, &mut events);
                 }
                 if let Some(wait) = wait.filter(|wait| *wait > LONGEST_WAIT) {
-                    self.park(now, wait, wakeups, &mut changes);
+                    self.park(now, wait, wakeups, &mut events);
                 }
             }
             CallOutcome::Overloaded { wait } => {
                 self.overloaded += 1;
                 self.limits.settle(now, &grant, estimated.on_admission());
-                if self.overload(now, &grant, &mut changes) {
-                    self.start_cooldown(now, grant.at, wait, LONGEST_OVERLOAD, &mut changes);
+                if self.overload(now, &grant, &mut events) {
+                    self.start_cooldown(now, grant.at, wait, LONGEST_OVERLOAD, &mut events);
                 }
             }
         }
         let call = self.release(id.0);
         if let Some(headers) = &call.headers {
-            changes.extend(self.apply_headers(now, &grant, headers));
+            events.extend(self.apply_headers(now, &grant, headers));
         }
         for exceeded in self.limits.take_exceeded() {
-            changes.push(LaneChange::CallExceedsLimit {
-                limit: exceeded.resource.binding(),
+            events.push(Event::CallExceedsLimit {
+                limit: exceeded.resource.binding().as_str(),
                 needed: exceeded.needed,
                 per_minute: exceeded.per_minute,
             });
         }
         self.pump(now, wakeups);
-        changes
+        events
     }
 
     /// Records that the provider was overloaded. Returns whether most calls are refused, so that the lane should cool down.
     ///
     /// A single overload says nothing: it costs its own call an attempt and has no other consequence.
-    fn overload(&mut self, now: Nanos, grant: &Grant, changes: &mut Vec<LaneChange>) -> bool {
+    fn overload(&mut self, now: Nanos, grant: &Grant, events: &mut Vec<Event>) -> bool {
         let granted = self.granted;
         let tolerates = !self.is_adaptive() || self.policies.has(Policy::OverloadTolerance);
         let overloads = &mut self.overloads;
@@ -159,7 +159,7 @@ impl<W: Clone> Scheduler<W> {
         };
         if reduces && refusal != Refusal::Tolerated {
             let in_flight = self.concurrency.limit();
-            changes.push(LaneChange::ConcurrencyReduced { in_flight });
+            events.push(Event::LaneConcurrencyReduced { in_flight });
         }
         let (tried, recovered, below) = match refusal {
             Refusal::Tolerated | Refusal::Cohort => return false,
@@ -186,7 +186,7 @@ impl<W: Clone> Scheduler<W> {
         now: Nanos,
         grant: &Grant,
         wait: Option<Duration>,
-        changes: &mut Vec<LaneChange>,
+        events: &mut Vec<Event>,
     ) -> bool {
         let explained = grant.throttled.is_some();
         if !self.is_adaptive() {
@@ -199,7 +199,7 @@ impl<W: Clone> Scheduler<W> {
         if self.is_over_limit(now, grant, wait) {
             let refusal = self.concurrency.over_limit(now, grant.at, grant.in_flight);
             let in_flight = self.concurrency.limit();
-            changes.push(LaneChange::ConcurrencyReduced { in_flight });
+            events.push(Event::LaneConcurrencyReduced { in_flight });
             let Refusal::Reduced { tried, recovered } = refusal else {
                 return false;
             };
@@ -212,7 +212,7 @@ impl<W: Clone> Scheduler<W> {
             if detects_noise && let Some(before) = self.throttles.record_reduction(reduction) {
                 self.concurrency.restore(before as usize);
             }
-        } else if let Some(reduced) = self.reduce_rate(now, grant, changes)
+        } else if let Some(reduced) = self.reduce_rate(now, grant, events)
             && !explained
         {
             let reduction = Reduction {
@@ -243,12 +243,12 @@ impl<W: Clone> Scheduler<W> {
         &mut self,
         now: Nanos,
         grant: &Grant,
-        changes: &mut Vec<LaneChange>,
+        events: &mut Vec<Event>,
     ) -> Option<Reduced> {
         let estimate = || (self.throughput.rate(now), self.burst);
         let reduced = self.limits.record_refusal(now, grant, estimate);
-        changes.extend(reduced.map(|reduced| LaneChange::RateReduced {
-            limit: reduced.resource.binding(),
+        events.extend(reduced.map(|reduced| Event::LaneSlowed {
+            limit: reduced.resource.binding().as_str(),
             factor: reduced.factor,
         }));
         reduced
@@ -262,7 +262,7 @@ impl<W: Clone> Scheduler<W> {
         granted_at: Nanos,
         wait: Option<Duration>,
         longest: Duration,
-        changes: &mut Vec<LaneChange>,
+        events: &mut Vec<Event>,
     ) {
         let before = self.cooldown.until();
         self.cooldown
@@ -271,7 +271,7 @@ impl<W: Clone> Scheduler<W> {
         self.limits.stand_still_until(now, until);
         if until > before {
             let wait = Duration::from_nanos(until - now);
-            changes.push(LaneChange::CoolingDown { wait });
+            events.push(Event::LaneCoolingDown { wait });
         }
     }
 
@@ -281,13 +281,13 @@ impl<W: Clone> Scheduler<W> {
         now: Nanos,
         wait: Duration,
         wakeups: &mut Wakeups<W>,
-        changes: &mut Vec<LaneChange>,
+        events: &mut Vec<Event>,
     ) {
         let message = "the provider asks to wait so long that the lane is parked";
         let why = Error::new(ErrorKind::Throttled, message)
             .with_wait(wait)
             .with_persistence(Persistence::Exhausted);
-        changes.push(LaneChange::Stopped { why: why.clone() });
+        events.push(Event::LaneStopped { error: why.clone() });
         self.stop(why, Some(now.saturating_add(nanos(wait))), wakeups);
     }
 }
