@@ -19,6 +19,8 @@ use crate::request::Request;
 pub struct SimBuilder {
     limits: Limits,
     enforcement: Enforcement,
+    hidden_enforcement: Option<Enforcement>,
+    window_phase: Duration,
     schedule: Vec<(Duration, Change)>,
     policy: Policy,
     model: Model,
@@ -68,6 +70,20 @@ impl SimBuilder {
     /// Sets how the limits per minute are enforced. The default is a token bucket that holds a minute.
     pub fn enforcement(mut self, enforcement: Enforcement) -> Self {
         self.enforcement = enforcement;
+        self
+    }
+
+    /// Enforces the same limits in a second way too, of which the metadata says nothing: a provider that promises a
+    /// minute's burst and counts by seconds.
+    pub fn hidden_enforcement(mut self, enforcement: Enforcement) -> Self {
+        self.hidden_enforcement = Some(enforcement);
+        self
+    }
+
+    /// Sets how long before the simulation the first of the [windows](Enforcement::FixedWindow) began. By default
+    /// they begin with it.
+    pub fn window_phase(mut self, phase: Duration) -> Self {
+        self.window_phase = phase;
         self
     }
 
@@ -324,11 +340,18 @@ impl SimBuilder {
     /// If a limit is zero, at once or by a scheduled change, or a window has no length.
     #[must_use]
     pub fn build(self) -> Sim {
+        let enforcements = [Some(self.enforcement), self.hidden_enforcement];
         assert!(
-            self.enforcement != Enforcement::FixedWindow(Duration::ZERO),
+            !enforcements.contains(&Some(Enforcement::FixedWindow(Duration::ZERO))),
             "a window must have a length"
         );
-        let limits = LimitSet::new(self.limits, self.enforcement, self.schedule);
+        let limits = LimitSet::new(
+            self.limits,
+            self.enforcement,
+            self.hidden_enforcement,
+            self.window_phase,
+            self.schedule,
+        );
         let sim = Sim::new(limits, self.policy, self.model, self.ledger_file);
         sim.set_unauthorized(self.unauthorized);
         sim

@@ -103,7 +103,7 @@ impl Limit for TokenBucket {
     }
 }
 
-/// Windows of a fixed length that begin with the simulation. Each lets its share pass; an unused share is lost.
+/// Windows of a fixed length, the first of which began `phase` before the simulation. Each lets its share pass; an unused share is lost.
 ///
 /// Until the end of window `k` at most `allowed(k + 1)` pass, the share of all windows rounded up. So 90 per minute in
 /// windows of a second is 2, 1, 2, 1, …, and exact in the long run. A window without a unit of its own prolongs the one
@@ -115,16 +115,19 @@ pub(super) struct FixedWindow {
     index: u128,
     /// The part of `allowed` that is used or lost. Above `allowed(index + 1)` it is a debt.
     used: u128,
+    phase: u128,
+    /// The time since the first window began.
     at: u128,
 }
 
 impl FixedWindow {
-    pub(super) fn new(per_minute: u64, length: Duration, now: Duration) -> Self {
+    pub(super) fn new(per_minute: u64, length: Duration, phase: Duration, now: Duration) -> Self {
         let mut window = Self {
             per_minute: per_minute.into(),
             length: length.as_nanos(),
             index: 0,
             used: 0,
+            phase: phase.as_nanos(),
             at: 0,
         };
         window.advance(now);
@@ -160,7 +163,7 @@ impl FixedWindow {
 
 impl Limit for FixedWindow {
     fn advance(&mut self, now: Duration) {
-        self.at = self.at.max(now.as_nanos());
+        self.at = self.at.max(now.as_nanos() + self.phase);
         self.index = self.reaching(self.allowed(self.at / self.length + 1));
         self.used = self.used.max(self.allowed(self.index));
     }
@@ -246,7 +249,7 @@ mod tests {
 
     #[test]
     fn windows_with_a_fractional_share_keep_the_rate_in_the_long_run() {
-        let mut window = FixedWindow::new(90, SECOND, Duration::ZERO);
+        let mut window = FixedWindow::new(90, SECOND, Duration::ZERO, Duration::ZERO);
         let mut passed_by_second = Vec::new();
         for second in 0..4 {
             window.advance(SECOND * second);
@@ -262,7 +265,7 @@ mod tests {
 
     #[test]
     fn a_window_loses_its_unused_share_but_not_its_debt() {
-        let mut window = FixedWindow::new(120, SECOND, Duration::ZERO);
+        let mut window = FixedWindow::new(120, SECOND, Duration::ZERO, Duration::ZERO);
         window.advance(SECOND * 10);
         assert_eq!((window.remaining(), window.reset()), (2, 0));
         window.charge(5);
@@ -276,7 +279,12 @@ mod tests {
         if bucket {
             Box::new(TokenBucket::full(per_minute, span, Duration::ZERO))
         } else {
-            Box::new(FixedWindow::new(per_minute, span, Duration::ZERO))
+            Box::new(FixedWindow::new(
+                per_minute,
+                span,
+                Duration::ZERO,
+                Duration::ZERO,
+            ))
         }
     }
 

@@ -72,9 +72,10 @@ pub enum Enforcement {
         /// documentation and according to OpenAI's headers.
         burst: Duration,
     },
-    /// Windows of this length, aligned to the start of the simulation, each with its share
+    /// Windows of this length, each with its share
     /// of the limit. An unused share is lost. A minute is the textbook counter; a second is the
-    /// strict reading of "60 per minute" as "1 per second".
+    /// strict reading of "60 per minute" as "1 per second". The first begins with the simulation, or before it
+    /// ([`SimBuilder::window_phase`](super::SimBuilder::window_phase)).
     FixedWindow(Duration),
 }
 
@@ -88,10 +89,10 @@ impl Default for Enforcement {
 }
 
 impl Enforcement {
-    fn limit(self, per_minute: u64, now: Duration) -> Box<dyn Limit> {
+    fn limit(self, per_minute: u64, phase: Duration, now: Duration) -> Box<dyn Limit> {
         match self {
             Self::TokenBucket { burst } => Box::new(TokenBucket::full(per_minute, burst, now)),
-            Self::FixedWindow(length) => Box::new(FixedWindow::new(per_minute, length, now)),
+            Self::FixedWindow(length) => Box::new(FixedWindow::new(per_minute, length, phase, now)),
         }
     }
 }
@@ -109,8 +110,49 @@ pub enum Headers {
     /// As `All`, with limit and remaining amount multiplied by this factor: a provider with
     /// wrong headers. The resets stay right.
     Wrong(f64),
+    /// As `All`, rounded and left out as by this provider.
+    As(Dialect),
     /// No metadata.
     None,
+}
+
+/// How a provider reports its limits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Dialect {
+    /// Resets in milliseconds.
+    OpenAi,
+    /// Resets in whole seconds, and tokens rounded to thousands.
+    Anthropic,
+    /// Resets in whole seconds.
+    Azure,
+    /// Requests per day, as many as the limit per minute allows in a day. The limit per minute is not reported.
+    Groq,
+    /// No resets.
+    Mistral,
+}
+
+impl Dialect {
+    fn report(self, resource: usize, quota: Quota) -> Quota {
+        let rounded = |unit: Duration| {
+            let units = |reset: Duration| reset.as_nanos().div_ceil(unit.as_nanos()) as u32;
+            quota.reset.map(|reset| unit * units(reset))
+        };
+        let thousands = |n: u64| n.saturating_add(500) / 1_000 * 1_000;
+        let mut report = quota;
+        match self {
+            Self::OpenAi | Self::Groq => report.reset = rounded(Duration::from_millis(1)),
+            Self::Azure => report.reset = rounded(Duration::from_secs(1)),
+            Self::Mistral => report.reset = None,
+            Self::Anthropic => {
+                report.reset = rounded(Duration::from_secs(1));
+                if resource > 0 {
+                    report.remaining = quota.remaining.map(thousands);
+                }
+            }
+        }
+        report
+    }
 }
 
 /// A scheduled change of the limits.
@@ -129,12 +171,21 @@ pub(super) struct Refusal {
     pub(super) wait: Option<Duration>,
 }
 
+type ByResource = [Option<Box<dyn Limit>>; 4];
+
+const DAY: Duration = Duration::from_secs(86_400);
+
 /// All limits of the account at one moment.
 pub(super) struct LimitSet {
     limits: Limits,
     enforcement: Enforcement,
+    window_phase: Duration,
     /// One for each of `RESOURCES`.
-    by_resource: [Option<Box<dyn Limit>>; 4],
+    by_resource: ByResource,
+    /// The same limits enforced in a second way, of which no header speaks.
+    hidden: Option<(Enforcement, ByResource)>,
+    /// The requests of a day.
+    day: Option<TokenBucket>,
     /// In the order of time.
     schedule: VecDeque<(Duration, Change)>,
 }
@@ -143,6 +194,8 @@ impl LimitSet {
     pub(super) fn new(
         limits: Limits,
         enforcement: Enforcement,
+        hidden: Option<Enforcement>,
+        window_phase: Duration,
         mut schedule: Vec<(Duration, Change)>,
     ) -> Self {
         schedule.sort_by_key(|(at, _)| *at);
@@ -153,12 +206,18 @@ impl LimitSet {
             change(&mut rehearsal);
             rehearsal.check();
         }
+        let by_resource = |enforcement: Enforcement| {
+            let limit = |rate| enforcement.limit(rate, window_phase, Duration::ZERO);
+            limits.rates().map(|rate| rate.map(limit))
+        };
+        let day = |rate| TokenBucket::full(rate, DAY, Duration::ZERO);
         Self {
             limits,
             enforcement,
-            by_resource: limits
-                .rates()
-                .map(|rate| rate.map(|rate| enforcement.limit(rate, Duration::ZERO))),
+            window_phase,
+            by_resource: by_resource(enforcement),
+            hidden: hidden.map(|enforcement| (enforcement, by_resource(enforcement))),
+            day: limits.requests_per_minute.map(day),
             schedule: schedule.into(),
         }
     }
@@ -180,9 +239,17 @@ impl LimitSet {
     }
 
     fn advance_limits(&mut self, now: Duration) {
-        for limit in self.by_resource.iter_mut().flatten() {
+        for limit in self.each_mut() {
             limit.advance(now);
         }
+        if let Some(day) = &mut self.day {
+            day.advance(now);
+        }
+    }
+
+    fn each_mut(&mut self) -> impl Iterator<Item = &mut Box<dyn Limit>> {
+        let hidden = self.hidden.iter_mut().flat_map(|(_, limits)| limits);
+        self.by_resource.iter_mut().chain(hidden).flatten()
     }
 
     /// Applies `limits` at `now`. A limit that existed before keeps its used amount; a new one
@@ -191,10 +258,18 @@ impl LimitSet {
         limits.check();
         self.advance_limits(now);
         self.limits = limits;
-        for (limit, rate) in self.by_resource.iter_mut().zip(limits.rates()) {
-            match (limit.as_mut(), rate) {
-                (Some(limit), Some(rate)) => limit.set_rate(rate),
-                (_, rate) => *limit = rate.map(|rate| self.enforcement.limit(rate, now)),
+        let all = [(self.enforcement, &mut self.by_resource)];
+        let hidden = self.hidden.as_mut();
+        let all = all.into_iter().chain(hidden.map(|(how, by)| (*how, by)));
+        for (enforcement, by_resource) in all {
+            for (limit, rate) in by_resource.iter_mut().zip(limits.rates()) {
+                match (limit.as_mut(), rate) {
+                    (Some(limit), Some(rate)) => limit.set_rate(rate),
+                    (_, rate) => {
+                        let phase = self.window_phase;
+                        *limit = rate.map(|rate| enforcement.limit(rate, phase, now));
+                    }
+                }
             }
         }
     }
@@ -239,7 +314,9 @@ impl LimitSet {
 
     /// Returns the limit with the longest wait for `cost`, and that wait.
     fn longest_wait(&self, cost: Cost) -> Option<(usize, u128)> {
-        let waits = self.by_resource.iter().zip(cost).enumerate();
+        let hidden = self.hidden.as_ref().map(|(_, limits)| limits);
+        let all = [Some(&self.by_resource), hidden].into_iter().flatten();
+        let waits = all.flat_map(|limits| limits.iter().zip(cost).enumerate());
         waits
             .filter_map(|(i, (limit, cost))| Some((i, limit.as_ref()?.wait(cost))))
             .filter(|(_, wait)| *wait > 0)
@@ -248,10 +325,16 @@ impl LimitSet {
 
     /// Charges a cost that is known only when the call ends.
     pub(super) fn charge(&mut self, cost: Cost) {
-        for (limit, cost) in self.by_resource.iter_mut().zip(cost) {
-            if let Some(limit) = limit {
-                limit.charge(cost);
+        let hidden = self.hidden.as_mut().map(|(_, limits)| limits);
+        for limits in [Some(&mut self.by_resource), hidden].into_iter().flatten() {
+            for (limit, cost) in limits.iter_mut().zip(cost) {
+                if let Some(limit) = limit {
+                    limit.charge(cost);
+                }
             }
+        }
+        if let Some(day) = &mut self.day {
+            day.charge(cost[0]);
         }
     }
 
@@ -261,6 +344,7 @@ impl LimitSet {
             Headers::All => (4, 1.0),
             Headers::RequestsOnly => (1, 1.0),
             Headers::Wrong(factor) => (4, factor),
+            Headers::As(_) => (4, 1.0),
             Headers::None => (0, 1.0),
         };
         let scaled = |n: u64| (n as f64 * factor).round() as u64;
@@ -272,6 +356,19 @@ impl LimitSet {
                     remaining: Some(scaled(limit.remaining())),
                     reset: Some(duration(limit.reset())),
                 };
+            }
+        }
+        if let Headers::As(dialect) = headers {
+            if let (Dialect::Groq, Some(day)) = (dialect, &self.day) {
+                let per_day = |rate: u64| rate.saturating_mul(DAY.as_secs() / 60);
+                quotas[0] = Quota {
+                    limit: self.limits.requests_per_minute.map(per_day),
+                    remaining: Some(day.remaining()),
+                    reset: Some(duration(day.reset())),
+                };
+            }
+            for (resource, quota) in quotas.iter_mut().enumerate() {
+                *quota = dialect.report(resource, *quota);
             }
         }
         let [requests, tokens, input_tokens, output_tokens] = quotas;
@@ -293,6 +390,14 @@ fn duration(nanos: u128) -> Duration {
 mod tests {
     use super::*;
 
+    fn set(
+        limits: Limits,
+        enforcement: Enforcement,
+        schedule: Vec<(Duration, Change)>,
+    ) -> LimitSet {
+        LimitSet::new(limits, enforcement, None, Duration::ZERO, schedule)
+    }
+
     fn limits(requests: u64, tokens: u64) -> Limits {
         Limits {
             requests_per_minute: Some(requests),
@@ -303,7 +408,7 @@ mod tests {
 
     #[test]
     fn a_refused_call_is_charged_nothing_and_told_the_longest_wait() {
-        let mut set = LimitSet::new(limits(60, 600), Enforcement::default(), Vec::new());
+        let mut set = set(limits(60, 600), Enforcement::default(), Vec::new());
         assert!(set.admit([1, 600, 0, 0], 0, false).is_ok());
         let refusal = set.admit([1, 10, 0, 0], 0, false).err().unwrap();
         assert_eq!(refusal.wait, Some(Duration::from_secs(1)));
@@ -318,7 +423,7 @@ mod tests {
     #[test]
     fn a_refusal_that_counts_prolongs_its_own_wait() {
         let burst = Duration::from_secs(1);
-        let mut set = LimitSet::new(
+        let mut set = set(
             limits(60, 600),
             Enforcement::TokenBucket { burst },
             Vec::new(),
@@ -333,7 +438,7 @@ mod tests {
     fn scheduled_changes_happen_in_order_at_their_own_time() {
         let change = |n| -> Change { Box::new(move |l| l.requests_per_minute = Some(n)) };
         let burst = Duration::from_secs(60);
-        let mut set = LimitSet::new(
+        let mut set = set(
             limits(60, 600),
             Enforcement::TokenBucket { burst },
             vec![
@@ -352,10 +457,68 @@ mod tests {
     #[should_panic(expected = "a limit of zero requests per minute")]
     fn a_scheduled_limit_of_zero_panics_at_once() {
         let zero: Change = Box::new(|l| l.requests_per_minute = Some(0));
-        LimitSet::new(
+        set(
             limits(60, 600),
             Enforcement::default(),
             vec![(Duration::from_secs(1), zero)],
         );
+    }
+
+    #[test]
+    fn a_hidden_enforcement_refuses_and_is_not_reported() {
+        let minute = Enforcement::default();
+        let second = Enforcement::FixedWindow(Duration::from_secs(1));
+        let limits = Limits {
+            requests_per_minute: Some(600),
+            ..Limits::default()
+        };
+        let phase = Duration::from_millis(300);
+        let mut set = LimitSet::new(limits, minute, Some(second), phase, Vec::new());
+        for _ in 0..10 {
+            assert!(set.admit([1, 0, 0, 0], 0, false).is_ok());
+        }
+        let refusal = set.admit([1, 0, 0, 0], 0, false).unwrap_err();
+        assert_eq!(refusal.wait, Some(Duration::from_millis(700)));
+        assert_eq!(set.snapshot(Headers::All).requests.remaining, Some(590));
+    }
+
+    #[test]
+    fn each_dialect_reports_what_its_provider_does() {
+        let mut set = set(limits(60, 60_000), Enforcement::default(), Vec::new());
+        set.advance(Duration::ZERO);
+        set.charge([1, 2_345, 0, 0]);
+        set.advance(Duration::from_micros(100));
+        let report = |dialect| {
+            let snapshot = set.snapshot(Headers::As(dialect));
+            let [requests, tokens] = [snapshot.requests, snapshot.tokens];
+            (
+                requests.remaining,
+                requests.reset,
+                tokens.remaining,
+                tokens.reset,
+            )
+        };
+        let ms = |ms| Some(Duration::from_millis(ms));
+        for (dialect, expected) in [
+            (
+                Dialect::OpenAi,
+                (Some(59), ms(1_000), Some(57_655), ms(2_345)),
+            ),
+            (
+                Dialect::Anthropic,
+                (Some(59), ms(1_000), Some(58_000), ms(3_000)),
+            ),
+            (
+                Dialect::Azure,
+                (Some(59), ms(1_000), Some(57_655), ms(3_000)),
+            ),
+            (
+                Dialect::Groq,
+                (Some(86_399), ms(1_000), Some(57_655), ms(2_345)),
+            ),
+            (Dialect::Mistral, (Some(59), None, Some(57_655), None)),
+        ] {
+            assert_eq!(report(dialect), expected, "{dialect:?}");
+        }
     }
 }

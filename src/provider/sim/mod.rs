@@ -59,7 +59,7 @@ use tokio::time::Instant;
 
 pub use self::builder::SimBuilder;
 pub use self::ledger::{Bill, Ended, Ledger, Second, Totals};
-pub use self::limits::{Enforcement, Headers, Limits};
+pub use self::limits::{Dialect, Enforcement, Headers, Limits};
 pub use self::model::Tokens;
 
 use self::call::Call;
