@@ -342,6 +342,7 @@ impl Limit {
             level_then: call.filled.saturating_add(refundable),
             level: self.filled(now).saturating_add(refundable),
             call: self.average_call(),
+            burst: self.burst,
             own: OwnUse {
                 taken: self.taken,
                 largest: self.largest,

@@ -322,12 +322,13 @@ impl LimitSet {
     }
 
     /// Applies the headers of the reply to a granted call: levels are corrected, and limits that are not configured are
-    /// adopted. Returns what was learned.
+    /// adopted. What is `refundable` of the charge of the call may be given back when it ends. Returns what was learned.
     pub(super) fn apply_headers(
         &mut self,
         now: Nanos,
         headers: &RateSnapshot,
         grant: &Grant,
+        refundable: Charge,
         next_order: u64,
         burst: Burst,
         cooldown_until: Nanos,
@@ -356,7 +357,7 @@ impl LimitSet {
                     filled,
                     refundable: match resource {
                         Resource::Requests => 0,
-                        _ => resource.of(grant.charge),
+                        _ => resource.of(refundable),
                     },
                 };
                 let stored = limit.on_headers(now, quota, &answered);

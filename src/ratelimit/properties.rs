@@ -210,7 +210,7 @@ impl World {
         let at = self.now;
         self.books.push(Booked { at, charge, kind });
         self.step(|scheduler, now, wakeups| {
-            scheduler.finish(now, held.grant, end, wakeups);
+            scheduler.finish(now, held.grant, None, end, wakeups);
         });
     }
 
@@ -706,7 +706,13 @@ fn collecting_a_grant_keeps_the_deadline_of_the_next_call() {
     let Admission::Granted(id) = lane.enter(0, &need, &0, &mut wakeups) else {
         panic!("nothing is in its way");
     };
-    lane.finish(0, id, CallOutcome::Throttled { wait: None }, &mut wakeups);
+    lane.finish(
+        0,
+        id,
+        None,
+        CallOutcome::Throttled { wait: None },
+        &mut wakeups,
+    );
     let [first, _second] = [1, 2].map(|id| match lane.enter(0, &need, &id, &mut wakeups) {
         Admission::Queued(key) => key,
         _ => panic!("the lane cools down"),
@@ -736,6 +742,6 @@ fn a_deferred_charge_is_removed_although_the_limit_was_lowered_meanwhile() {
     let next = Need::new(0, 12).output_deferred(true);
     let queued = lane.enter(0, &next, &1, &mut wakeups);
     assert!(matches!(queued, Admission::Queued(_)));
-    lane.finish(0, id, CallOutcome::Abandoned, &mut wakeups);
+    lane.finish(0, id, None, CallOutcome::Abandoned, &mut wakeups);
     assert!(lane.deadline().is_some(), "no call is in flight");
 }

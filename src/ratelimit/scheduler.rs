@@ -405,7 +405,7 @@ impl<W: Clone> Scheduler<W> {
     /// Removes a waiter that goes away without its grant, or with one it never collected.
     pub(super) fn leave(&mut self, now: Nanos, key: WaiterKey, wakeups: &mut Wakeups<W>) {
         if let Some((_, grant)) = self.offers.forget(key.ticket) {
-            self.finish(now, grant, CallOutcome::NotSent, wakeups);
+            self.finish(now, grant, None, CallOutcome::NotSent, wakeups);
         } else if let Some(waiter) = self.queue.remove(key) {
             self.advance(now);
             wakeups.discard = waiter.waker;

@@ -21,6 +21,8 @@ pub struct Truth {
     pub output_tokens: Option<u64>,
     pub in_flight: Option<usize>,
     pub enforcement: Enforcement,
+    /// The second one, of which no header speaks.
+    pub hidden: Option<Enforcement>,
     /// Every rate is multiplied by the factor from the time on.
     pub steps: Vec<(Duration, f64)>,
     pub headers: Headers,
@@ -53,8 +55,8 @@ pub struct Cell {
     /// Of all contexts together ÷ true. `None`: nothing is configured.
     pub configured: Option<f64>,
     pub truth: Truth,
-    /// The burst of the configuration, where it is not the default of a second.
-    pub burst: Duration,
+    /// The burst of the configuration; `None` is the default, which the lane learns.
+    pub burst: Option<Duration>,
     pub contexts: usize,
     pub items: usize,
     pub sizes: Sizes,
@@ -84,6 +86,7 @@ impl Cell {
                 output_tokens: None,
                 in_flight: None,
                 enforcement: Enforcement::TokenBucket { burst: SECOND },
+                hidden: None,
                 steps: Vec::new(),
                 headers: Headers::All,
                 retry_after: true,
@@ -93,7 +96,7 @@ impl Cell {
                 jitter: 0.5,
                 answers: Tokens::fixed(4),
             },
-            burst: SECOND,
+            burst: Some(SECOND),
             contexts: 1,
             items: 3_000,
             sizes: Sizes::Small,
@@ -138,7 +141,11 @@ impl Cell {
             .jitter(truth.jitter)
             .output_tokens(truth.answers)
             .reply(|_| "ok")
+            .window_phase(self.phase(seed))
             .seed(seed);
+        if let Some(hidden) = truth.hidden {
+            sim = sim.hidden_enforcement(hidden);
+        }
         if let Some(n) = truth.requests {
             sim = sim.requests_per_minute(n);
         }
@@ -182,7 +189,10 @@ impl Cell {
         if let Some(n) = self.truth.in_flight {
             pace = pace.in_flight(scaled(n as u64, share) as usize);
         }
-        self.ablated(pace.burst(self.burst))
+        self.ablated(match self.burst {
+            Some(burst) => pace.burst(burst),
+            None => pace,
+        })
     }
 
     fn ablated(&self, pace: Pace) -> Pace {
@@ -207,23 +217,50 @@ impl Cell {
         (0..self.items).map(request).collect()
     }
 
+    /// How long before the run the first window began: at random, so that nothing can win by guessing whole seconds.
+    fn phase(&self, seed: u64) -> Duration {
+        let enforcements = [Some(self.truth.enforcement), self.truth.hidden];
+        let lengths = enforcements.into_iter().map(|it| match it {
+            Some(Enforcement::FixedWindow(length)) => length,
+            _ => Duration::ZERO,
+        });
+        let longest = lengths.max().unwrap_or_default();
+        longest.mul_f64(Rng::with_seed(seed ^ 0x9e37).f64())
+    }
+
+    /// The most that a context may send at once: what is configured, or else a second's worth, or what the provider shows
+    /// to store where not less than its limit is configured.
+    pub fn own_burst(&self) -> Duration {
+        let stored = match self.truth.enforcement {
+            Enforcement::TokenBucket { burst } if self.truth.headers != Headers::None => burst,
+            _ => Duration::ZERO,
+        };
+        let share = self.configured.unwrap_or(1.0) / self.contexts as f64;
+        let learned = if share < 1.0 {
+            SECOND
+        } else {
+            stored.max(SECOND)
+        };
+        self.burst.unwrap_or(learned)
+    }
+
     /// The limits: those of the provider, of the configuration, and of the headers where
     /// it says less than it enforces (to believe it is no fault).
-    pub fn limits(&self, work: &[Request], outputs: &[u64]) -> Vec<Limit> {
+    pub fn limits(&self, work: &[Request], outputs: &[u64], seed: u64) -> Vec<Limit> {
         let truth = &self.truth;
         let requests = truth.requests.map(|n| {
             let costs = work.iter().map(|_| 1);
-            Limit::new(self.curves(n), costs)
+            Limit::new(self.curves(n, seed), costs)
         });
         let tokens = truth
             .tokens
-            .map(|n| Limit::new(self.curves(n), work.iter().map(tokens)));
+            .map(|n| Limit::new(self.curves(n, seed), work.iter().map(tokens)));
         // Produced tokens are charged at the end of a call: those of calls in flight when
         // the last call is admitted is not in its way. Those are the last ones in order: to
         // keep the longest answers for the end one would have to know them before.
         let output_tokens = truth.output_tokens.map(|n| {
             let charged = outputs.len().saturating_sub(self.parallel);
-            Limit::new(self.curves(n), outputs[..charged].iter().copied())
+            Limit::new(self.curves(n, seed), outputs[..charged].iter().copied())
         });
         [requests, tokens, output_tokens]
             .into_iter()
@@ -231,21 +268,31 @@ impl Cell {
             .collect()
     }
 
-    fn curves(&self, per_minute: u64) -> Vec<Curve> {
-        let mut curves = vec![match self.truth.enforcement {
-            Enforcement::FixedWindow(length) => Curve::windows(per_minute, length),
+    fn curves(&self, per_minute: u64, seed: u64) -> Vec<Curve> {
+        let enforced = [Some(self.truth.enforcement), self.truth.hidden];
+        let curve = |enforcement| match enforcement {
+            Enforcement::FixedWindow(length) => {
+                Curve::windows(per_minute, length, self.phase(seed))
+            }
             Enforcement::TokenBucket { burst } => {
                 self.stepped(Curve::bucket(per_minute, burst), per_minute)
             }
             other => panic!("no curve for {other:?}"),
-        }];
+        };
+        let mut curves: Vec<_> = enforced.into_iter().flatten().map(curve).collect();
+        let windows = matches!(self.truth.enforcement, Enforcement::FixedWindow(_));
+        let burst = match self.burst {
+            // Windows let nothing through beyond their share.
+            None if windows => Duration::ZERO,
+            _ => self.own_burst(),
+        };
         if let Some(configured) = self.configured {
-            curves.push(Curve::bucket(scaled(per_minute, configured), self.burst));
+            curves.push(Curve::bucket(scaled(per_minute, configured), burst));
         }
         if let Headers::Wrong(factor) = self.truth.headers
             && factor < 1.0
         {
-            curves.push(Curve::bucket(scaled(per_minute, factor), self.burst));
+            curves.push(Curve::bucket(scaled(per_minute, factor), burst));
         }
         curves
     }

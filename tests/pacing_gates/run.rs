@@ -61,7 +61,10 @@ fn above_limit(cell: &Cell, ledger: &Ledger) -> Option<Duration> {
     let per_second = cell.truth.requests? as f64 * cell.configured? / 60.0;
     let windows = [0.1, 1.0, 10.0, 60.0].map(Duration::from_secs_f64);
     windows.into_iter().find(|window| {
-        let burst = f64::max(per_second * cell.burst.as_secs_f64(), cell.contexts as f64);
+        let burst = f64::max(
+            per_second * cell.own_burst().as_secs_f64(),
+            cell.contexts as f64,
+        );
         let most = burst + per_second * window.as_secs_f64();
         ledger.most_granted_in(*window) as f64 > most + 1e-6
     })
@@ -124,7 +127,7 @@ pub async fn run(cell: &Cell, seed: u64) -> (Measured, Ledger) {
     let ledger = sim.ledger();
     let measured = Measured {
         makespan,
-        bound: lower_bound(&cell.limits(&work, &outputs), calls),
+        bound: lower_bound(&cell.limits(&work, &outputs, seed), calls),
         attempts: ledger.total.admitted + ledger.total.rejected,
         rejected: ledger.total.rejected,
         lost: cell.items - outputs.len(),

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use throughline::provider::OutputCharge;
-use throughline::provider::sim::{Enforcement, Headers, Tokens};
+use throughline::provider::sim::{Dialect, Enforcement, Headers, Tokens};
 
 use crate::ablation;
 use crate::cell::{Cell, Sizes};
@@ -13,6 +13,16 @@ const MINUTE: Duration = Duration::from_secs(60);
 const AXIS: [f64; 3] = [0.5, 1.0, 2.0];
 
 pub fn all() -> Vec<Cell> {
+    let cells = older();
+    // With a burst that is set the lane learns none: each cell once more without.
+    let learns = |cell: &Cell| cell.burst == Some(SECOND) && cell.configured.is_some();
+    let default = cells.iter().filter(|cell| learns(cell)).cloned();
+    let default = default.map(|cell| cell.with(|cell| cell.burst = None));
+    let default: Vec<_> = default.collect();
+    [cells, default, bursts()].concat()
+}
+
+fn older() -> Vec<Cell> {
     [
         steady(),
         steps(),
@@ -72,13 +82,13 @@ fn windows() -> Vec<Cell> {
         Cell::new("1 s windows", c)
             .requests(600, 3_000)
             .truth(|t| t.enforcement = Enforcement::FixedWindow(SECOND))
-            .with(|cell| cell.burst = burst)
+            .with(|cell| cell.burst = Some(burst))
     };
     let minute = |c, burst| {
         Cell::new("60 s windows", c)
             .requests(120, 3_600)
             .truth(|t| t.enforcement = Enforcement::FixedWindow(MINUTE))
-            .with(|cell| cell.burst = burst)
+            .with(|cell| cell.burst = Some(burst))
     };
     let named = |scenario, cell: Cell, most_rejected| {
         cell.with(|cell| {
@@ -218,4 +228,101 @@ fn unconfigured() -> Vec<Cell> {
                 cell.parallel = 40;
             }),
     ]
+}
+
+/// What the provider has stored is used, by its headers or by a probe.
+fn bursts() -> Vec<Cell> {
+    let cell = |scenario, configured: Option<f64>, per_minute, items| {
+        Cell::new(scenario, configured)
+            .requests(per_minute, items)
+            .truth(|t| {
+                t.headers = Headers::As(Dialect::OpenAi);
+                t.latency = Duration::from_millis(200);
+                t.jitter = 0.0;
+            })
+            .with(|cell| {
+                cell.burst = None;
+                cell.seeds = ablation::seeds();
+                cell.most_rejected = 0.0;
+            })
+    };
+    let stores = |cell: Cell, seconds: u64| {
+        let burst = Duration::from_secs(seconds);
+        cell.truth(|t| t.enforcement = Enforcement::TokenBucket { burst })
+    };
+    let bars = |cell: Cell, ratio, rejected| {
+        cell.with(|cell| (cell.most_ratio, cell.most_rejected) = (ratio, rejected))
+    };
+    let second = [
+        cell("stores 1 s", Some(1.0), 6_000, 1_000).with(|cell| cell.parallel = 1_000),
+        cell("stores 1 s of tokens", Some(1.0), 6_000, 1_000)
+            .truth(|t| (t.requests, t.tokens) = (None, Some(3_000_000)))
+            .with(|cell| (cell.sizes, cell.parallel) = (Sizes::HeavyTailed, 1_000)),
+    ];
+    let second = second.map(|cell| bars(cell, 1.01, 0.0));
+    let longer = [10, 30, 60].into_iter().flat_map(|seconds| {
+        let names = ["stores 10 s", "stores 30 s", "stores 60 s"];
+        let name = names[[10, 30, 60]
+            .iter()
+            .position(|s| *s == seconds)
+            .expect("one")];
+        [Some(1.0), None].map(|configured| {
+            bars(
+                stores(cell(name, configured, 600, 1_000), seconds),
+                1.05,
+                0.0,
+            )
+        })
+    });
+    let share = stores(
+        cell("stores 60 s, half is meant", Some(0.5), 600, 1_000),
+        60,
+    );
+    let two = stores(cell("2 cold lanes, stores 60 s", Some(2.0), 600, 1_000), 60)
+        .with(|cell| cell.contexts = 2);
+    let probed = cell("stores 1 s, says nothing", Some(1.0), 6_000, 1_000)
+        .truth(|t| t.headers = Headers::None)
+        .with(|cell| cell.parallel = 1_000);
+    let windows = [
+        ("windows of 1 s", 1),
+        ("windows of 10 s", 10),
+        ("windows of 60 s", 60),
+    ];
+    let windows = windows.into_iter().flat_map(|(name, seconds)| {
+        let windows = cell(name, Some(1.0), 6_000, 1_000)
+            .truth(|t| t.enforcement = Enforcement::FixedWindow(Duration::from_secs(seconds)));
+        let silent = windows.clone().truth(|t| t.headers = Headers::None);
+        [bars(windows, 1.10, 0.0), bars(silent, 1.10, 0.003)]
+    });
+    let hidden = stores(
+        cell("promises 60 s, counts by 1 s", Some(1.0), 6_000, 20_000),
+        60,
+    )
+    .truth(|t| t.hidden = Some(Enforcement::FixedWindow(SECOND)));
+    // Whole seconds, a day and no reset say nothing of what is stored: a second's burst is what they get.
+    let dialects = [
+        ("Anthropic\'s headers", Dialect::Anthropic),
+        ("Azure\'s headers", Dialect::Azure),
+        ("Groq\'s headers", Dialect::Groq),
+        ("Mistral\'s headers", Dialect::Mistral),
+    ];
+    let dialects = dialects.map(|(name, dialect)| {
+        let cell = cell(name, Some(1.0), 600, 1_000)
+            .truth(|t| (t.headers, t.tokens) = (Headers::As(dialect), Some(300_000)))
+            .with(|cell| cell.sizes = Sizes::Capped(300));
+        bars(stores(cell, 10), 1.12, 0.003)
+    });
+    let cells = second
+        .into_iter()
+        .chain(longer)
+        .chain(windows)
+        .chain(dialects);
+    cells
+        .chain([
+            bars(share, 1.01, 0.0),
+            bars(two, 1.10, 0.01),
+            bars(probed, 1.02, 0.003),
+            bars(hidden, 1.05, 0.01),
+        ])
+        .collect()
 }

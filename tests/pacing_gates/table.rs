@@ -73,8 +73,10 @@ impl Row {
 }
 
 fn configured(cell: &Cell) -> String {
-    cell.configured
-        .map_or_else(|| "-".into(), |share| format!("{share}x"))
+    let share = cell.configured;
+    let share = share.map_or_else(|| "-".into(), |share| format!("{share}x"));
+    let default = if cell.burst.is_none() { "~" } else { "" };
+    share + default
 }
 
 /// All rows, and what a `*` stands for.
@@ -84,7 +86,7 @@ impl fmt::Display for Table<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(
             f,
-            "\n{:<24} {:>5} {:>11} {:>11} {:>6} {:>9} {:>9} {:>5} {:>11}",
+            "\n{:<28} {:>5} {:>11} {:>11} {:>6} {:>9} {:>9} {:>5} {:>11}",
             "scenario",
             "conf.",
             "makespan s",
@@ -118,8 +120,7 @@ impl fmt::Display for Table<'_> {
         }
         write!(
             f,
-            "* misses a bar: 1.10 of the bound (1.15 on steps), 2 % rejected (none where the \
-             configuration is right), none lost"
+            "~ the burst is not set, but learned\n* misses its bars: the cell's ratio and share of rejected calls, none lost"
         )
     }
 }

@@ -18,8 +18,8 @@ pub enum Curve {
         /// From which second on it refills with how much a second; the first from 0.
         rates: Vec<(f64, f64)>,
     },
-    /// Windows of `length` seconds, each with a share of its own that does not keep.
-    Windows { length: f64, share: f64 },
+    /// Windows of `length` seconds, each with a share of its own that does not keep; the first began `phase` before.
+    Windows { length: f64, phase: f64, share: f64 },
 }
 
 impl Curve {
@@ -30,10 +30,11 @@ impl Curve {
         }
     }
 
-    pub fn windows(per_minute: u64, length: Duration) -> Self {
+    pub fn windows(per_minute: u64, length: Duration, phase: Duration) -> Self {
         let length = length.as_secs_f64();
         Self::Windows {
             length,
+            phase: phase.as_secs_f64(),
             share: per_minute as f64 / 60.0 * length,
         }
     }
@@ -61,8 +62,13 @@ impl Curve {
                     .sum();
                 self.holds(from) + flow
             }
-            Self::Windows { length, share } => {
-                share * ((to / length).floor() - (from / length).floor() + 1.0)
+            Self::Windows {
+                length,
+                phase,
+                share,
+            } => {
+                let window = |at: f64| ((at + phase) / length).floor();
+                share * (window(to) - window(from) + 1.0)
             }
         }
     }
@@ -222,7 +228,7 @@ mod tests {
 
     #[test]
     fn windows_open_with_a_share_each() {
-        let windows = || vec![Curve::windows(60, 60 * SECOND)];
+        let windows = || vec![Curve::windows(60, 60 * SECOND, Duration::ZERO)];
         assert_eq!(seconds(&Limit::new(windows(), ones(60))), 0.0);
         assert_eq!(seconds(&Limit::new(windows(), ones(61))), 60.0);
         assert_eq!(seconds(&Limit::new(windows(), ones(180))), 120.0);

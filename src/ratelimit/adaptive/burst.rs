@@ -13,8 +13,7 @@
 use super::{LimitRefusal, Reading};
 use crate::ratelimit::bucket::Nanos;
 
-/// The calls of the first step: one at the rate, and two more. No more are tried while the readings do not tell a bucket
-/// from a window.
+/// The calls of the first step: one at the rate, and two more.
 const FIRST_STEP: u64 = 3;
 /// The calls above the rate in each round trip where no headers tell a level: the most that are refused.
 const PROBE_STEP: u64 = 3;
@@ -176,6 +175,7 @@ impl StoredBurst {
         let (left, capacity) = self.least(sample, rate);
         let time = |units: f64| reading.known.time_for(units.max(0.0) as u64);
         let first = reading.call.saturating_mul(FIRST_STEP);
+        let grown = self.proven.saturating_mul(2).max(first);
         if self.evidence > 0 {
             // Each reading is rounded down, so the largest is the nearest. If it falls for good, it has changed.
             let capacity = time(capacity);
@@ -186,19 +186,27 @@ impl StoredBurst {
                 self.capacity.max(capacity)
             };
             self.undecided = 0;
-            let most = self.capacity.max(first);
-            self.step = self.proven.saturating_mul(2).clamp(first, most);
+            self.step = grown.min(self.capacity.max(first));
         }
         let then = self.level_then(reading);
         let Some(then) = then.filter(|_| self.evidence > 0 || untouched) else {
             return 0;
         };
         // Others may use the same account, and read the same level.
-        let reserve = reading.known.time_for(reserve).max(reading.call);
-        let short = time(left).saturating_sub(reserve);
-        let short = short.saturating_sub(then.max(reading.level)) / 2;
+        let kept = reading.known.time_for(reserve).max(reading.call);
+        let short = time(left).saturating_sub(kept);
+        let short = short.saturating_sub(then.max(reading.level));
+        let short = if reserve > 0 {
+            short / 2
+        } else {
+            short / 4 * 3
+        };
         let in_use = self.used_now(reading.now).saturating_add(reading.level);
-        let most = if self.evidence > 0 { self.step } else { first };
+        // Until the readings are clear, no more than the burst that every limit has.
+        let most = match self.evidence {
+            0 => grown.min(reading.burst.max(first)),
+            _ => self.step,
+        };
         let raise = short.min(most.saturating_sub(in_use.max(self.undecided)));
         if raise < reading.call {
             return 0;
@@ -259,8 +267,11 @@ impl StoredBurst {
         let expected = units / rate;
         let unit = self.reset_unit() + self.level_unit() / rate;
         let agrees = (longer - expected).abs() <= TOLERANCE * expected.abs() + unit;
+        // The difference of one unit may be that of a fraction.
+        let clear =
+            units.abs() >= 2.0 * self.level_unit() && expected.abs() >= 2.0 * self.reset_unit();
         let vote = match agrees {
-            true if longer * expected > 0.0 => 1,
+            true if longer * expected > 0.0 && (same_window || clear) => 1,
             false if same_window && expected.abs() > 2.0 * unit => -CONTRADICTION,
             _ if same_window => return,
             _ => 0,
@@ -302,11 +313,11 @@ impl StoredBurst {
     pub(super) fn on_refusal(&mut self, refusal: &LimitRefusal) -> bool {
         // A burst of one call is the rate.
         let burst = self.peak > refusal.call.saturating_mul(FIRST_STEP) && !self.refuted;
-        if !burst || self.last.order == 0 {
+        // Where the level was used up, by whomever, the bucket is as large as before.
+        if !burst || self.last.order == 0 || refusal.explained {
             return false;
         }
-        // Where the level was used up, by whomever, the bucket is as large as before.
-        self.refuted = !refusal.explained;
+        self.refuted = true;
         (self.step, self.peak, self.proven) = (0, 0, 0);
         true
     }

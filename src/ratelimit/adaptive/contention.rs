@@ -129,9 +129,10 @@ impl ContentionDetector {
         now < self.others_until
     }
 
-    /// The part of the limit that the lane used when there was enough for all, if others were lately seen.
-    pub(super) fn share(&self, now: Nanos) -> Option<f64> {
-        self.sees_others(now).then_some(self.share)
+    /// The part of its rate that the lane used when there was enough for all, if others were lately seen.
+    pub(super) fn share(&self, reading: &Reading) -> Option<f64> {
+        let limit = reading.limit.filter(|_| self.sees_others(reading.now))?;
+        Some(self.share * limit.per_second() / reading.known.per_second())
     }
 
     /// The units that are left to others, if any were seen: a level above that is ample.

@@ -125,6 +125,8 @@ pub(super) struct Reading {
     pub(super) level: Nanos,
     /// The time that an average call takes of the whole limit.
     pub(super) call: Nanos,
+    /// The burst of the limit while nothing is known of the provider's.
+    pub(super) burst: Nanos,
     pub(super) own: OwnUse,
     /// Whether the readings so far are those of a bucket that refills evenly.
     pub(super) is_bucket: bool,
@@ -145,6 +147,7 @@ impl Reading {
             level_then: 0,
             level: 0,
             call: 0,
+            burst: 0,
             own,
             is_bucket: false,
         }
@@ -250,7 +253,7 @@ impl LimitPolicies {
                 && self.enabled.has(Policy::Contention)
             {
                 let tried = self.factor;
-                let share = self.contention.share(reading.now);
+                let share = self.contention.share(reading);
                 self.controller.reduce(reading.now, tried, short, share);
             }
         }

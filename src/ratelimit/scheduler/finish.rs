@@ -43,17 +43,24 @@ impl<W: Clone> Scheduler<W> {
         }
         let grant = *grant;
         self.advance(now);
-        let events = self.apply_headers(now, &grant, headers);
+        let events = self.apply_headers(now, &grant, grant.charge, headers);
         self.pump(now, wakeups);
         events
     }
 
-    fn apply_headers(&mut self, now: Nanos, grant: &Grant, headers: &RateSnapshot) -> Vec<Event> {
+    fn apply_headers(
+        &mut self,
+        now: Nanos,
+        grant: &Grant,
+        refundable: Charge,
+        headers: &RateSnapshot,
+    ) -> Vec<Event> {
         self.observed = self.observed.max(grant.at);
         let learned = self.limits.apply_headers(
             now,
             headers,
             grant,
+            refundable,
             self.granted,
             self.burst,
             self.cooldown.until(),
@@ -71,18 +78,31 @@ impl<W: Clone> Scheduler<W> {
         events.collect()
     }
 
-    /// Ends a granted call. Returns what that changes for all callers.
+    /// Ends a granted call, with the headers of its reply if they were not [observed](Scheduler::observe) before. Returns
+    /// what that changes for all callers.
     pub(in crate::ratelimit) fn finish(
         &mut self,
         now: Nanos,
         id: GrantId,
+        headers: Option<&RateSnapshot>,
         outcome: CallOutcome,
         wakeups: &mut Wakeups<W>,
     ) -> Vec<Event> {
-        let grant = self.concurrency.get_mut(id.0).grant;
+        let mut grant = self.concurrency.get_mut(id.0).grant;
+        if let Some(headers) = headers {
+            grant.throttled = ThrottledResource::of(headers, grant.charge);
+        }
+        let newest = self.is_adaptive() && grant.at >= self.observed;
+        let headers = headers.filter(|_| newest);
+        // Those of a refusal say what was refused. Those of a reply are about a level that already contains its charge.
+        let settles_first =
+            grant.charge.output_deferred || matches!(outcome, CallOutcome::Succeeded { .. });
         let estimated = grant.charge;
         let mut events = Vec::new();
         self.advance(now);
+        if let Some(headers) = headers.filter(|_| !settles_first) {
+            events = self.apply_headers(now, &grant, grant.charge, headers);
+        }
         match outcome {
             CallOutcome::NotSent => self.limits.refund(now, &grant),
             CallOutcome::Abandoned | CallOutcome::Failed { usage: None } => {
@@ -122,8 +142,9 @@ impl<W: Clone> Scheduler<W> {
             }
         }
         let call = self.release(id.0);
-        if let Some(headers) = &call.headers {
-            events.extend(self.apply_headers(now, &grant, headers));
+        let late = headers.filter(|_| settles_first);
+        if let Some(headers) = late.or(call.headers.as_deref()) {
+            events.extend(self.apply_headers(now, &grant, Charge::default(), headers));
         }
         for exceeded in self.limits.take_exceeded() {
             events.push(Event::CallExceedsLimit {
