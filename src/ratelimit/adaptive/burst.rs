@@ -47,6 +47,8 @@ impl Sample {
 
 #[derive(Debug, Clone, Copy, Default)]
 pub(in crate::ratelimit) struct StoredBurst {
+    /// Headers tell a level and a reset.
+    is_read: bool,
     /// The reading that the next ones are compared with.
     sample: Option<Sample>,
     /// Whether a reset was not of whole seconds, and a level not of thousands.
@@ -146,6 +148,7 @@ impl StoredBurst {
         if reading.order >= self.peak_order {
             self.proven = self.proven.max(self.peak);
         }
+        self.is_read |= reading.reset.is_some();
         let reset = reading.reset.filter(|_| !self.refuted);
         // A debt does not show in the level, only in the reset.
         let Some(reset) = reset.filter(|_| reading.left > 0) else {
@@ -237,7 +240,7 @@ impl StoredBurst {
 
     /// Learns from a reply without headers. Returns by how much the level of the lane should rise.
     pub(in crate::ratelimit) fn on_unread(&mut self, reply: &Unread) -> Nanos {
-        if self.refuted || self.sample.is_some() || reply.order < self.last.order {
+        if self.refuted || self.is_read || reply.order < self.last.order {
             return 0;
         }
         let step = reply.call.saturating_mul(PROBE_STEP);

@@ -117,7 +117,6 @@ impl<W: Clone> Scheduler<W> {
                 if usage.is_some() && estimated.output_deferred {
                     self.limits.record_answer(now, &grant, actual);
                 }
-                self.limits.on_success(now, &grant, self.granted);
                 self.cooldown.record_success(grant.at);
                 self.concurrency
                     .record_success(now, grant.at, grant.in_flight);
@@ -145,6 +144,9 @@ impl<W: Clone> Scheduler<W> {
         let late = headers.filter(|_| settles_first);
         if let Some(headers) = late.or(call.headers.as_deref()) {
             events.extend(self.apply_headers(now, &grant, Charge::default(), headers));
+        }
+        if let CallOutcome::Succeeded { .. } = outcome {
+            self.limits.on_success(now, &grant, self.granted);
         }
         for exceeded in self.limits.take_exceeded() {
             events.push(Event::CallExceedsLimit {
