@@ -348,7 +348,7 @@ impl Limit {
                 largest: self.largest,
                 pace: self.rate().per_second() * self.rate_factor(),
             },
-            is_bucket: false,
+            capacity: None,
         };
         let raise = self.policies.on_headers(&reading);
         self.resize(now);

@@ -115,11 +115,6 @@ impl StoredBurst {
         (self.evidence > 0 && self.capacity > 0 && !self.refuted).then_some(self.capacity)
     }
 
-    /// Whether the readings are those of a bucket that refills evenly.
-    pub(super) fn is_bucket(&self) -> bool {
-        self.evidence > 0
-    }
-
     /// Whether larger bursts than so far may be tried.
     #[inline]
     pub(in crate::ratelimit) fn is_learning(&self) -> bool {

@@ -95,13 +95,20 @@ impl ContentionDetector {
         if time < INTERVAL || self.readings < READINGS {
             return None;
         }
-        let Self { most, taken, .. } = *self;
+        let Self {
+            most,
+            taken,
+            readings,
+            ..
+        } = *self;
         let enough = limit.per_second() * LOW;
         let flown = limit.per_second() * time as f64 / 1e9;
         let own_units = own.taken.saturating_sub(taken) as f64;
         let others = self.left as f64 + flown - own_units - left as f64;
-        // A debt does not show in a level of zero.
-        let shown = reading.is_bucket && self.left > 0;
+        // A debt does not show in a level of zero, and nothing flows into a full bucket.
+        let between = 2.0 * flown / f64::from(readings);
+        let full = |capacity: f64| most as f64 + between >= capacity;
+        let shown = self.left > 0 && reading.capacity.is_some_and(|capacity| !full(capacity));
         if shown && others > (flown + own_units) * OTHERS + COARSE * own.largest as f64 {
             if most as f64 >= enough || !self.sees_others(now) {
                 self.share = own_units / (own_units + others);

@@ -128,8 +128,8 @@ pub(super) struct Reading {
     /// The burst of the limit while nothing is known of the provider's.
     pub(super) burst: Nanos,
     pub(super) own: OwnUse,
-    /// Whether the readings so far are those of a bucket that refills evenly.
-    pub(super) is_bucket: bool,
+    /// The units that the provider stores, where the readings so far are those of a bucket that refills evenly.
+    pub(super) capacity: Option<f64>,
 }
 
 #[cfg(test)]
@@ -149,7 +149,7 @@ impl Reading {
             call: 0,
             burst: 0,
             own,
-            is_bucket: false,
+            capacity: None,
         }
     }
 }
@@ -237,7 +237,10 @@ impl LimitPolicies {
     /// Returns by how much the level of the lane should rise, or fall.
     pub(super) fn on_headers(&mut self, reading: &Reading) -> i64 {
         let reading = &Reading {
-            is_bucket: self.stored_burst.is_bucket(),
+            capacity: self
+                .stored_burst
+                .stored()
+                .map(|time| time as f64 / 1e9 * reading.known.per_second()),
             ..*reading
         };
         let level = self.contention.level(reading);
