@@ -29,10 +29,16 @@ mod table;
 
 use std::time::Duration;
 
-use throughline::provider::sim::Headers;
+use futures::future::join_all;
+use throughline::provider::sim::{Dialect, Enforcement, Headers, Sim};
 use throughline::ratelimit::Policy;
+use throughline::{Context, Pace, Request};
+use tokio::time::{Instant, sleep};
 
 use crate::cell::Cell;
+
+const SECOND: Duration = Duration::from_secs(1);
+const MINUTE: Duration = Duration::from_secs(60);
 
 #[test]
 fn every_cell_is_within_its_bars() {
@@ -90,4 +96,46 @@ async fn a_right_configuration_is_within_a_hundredth_of_the_bound() {
         let most = ledger.most_granted_in(Duration::from_millis(ms));
         assert!(most <= 100 + ms as usize / 10, "{most} calls in {ms} ms");
     }
+}
+
+/// 60 requests a minute, of which the provider stores a minute; calls of 1 s.
+#[tokio::test(start_paused = true)]
+async fn a_dozen_calls_on_a_small_account_do_not_wait_for_the_rate() {
+    let cell = Cell::new("13 calls", 1.0).requests(60, 13).truth(|truth| {
+        truth.enforcement = Enforcement::TokenBucket { burst: MINUTE };
+        truth.headers = Headers::As(Dialect::OpenAi);
+        truth.latency = SECOND;
+        truth.jitter = 0.0;
+    });
+    let sim = cell.with(|cell| cell.burst = None).sim(1);
+    let cx = Context::builder(Sim::clone(&sim))
+        .pace(Pace::per_minute(60))
+        .build();
+    let thirteen = async |round: u32| {
+        let start = Instant::now();
+        let call = |i| cx.generate(Request::new(format!("{round} {i}")));
+        for reply in join_all((0..13).map(call)).await {
+            reply.expect("a reply");
+        }
+        start.elapsed()
+    };
+    let cold = thirteen(1).await;
+    sleep(MINUTE).await;
+    let warm = thirteen(2).await;
+    println!("13 calls of 1 s at 60 a minute: {cold:.2?} at first, {warm:.2?} a minute later");
+    assert!(cold <= 4 * SECOND, "{cold:?}");
+    assert!(warm <= SECOND.mul_f64(1.05), "{warm:?}");
+    assert_eq!(sim.ledger().total.rejected, 0);
+}
+
+/// Headers that promise a minute, and windows of a second that they do not mention.
+#[tokio::test(start_paused = true)]
+async fn a_promise_that_does_not_hold_is_believed_once() {
+    let promises = scenarios::all();
+    let promises = promises.iter().find(|cell| cell.truth.hidden.is_some());
+    let (measured, ledger) = run::run(promises.expect("such a cell"), 1).await;
+    let late = ledger.seconds.iter().skip(10);
+    let late: u32 = late.map(|second| second.rejected).sum();
+    assert_eq!(late, 0, "of {} that were refused", measured.rejected);
+    assert!(measured.rejected > 0, "the promise was not tried");
 }

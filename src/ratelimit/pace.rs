@@ -171,22 +171,27 @@ impl Pace {
         self
     }
 
-    /// How much of an unused limit may go at once, as time at the full rate: with
-    /// 600 requests a minute and a burst of 2 s that is 20. The default is 1 s,
-    /// because a whole minute's burst doubles what the first minute sends, and some
-    /// providers enforce a minute's limit second by second.
-    ///
-    /// A burst that is set is there from the start. The default one must first be saved up:
-    /// the use before the lane was made is unknown, and a lane that
-    /// starts with room for one call is not refused by a provider that counts strictly.
+    /// Sets how much of an unused limit may go at once, as time at the full rate: with 600 requests a minute and a burst
+    /// of 2 s that is 20. It is an exact bound: in no window more is sent than the burst and the rate allow. It is there
+    /// from the start.
     ///
     /// One request may always go at once. A burst of zero makes requests evenly
     /// spaced, but loses the rate of any moment at which the machine is late
     /// (timers count milliseconds).
     ///
-    /// Where neither a limit nor a burst is set, and the provider's headers say that it keeps a
-    /// whole minute of the limit, the lane goes at twice the rate while there is much left of
-    /// that, until the first refusal.
+    /// # Without a burst
+    ///
+    /// Then the lane learns what the provider stores. It starts with one call, because the use before the lane was made is
+    /// unknown, and saves up at most one second of the rate. If the headers of the replies show a bucket that stores more
+    /// (OpenAI stores a minute), and not less than the provider's limit is configured here, the lane uses that: in bursts
+    /// that may double with each round trip, so that a second limit, of which the headers say nothing, refuses one step
+    /// at most. After such a refusal the lane keeps to one second for good. Who configures less than the provider's limit
+    /// wants a share of the account, and keeps one second too, as do fixed windows. Where no headers tell what is left,
+    /// the lane tries up to one second of the rate, three calls in each round trip, until the first refusal.
+    ///
+    /// [`LaneSnapshot::bursts`](crate::ratelimit::LaneSnapshot::bursts) and
+    /// [`Event::LaneBurstLearned`](crate::observe::Event::LaneBurstLearned) report what was learned. A lane that is not
+    /// [adaptive](Pace::adaptive) learns nothing.
     pub fn burst(mut self, time: Duration) -> Self {
         self.burst = Some(time);
         self
@@ -198,7 +203,8 @@ impl Pace {
     ///   again as time passes without a refusal, never above what is set here;
     /// - limits that are not set here are taken from the headers of the replies, or learned
     ///   from the first refusal;
-    /// - a limit of which the headers say that less is left is lowered to that;
+    /// - a limit of which the headers say that less is left is lowered to that, and one of which the provider has stored
+    ///   more is used faster ([`burst`](Pace::burst));
     /// - a provider that refuses more than a few of a hundred calls as overloaded (503, 529) gets no more calls at one
     ///   time than it admits, and slowly more again;
     /// - where sending less does not lower the share of refused calls, no limit is the reason: the lane returns to

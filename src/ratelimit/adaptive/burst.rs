@@ -27,6 +27,10 @@ const ROUND: u64 = 1_000;
 /// A contradiction counts as much as this many readings that agree.
 const CONTRADICTION: i32 = 4;
 const MOST_EVIDENCE: i32 = 8;
+/// Each refusal that the headers explain halves the part of their promise that is used, down to this, and each reply gives a
+/// little of it back.
+const LEAST_TRUST: f64 = 1.0 / 16.0;
+const TRUST_REGAINED: f64 = 1.02;
 /// A lane uses the burst of a limit only where its own rate is at least this part of the provider's: who configures less
 /// wants a share of the account. And only up to this multiple: it is another limit that the headers speak of.
 const RATES: std::ops::Range<f64> = 0.98..2.2;
@@ -74,6 +78,8 @@ pub(in crate::ratelimit) struct StoredBurst {
     before: u64,
     /// What was raised before the readings told a bucket from a window.
     undecided: Nanos,
+    /// The part of what the headers promise that is used.
+    trust: f64,
     refuted: bool,
 }
 
@@ -99,6 +105,7 @@ pub(in crate::ratelimit) struct Unread {
 impl StoredBurst {
     pub(super) fn new(learns: bool) -> Self {
         Self {
+            trust: 1.0,
             refuted: !learns,
             ..Self::default()
         }
@@ -140,6 +147,7 @@ impl StoredBurst {
     ///
     /// What is not decided is not tried of a limit that has been refused, so not `untouched`. The `reserve` is left.
     pub(super) fn on_headers(&mut self, reading: &Reading, untouched: bool, reserve: u64) -> i64 {
+        self.trust = (self.trust * TRUST_REGAINED).min(1.0);
         if reading.order >= self.peak_order {
             self.proven = self.proven.max(self.peak);
         }
@@ -206,6 +214,7 @@ impl StoredBurst {
             _ => self.step,
         };
         let raise = short.min(most.saturating_sub(in_use.max(self.undecided)));
+        let raise = (raise as f64 * self.trust) as Nanos;
         if raise < reading.call {
             return 0;
         }
@@ -311,8 +320,12 @@ impl StoredBurst {
     pub(super) fn on_refusal(&mut self, refusal: &LimitRefusal) -> bool {
         // A burst of one call is the rate.
         let burst = self.peak > refusal.call.saturating_mul(FIRST_STEP) && !self.refuted;
-        // Where the level was used up, by whomever, the bucket is as large as before.
-        if !burst || self.last.order == 0 || refusal.explained {
+        if !burst || self.last.order == 0 {
+            return false;
+        }
+        if refusal.explained {
+            // The level was used up by others, or is not what the headers said. The bucket is as large as before.
+            self.trust = (self.trust / 2.0).max(LEAST_TRUST);
             return false;
         }
         self.refuted = true;
