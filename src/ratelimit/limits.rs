@@ -148,7 +148,18 @@ pub(super) struct Reduced {
     pub(super) factor: f64,
 }
 
-/// What the headers of a reply told of a limit.
+/// The headers of the reply to a granted call.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Headers<'a> {
+    pub(super) headers: &'a RateSnapshot,
+    pub(super) grant: &'a Grant,
+    /// The part of the charge of the call that may be given back when it ends.
+    pub(super) refundable: Charge,
+    /// The number of grants so far.
+    pub(super) next_order: u64,
+}
+
+/// News about a limit from the headers of a reply.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Learned {
     /// A limit that is kept from now on.
@@ -321,18 +332,20 @@ impl LimitSet {
         }
     }
 
-    /// Applies the headers of the reply to a granted call: levels are corrected, and limits that are not configured are
-    /// adopted. What is `refundable` of the charge of the call may be given back when it ends. Returns what was learned.
+    /// Applies the headers of a reply: levels are corrected, and limits that are not configured are adopted. Returns the news.
     pub(super) fn apply_headers(
         &mut self,
         now: Nanos,
-        headers: &RateSnapshot,
-        grant: &Grant,
-        refundable: Charge,
-        next_order: u64,
+        reply: &Headers<'_>,
         burst: Burst,
         cooldown_until: Nanos,
     ) -> Vec<Learned> {
+        let Headers {
+            headers,
+            grant,
+            refundable,
+            next_order,
+        } = *reply;
         let mut learned = Vec::new();
         for resource in Resource::ALL {
             let Some(quota) = resource.quota(headers) else {

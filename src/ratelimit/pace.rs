@@ -185,9 +185,9 @@ impl Pace {
     /// unknown, and saves up at most one second of the rate. If the headers of the replies show a bucket that stores more
     /// (OpenAI stores a minute), and not less than the provider's limit is configured here, the lane uses that: in bursts
     /// that may double with each round trip, so that a second limit, of which the headers say nothing, refuses one step
-    /// at most. After such a refusal the lane keeps to one second for good. Who configures less than the provider's limit
-    /// wants a share of the account, and keeps one second too, as do fixed windows. Where no headers tell what is left,
-    /// the lane tries up to one second of the rate, three calls in each round trip, until the first refusal.
+    /// at most. After such a refusal the lane keeps to one second for good. It also does so with fixed windows, and
+    /// where less than the provider's limit is configured, because that is a share of the account. Where no headers tell
+    /// what is left, the lane tries up to one second of the rate, three calls in each round trip, until the first refusal.
     ///
     /// [`LaneSnapshot::bursts`](crate::ratelimit::LaneSnapshot::bursts) and
     /// [`Event::LaneBurstLearned`](crate::observe::Event::LaneBurstLearned) report what was learned. A lane that is not

@@ -233,7 +233,7 @@ fn unconfigured() -> Vec<Cell> {
     ]
 }
 
-/// What the provider has stored is used, by its headers or by a probe.
+/// The lane finds out by headers or by a probe how much the provider has stored, and uses it.
 fn bursts() -> Vec<Cell> {
     let cell = |scenario, configured: Option<f64>, per_minute, items| {
         Cell::new(scenario, configured)

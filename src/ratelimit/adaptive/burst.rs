@@ -5,10 +5,10 @@
 //! alike. So two readings at different levels tell the two apart, and a window, in which the burst would be missing
 //! later, is left at the rate.
 //!
-//! What the headers promise is used in steps, as TCP's slow start does (RFC 5681): each burst may be twice as large as the
-//! largest one that was answered. A second limit that the headers do not speak of so costs one step of refusals, and the
-//! promise is not believed again. Where no headers tell a level, the same is tried with three calls a round trip, up
-//! to the burst of the limit.
+//! The lane uses the stored burst in steps, as TCP does in its slow start (RFC 5681): each burst may be twice as large as the
+//! largest one that was answered. If there is a second limit, of which the headers say nothing, it refuses one step, and
+//! the lane does not believe the headers again. Where no headers tell a level, the lane tries three calls above the
+//! rate in each round trip, up to the burst of the limit.
 
 use super::{LimitRefusal, Reading};
 use crate::ratelimit::bucket::Nanos;
@@ -76,7 +76,7 @@ pub(in crate::ratelimit) struct StoredBurst {
     last: Raise,
     /// The order of the raise before.
     before: u64,
-    /// What was raised before the readings told a bucket from a window.
+    /// The sum of the raises before the readings told a bucket from a window.
     undecided: Nanos,
     /// The part of what the headers promise that is used.
     trust: f64,
@@ -145,7 +145,8 @@ impl StoredBurst {
 
     /// Learns from the headers of a reply. Returns by how much the level of the lane should rise, or fall.
     ///
-    /// What is not decided is not tried of a limit that has been refused, so not `untouched`. The `reserve` is left.
+    /// While the readings are not clear, only a limit that was never refused (`untouched`) is tried. The units of
+    /// `reserve` are left to others.
     pub(super) fn on_headers(&mut self, reading: &Reading, untouched: bool, reserve: u64) -> i64 {
         self.trust = (self.trust * TRUST_REGAINED).min(1.0);
         if reading.order >= self.peak_order {
@@ -163,8 +164,8 @@ impl StoredBurst {
             reset,
         };
         let rate = reading.limit.map(|limit| limit.per_second());
-        self.exact_resets |= sample.reset % SECOND != 0;
-        self.exact_levels |= sample.left % ROUND != 0;
+        self.exact_resets |= !sample.reset.is_multiple_of(SECOND);
+        self.exact_levels |= !sample.left.is_multiple_of(ROUND);
         self.compare(sample, rate);
         let Some(rate) = rate.or(self.fitted) else {
             return 0;
@@ -347,7 +348,7 @@ mod tests {
     use crate::ratelimit::limit::{Answered, Burst, Cost, Limit, Refused, Source};
     use crate::request::Quota;
 
-    /// What a provider enforces.
+    /// How a provider enforces a limit.
     #[derive(Debug, Clone, Copy)]
     enum Kind {
         /// A bucket that fills in this time.
@@ -418,6 +419,9 @@ mod tests {
         }
     }
 
+    /// The end of a call, when it was granted, its order, the level of the lane then, and the headers of that time.
+    type InFlight = (Nanos, Nanos, u64, Nanos, u64, Duration);
+
     /// A lane with one limit, and the calls it has in flight at a provider.
     struct World {
         limit: Limit,
@@ -426,8 +430,7 @@ mod tests {
         now: Nanos,
         next: u64,
         observed: Nanos,
-        /// By the end of the call: when it was granted, its order, the level of the lane then, and the headers of that time.
-        in_flight: BinaryHeap<Reverse<(Nanos, Nanos, u64, Nanos, u64, Duration)>>,
+        in_flight: BinaryHeap<Reverse<InFlight>>,
         refused: u64,
     }
 
@@ -580,7 +583,7 @@ mod tests {
             }
         }
 
-        /// Windows get no burst: what was tried before they were recognised is left out again.
+        /// Windows get no burst: the calls that were tried before they were recognised are left out again.
         #[test]
         fn a_window_is_not_taken_for_a_bucket(
             per_second in 1..2_000u64,

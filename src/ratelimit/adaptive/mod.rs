@@ -209,7 +209,7 @@ impl LimitPolicies {
         self.factor
     }
 
-    /// What is learned of the burst that the provider stores.
+    /// The policy of the burst that the provider stores.
     #[inline]
     pub(super) fn stored_burst(&self) -> &StoredBurst {
         &self.stored_burst

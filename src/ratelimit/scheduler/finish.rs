@@ -9,7 +9,7 @@ use crate::ratelimit::adaptive::Policy;
 use crate::ratelimit::adaptive::refusals::Reduction;
 use crate::ratelimit::bucket::{Nanos, nanos};
 use crate::ratelimit::concurrency::Refusal;
-use crate::ratelimit::limits::{Grant, Learned, Reduced, ThrottledResource};
+use crate::ratelimit::limits::{Grant, Headers, Learned, Reduced, ThrottledResource};
 use crate::ratelimit::types::{CallOutcome, Charge};
 use crate::usage::RateSnapshot;
 
@@ -56,15 +56,15 @@ impl<W: Clone> Scheduler<W> {
         headers: &RateSnapshot,
     ) -> Vec<Event> {
         self.observed = self.observed.max(grant.at);
-        let learned = self.limits.apply_headers(
-            now,
+        let reply = Headers {
             headers,
             grant,
             refundable,
-            self.granted,
-            self.burst,
-            self.cooldown.until(),
-        );
+            next_order: self.granted,
+        };
+        let learned = self
+            .limits
+            .apply_headers(now, &reply, self.burst, self.cooldown.until());
         let events = learned.into_iter().map(|learned| match learned {
             Learned::Limit(resource, rate) => Event::LaneRetuned {
                 limit: resource.binding().as_str(),
