@@ -4,6 +4,8 @@
 //! `THROUGHLINE_REQUIRE_POSTGRES` is set.
 #![cfg(all(feature = "postgres", feature = "testing"))]
 
+use std::path::Path;
+use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -89,6 +91,54 @@ async fn concurrent_migrations_succeed_and_a_newer_version_is_refused() {
         "{newer}"
     );
     assert!(!newer.is_temporary());
+    schemas.clear().await;
+}
+
+/// Writes the fixture of the newest version; not a test. See [`common::fill_fixture`].
+#[tokio::test]
+#[ignore = "it writes the file that the next test reads"]
+async fn write_the_fixture_of_the_newest_version() {
+    let path = common::fixture(common::VERSION, "sql");
+    assert!(!Path::new(&path).exists(), "{path} exists already");
+    let schemas = Schemas::find().unwrap();
+    common::fill_fixture(&schemas.open().await).await;
+    let name = schemas.newest();
+    let mut command = Command::new("pg_dump");
+    command.args(["--inserts", "--no-owner", "--schema", &name, &schemas.url]);
+    let dump = command.output().unwrap();
+    assert!(dump.status.success(), "{dump:?}");
+    // The test loads it into a schema of another name.
+    let is_of_the_session = |line: &str| {
+        ["--", "\\", "SET ", "CREATE SCHEMA "]
+            .iter()
+            .any(|start| line.starts_with(start))
+            || line.contains("'search_path'")
+    };
+    let dump = String::from_utf8(dump.stdout).unwrap();
+    let dump = dump.replace(&format!("{name}."), "");
+    let lines = dump
+        .lines()
+        .filter(|line| !line.is_empty() && !is_of_the_session(line));
+    let text: String = lines.flat_map(|line| [line, "\n"]).collect();
+    std::fs::write(path, text).unwrap();
+    schemas.clear().await;
+}
+
+#[tokio::test]
+async fn tables_of_every_version_migrate_and_their_run_goes_on() {
+    let Some(schemas) = Schemas::find() else {
+        return;
+    };
+    for version in 1..=common::VERSION {
+        println!("version {version}");
+        let name = schemas.name();
+        let dump = std::fs::read_to_string(common::fixture(version, "sql")).unwrap();
+        let load = format!("CREATE SCHEMA {name}; SET search_path TO {name}; {dump}");
+        schemas.raw(&load).await;
+        let builder = Postgres::builder(&schemas.url).schema(name);
+        let store = builder.connect().await.unwrap();
+        common::the_run_of_the_fixture_goes_on(&store, version).await;
+    }
     schemas.clear().await;
 }
 
