@@ -169,21 +169,6 @@ impl Context {
 
     /// Makes a separate journal in front of `store`, whose failures are reported to this context's observers. It is for
     /// notes about the work, such as a log of its quality.
-    ///
-    /// ```
-    /// # use std::sync::Arc;
-    /// # use throughline::store::{Commit, Memory, NewRun, Note, Store};
-    /// # use throughline::{Context, testing::Scripted};
-    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> throughline::Result<()> {
-    /// # let cx = Context::builder(Scripted::new()).build();
-    /// let store = Arc::new(Memory::new());
-    /// let classes = store.create_run(NewRun::new("ada", "classes")).await?.run; // no items: a log
-    /// let journal = cx.journal_into(Arc::clone(&store));
-    /// let note = Note::new(classes, "class", r#"{"minutes": 45}"#);
-    /// journal.write(Commit::new().notes([note])); // returns at once
-    /// journal.flush().await?;
-    /// # Ok(()) }
-    /// ```
     pub fn journal_into(&self, store: impl Store) -> Journal {
         Journal::observed(Arc::new(store), self.shared_observers())
     }

@@ -187,18 +187,6 @@ impl Runner {
     ///
     /// The result is only reliable if no worker processes the run meanwhile.
     ///
-    /// ```
-    /// # use throughline::{Context, Runner, pipeline, store::Memory};
-    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> throughline::Result<()> {
-    /// # let double = pipeline("double", async |_cx: Context, n: u32| Ok(2 * n));
-    /// # let runner = Runner::new(Memory::new());
-    /// let run = runner.submit("double", &double, [1, 2, 3]).await?;
-    /// let audit = runner.audit(run).await?.expect("it is there");
-    /// assert!(audit.is_sound(), "{audit}");
-    /// assert_eq!((audit.items, audit.completed), (3, 0));
-    /// # Ok(()) }
-    /// ```
-    ///
     /// # Errors
     /// Those of the store.
     pub async fn audit(&self, run: RunId) -> Result<Option<Audit>> {

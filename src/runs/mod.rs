@@ -53,6 +53,12 @@ use crate::store::{
 /// assert_eq!(runner.status(run).await?, Some(Status::Completed));
 /// let results = runner.results::<String>(run, 0, 100).await?;
 /// assert_eq!(results[0].output(), Some(&"Long and brown.".to_owned()));
+///
+/// let snapshot = runner.snapshot(run).await?.expect("it is there");
+/// assert_eq!(snapshot.to_string(), "describe: 1 of 1 done");
+/// let outputs: Vec<String> = runner.outputs(run).await?; // the input of the next phase
+/// let audit = runner.audit(run).await?.expect("it is there");
+/// assert!(audit.is_sound() && outputs.len() == 1, "{audit}");
 /// # Ok(()) }
 /// ```
 #[doc(alias = "checkpoint")]
@@ -210,20 +216,6 @@ impl Runner {
     }
 
     /// Returns the last `limit` entries of a run's log, in order. Two round trips, however long the log is.
-    ///
-    /// ```
-    /// # use std::sync::Arc;
-    /// # use throughline::Runner;
-    /// # use throughline::store::{Commit, Memory, NewRun, Note, Store};
-    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> throughline::Result<()> {
-    /// # let store = Arc::new(Memory::new());
-    /// let classes = store.create_run(NewRun::new("ada", "classes")).await?.run;
-    /// let notes = (1..=500).map(|n| Note::new(classes, "class", n.to_string()));
-    /// store.commit(Commit::new().notes(notes)).await?;
-    /// let last = Runner::new(store).log_last(classes, 100).await?;
-    /// assert_eq!((last.len(), &*last[99].data), (100, "500"));
-    /// # Ok(()) }
-    /// ```
     ///
     /// # Errors
     /// Those of the store.

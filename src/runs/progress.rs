@@ -19,17 +19,6 @@ use crate::store::{Run, RunId, Status};
 /// ```
 ///
 /// `error` and `eta_s` may be null. [`run`](Self::run) is the whole record, which is serialisable too.
-///
-/// ```
-/// # use throughline::{Context, Runner, pipeline, store::Memory};
-/// # #[tokio::main(flavor = "current_thread")] async fn main() -> throughline::Result<()> {
-/// # let double = pipeline("double", async |_cx: Context, n: u32| Ok(2 * n));
-/// # let runner = Runner::new(Memory::new());
-/// let run = runner.submit("double", &double, [1, 2, 3]).await?;
-/// let snapshot = runner.snapshot(run).await?.expect("it is there");
-/// assert_eq!(snapshot.to_string(), "double: 0 of 3 done");
-/// # Ok(()) }
-/// ```
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct RunSnapshot {
@@ -131,19 +120,6 @@ impl Runner {
     /// does not exist is empty.
     ///
     /// It reads one row every 250 ms ([`poll_every`](Self::poll_every)). An error is yielded and does not end the stream.
-    ///
-    /// ```
-    /// use futures::TryStreamExt as _;
-    /// # use throughline::{Context, Runner, pipeline, store::Memory};
-    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> throughline::Result<()> {
-    /// # let double = pipeline("double", async |_cx: Context, n: u32| Ok(2 * n));
-    /// # let runner = Runner::new(Memory::new());
-    /// let run = runner.submit("double", &double, [1, 2, 3]).await?;
-    /// runner.cancel(run).await?;
-    /// let seen: Vec<_> = runner.watch(run).try_collect().await?;
-    /// assert_eq!(seen.last().unwrap().run.cancelled, 3);
-    /// # Ok(()) }
-    /// ```
     pub fn watch(&self, run: RunId) -> BoxStream<'static, Result<RunSnapshot>> {
         let runner = self.clone();
         let first: Option<Observed> = None;

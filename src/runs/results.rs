@@ -66,18 +66,6 @@ impl<O: DeserializeOwned> From<Item> for ItemResult<O> {
 impl Runner {
     /// Returns at most `limit` items of a run in input order, from the index `from` on, with their present status.
     ///
-    /// ```
-    /// # use throughline::{Context, Runner, pipeline, store::{Memory, Status}};
-    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> throughline::Result<()> {
-    /// # let double = pipeline("double", async |_cx: Context, n: u32| Ok(2 * n));
-    /// # let runner = Runner::new(Memory::new());
-    /// let run = runner.submit("double", &double, [1, 2, 3]).await?;
-    /// let page = runner.results::<u32>(run, 1, 10).await?;
-    /// assert_eq!(page.len(), 2);
-    /// assert_eq!((page[0].index, page[0].status), (1, Status::Pending));
-    /// # Ok(()) }
-    /// ```
-    ///
     /// # Errors
     /// Those of the store. An output of another type than `O` is an error of its item.
     pub async fn results<O: DeserializeOwned>(
@@ -95,18 +83,6 @@ impl Runner {
 
     /// Returns a stream of all items of a run in input order. It reads 256 items at a time, so memory does not grow with the
     /// run.
-    ///
-    /// ```
-    /// use futures::TryStreamExt as _;
-    /// # use throughline::{Context, Runner, pipeline, store::Memory};
-    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> throughline::Result<()> {
-    /// # let double = pipeline("double", async |_cx: Context, n: u32| Ok(2 * n));
-    /// # let runner = Runner::new(Memory::new());
-    /// let run = runner.submit("double", &double, 0..600).await?;
-    /// let items: Vec<_> = runner.stream_results::<u32>(run).try_collect().await?;
-    /// assert_eq!(items.len(), 600);
-    /// # Ok(()) }
-    /// ```
     pub fn stream_results<O: DeserializeOwned + Send + 'static>(
         &self,
         run: RunId,
@@ -124,22 +100,6 @@ impl Runner {
     }
 
     /// Returns the outputs of a run's completed items in input order, for example for the next phase of the work.
-    ///
-    /// ```
-    /// # use std::{sync::Arc, time::Duration};
-    /// # use throughline::{Context, Runner, Worker, pipeline, testing::Scripted, store::Memory};
-    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> throughline::Result<()> {
-    /// # let double = pipeline("double", async |_cx: Context, n: u32| Ok(2 * n));
-    /// # let store = Arc::new(Memory::new());
-    /// # let runner = Runner::new(Arc::clone(&store));
-    /// # let worker = Worker::builder(store, Context::builder(Scripted::new()).build());
-    /// # let worker = worker.register("double", double.clone()).build();
-    /// let run = runner.submit("double", &double, [1, 2, 3]).await?;
-    /// worker.drive_run(run, Duration::from_secs(60)).await?;
-    /// let doubled: Vec<u32> = runner.outputs(run).await?;
-    /// assert_eq!(doubled, [2, 4, 6]);
-    /// # Ok(()) }
-    /// ```
     ///
     /// # Errors
     /// Those of the store, and that of an output of another type than `O`.

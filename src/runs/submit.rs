@@ -149,23 +149,6 @@ impl<I: Serialize + Send> Submit<I> {
     /// claims them. [`retry_failed`](crate::Runner::retry_failed) does not extend the deadline.
     ///
     /// Submitter and workers read the time of day on their own machines.
-    ///
-    /// ```
-    /// # use std::{sync::Arc, time::Duration};
-    /// # use throughline::{Context, Runner, Sim, Worker, pipeline, store::{Memory, Status}};
-    /// # #[tokio::main(flavor = "current_thread", start_paused = true)] async fn main() -> throughline::Result<()> {
-    /// # let page = pipeline("page", async |cx: Context, n: u32| Ok(cx.generate(format!("{n}")).await?.text));
-    /// # let store = Arc::new(Memory::new());
-    /// # let runner = Runner::new(Arc::clone(&store));
-    /// # let cx = Context::builder(Sim::builder().latency(Duration::from_secs(9)).build()).build();
-    /// # let worker = Worker::builder(store, cx).register("page", page.clone()).build();
-    /// let run = runner.submit("page", &page, [1, 2, 3]).timeout(Duration::from_secs(5)).await?;
-    /// worker.drive_run(run, Duration::from_secs(60)).await?; // a page takes 9 s
-    /// let over = runner.snapshot(run).await?.expect("it is there").run;
-    /// assert_eq!((over.status, over.failed), (Status::Failed, 3));
-    /// assert!(over.error.is_some_and(|error| error.is_deadline_exceeded()));
-    /// # Ok(()) }
-    /// ```
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.timeout = Some(timeout);
         self

@@ -204,15 +204,6 @@ impl Worker {
     /// # Cancel safety
     /// Dropping the future is a crash in which received replies are still written: calls in flight are dropped and may be
     /// billed, and other workers take the items when the lease has expired.
-    ///
-    /// ```
-    /// # use throughline::{Context, Worker, testing::Scripted, store::Memory};
-    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> throughline::Result<()> {
-    /// # let worker = Worker::builder(Memory::new(), Context::builder(Scripted::new()).build()).build();
-    /// # let signal = std::future::ready(());
-    /// worker.run_until(signal).await?; // as `tokio::signal::ctrl_c()`
-    /// # Ok(()) }
-    /// ```
     pub async fn run_until(&self, shutdown: impl Future<Output = ()>) -> Result<()> {
         let stop_at = StopCondition {
             end: None,
@@ -261,24 +252,6 @@ impl Worker {
     ///
     /// # Cancel safety
     /// That of [`run_until`](Self::run_until).
-    ///
-    /// ```
-    /// # use std::{sync::Arc, time::Duration};
-    /// # use throughline::{
-    /// #     Context, Runner, Worker, pipeline, testing::Scripted, runs::DriveOutcome, store::Memory,
-    /// # };
-    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> throughline::Result<()> {
-    /// # let double = pipeline("double", async |_cx: Context, n: u32| Ok(2 * n));
-    /// # let store = Arc::new(Memory::new());
-    /// # let runner = Runner::new(Arc::clone(&store));
-    /// # let run = runner.submit("double", &double, [1, 2, 3]).await?;
-    /// # let cx = Context::builder(Scripted::new()).build();
-    /// # let worker = Worker::builder(store, cx).register("double", double).build();
-    /// if worker.drive_run(run, Duration::from_secs(300)).await? == DriveOutcome::Done {
-    ///     println!("{}", runner.results::<u32>(run, 0, 100).await?.len());
-    /// }
-    /// # Ok(()) }
-    /// ```
     pub async fn drive_run(&self, run: RunId, budget: Duration) -> Result<DriveOutcome> {
         let stop_at = self.within(budget, false);
         if self.is_over(run, stop_at.end).await? {
