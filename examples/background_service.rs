@@ -41,6 +41,9 @@ struct Cli {
     /// Latency of the simulated provider in milliseconds
     #[arg(long, default_value = "800")]
     latency: u64,
+    /// Programs that one user may submit in a minute
+    #[arg(long, default_value = "200", value_parser = clap::value_parser!(u32).range(1..))]
+    quota: u32,
 }
 
 /// The tokens and names of the users. A real service would look up a digest of the token.
@@ -70,6 +73,23 @@ fn failed(error: Error) -> (StatusCode, String) {
     (StatusCode::INTERNAL_SERVER_ERROR, error.to_string())
 }
 
+/// Answers a submission that failed. One above the quota is answered with the seconds to wait, rounded up.
+fn refused(error: Error) -> Response {
+    match error.wait().filter(|_| error.is_throttled()) {
+        Some(wait) => {
+            let seconds = wait.as_millis().div_ceil(1_000).to_string();
+            let retry_after = [(header::RETRY_AFTER, seconds)];
+            (
+                StatusCode::TOO_MANY_REQUESTS,
+                retry_after,
+                error.to_string(),
+            )
+                .into_response()
+        }
+        None => failed(error).into_response(),
+    }
+}
+
 async fn find(runner: &Runner, id: RunId) -> Answer<RunSnapshot> {
     let found = runner.snapshot(id).await.map_err(failed)?;
     found.ok_or((StatusCode::NOT_FOUND, format!("there is no program {id}")))
@@ -78,18 +98,18 @@ async fn find(runner: &Runner, id: RunId) -> Answer<RunSnapshot> {
 async fn submit(
     UserRunner(runner, _): UserRunner,
     Json(order): Json<Program>,
-) -> Answer<impl IntoResponse> {
+) -> Result<impl IntoResponse, Response> {
     let weeks = order.weeks.unwrap_or(4);
     if order.goal.trim().is_empty() || !(1..=52).contains(&weeks) {
         let message = "a program needs a goal and 1 to 52 weeks".to_owned();
-        return Err((StatusCode::UNPROCESSABLE_ENTITY, message));
+        return Err((StatusCode::UNPROCESSABLE_ENTITY, message).into_response());
     }
     let weeks = (1..=weeks).map(|week| (order.goal.clone(), week));
     let timeout = Duration::from_millis(order.timeout_ms.unwrap_or(600_000));
     // `fresh`, because the same program submitted twice must give two results. A restart still pays for no reply again.
     let program = runner.submit("plan-week", &pipeline("", plan_week), weeks);
     let program = program.key(|(goal, _)| goal.clone());
-    let run = program.timeout(timeout).fresh().await.map_err(failed)?;
+    let run = program.timeout(timeout).fresh().await.map_err(refused)?;
     let location = [(header::LOCATION, format!("/programs/{run}"))];
     Ok((StatusCode::ACCEPTED, location, Json(json!({ "id": run }))))
 }
@@ -141,13 +161,14 @@ async fn main() -> Result<()> {
         .lease(Duration::from_secs(3))
         .build();
 
+    let runner = Runner::new(store).quota(cli.quota, Duration::from_secs(60));
     let stop = throughline::context::stop_on_signal()?;
     let app = Router::new()
         .route("/", get(Html(include_str!("background_service/page.html"))))
         .route("/programs", get(list).post(submit))
         .route("/programs/{id}", get(show).delete(cancel))
         .route("/programs/{id}/events", get(events))
-        .with_state((Runner::new(store), stop.clone()));
+        .with_state((runner, stop.clone()));
     let listener = tokio::net::TcpListener::bind(&cli.listen).await?;
     println!("listening on http://{}", listener.local_addr()?);
 

@@ -10,7 +10,8 @@ use serde::{Deserialize, Serialize};
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum ErrorKind {
-    /// The provider refused the call because of a rate limit (429). The call succeeds after a wait.
+    /// The provider refused the call because of a rate limit (429), or a [`Runner`](crate::Runner::quota) the submission of a
+    /// run. It succeeds after a wait.
     Throttled,
     /// The provider is overloaded (503, 529, `slow_down`). Sending fewer calls helps.
     Overloaded,
@@ -89,7 +90,7 @@ impl ErrorKind {
 
     pub(super) fn describe(self) -> &'static str {
         match self {
-            Self::Throttled => "throttled by the provider",
+            Self::Throttled => "throttled",
             Self::Overloaded => "provider overloaded",
             Self::Unavailable => "provider unavailable",
             Self::Connection => "connection failed",

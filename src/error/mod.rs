@@ -407,7 +407,7 @@ mod tests {
             .exhausted(3);
         assert_eq!(
             error.to_string(),
-            "throttled by the provider (HTTP 429, rate_limit_exceeded): slow down, please; \
+            "throttled (HTTP 429, rate_limit_exceeded): slow down, please; \
              the server asks to wait 1.5s; after 3 attempts"
         );
         assert!(error.is_exhausted() && !error.is_temporary());

@@ -3,6 +3,7 @@
 mod audit;
 mod notes;
 mod progress;
+mod quota;
 mod results;
 mod submit;
 pub(crate) mod worker;
@@ -16,6 +17,7 @@ use serde::Serialize;
 pub use self::audit::Audit;
 pub use self::notes::Notes;
 pub use self::progress::RunSnapshot;
+use self::quota::SubmissionQuota;
 pub use self::results::ItemResult;
 pub(crate) use self::submit::Spec;
 pub use self::submit::Submit;
@@ -72,6 +74,7 @@ pub struct Runner {
     tenant: Option<Arc<str>>,
     /// A second tenant to which the runner was narrowed: it sees no runs at all.
     conflicting_tenant: Option<Arc<str>>,
+    quota: Option<Arc<SubmissionQuota>>,
 }
 
 impl Runner {
@@ -82,6 +85,7 @@ impl Runner {
             poll: Duration::from_millis(250),
             tenant: None,
             conflicting_tenant: None,
+            quota: None,
         }
     }
 
@@ -116,6 +120,39 @@ impl Runner {
             Some(_) => narrowed.conflicting_tenant = Some(tenant),
         }
         narrowed
+    }
+
+    /// Limits how many runs each tenant may submit: `submissions` at once, and as many in every `per`, spread evenly. Further
+    /// ones fail with [`ErrorKind::Throttled`] and the time to [wait](Error::wait), before anything is stored, so they can be
+    /// repeated with the same [idempotency key](Submit::idempotency_key). No limit unless set.
+    ///
+    /// The quota counts in this process alone: clones of the runner and those [for one tenant](Self::for_tenant) share it, other
+    /// processes and other runners have their own. A restart begins with an unused quota. A submission that is repeated, or
+    /// that the store fails, counts again.
+    ///
+    /// ```
+    /// # use std::time::Duration;
+    /// # use throughline::{Context, ErrorKind, Runner, pipeline, store::Memory};
+    /// # #[tokio::main(flavor = "current_thread", start_paused = true)] async fn main() -> throughline::Result<()> {
+    /// # let double = pipeline("double", async |_cx: Context, n: u32| Ok(2 * n));
+    /// let runner = Runner::new(Memory::new()).quota(2, Duration::from_secs(60));
+    /// let ada = runner.for_tenant("ada");
+    /// ada.submit("double", &double, [1]).await?;
+    /// ada.submit("double", &double, [2]).await?;
+    /// let refused = ada.submit("double", &double, [3]).await.unwrap_err();
+    /// assert_eq!(refused.kind(), ErrorKind::Throttled);
+    /// assert_eq!(refused.wait(), Some(Duration::from_secs(30)));
+    /// runner.for_tenant("bob").submit("double", &double, [3]).await?;
+    /// # Ok(()) }
+    /// ```
+    ///
+    /// # Panics
+    /// If `submissions` or `per` is zero.
+    #[must_use]
+    #[track_caller]
+    pub fn quota(mut self, submissions: u32, per: Duration) -> Self {
+        self.quota = Some(Arc::new(SubmissionQuota::new(submissions, per)));
+        self
     }
 
     /// Fails if the runner was narrowed to two tenants.
@@ -185,6 +222,7 @@ impl Runner {
         let inputs = inputs.into_iter().collect();
         Submit::new(Arc::clone(&self.store), name.into(), inputs)
             .only_for(self.tenant.clone())
+            .within(self.quota.clone())
             .refused_by(self.check_tenant().err())
     }
 

@@ -14,6 +14,7 @@ use sha2::{Digest as _, Sha256};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::request::digest::write_canonical;
+use crate::runs::quota::SubmissionQuota;
 use crate::store::{MemoKey, NewItem, NewRun, RunId, Store};
 
 /// The data in [`Run::spec`](crate::store::Run::spec).
@@ -69,6 +70,7 @@ pub struct Submit<I> {
     spec: Spec,
     timeout: Option<Duration>,
     only_for: Option<Arc<str>>,
+    quota: Option<Arc<SubmissionQuota>>,
     refusal: Option<Error>,
 }
 
@@ -82,6 +84,7 @@ impl<I: Serialize + Send> Submit<I> {
             spec: Spec::default(),
             timeout: None,
             only_for: None,
+            quota: None,
             refusal: None,
         }
     }
@@ -89,6 +92,12 @@ impl<I: Serialize + Send> Submit<I> {
     /// Makes the submission fail with this error, for a runner that must not submit.
     pub(super) fn refused_by(mut self, refusal: Option<Error>) -> Self {
         self.refusal = refusal;
+        self
+    }
+
+    /// Counts the submission in the quota of its tenant.
+    pub(super) fn within(mut self, quota: Option<Arc<SubmissionQuota>>) -> Self {
+        self.quota = quota;
         self
     }
 
@@ -190,6 +199,10 @@ impl<I: Serialize + Send> Submit<I> {
         });
         self.run.spec = serde_json::to_string(&self.spec)?;
         self.run.items = items;
+        // Last, so that a run that cannot be submitted is not counted.
+        if let Some(quota) = &self.quota {
+            quota.take(&self.run.tenant)?;
+        }
         Ok(self.store.create_run(self.run).await?.run)
     }
 }

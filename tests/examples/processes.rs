@@ -65,15 +65,20 @@ struct Service {
 
 impl Service {
     fn start(latency: u64) -> Self {
+        Self::start_with(latency, &[])
+    }
+
+    fn start_with(latency: u64, more: &[&str]) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let (process, at) = Self::spawn(&dir, latency);
+        let (process, at) = Self::spawn(&dir, latency, more);
         Self { dir, process, at }
     }
 
-    fn spawn(dir: &TempDir, latency: u64) -> (Child, SocketAddr) {
+    fn spawn(dir: &TempDir, latency: u64, more: &[&str]) -> (Child, SocketAddr) {
         let mut process = Command::new(program("background_service"))
             .args(["--listen", "127.0.0.1:0", "--store", "programs.db"])
             .args(["--latency", &latency.to_string()])
+            .args(more)
             .current_dir(dir.path())
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -93,7 +98,7 @@ impl Service {
     }
 
     fn start_again(&mut self, latency: u64) {
-        (self.process, self.at) = Self::spawn(&self.dir, latency);
+        (self.process, self.at) = Self::spawn(&self.dir, latency, &[]);
     }
 
     /// Stops the service as a supervisor does; false if it does not stop in time.
@@ -262,6 +267,23 @@ fn requests_need_a_user_and_each_user_sees_only_their_own_programs() {
     let (status, _, page) = service.ask("", "GET", "/", "");
     assert!(status == 200 && page.contains("Training programs"));
     assert!(service.terminate());
+}
+
+#[test]
+fn a_user_above_the_quota_is_asked_to_wait_and_others_are_not() {
+    let service = Service::start_with(20, &["--quota", "2"]);
+    let program = json!({"goal": "a row", "weeks": 1});
+    service.submit(ADA, &program);
+    service.submit(ADA, &program);
+    let (status, head, body) = service.ask(ADA, "POST", "/programs", &program.to_string());
+    assert_eq!(status, 429, "{body}");
+    let wait = head
+        .lines()
+        .find_map(|line| line.strip_prefix("retry-after: "));
+    let wait: u64 = wait.unwrap().parse().unwrap();
+    assert!((1..=30).contains(&wait), "{wait}");
+    service.submit(BOB, &program);
+    assert_eq!(service.all_over(ADA).len(), 2);
 }
 
 #[test]

@@ -258,3 +258,38 @@ async fn a_run_and_a_log_with_one_key_are_different() {
     let again = runner.notes::<String>("classes").await.unwrap();
     assert_eq!(again.run(), notes.run());
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_submission_above_the_quota_is_refused_and_can_be_repeated() {
+    let runner = Runner::new(Memory::new()).quota(2, MINUTE);
+    // The quota of the tenant, whichever runner it uses.
+    let ada = runner.for_tenant("ada");
+    let page = page();
+    ada.submit("page", &page, [1]).await.unwrap();
+    let second = runner.clone().submit("page", &page, [2]);
+    second.tenant("ada").await.unwrap();
+
+    let third = || ada.submit("page", &page, [4]).idempotency_key("third");
+    let refused = third().await.unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::Throttled, "{refused}");
+    assert!(refused.is_temporary() && refused.to_string().contains("\"ada\""));
+    assert_eq!(refused.wait(), Some(MINUTE / 2));
+    assert_eq!(ada.list(RunFilter::new(), 9).await.unwrap().len(), 2);
+    let bob = runner.for_tenant("bob");
+    bob.submit("page", &page, [1]).await.unwrap();
+
+    // A refused submission has used nothing, so the wait does not grow.
+    tokio::time::advance(MINUTE / 2 - Duration::from_millis(1)).await;
+    let wait = third().await.unwrap_err().wait();
+    assert_eq!(wait, Some(Duration::from_millis(1)));
+    tokio::time::advance(Duration::from_millis(1)).await;
+    let run = third().await.unwrap();
+    assert_eq!(ada.list(RunFilter::new(), 9).await.unwrap()[0].id, run);
+
+    // One that could not be submitted anyway is not counted.
+    tokio::time::advance(MINUTE / 2).await;
+    let foreign = ada.submit("page", &page, [5]).tenant("bob").await;
+    assert_eq!(foreign.unwrap_err().kind(), ErrorKind::Config);
+    assert_eq!(third().await.unwrap(), run);
+    assert!(third().await.unwrap_err().wait().is_some());
+}
