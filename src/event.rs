@@ -11,25 +11,25 @@ use crate::usage::Usage;
 
 /// Something that happened while work ran. `Display` writes it as one line for a person.
 ///
-/// The path of an event names the place: the labels of fan-outs with the key or index of each item,
-/// as in `week-plan[3]/routine[0]`. It is empty for calls of the context itself.
+/// The path of an event names the [context](crate::Context) in which it happened: the labels of fan-outs with the key or
+/// index of each item, as in `week-plan[3]/routine[0]`. It is empty for the context that the builder made.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub enum Event {
     /// A call is sent to the provider.
     #[non_exhaustive]
     CallStarted {
-        /// The path of the place.
+        /// The path of the context in which it happened.
         path: Arc<str>,
-        /// The number of this call among those for the same request, from 1.
+        /// Which attempt of the request this is, from 1.
         attempt: u32,
     },
     /// The provider answered a call.
     #[non_exhaustive]
     CallSucceeded {
-        /// The path of the place.
+        /// The path of the context in which it happened.
         path: Arc<str>,
-        /// The number of this call among those for the same request, from 1.
+        /// Which attempt of the request this is, from 1.
         attempt: u32,
         /// The duration of the call, without the wait for the lane.
         elapsed: Duration,
@@ -39,7 +39,7 @@ pub enum Event {
     /// The provider's rate limit refused a call. The call is sent again.
     #[non_exhaustive]
     CallThrottled {
-        /// The path of the place.
+        /// The path of the context in which it happened.
         path: Arc<str>,
         /// The refusal, with the wait that the provider asks for.
         error: Error,
@@ -47,7 +47,7 @@ pub enum Event {
     /// A call failed and is retried.
     #[non_exhaustive]
     CallRetried {
-        /// The path of the place.
+        /// The path of the context in which it happened.
         path: Arc<str>,
         /// The number of the attempt that failed, from 1.
         attempt: u32,
@@ -59,7 +59,7 @@ pub enum Event {
     /// A call failed and is not retried.
     #[non_exhaustive]
     CallFailed {
-        /// The path of the place.
+        /// The path of the context in which it happened.
         path: Arc<str>,
         /// The failure, with the number of attempts.
         error: Error,
@@ -67,9 +67,9 @@ pub enum Event {
     /// A reply could not be used, so the model is asked again.
     #[non_exhaustive]
     ReplyRejected {
-        /// The path of the place.
+        /// The path of the context in which it happened.
         path: Arc<str>,
-        /// The number of the request that it answered among those for the same value, from 1.
+        /// Which request for this value it answered: 1, then 2 for the first repeat.
         ask: u32,
         /// The problem with the reply.
         error: Error,
@@ -88,7 +88,7 @@ pub enum Event {
         /// The part of the limit that is used now. Above 1 where the limit itself is an estimate.
         factor: f64,
     },
-    /// The provider refused calls for their number: the lane allows fewer in flight for a while.
+    /// The provider refused calls because too many were in flight: the lane allows fewer for a while.
     #[non_exhaustive]
     LaneConcurrencyReduced {
         /// The number of calls that may be in flight now.
@@ -125,8 +125,8 @@ pub enum Event {
         /// The amount that a minute allows.
         per_minute: u64,
     },
-    /// The lane stopped: nothing is sent until [`Lane::resume`](crate::ratelimit::Lane::resume) is called, or until
-    /// a wait of more than ten minutes is over.
+    /// The lane stopped: calls fail at once until [`Lane::resume`](crate::ratelimit::Lane::resume) is called, or until the
+    /// stop ends by itself (after five minutes for a refused account; [`Lane::stop`](crate::ratelimit::Lane::stop) never).
     #[non_exhaustive]
     LaneStopped {
         /// The reason.
@@ -135,7 +135,7 @@ pub enum Event {
     /// A [stage](crate::Context::stage) has ended.
     #[non_exhaustive]
     StageEnded {
-        /// The path of the place.
+        /// The path of the context in which it happened.
         path: Arc<str>,
         /// The duration of the stage.
         elapsed: Duration,
@@ -153,7 +153,7 @@ pub enum Event {
     /// An item of a batch has its outcome.
     #[non_exhaustive]
     ItemSettled {
-        /// The path of the place.
+        /// The path of the context in which it happened.
         path: Arc<str>,
         /// The duration of the item.
         elapsed: Duration,

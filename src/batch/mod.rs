@@ -81,8 +81,8 @@ impl Parallelism {
 /// fails that item; a panic of the iterator of inputs is not caught.
 ///
 /// A batch of a pipeline collects with `settle(&cx)`, a fan-out of a context with
-/// `settle(async |cx, input| { .. })`. Such a closure borrows what it captures, here a `String`, for all items at
-/// once, and may hold fan-outs of its own. [`stream`](Self::stream) needs an owned closure and shows how to write one.
+/// `settle(async |cx, input| { .. })`. All items share one borrow of what such a closure captures, here a `String`, and it
+/// may contain fan-outs of its own. [`stream`](Self::stream) needs an owned closure and shows how to write one.
 ///
 /// ```
 /// use throughline::{Context, testing::Scripted};

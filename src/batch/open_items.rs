@@ -14,8 +14,8 @@ pub(super) struct OpenItems {
     batch: Context,
     /// The number of open items at which no other item may start.
     limit: usize,
-    /// The number of open items, after the limit was reached, down to which no other item may start: all items of a
-    /// chunk must end first.
+    /// Once full, the batch counts as full while at least this number of items is open: all items of a chunk must end
+    /// before another one starts.
     hold: usize,
     inputs: Option<usize>,
     open: AtomicUsize,

@@ -9,12 +9,11 @@ use tokio::time::sleep;
 use super::deployments::DeploymentPermit;
 use super::estimate::charged_for_failure;
 use super::failures::{CallEnd, FailureClass, History, NextStep, Signature};
-use super::retry_policy::LONGEST_WAIT;
 use super::scope::{Scope, Tally};
 use super::{Call, admit};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::Event;
-use crate::ratelimit::CallOutcome;
+use crate::ratelimit::{CallOutcome, LONGEST_RETRY_AFTER};
 use crate::request::Reply;
 use crate::usage::Usage;
 
@@ -117,7 +116,9 @@ fn outcome<'a>(
 fn own_wait(call: &Call<'_>, error: &Error) -> Duration {
     let deployments = &call.stack.deployments;
     let is_only = deployments.iter().len() == 1;
-    let wait = error.wait().filter(|wait| is_only && *wait <= LONGEST_WAIT);
+    let wait = error
+        .wait()
+        .filter(|wait| is_only && *wait <= LONGEST_RETRY_AFTER);
     let wait = wait.filter(|wait| *wait > deployments.cooldown(&call.route));
     wait.unwrap_or_default()
 }

@@ -8,7 +8,7 @@ use crate::error::Error;
 
 /// How often a failing call is tried again, and how long it waits before.
 ///
-/// The wait before the n-th retry is drawn from U(0, min([`max_delay`], [`base_delay`] · 2ⁿ))
+/// The wait before the n-th retry is drawn from U(0, min([`max_delay`], [`base_delay`] · 2ⁿ⁻¹))
 /// ("full jitter": Brooker, *Exponential Backoff And Jitter*, AWS 2015) and is never
 /// shorter than the server asks for. A retry keeps the place in the queue that its call had at first. Only the last one
 /// waits behind all others, so that other requests have shown by then whether the provider answers.
@@ -193,9 +193,6 @@ fn scaled(duration: Duration, factor: f64) -> Duration {
     let seconds = duration.as_secs_f64() * factor;
     Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX)
 }
-
-/// A call does not wait for a server that asks for a longer wait than this; it fails, or goes elsewhere.
-pub(super) const LONGEST_WAIT: Duration = Duration::from_secs(10 * 60);
 
 #[cfg(test)]
 mod tests {

@@ -79,8 +79,8 @@ struct Items {
 }
 
 impl Context {
-    /// Sends a request: waits for a permit of the lane, calls the provider, and tries again by the retry policy. The
-    /// [`call`](crate::call) module documents the layers, and all timeouts.
+    /// Sends a request: waits for a permit of the lane, calls the provider, and tries again by the retry policy. The page
+    /// on [`timeouts`](crate::timeouts) lists the timeouts that apply.
     ///
     /// # Errors
     /// The provider's last error; [`Error::attempts`](crate::Error::attempts) is the number of calls.

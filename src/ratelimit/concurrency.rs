@@ -14,7 +14,7 @@ use crate::ratelimit::adaptive::refusals::FORGOTTEN;
 use crate::ratelimit::bucket::Nanos;
 
 /// How long the number is held after a first refusal on the way up, in units of the recovery. It
-/// doubles with each that meets the same number, up to [`HELD`].
+/// doubles with each that meets the same number, up to [`HOLD`].
 const PAUSE: f64 = HOLD / 32.0;
 /// The number of answers over which the latency is averaged.
 const REMEMBERED: f64 = 8.0;
@@ -39,16 +39,16 @@ struct Reduced {
     from: f64,
     aim: f64,
     units: f64,
-    /// As of when that is.
+    /// The time up to which the recovery is computed.
     at: Nanos,
     /// The largest number in flight since a call was last answered that was sent after a reduction.
     peak: usize,
-    /// When it was reduced last: calls sent until then are one cohort.
+    /// The time of the last reduction: calls sent until then are one cohort.
     reduced_at: Nanos,
     /// The number at which the last attempt was refused, and how long the next one waits.
     refused: usize,
     pause: f64,
-    /// When it was reduced or calls waited for it last.
+    /// The last time at which it was reduced or calls waited for it.
     needed_at: Nanos,
     /// How long calls take, on average; 0.0 until one is answered.
     latency: f64,
@@ -178,7 +178,7 @@ impl<T> ConcurrencyLimit<T> {
         }
     }
 
-    /// A call that was sent at `sent_at` as the `nth` in flight was refused for their number, or
+    /// A call that was sent at `sent_at` as number `in_flight` of the calls in flight was refused for their number, or
     /// may have been. It still holds its slot. `tolerated` says whether such a refusal is to be expected
     /// anyway, and `noisy` whether that is so even where more calls are tried than were let in before.
     pub(super) fn record_refusal(
@@ -274,7 +274,7 @@ impl<T> ConcurrencyLimit<T> {
         reduced.is_some_and(|reduced| reduced.over_limit && sent_at <= reduced.reduced_at)
     }
 
-    /// A call that was sent at `sent_at` as the `nth` in flight was answered.
+    /// A call that was sent at `sent_at` as number `in_flight` of the calls in flight was answered.
     #[inline]
     pub(super) fn record_success(&mut self, now: Nanos, sent_at: Nanos, in_flight: usize) {
         self.highest = self.highest.max(in_flight);

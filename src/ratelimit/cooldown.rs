@@ -12,15 +12,17 @@ const FIRST_WAIT: Duration = Duration::from_millis(500);
 /// Refusals are not in a row if this number of calls were granted in between.
 const MANY: u64 = 4;
 const LONGEST_JITTER: Duration = Duration::from_secs(2);
+/// Calls are not kept waiting where a provider asks for a longer wait than this.
+pub(crate) const LONGEST_RETRY_AFTER: Duration = Duration::from_secs(10 * 60);
 
 #[derive(Debug)]
 pub(super) struct Cooldown {
     until: Nanos,
-    /// When the refusal came that counted last.
+    /// The time of the last refusal that counted.
     refused_at: Option<Nanos>,
-    /// RefusalMonitor in a row, one for each cohort of calls.
+    /// Refusals in a row; those of one cohort count once.
     refusals: u32,
-    /// How many calls had been granted when the refusal came that counted last.
+    /// The number of calls that had been granted by then.
     granted: u64,
     jitter: Rng,
 }
@@ -40,13 +42,13 @@ impl Cooldown {
         self.until
     }
 
-    /// Closes for the `wait` the provider asks for, or else for a time that doubles
-    /// from refusal to refusal up to `longest`. Never opens earlier than it would have.
+    /// Starts a cooldown for the `wait` that the provider asks for, or else for a time that doubles
+    /// from refusal to refusal up to `longest`. A cooldown that is under way never becomes shorter.
     ///
     /// Calls that were on their way when the first of them was refused are one
-    /// cohort: their refusals say nothing new and do not double the wait. Nor does it double where many calls
-    /// have gone since the one before, of which this is the first to be refused: `granted` is
-    /// how many went in all. They may take long to be answered.
+    /// cohort: their refusals say nothing new and do not double the wait. The wait starts anew if at least [`MANY`] calls
+    /// were granted since the previous refusal, although none of them need be answered yet. `granted` is the number of
+    /// calls that were ever granted.
     pub(super) fn record_refusal(
         &mut self,
         now: Nanos,
@@ -64,7 +66,7 @@ impl Cooldown {
             self.refusals = self.refusals.saturating_add(1);
             (self.refused_at, self.granted) = (Some(now), granted);
         }
-        // A wait of zero is an unfilled header, not an invitation.
+        // Zero means that the server named no wait.
         let wait = wait.filter(|wait| !wait.is_zero()).unwrap_or_else(|| {
             let doublings = self.refusals.saturating_sub(1).min(16);
             FIRST_WAIT.saturating_mul(1 << doublings).min(longest)

@@ -36,8 +36,8 @@ use crate::sync::Mutex;
 /// the lane cools down for all calls, for the time the provider asks plus up to a tenth
 /// of it (2 s at most), so that no call comes early and several processes do not
 /// come at once. Without such a time it is half a second, doubled with every
-/// refusal in a row, up to 30 s (5 s for overload). Then the lane resumes empty,
-/// at its rate: no herd. Only a lane without any rate has none to resume at.
+/// refusal in a row, up to 30 s (5 s for overload). Then the lane resumes empty: waiting calls go
+/// at its rate, not all at once. In a lane without a rate limit they all go.
 ///
 /// A lane is a handle: clones share one queue. Give one to everything that shares
 /// an account's limits.
@@ -149,9 +149,9 @@ impl Lane {
     /// # Errors
     ///
     /// Why the lane is stopped ([`stop`](Lane::stop)), if it is or while this waits; and
-    /// [`ErrorKind::Throttled`](crate::ErrorKind::Throttled) when the provider has asked to
-    /// wait for more than ten minutes: then the lane is parked until that is over.
-    /// Nothing was sent.
+    /// [`ErrorKind::Throttled`](crate::ErrorKind::Throttled) when a call ended as [`CallOutcome::Throttled`] with a
+    /// wait of more than ten minutes: then the lane is parked until that is over. (A [`Context`](crate::Context) reports
+    /// no such wait to its lanes; see [`timeouts`](crate::timeouts).) Nothing was sent.
     ///
     /// # Panics
     ///

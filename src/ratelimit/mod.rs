@@ -27,6 +27,7 @@ mod types;
 
 #[doc(hidden)]
 pub use self::adaptive::Policy;
+pub(crate) use self::cooldown::LONGEST_RETRY_AFTER;
 pub use self::lane::{Lane, Permit};
 pub use self::pace::Pace;
 pub(crate) use self::types::QueueKey;

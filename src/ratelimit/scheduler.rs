@@ -101,7 +101,7 @@ struct Obstacle {
     until: Option<Nanos>,
 }
 
-/// Why the lane is stopped, and until when; `None` is until it is resumed.
+/// Why the lane is stopped, and until when; with `None`, until [`resume`](Scheduler::resume).
 #[derive(Debug)]
 struct Stop {
     why: Error,
@@ -149,9 +149,9 @@ pub(super) struct Scheduler<W> {
     limits: LimitSet,
     cooldown: Cooldown,
     concurrency: ConcurrencyLimit<Call>,
-    /// RefusalMonitor because the provider was overloaded.
+    /// The refusals because the provider was overloaded.
     overloads: RefusalMonitor,
-    /// RefusalMonitor by a rate limit that nothing explains.
+    /// The refusals by a rate limit that nothing explains.
     throttles: RefusalMonitor,
     queue: Queue<W>,
     /// Granted out of the queue and not yet collected.
@@ -162,7 +162,7 @@ pub(super) struct Scheduler<W> {
     probing: Option<Probing>,
     /// Why the lane was stopped last, for those who look when it goes again.
     last_stop: Option<Error>,
-    /// When the call was granted whose headers were used last.
+    /// The time at which the call was granted whose headers were used last.
     observed: Nanos,
     throughput: ThroughputWindow,
     next_place: u64,
@@ -423,7 +423,7 @@ impl<W: Clone> Scheduler<W> {
         self.resume(now, wakeups);
     }
 
-    /// Fails all calls that wait or arrive, until [`resume`](Scheduler::reopen).
+    /// Fails all calls that wait or arrive, until [`resume`](Scheduler::resume).
     pub(super) fn stop(&mut self, why: Error, until: Option<Nanos>, wakeups: &mut Wakeups<W>) {
         for waiter in self.queue.clear() {
             wakeups.wake(waiter.waker);
@@ -528,9 +528,9 @@ impl<W: Clone> Scheduler<W> {
         let waited = !self.queue.is_empty();
         let concurrency = self.concurrency.free() == 0;
         self.limits.advance(now, waited && !concurrency);
-        let open_since = self.cooldown.until();
+        let cooled_down_at = self.cooldown.until();
         self.concurrency
-            .advance(now, (waited && concurrency).then_some(open_since));
+            .advance(now, (waited && concurrency).then_some(cooled_down_at));
         self.end_timed_stop(now);
     }
 
@@ -543,7 +543,7 @@ impl<W: Clone> Scheduler<W> {
     }
 
     fn obstacle(&self, now: Nanos, charge: Charge) -> Option<Obstacle> {
-        let opens_at = self.cooldown.until();
+        let cools_until = self.cooldown.until();
         let probe = self.probing.as_ref().and_then(|probing| probing.slot);
         if let Some((_, until)) = probe.filter(|(_, until)| *until > now) {
             return Some(Obstacle {
@@ -552,19 +552,16 @@ impl<W: Clone> Scheduler<W> {
             });
         }
         if self.concurrency.free() == 0 {
-            let closed = opens_at > now;
-            return Some(Obstacle {
-                binding: if closed {
-                    Binding::Cooldown
-                } else {
-                    Binding::InFlight
-                },
-                until: None,
-            });
+            let binding = match cools_until > now {
+                true => Binding::Cooldown,
+                false => Binding::InFlight,
+            };
+            let until = None;
+            return Some(Obstacle { binding, until });
         }
         let (mut until, mut binding) = self.limits.ready_at(now, charge);
-        if opens_at > now {
-            until = until.map(|until| until.max(opens_at));
+        if cools_until > now {
+            until = until.map(|until| until.max(cools_until));
             binding = Binding::Cooldown;
         }
         (until != Some(now)).then_some(Obstacle { binding, until })

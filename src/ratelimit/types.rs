@@ -214,7 +214,7 @@ pub struct LaneSnapshot {
     pub in_flight: usize,
     /// Calls that wait for one.
     pub waiting: usize,
-    /// Of those, the calls that were let through and did not come, because nothing polls their
+    /// Of those, the calls that were granted a permit and did not collect it, because nothing polls their
     /// futures: a buffered stream whose consumer is busy, a `select!` whose other branch runs, a
     /// runtime that is blocked. They hold up no other call, and are next when they are polled.
     pub unpolled: usize,
@@ -255,7 +255,8 @@ pub enum Binding {
     Nothing,
     /// The number of items that a batch may have open (64 unless
     /// [`buffer_unordered`](crate::Batch::buffer_unordered) or its like says otherwise): it has inputs left, and no call
-    /// waits for the lane. A lane does not know of it, only [`Context::snapshot`](crate::Context::snapshot).
+    /// waits for the lane. [`Lane::snapshot`](crate::ratelimit::Lane::snapshot) never returns it, only
+    /// [`Context::snapshot`](crate::Context::snapshot).
     OpenItems,
     /// The limit on requests.
     Requests,
@@ -272,9 +273,10 @@ pub enum Binding {
     /// The provider refused a call, and the lane cools down.
     Cooldown,
     /// The retries of a context wait, because too many calls fail
-    /// ([`Retry`](crate::Retry)). A lane does not know of it.
+    /// ([`Retry`](crate::Retry)). [`Lane::snapshot`](crate::ratelimit::Lane::snapshot) never returns it.
     Budget,
-    /// The lane was stopped: no call can succeed until it is resumed, or for more than ten minutes.
+    /// The lane was stopped: calls fail at once until it is resumed, or until the stop ends by itself (after five minutes
+    /// for a refused account).
     Stopped,
 }
 

@@ -44,7 +44,7 @@ impl Runner {
     /// Returns the log with this name, and creates it if it does not exist; one round trip. Each tenant has logs of its own
     /// ([`for_tenant`](Self::for_tenant)).
     ///
-    /// For a [`purge`](Self::purge) the log is a run that ended when it was created, and values that are written after its
+    /// [`purge`](Self::purge) treats the log as a run that ended at its creation. Values that are written after its
     /// removal are lost. A service that purges should start a log with a new name regularly, for example each month.
     ///
     /// # Errors

@@ -1,12 +1,12 @@
 //! Stores that pass every call on to another store.
 //!
-//! [`forward_store`] has the list of all methods of [`Store`] and [`Queue`], and implements both traits for a wrapper. Each
+//! [`forward_store`] has the list of all methods of `Store` and `Queue`, and implements both traits for a wrapper. Each
 //! wrapper says with a macro how one call is passed on. So a wrapper cannot forget a method, and a new method is added
 //! to one list.
 
 use std::sync::Arc;
 
-/// Implements [`Store`] and [`Queue`] for `$type`.
+/// Implements `Store` and `Queue` for `$type`.
 ///
 /// `$pass_on` is a macro that expands to the body of a method. It is called as `$pass_on!(self.name())` for the
 /// name and as `$pass_on!(self.method((argument: type), ...))` for all other methods. `$store` and `$queue` are the

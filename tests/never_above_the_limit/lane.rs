@@ -294,7 +294,7 @@ async fn credits_while_closed_make_no_herd() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn without_a_wait_from_the_server_the_lane_closes_for_longer_each_time() {
+async fn without_a_wait_from_the_server_the_lane_cools_down_for_longer_each_time() {
     let lane = Lane::new(Pace::unlimited());
     for expected in [500, 1_000, 2_000, 4_000, 8_000, 16_000, 30_000, 30_000] {
         let permit = lane.acquire(small()).await.unwrap();
@@ -740,7 +740,7 @@ async fn a_stopped_lane_tells_those_who_wait_and_those_who_come() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_parked_lane_starts_at_once_when_it_is_reopened_or_retuned() {
+async fn a_parked_lane_starts_at_once_when_it_is_resumed_or_retuned() {
     let refused = CallOutcome::Throttled {
         wait: Some(secs(3_600)),
     };
@@ -771,7 +771,7 @@ async fn a_parked_lane_starts_at_once_when_it_is_reopened_or_retuned() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_closed_lane_lets_those_who_wait_go_when_it_is_reopened() {
+async fn a_cooling_lane_lets_waiting_calls_go_when_it_is_resumed() {
     let lane = Lane::new(Pace::per_minute(60));
     let wait = Some(secs(500));
     let permit = lane.acquire(small()).await.unwrap();

@@ -8,10 +8,11 @@ use super::FailureClass;
 use super::health::{self, CountedIn, Failing, Health, Others, Refusal};
 use super::poison::Streak;
 use crate::call::deployments::DeploymentPermit;
-use crate::call::retry_policy::{Backoff, LONGEST_WAIT, Retry};
+use crate::call::retry_policy::{Backoff, Retry};
 use crate::call::{Call, CallStack};
 use crate::error::{Error, ErrorKind, Persistence};
 use crate::event::Event;
+use crate::ratelimit::LONGEST_RETRY_AFTER;
 
 /// A refused account is tried again after this time, by one call.
 const PROBE_AFTER: Duration = Duration::from_secs(5 * 60);
@@ -296,7 +297,7 @@ impl<'a> History<'a> {
         call.route.avoid(index);
         match refusal {
             Refusal::Account => {
-                let long = error.wait().filter(|wait| *wait > LONGEST_WAIT);
+                let long = error.wait().filter(|wait| *wait > LONGEST_RETRY_AFTER);
                 let probe_after = long.map_or(PROBE_AFTER, |wait| wait.min(PROBE_AFTER));
                 let error = match long {
                     Some(wait) => parked(wait, &error),

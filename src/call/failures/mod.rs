@@ -13,8 +13,8 @@ pub(super) use self::health::Health;
 pub(super) use self::history::{History, NextStep};
 pub(super) use self::poison::{CallEnd, PoisonDetector, Profile, Signature};
 
-use super::retry_policy::LONGEST_WAIT;
 use crate::error::{Error, ErrorKind};
+use crate::ratelimit::LONGEST_RETRY_AFTER;
 
 /// The meaning of an error for the call that failed with it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,7 +33,7 @@ pub(super) enum FailureClass {
 
 impl FailureClass {
     pub(super) fn of(error: &Error) -> Self {
-        let long = error.wait().is_some_and(|wait| wait > LONGEST_WAIT);
+        let long = error.wait().is_some_and(|wait| wait > LONGEST_RETRY_AFTER);
         match error.kind() {
             _ if error.is_temporary() && long => Self::Doubtful,
             ErrorKind::Throttled if error.is_temporary() => Self::Throttle,
@@ -67,7 +67,7 @@ mod tests {
         assert_eq!(FailureClass::of(&forbidden), FailureClass::Doubtful);
         for kind in [ErrorKind::Throttled, ErrorKind::Overloaded] {
             let wait = |wait| FailureClass::of(&Error::new(kind, "").with_wait(wait));
-            assert_ne!(wait(LONGEST_WAIT), FailureClass::Doubtful);
+            assert_ne!(wait(LONGEST_RETRY_AFTER), FailureClass::Doubtful);
             assert_eq!(wait(Duration::MAX), FailureClass::Doubtful);
         }
         let error = Error::new(ErrorKind::Throttled, "");

@@ -27,7 +27,7 @@ use crate::store::journal::Journal;
 const STORE_TIMEOUT: Duration = Duration::from_secs(60);
 /// The waits between two lookups in such a store.
 const FIRST_WAIT: Duration = Duration::from_millis(50);
-const LONGEST_WAIT: Duration = Duration::from_secs(2);
+const LONGEST_LOOKUP_WAIT: Duration = Duration::from_secs(2);
 
 /// The stored replies of a context, and those that are on their way.
 pub(crate) struct Memo {
@@ -102,12 +102,12 @@ impl Memo {
     /// Looks a reply up, again while the store does not answer.
     async fn load(&self, entry: &MemoEntry) -> Result<Option<Generation>> {
         let since = Instant::now();
-        let mut waits = doubling(FIRST_WAIT, LONGEST_WAIT);
+        let mut waits = doubling(FIRST_WAIT, LONGEST_LOOKUP_WAIT);
         loop {
             match self.loader.load(entry.tenant(), entry.key()).await {
                 Err(error) if error.is_temporary() && since.elapsed() < STORE_TIMEOUT => {
                     tracing::warn!(%error, "a lookup waits for the store");
-                    sleep(waits.next().unwrap_or(LONGEST_WAIT)).await;
+                    sleep(waits.next().unwrap_or(LONGEST_LOOKUP_WAIT)).await;
                 }
                 done => return done,
             }

@@ -9,7 +9,7 @@
 //! - `body`: reading a body within the timeouts and size limits of a call;
 //! - `format`: whether a body is a document or a stream of events;
 //! - `sse`: server-sent events out of a body;
-//! - `classify`: from an error response to an [`Error`], and `error_body` for its JSON;
+//! - `classify`: from an error response to an [`Error`](crate::Error), and `error_body` for its JSON;
 //! - `connection`: connection settings, and the errors of connections that fail;
 //! - `timer`: the timeouts of a call;
 //! - `sanitize`: server texts made fit for one line of a log;

@@ -327,7 +327,7 @@ impl SimBuilder {
     /// it survives the process. [`Ledger::read`](super::Ledger::read) reads the file.
     ///
     /// The existing content of the file is kept. If the file cannot be opened or written, the call
-    /// fails with [`ErrorKind::Io`](crate::ErrorKind::Io), and so does every later one.
+    /// fails with [`ErrorKind::Io`], and so does every later one.
     pub fn ledger_file(mut self, path: impl Into<PathBuf>) -> Self {
         self.ledger_file = Some(path.into());
         self

@@ -85,7 +85,7 @@ struct Inner {
     account: Mutex<State>,
 }
 
-/// The settings besides limits and answers.
+/// Options other than limits and answers.
 #[derive(Debug, Clone, Copy, Default)]
 struct Policy {
     output_charge: OutputCharge,

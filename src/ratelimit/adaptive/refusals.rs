@@ -16,7 +16,8 @@ use crate::ratelimit::bucket::Nanos;
 /// The share of calls that an overloaded provider may refuse before the lane reacts.
 const OVERLOADS: f64 = 0.03;
 /// The refusals in a row that are within the budget. Where one call in a hundred is refused at random and three are
-/// tolerated, a budget of eight is used up by about one refusal in a million: exp(-8θ), 0.01 (e^θ - 1) = 0.03 θ.
+/// tolerated, a budget of eight is used up by about one refusal in a million: exp(-8θ), where θ > 0 solves 0.01 (e^θ - 1) = 0.03 θ
+/// (Lundberg's inequality).
 const DEPTH: f64 = 8.0;
 /// The number of refusals over which the expected share is measured.
 const REMEMBERED: usize = 32;

@@ -9,6 +9,7 @@ use crate::ratelimit::adaptive::Policy;
 use crate::ratelimit::adaptive::refusals::Reduction;
 use crate::ratelimit::bucket::{Nanos, nanos};
 use crate::ratelimit::concurrency::Refusal;
+use crate::ratelimit::cooldown::LONGEST_RETRY_AFTER;
 use crate::ratelimit::limits::{Grant, Headers, Learned, Reduced, ThrottledResource};
 use crate::ratelimit::types::{CallOutcome, Charge};
 use crate::usage::RateSnapshot;
@@ -17,8 +18,6 @@ use crate::usage::RateSnapshot;
 const LONGEST_THROTTLE: Duration = Duration::from_secs(30);
 /// Overload passes sooner than a minute's limit, and costs each call an attempt.
 const LONGEST_OVERLOAD: Duration = Duration::from_secs(5);
-/// A longer wait fails the calls instead of keeping them waiting.
-const LONGEST_WAIT: Duration = Duration::from_secs(10 * 60);
 
 impl<W: Clone> Scheduler<W> {
     /// Applies the headers of the reply to a granted call, unless those of a later call are known already.
@@ -128,7 +127,7 @@ impl<W: Clone> Scheduler<W> {
                 if self.throttle(now, &grant, wait, &mut events) {
                     self.start_cooldown(now, grant.at, wait, LONGEST_THROTTLE, &mut events);
                 }
-                if let Some(wait) = wait.filter(|wait| *wait > LONGEST_WAIT) {
+                if let Some(wait) = wait.filter(|wait| *wait > LONGEST_RETRY_AFTER) {
                     self.park(now, wait, wakeups, &mut events);
                 }
             }
@@ -298,7 +297,8 @@ impl<W: Clone> Scheduler<W> {
         }
     }
 
-    /// Stops the lane for as long as the provider asks: too long to keep callers waiting.
+    /// Stops the lane for as long as the provider asks: too long to keep callers waiting. Only a lane without a `Context`
+    /// is parked: a context reports a call with such a wait as failed, because it may concern that request alone.
     fn park(
         &mut self,
         now: Nanos,

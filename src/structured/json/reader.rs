@@ -62,7 +62,7 @@ enum Target {
 enum State {
     /// Before the array, or the object that has it.
     Seek,
-    /// Behind a bracket that may be one in prose ("see [below]").
+    /// Behind a bracket that may be one in prose (`see [below]`).
     Opened,
     /// In the object, before a key. `sure`: it is an object, not a brace in prose.
     Key { sure: bool },

@@ -12,7 +12,7 @@ pub(super) struct Scanner {
     pub(super) in_string: bool,
     /// The last byte was a backslash in a string.
     pub(super) escaped: bool,
-    /// The position of the last bracket, or comma inside brackets, outside of strings.
+    /// The position of the last bracket or separating comma outside of strings.
     pub(super) mark: usize,
 }
 
@@ -20,7 +20,7 @@ pub(super) struct Scanner {
 pub(super) enum Stop {
     /// The text ends first.
     Open,
-    /// Its last bracket has closed.
+    /// The outermost bracket of the value has closed.
     Closed,
     /// At this delimiter, which is not part of the value.
     At(u8),
