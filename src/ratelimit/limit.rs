@@ -8,7 +8,7 @@
 use super::adaptive::burst::Unread;
 use super::adaptive::contention::OwnUse;
 use super::adaptive::deferred::DeferredCharges;
-use super::adaptive::{LimitPolicies, LimitRefusal, Policy, PolicySet, Reading, headers};
+use super::adaptive::{LimitPolicies, LimitRefusal, PolicySet, Reading, headers};
 use super::bucket::{Bucket, Nanos, Rate, nanos};
 use crate::usage::Quota;
 
@@ -218,7 +218,6 @@ impl Limit {
         let clock = self.clock_at(now);
         let mut ready_at = self.bucket.ready_at(clock, cost.least());
         if cost.deferred > 0
-            && self.policies.has(Policy::DeferredForecast)
             && let Some(expected) = self.deferred.expected_with(cost.deferred)
         {
             let expected = self.rate().time_for(expected.saturating_add(cost.upfront));

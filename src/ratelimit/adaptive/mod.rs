@@ -48,13 +48,11 @@ pub enum Policy {
     OverloadTolerance,
     /// Reductions that do not lower the share of refusals are taken back.
     NoiseDetection,
-    /// Calls whose answers are charged at their end start ahead of the charge.
-    DeferredForecast,
 }
 
 impl Policy {
     /// All policies.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 12] = [
         Self::RateControl,
         Self::MeasuredThroughput,
         Self::AdvertisedTarget,
@@ -67,7 +65,6 @@ impl Policy {
         Self::ThrottledConcurrency,
         Self::OverloadTolerance,
         Self::NoiseDetection,
-        Self::DeferredForecast,
     ];
 }
 
@@ -196,11 +193,6 @@ impl LimitPolicies {
             contention: ContentionDetector::default(),
             controller,
         }
-    }
-
-    /// Whether a policy is switched on.
-    pub(super) fn has(&self, policy: Policy) -> bool {
-        self.enabled.has(policy)
     }
 
     /// The factor by which the rate is multiplied now.
