@@ -87,10 +87,14 @@ impl Account {
         state.level -= 1.0;
         state.seen.admitted += 1;
         let remaining = state.level.floor().to_string();
+        let used = capacity(per_minute, self.terms.burst) - state.level;
+        let reset = (used * 60_000.0 / per_minute as f64).ceil();
+        let reset = format!("{reset}ms");
         let headers = [
             ("content-type", "application/json"),
             ("x-ratelimit-limit-requests", &*limit),
             ("x-ratelimit-remaining-requests", &*remaining),
+            ("x-ratelimit-reset-requests", &*reset),
         ];
         let begun = Script::new().then(Act::Wait(self.terms.latency));
         match state.fault(&self.terms) {
