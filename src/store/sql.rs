@@ -217,6 +217,45 @@ pub(super) fn write_error(error: &Error) -> String {
     serde_json::to_string(error).unwrap_or_default()
 }
 
+/// The columns of an item, in the order in which [`decode`] reads them.
+macro_rules! item_columns {
+    () => {
+        "id, run_id, seq, key, tenant, status, epoch, attempt, max_attempts, input, output, error, \
+         priority, handling"
+    };
+}
+pub(super) use item_columns;
+
+/// A query with the columns that [`decode`] reads, in its order, of the rows that `$rest` selects.
+macro_rules! select {
+    (runs $rest:literal) => {
+        concat!(
+            "SELECT id, tenant, name, status, spec, total, completed, failed, cancelled, log_seq, \
+             error, created_at, ended_at FROM runs ",
+            $rest
+        )
+    };
+    (items $rest:literal) => {
+        concat!(
+            "SELECT ",
+            $crate::store::sql::item_columns!(),
+            " FROM items ",
+            $rest
+        )
+    };
+    (log $rest:literal) => {
+        concat!("SELECT seq, kind, data, at FROM run_log ", $rest)
+    };
+    (generations $rest:literal) => {
+        concat!(
+            "SELECT memo_key, request_digest, body, input_tokens, output_tokens, \
+             cached_input_tokens, reasoning_tokens, cost_micros FROM generations ",
+            $rest
+        )
+    };
+}
+pub(super) use select;
+
 /// Defines functions that read records from rows of type `$row`. `$small` is the type of columns with small numbers.
 macro_rules! decode {
     ($row:ty, $small:ty) => {

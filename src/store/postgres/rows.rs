@@ -3,7 +3,7 @@
 
 use sqlx::postgres::PgRow;
 
-use crate::store::sql::{decode, kind_of_lost_lease};
+use crate::store::sql::{decode, item_columns, kind_of_lost_lease, select};
 
 decode!(PgRow, i32);
 
@@ -11,20 +11,6 @@ decode!(PgRow, i32);
 macro_rules! now {
     () => {
         "(extract(epoch FROM now()) * 1000)::bigint"
-    };
-}
-
-macro_rules! run {
-    () => {
-        "id, tenant, name, status, spec, total, completed, failed, cancelled, log_seq, error, \
-         created_at, ended_at"
-    };
-}
-
-macro_rules! item {
-    () => {
-        "id, run_id, seq, key, tenant, status, epoch, attempt, max_attempts, input, output, error, \
-         priority, handling"
     };
 }
 
@@ -107,45 +93,26 @@ pub(super) const ADD_ITEMS: &str = "
 pub(super) const RUN_OF_KEY: &str =
     "SELECT id FROM runs WHERE tenant = $1 AND idempotency_key = $2";
 
-pub(super) const RUN_BY_ID: &str = concat!("SELECT ", run!(), " FROM runs WHERE id = $1");
+pub(super) const RUN_BY_ID: &str = select!(runs "WHERE id = $1");
 
-pub(super) const RUNS: &str = concat!(
-    "SELECT ",
-    run!(),
-    " FROM runs WHERE id < $1 ORDER BY id DESC LIMIT $2"
-);
+pub(super) const RUNS: &str = select!(runs "WHERE id < $1 ORDER BY id DESC LIMIT $2");
 
-pub(super) const RUNS_OF_TENANT: &str = concat!(
-    "SELECT ",
-    run!(),
-    " FROM runs WHERE id < $1 AND tenant = $3 ORDER BY id DESC LIMIT $2"
-);
+pub(super) const RUNS_OF_TENANT: &str =
+    select!(runs "WHERE id < $1 AND tenant = $3 ORDER BY id DESC LIMIT $2");
 
-pub(super) const RUNS_OF_STATUS: &str = concat!(
-    "SELECT ",
-    run!(),
-    " FROM runs WHERE id < $1 AND status = $3 ORDER BY id DESC LIMIT $2"
-);
+pub(super) const RUNS_OF_STATUS: &str =
+    select!(runs "WHERE id < $1 AND status = $3 ORDER BY id DESC LIMIT $2");
 
-pub(super) const RUNS_OF_BOTH: &str = concat!(
-    "SELECT ",
-    run!(),
-    " FROM runs WHERE id < $1 AND tenant = $3 AND status = $4 ORDER BY id DESC LIMIT $2"
-);
+pub(super) const RUNS_OF_BOTH: &str =
+    select!(runs "WHERE id < $1 AND tenant = $3 AND status = $4 ORDER BY id DESC LIMIT $2");
 
-pub(super) const ITEMS: &str = concat!(
-    "SELECT ",
-    item!(),
-    " FROM items WHERE run_id = $1 AND seq >= $2 ORDER BY seq LIMIT $3"
-);
+pub(super) const ITEMS: &str =
+    select!(items "WHERE run_id = $1 AND seq >= $2 ORDER BY seq LIMIT $3");
 
-pub(super) const LOG: &str =
-    "SELECT seq, kind, data, at FROM run_log WHERE run_id = $1 AND seq > $2 ORDER BY seq LIMIT $3";
+pub(super) const LOG: &str = select!(log "WHERE run_id = $1 AND seq > $2 ORDER BY seq LIMIT $3");
 
-pub(super) const GENERATIONS: &str = "
-    SELECT memo_key, request_digest, body, input_tokens, output_tokens, cached_input_tokens,
-        reasoning_tokens, cost_micros
-    FROM generations WHERE tenant = $1 AND memo_key = ANY ($2::bytea[])";
+pub(super) const GENERATIONS: &str =
+    select!(generations "WHERE tenant = $1 AND memo_key = ANY ($2::bytea[])");
 
 /// Writes a commit. The items are fenced by their epoch. The condition on the status is written so that no index matches
 /// it, because with an index on the status the planner might read all items in process.
@@ -368,7 +335,7 @@ pub(super) const CLAIM: &str = concat!(
     now!(),
     " FROM started)
     SELECT ",
-    item!(),
+    item_columns!(),
     " FROM taken"
 );
 

@@ -4,34 +4,29 @@
 
 use sqlx::sqlite::SqliteRow;
 
-use crate::store::sql::{decode, kind_of_lost_lease};
+use crate::store::sql::{decode, item_columns, kind_of_lost_lease, select};
 
 decode!(SqliteRow, i64);
 
-pub(super) const RUN_BY_ID: &str = "SELECT id, tenant, name, status, spec, total, completed, failed, \
-    cancelled, log_seq, error, created_at, ended_at FROM runs WHERE id = ?1";
+pub(super) const RUN_BY_ID: &str = select!(runs "WHERE id = ?1");
 
-pub(super) const RUNS: &str = "SELECT id, tenant, name, status, spec, total, completed, failed, \
-    cancelled, log_seq, error, created_at, ended_at FROM runs WHERE id < ?1 ORDER BY id DESC LIMIT ?2";
+pub(super) const RUNS: &str = select!(runs "WHERE id < ?1 ORDER BY id DESC LIMIT ?2");
 
-pub(super) const RUNS_OF_TENANT: &str = "SELECT id, tenant, name, status, spec, total, completed, \
-    failed, cancelled, log_seq, error, created_at, ended_at FROM runs \
-    WHERE id < ?1 AND tenant = ?3 AND (?4 IS NULL OR status = ?4) ORDER BY id DESC LIMIT ?2";
+pub(super) const RUNS_OF_TENANT: &str = select!(
+    runs "WHERE id < ?1 AND tenant = ?3 AND (?4 IS NULL OR status = ?4) ORDER BY id DESC LIMIT ?2"
+);
 
-pub(super) const RUNS_OF_STATUS: &str = "SELECT id, tenant, name, status, spec, total, completed, \
-    failed, cancelled, log_seq, error, created_at, ended_at FROM runs \
-    WHERE id < ?1 AND status = ?4 ORDER BY id DESC LIMIT ?2";
+pub(super) const RUNS_OF_STATUS: &str =
+    select!(runs "WHERE id < ?1 AND status = ?4 ORDER BY id DESC LIMIT ?2");
 
-pub(super) const ITEMS: &str = "SELECT id, run_id, seq, key, tenant, status, epoch, attempt, \
-    max_attempts, input, output, error, priority, handling FROM items \
-    WHERE run_id = ?1 AND seq >= ?2 ORDER BY seq LIMIT ?3";
+pub(super) const ITEMS: &str =
+    select!(items "WHERE run_id = ?1 AND seq >= ?2 ORDER BY seq LIMIT ?3");
 
-pub(super) const LOG: &str = "SELECT seq, kind, data, at FROM run_log \
-    WHERE run_id = ?1 AND seq > ?2 ORDER BY seq LIMIT ?3";
+pub(super) const LOG: &str = select!(log "WHERE run_id = ?1 AND seq > ?2 ORDER BY seq LIMIT ?3");
 
-pub(super) const GENERATIONS: &str = "SELECT memo_key, request_digest, body, input_tokens, \
-    output_tokens, cached_input_tokens, reasoning_tokens, cost_micros FROM generations \
-    WHERE tenant = ?1 AND memo_key IN (SELECT unhex(value) FROM json_each(?2))";
+pub(super) const GENERATIONS: &str = select!(
+    generations "WHERE tenant = ?1 AND memo_key IN (SELECT unhex(value) FROM json_each(?2))"
+);
 
 pub(super) const PUT_INTENTS: &str = "INSERT INTO intents (item_id, attempt, memo_key, v, \
     provider_ref, started_at) \
@@ -68,7 +63,8 @@ pub(super) const LIVE: &str = "SELECT 1 FROM leases WHERE id = ?1 AND expires_at
 
 /// Finds the tenants with items to claim one by one, with one index lookup for each pipeline (`?4`), then the part of each
 /// tenant, and of all parts the first `?2` items in the order of dealing.
-pub(super) const CLAIM: &str = "\
+pub(super) const CLAIM: &str = concat!(
+    "\
 UPDATE items NOT INDEXED SET status = 'processing', lease_id = ?1, epoch = epoch + 1, attempt = attempt + 1 \
 WHERE id IN ( \
     WITH RECURSIVE \
@@ -103,8 +99,9 @@ WHERE id IN ( \
             AND pipeline = name AND handling = ?5 \
             AND tenant = t.tenant ORDER BY priority, id LIMIT (SELECT size FROM part))) \
     SELECT id FROM parts WHERE rank <= (SELECT size FROM part) ORDER BY rank, turn LIMIT ?2) \
-RETURNING id, run_id, seq, key, tenant, status, epoch, attempt, max_attempts, input, output, error, \
-    priority, handling";
+RETURNING ",
+    item_columns!()
+);
 
 pub(super) const SUSPECTS: &str = "SELECT EXISTS (SELECT 1 FROM json_each(?1) AS n CROSS JOIN items AS i \
     INDEXED BY items_ready ON i.pipeline = n.value AND i.handling IN (1, 2, 3) \
