@@ -20,7 +20,7 @@ use crate::ratelimit::bucket::{Nanos, nanos};
 use crate::ratelimit::pace::Pace;
 use crate::ratelimit::queue::WaiterKey;
 use crate::ratelimit::scheduler::{Admission, GrantId, Scheduler, Wakeups};
-use crate::ratelimit::types::{CallOutcome, Charge, LaneSnapshot, Need, QueuePosition};
+use crate::ratelimit::types::{CallOutcome, LaneSnapshot, Need, QueuePosition};
 use crate::request::RateSnapshot;
 use crate::sync::Mutex;
 
@@ -168,9 +168,8 @@ impl Lane {
 
     /// Returns a permit if one is available at once and no other call waits for it.
     pub fn try_acquire(&self, need: &Need) -> Option<Permit> {
-        let charge = Charge::from(need);
         self.shared.step(|scheduler, now, _| {
-            let grant = scheduler.try_enter(now, charge)?;
+            let grant = scheduler.try_enter(now, need)?;
             let position = need.position.unwrap_or_else(|| scheduler.next_position());
             Some(self.permit(grant, position))
         })

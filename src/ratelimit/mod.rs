@@ -5,8 +5,8 @@
 //! - `bucket`: a token bucket (GCRA) as arithmetic over time;
 //! - `adaptive`: what is learned of the limits of a provider;
 //! - `limit`, `limits`: one limit with its clock, and all limits of a lane, taken at once or not at all;
-//! - `concurrency`, `cooldown`, `queue`, `offers`: the calls in flight, the wait after a refusal, the callers that
-//!   wait, and the grants that they have not collected yet;
+//! - `concurrency`, `cooldown`, `queue`, `offers`, `tenants`: the calls in flight, the wait after a refusal, the callers
+//!   that wait, the grants that they have not collected yet, and the rates of tenants;
 //! - `scheduler`: the state machine of all of them, with time as an argument;
 //! - `lane`: the asynchronous handle, with the clock, the lock, the wakers and the timers.
 
@@ -23,6 +23,7 @@ mod pace;
 mod properties;
 mod queue;
 mod scheduler;
+mod tenants;
 mod types;
 
 #[doc(hidden)]

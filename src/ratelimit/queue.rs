@@ -7,11 +7,15 @@
 //!
 //! A tenant is known by its name. When its calls name different weights, the weight of the call
 //! that joined the queue last holds.
+//!
+//! A flow whose tenant has used up its rate is parked until a time: others pass, and when it comes back it is as one that was
+//! idle.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::hash::{BuildHasherDefault, Hasher};
 use std::ops::Bound;
 
+use crate::ratelimit::bucket::Nanos;
 use crate::ratelimit::types::{Charge, Priority, QueueKey, QueuePosition, Tenant, TenantId};
 
 /// A map by small keys of our own: SipHash would take longer than the rest of a lookup.
@@ -77,6 +81,7 @@ struct Flow {
     waiting: usize,
     /// The flow with the lowest is served next.
     virtual_time: VirtualTime,
+    parked_until: Option<Nanos>,
 }
 
 /// The calls of one priority.
@@ -85,8 +90,19 @@ struct Class {
     virtual_time: VirtualTime,
     /// The virtual time of the flow that was served last: a flow that was idle starts there.
     front: VirtualTime,
-    /// The flows with waiters, by virtual time.
+    /// The flows with waiters that are not parked, by virtual time.
     flows: BTreeSet<(VirtualTime, u32)>,
+}
+
+impl Class {
+    /// Adds a flow that was idle or parked.
+    fn add(&mut self, id: u32, flow: &mut Flow, front: VirtualTime) {
+        if self.flows.is_empty() {
+            self.virtual_time = self.virtual_time.max(front);
+        }
+        flow.virtual_time = flow.virtual_time.max(self.front);
+        self.flows.insert((flow.virtual_time, id));
+    }
 }
 
 #[derive(Debug)]
@@ -101,6 +117,8 @@ pub(super) struct Queue<W> {
     sweep_at: usize,
     classes: [Class; Priority::ALL.len()],
     front: VirtualTime,
+    /// The flows that are parked, by the end of that.
+    parked: BTreeSet<(Nanos, u32)>,
 }
 
 impl<W> Queue<W> {
@@ -113,6 +131,7 @@ impl<W> Queue<W> {
             sweep_at: 64,
             classes: Default::default(),
             front: 0,
+            parked: BTreeSet::new(),
         }
     }
 
@@ -122,6 +141,64 @@ impl<W> Queue<W> {
 
     pub(super) fn is_empty(&self) -> bool {
         self.waiters.is_empty()
+    }
+
+    /// Whether a call waits that is not parked.
+    pub(super) fn has_head(&self) -> bool {
+        !self.waiters.is_empty() && self.classes.iter().any(|class| !class.flows.is_empty())
+    }
+
+    /// Whether a call of that priority and tenant waits.
+    pub(super) fn has(&self, priority: Priority, tenant: Option<TenantId>) -> bool {
+        let flow = self.ids.get(&(priority, tenant));
+        let flow = flow.and_then(|id| self.flows.get(id));
+        flow.is_some_and(|flow| flow.waiting > 0)
+    }
+
+    pub(super) fn tenant(&self, key: WaiterKey) -> Option<TenantId> {
+        self.flows.get(&key.flow)?.who.tenant.map(Tenant::id)
+    }
+
+    /// Passes over the calls of the priority and tenant of `key` until a time, or until one of them comes or goes.
+    pub(super) fn park(&mut self, key: WaiterKey, until: Nanos) {
+        if let Some(flow) = self.flows.get_mut(&key.flow) {
+            let class = &mut self.classes[flow.who.priority as usize];
+            if class.flows.remove(&(flow.virtual_time, key.flow)) {
+                flow.parked_until = Some(until);
+                self.parked.insert((until, key.flow));
+            }
+        }
+    }
+
+    fn unpark(&mut self, id: u32) {
+        if let Some(flow) = self.flows.get_mut(&id)
+            && let Some(until) = flow.parked_until.take()
+        {
+            self.parked.remove(&(until, id));
+            let class = &mut self.classes[flow.who.priority as usize];
+            class.add(id, flow, self.front);
+        }
+    }
+
+    /// Looks at the calls of a tenant again, because its limits have changed.
+    pub(super) fn unpark_tenant(&mut self, tenant: TenantId) {
+        for priority in Priority::ALL {
+            if let Some(id) = self.ids.get(&(priority, Some(tenant))) {
+                self.unpark(*id);
+            }
+        }
+    }
+
+    /// Looks again at the calls that were parked until now.
+    pub(super) fn unpark_until(&mut self, now: Nanos) {
+        while let Some((_, id)) = self.parked.first().filter(|(until, _)| *until <= now) {
+            self.unpark(*id);
+        }
+    }
+
+    /// Returns the end of the time for which the next calls are parked.
+    pub(super) fn parked_until(&self) -> Option<Nanos> {
+        self.parked.first().map(|(until, _)| *until)
     }
 
     pub(super) fn push(
@@ -137,12 +214,10 @@ impl<W> Queue<W> {
         flow.who = who;
         flow.waiting += 1;
         if flow.waiting == 1 {
-            let class = &mut self.classes[who.priority as usize];
-            if class.flows.is_empty() {
-                class.virtual_time = class.virtual_time.max(self.front);
-            }
-            flow.virtual_time = flow.virtual_time.max(class.front);
-            class.flows.insert((flow.virtual_time, id));
+            self.classes[who.priority as usize].add(id, flow, self.front);
+        } else if flow.parked_until.is_some() {
+            // It may be before the others.
+            self.unpark(id);
         }
         let key = WaiterKey {
             flow: id,
@@ -195,7 +270,9 @@ impl<W> Queue<W> {
         }
         for flow in self.flows.values_mut() {
             flow.waiting = 0;
+            flow.parked_until = None;
         }
+        self.parked.clear();
         std::mem::take(&mut self.waiters).into_values()
     }
 
@@ -211,6 +288,9 @@ impl<W> Queue<W> {
 
     fn take(&mut self, key: WaiterKey, cost: Option<u64>) -> Option<Waiter<W>> {
         let waiter = self.waiters.remove(&key)?;
+        if !self.parked.is_empty() {
+            self.unpark(key.flow);
+        }
         let flow = self.flows.get_mut(&key.flow)?;
         let class = &mut self.classes[flow.who.priority as usize];
         class.flows.remove(&(flow.virtual_time, key.flow));
@@ -269,6 +349,7 @@ impl<W> Queue<W> {
             who,
             waiting: 0,
             virtual_time: 0,
+            parked_until: None,
         };
         self.flows.insert(id, flow);
         id

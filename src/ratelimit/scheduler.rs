@@ -20,7 +20,10 @@ use crate::ratelimit::limits::{Grant, LimitSet};
 use crate::ratelimit::offers::Offers;
 use crate::ratelimit::pace::Pace;
 use crate::ratelimit::queue::{Queue, WaiterKey};
-use crate::ratelimit::types::{Binding, CallOutcome, Charge, LaneSnapshot, Need, QueuePosition};
+use crate::ratelimit::tenants::TenantLimits;
+use crate::ratelimit::types::{
+    Binding, CallOutcome, Charge, LaneSnapshot, Need, Priority, QueuePosition, Tenant, TenantId,
+};
 use crate::request::RateSnapshot;
 
 /// The number of calls behind the head that are examined for one that may pass it.
@@ -42,6 +45,8 @@ struct Call {
     grant: Grant,
     /// The headers of its reply, where a part of its charge is not in the level yet.
     headers: Option<Box<RateSnapshot>>,
+    /// Its tenant, where that has rates of its own.
+    tenant: Option<TenantId>,
 }
 
 /// The answer to a caller that arrives, or that waits and looks again.
@@ -154,6 +159,7 @@ pub(super) struct Scheduler<W> {
     /// The refusals by a rate limit that nothing explains.
     throttles: RefusalMonitor,
     queue: Queue<W>,
+    tenants: TenantLimits,
     /// Granted out of the queue and not yet collected.
     offers: Offers<(WaiterKey, GrantId)>,
     /// When the caller that is next can go, unless that depends on a call in flight.
@@ -185,6 +191,7 @@ impl<W: Clone> Scheduler<W> {
             overloads: RefusalMonitor::of_overload(),
             throttles: RefusalMonitor::of_rate(),
             queue: Queue::new(),
+            tenants: TenantLimits::new(),
             offers: Offers::new(),
             head_ready_at: None,
             stop: None,
@@ -206,22 +213,60 @@ impl<W: Clone> Scheduler<W> {
         QueuePosition(self.next_place)
     }
 
-    /// Grants `charge` now if no call waits and all limits have room for it.
-    pub(super) fn try_enter(&mut self, now: Nanos, charge: Charge) -> Option<GrantId> {
+    /// Grants a call now if none waits that it would pass, and all limits have room for it.
+    pub(super) fn try_enter(&mut self, now: Nanos, need: &Need) -> Option<GrantId> {
         self.end_timed_stop(now);
-        if self.stop.is_some() || !self.queue.is_empty() {
+        if self.stop.is_some() {
+            return None;
+        }
+        let charge = Charge::from(need);
+        let tenant = self.announce(now, need.who.tenant);
+        if !self.queue.is_empty() && self.would_pass(now, need) {
             return None;
         }
         self.advance(now);
-        if self.obstacle(now, charge).is_some() {
+        let obstructed = |lane: &Self| {
+            tenant.is_some_and(|id| lane.tenants.ready_at(now, id, charge) > now)
+                || lane.obstacle(now, charge).is_some()
+        };
+        if obstructed(self) {
             // While no caller waits, nothing else takes back what was not collected.
-            let expired = self.expire(now);
-            if !expired || self.obstacle(now, charge).is_some() {
+            let expired = self.queue.is_empty() && self.expire(now);
+            if !expired || obstructed(self) {
                 return None;
             }
         }
         self.limits.resize(now);
-        Some(self.grant(now, charge))
+        Some(self.grant(now, charge, tenant))
+    }
+
+    /// Keeps the rates that a call names for its tenant. Returns the tenant if any tenant has rates.
+    fn announce(&mut self, now: Nanos, tenant: Option<Tenant>) -> Option<TenantId> {
+        let tenant = tenant?;
+        let queue = &self.queue;
+        let waits = |id| Priority::ALL.iter().any(|it| queue.has(*it, Some(id)));
+        if self.tenants.announce(now, tenant, self.granted, waits) {
+            self.look_again(now, tenant.id());
+        }
+        (!self.tenants.is_empty()).then(|| tenant.id())
+    }
+
+    /// Lets the timers look at the calls of a tenant again, because its limits have more room.
+    fn look_again(&mut self, now: Nanos, tenant: TenantId) {
+        self.queue.unpark_tenant(tenant);
+        if self.queue.has_head() {
+            self.head_ready_at = Some(self.head_ready_at.map_or(now, |at| at.min(now)));
+        }
+    }
+
+    /// Whether a call that arrives would pass others in the queue. It may pass those that only wait for the rate of
+    /// another tenant.
+    fn would_pass(&self, now: Nanos, need: &Need) -> bool {
+        self.queue.has_head()
+            || self.queue.parked_until().is_some_and(|until| until <= now)
+            || self
+                .queue
+                .has(need.who.priority, need.who.tenant.map(Tenant::id))
     }
 
     /// Grants a call, or queues it with a clone of its waker. A caller in the queue must
@@ -235,7 +280,7 @@ impl<W: Clone> Scheduler<W> {
         wakeups: &mut Wakeups<W>,
     ) -> Admission {
         let charge = Charge::from(need);
-        if let Some(grant) = self.try_enter(now, charge) {
+        if let Some(grant) = self.try_enter(now, need) {
             return Admission::Granted(grant);
         }
         if let Some(stop) = &self.stop {
@@ -245,7 +290,7 @@ impl<W: Clone> Scheduler<W> {
         let waker = waker.clone();
         self.advance(now);
         self.limits.expect(charge);
-        if self.queue.is_empty() {
+        if !self.queue.has_head() {
             self.limits.resize(now);
         }
         let position = need.position.unwrap_or_else(|| self.next_position());
@@ -280,6 +325,12 @@ impl<W: Clone> Scheduler<W> {
             let waker = waker.clone();
             self.advance(now);
             let charge = Charge::from(need);
+            if let Some(tenant) = need.who.tenant
+                && !self.tenants.has(tenant.id())
+            {
+                // It was forgotten meanwhile.
+                self.announce(now, Some(tenant));
+            }
             let key = self.queue.push(need.who, key.position, key.ticket, charge);
             return self.look(now, key, waker, wakeups);
         }
@@ -321,6 +372,7 @@ impl<W: Clone> Scheduler<W> {
                 if let Some((_, grant)) = offer {
                     let call = self.release(grant.0);
                     self.limits.refund(now, &call.grant);
+                    self.end_of_tenant(now, &call, CallOutcome::NotSent);
                 }
                 Admission::Stopped(
                     why.expect("a waiter is in the queue, has its grant, or was stopped"),
@@ -364,9 +416,13 @@ impl<W: Clone> Scheduler<W> {
 
     /// Wakes the caller that is next.
     pub(super) fn wake_head(&mut self, wakeups: &mut Wakeups<W>) {
-        if let Some((head, _)) = self.queue.head() {
-            let waiter = self.queue.get_mut(head);
-            wakeups.wake(waiter.and_then(|waiter| waiter.waker.take()));
+        match self.queue.head() {
+            Some((head, _)) => {
+                let waiter = self.queue.get_mut(head);
+                wakeups.wake(waiter.and_then(|waiter| waiter.waker.take()));
+            }
+            // All wait for the rate of their tenant.
+            None => self.wake_all(wakeups),
         }
     }
 
@@ -390,10 +446,17 @@ impl<W: Clone> Scheduler<W> {
     }
 
     fn take_back(&mut self, now: Nanos, (key, id): (WaiterKey, GrantId)) {
-        let Call { grant, .. } = self.release(id.0);
-        self.limits.refund(now, &grant);
-        self.queue.release(key, self.limits.time_of(grant.charge));
+        let call = self.release(id.0);
+        self.limits.refund(now, &call.grant);
+        self.end_of_tenant(now, &call, CallOutcome::NotSent);
+        self.queue
+            .release(key, self.limits.time_of(call.grant.charge));
         self.taken_back += 1;
+    }
+
+    #[cfg(test)]
+    pub(super) fn capped_tenants(&self) -> usize {
+        self.tenants.len()
     }
 
     /// When a call was let through.
@@ -480,6 +543,14 @@ impl<W: Clone> Scheduler<W> {
         self.concurrency.release(slot)
     }
 
+    /// Settles a call that was released with the rates of its tenant.
+    fn end_of_tenant(&mut self, now: Nanos, call: &Call, outcome: CallOutcome) {
+        if let Some(tenant) = call.tenant {
+            self.tenants.end(now, tenant, &call.grant, outcome);
+            self.look_again(now, tenant);
+        }
+    }
+
     pub(super) fn stopped(&mut self, now: Nanos) -> Option<&Error> {
         self.end_timed_stop(now);
         self.stop.as_ref().map(|stop| &stop.why)
@@ -499,7 +570,11 @@ impl<W: Clone> Scheduler<W> {
                 // Its time has come, and a timer is about to notice.
                 None => (Binding::Nothing, Some(Duration::ZERO)),
             },
-            None if !cooldown.is_zero() => (Binding::Cooldown, None),
+            None if !cooldown.is_zero() && self.queue.is_empty() => (Binding::Cooldown, None),
+            None if !self.queue.is_empty() => {
+                let until = self.queue.parked_until();
+                (Binding::TenantRate, until.map(from_now))
+            }
             None => (Binding::Nothing, None),
         };
         LaneSnapshot {
@@ -525,7 +600,7 @@ impl<W: Clone> Scheduler<W> {
     /// Passes the time until `now`. The factor of a limit recovers only while a call waits
     /// that has a slot.
     fn advance(&mut self, now: Nanos) {
-        let waited = !self.queue.is_empty();
+        let waited = self.queue.has_head();
         let concurrency = self.concurrency.free() == 0;
         self.limits.advance(now, waited && !concurrency);
         let cooled_down_at = self.cooldown.until();
@@ -567,8 +642,9 @@ impl<W: Clone> Scheduler<W> {
         (until != Some(now)).then_some(Obstacle { binding, until })
     }
 
-    fn grant(&mut self, now: Nanos, charge: Charge) -> GrantId {
+    fn grant(&mut self, now: Nanos, charge: Charge, tenant: Option<TenantId>) -> GrantId {
         let order = self.granted;
+        let tenant = tenant.and_then(|id| self.tenants.take(now, id, charge));
         let levels = self.limits.take(now, charge, order);
         self.throughput.record(now);
         self.granted += 1;
@@ -581,7 +657,11 @@ impl<W: Clone> Scheduler<W> {
             throttled: None,
         };
         let headers = None;
-        let slot = self.concurrency.take(Call { grant, headers });
+        let slot = self.concurrency.take(Call {
+            grant,
+            headers,
+            tenant,
+        });
         if let Some(probing) = &mut self.probing {
             probing.slot = Some((slot, now.saturating_add(LONGEST_PROBE)));
         }
@@ -595,8 +675,24 @@ impl<W: Clone> Scheduler<W> {
 
     /// Returns when the next call can go: `None` if that depends on a call in flight.
     fn grant_all(&mut self, now: Nanos, wakeups: &mut Wakeups<W>) -> Option<Nanos> {
+        self.queue.unpark_until(now);
+        let head_ready_at = self.grant_heads(now, wakeups);
+        head_ready_at
+            .into_iter()
+            .chain(self.queue.parked_until())
+            .min()
+    }
+
+    fn grant_heads(&mut self, now: Nanos, wakeups: &mut Wakeups<W>) -> Option<Nanos> {
         loop {
             let (head, charge) = self.queue.head()?;
+            if let Some(tenant) = self.capped_tenant(head) {
+                let ready_at = self.tenants.ready_at(now, tenant, charge);
+                if ready_at > now {
+                    self.queue.park(head, ready_at);
+                    continue;
+                }
+            }
             match self.obstacle(now, charge) {
                 None => {
                     self.let_through(now, head, charge, wakeups);
@@ -611,6 +707,14 @@ impl<W: Clone> Scheduler<W> {
         }
     }
 
+    /// Returns the tenant of a waiter, if any tenant has rates.
+    fn capped_tenant(&self, key: WaiterKey) -> Option<TenantId> {
+        match self.tenants.is_empty() {
+            true => None,
+            false => self.queue.tenant(key),
+        }
+    }
+
     fn let_through(
         &mut self,
         now: Nanos,
@@ -619,9 +723,10 @@ impl<W: Clone> Scheduler<W> {
         wakeups: &mut Wakeups<W>,
     ) {
         let cost = self.limits.time_of(charge);
+        let tenant = self.capped_tenant(key);
         let waiter = self.queue.serve(key, cost);
         wakeups.wake(waiter.and_then(|waiter| waiter.waker));
-        let grant = self.grant(now, charge);
+        let grant = self.grant(now, charge, tenant);
         self.offers.make(now, key.ticket, (key, grant));
     }
 
@@ -644,6 +749,15 @@ impl<W: Clone> Scheduler<W> {
             return None;
         }
         let mut behind = self.queue.behind(head).take(BACKFILL_WINDOW);
-        behind.find(|(_, first)| self.limits.leaves_room(now, *first, charge, until))
+        let of_head = self.capped_tenant(head);
+        // One of the same tenant would take of its rate too.
+        let tenant_allows = |key, first| match self.capped_tenant(key) {
+            None => true,
+            tenant if tenant == of_head => false,
+            Some(tenant) => self.tenants.ready_at(now, tenant, first) <= now,
+        };
+        behind.find(|(key, first)| {
+            tenant_allows(*key, *first) && self.limits.leaves_room(now, *first, charge, until)
+        })
     }
 }

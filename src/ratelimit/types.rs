@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::num::NonZeroU64;
 use std::time::Duration;
 
 use crate::request::Usage;
@@ -100,24 +101,38 @@ impl Priority {
     }
 }
 
-/// A tenant: calls that share a name, and a weight in the distribution of the lane among tenants.
+/// A tenant: calls that share a name, a weight in the distribution of the lane among tenants, and if it is to have them,
+/// rates of its own.
 ///
 /// A tenant with twice the weight gets twice as much of what is scarce, in requests or
 /// tokens; one that asks for a thousand times as much gets no more for it.
 ///
 /// The name alone says which tenant it is. When calls of one tenant name different weights,
-/// the weight of the call that joined the queue last holds for all of them.
+/// the weight of the call that joined the queue last holds for all of them; so do the rates of the call that came last.
+///
+/// A tenant that has used up its rate holds up no other: its calls wait, and those of others pass. Each
+/// [`Lane`](crate::ratelimit::Lane) keeps the rates by itself, so a tenant whose calls go to several deployments or
+/// processes has them in each.
 ///
 /// ```
 /// use throughline::ratelimit::{Need, Tenant};
 ///
-/// let need = Need::new(1_000, 200).tenant(Tenant::new("acme", 2));
+/// let acme = Tenant::new("acme", 2).requests_per_minute(60).tokens_per_minute(100_000);
+/// let need = Need::new(1_000, 200).tenant(acme);
 /// # let _ = need;
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Tenant {
     id: TenantId,
     weight: u32,
+    rates: TenantRates,
+}
+
+/// The rates of a tenant per minute, where it has its own.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+pub(super) struct TenantRates {
+    pub(super) requests: Option<NonZeroU64>,
+    pub(super) tokens: Option<NonZeroU64>,
 }
 
 /// A hash of the name of a tenant.
@@ -138,7 +153,47 @@ impl Tenant {
         Self {
             id: TenantId(hasher.finish()),
             weight,
+            rates: TenantRates::default(),
         }
+    }
+
+    /// Limits the requests of the tenant in a minute. One second of them, or one request, may go at once.
+    ///
+    /// # Panics
+    ///
+    /// If `requests` is zero: that tenant would never be served.
+    #[must_use]
+    #[track_caller]
+    pub fn requests_per_minute(mut self, requests: u64) -> Self {
+        let requests = NonZeroU64::new(requests);
+        assert!(
+            requests.is_some(),
+            "a tenant with zero requests per minute would never be served"
+        );
+        self.rates.requests = requests;
+        self
+    }
+
+    /// Limits the input and output tokens of the tenant in a minute. One second of them may go at once. A call that needs
+    /// more waits until none of that second is used, and then the tenant owes the rest.
+    ///
+    /// # Panics
+    ///
+    /// If `tokens` is zero: that tenant would never be served.
+    #[must_use]
+    #[track_caller]
+    pub fn tokens_per_minute(mut self, tokens: u64) -> Self {
+        let tokens = NonZeroU64::new(tokens);
+        assert!(
+            tokens.is_some(),
+            "a tenant with zero tokens per minute would never be served"
+        );
+        self.rates.tokens = tokens;
+        self
+    }
+
+    pub(super) fn rates(self) -> TenantRates {
+        self.rates
     }
 
     pub(super) fn id(self) -> TenantId {
@@ -270,6 +325,9 @@ pub enum Binding {
     Spacing,
     /// The limit on calls in flight.
     InFlight,
+    /// The rates of tenants ([`Tenant::requests_per_minute`], [`Tenant::tokens_per_minute`]): all calls that wait are of
+    /// tenants that have used up their own.
+    TenantRate,
     /// The provider refused a call, and the lane cools down.
     Cooldown,
     /// The retries of a context wait, because too many calls fail
@@ -292,6 +350,7 @@ impl Binding {
             Self::OutputTokens => "output tokens",
             Self::Spacing => "spacing",
             Self::InFlight => "calls in flight",
+            Self::TenantRate => "rate of the tenant",
             Self::Cooldown => "cooldown",
             Self::Budget => "retry budget",
             Self::Stopped => "stopped",

@@ -1,3 +1,4 @@
 //! A slow caller never stalls the others, and no caller starves.
 
+mod tenants;
 mod unpolled;

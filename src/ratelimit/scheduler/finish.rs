@@ -140,6 +140,7 @@ impl<W: Clone> Scheduler<W> {
             }
         }
         let call = self.release(id.0);
+        self.end_of_tenant(now, &call, outcome);
         let late = headers.filter(|_| settles_first);
         if let Some(headers) = late.or(call.headers.as_deref()) {
             events.extend(self.apply_headers(now, &grant, Charge::default(), headers));
