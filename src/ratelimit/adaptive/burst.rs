@@ -1,15 +1,12 @@
-//! [`StoredBurst`]: how much a provider has stored beyond its rate, by the headers of its replies or by a careful probe.
+//! [`StoredBurst`]: uses what a provider has stored beyond its rate, by the headers of its replies or by a careful probe.
 //!
-//! A bucket that refills evenly gives its capacity away: `remaining + reset · rate` is the same at every level, because
-//! `reset` is the time until it is full. In a fixed window the same sum changes, because `reset` falls for all callers
-//! alike. So two readings at different levels tell the two apart, and a window, in which the burst would be missing
-//! later, is left at the rate.
-//!
-//! The lane uses the stored burst in steps, as TCP does in its slow start (RFC 5681): each burst may be twice as large as the
-//! largest one that was answered. If there is a second limit, of which the headers say nothing, it refuses one step, and
-//! the lane does not believe the headers again. Where no headers tell a level, the lane tries three calls above the
-//! rate in each round trip, up to the burst of the limit.
+//! Where the readings are those of a [bucket](ProviderBucket), the lane uses the stored burst in steps, as TCP does in its
+//! slow start (RFC 5681): each burst may be twice as large as the largest one that was answered. If there is a second
+//! limit, of which the headers say nothing, it refuses one step, and the lane does not believe the headers again. A
+//! window, in which the burst would be missing later, is left at the rate. Where no headers tell a level, the lane
+//! tries three calls above the rate in each round trip, up to the burst of the limit.
 
+use super::provider_bucket::{ProviderBucket, Shape};
 use super::{LimitRefusal, Reading};
 use crate::ratelimit::bucket::Nanos;
 
@@ -17,16 +14,6 @@ use crate::ratelimit::bucket::Nanos;
 const FIRST_STEP: u64 = 3;
 /// The calls above the rate in each round trip where no headers tell a level: the most that are refused.
 const PROBE_STEP: u64 = 3;
-/// A bucket and its readings may differ by this part.
-const TOLERANCE: f64 = 0.25;
-const SECOND: Nanos = 1_000_000_000;
-/// Resets are given in milliseconds, and rounded in either direction; or else in whole seconds.
-const RESET_UNIT: f64 = 0.002;
-/// Some levels are rounded to thousands.
-const ROUND: u64 = 1_000;
-/// A contradiction counts as much as this many readings that agree.
-const CONTRADICTION: i32 = 4;
-const MOST_EVIDENCE: i32 = 8;
 /// Each refusal that the headers explain halves the part of their promise that is used, down to this, and each reply gives a
 /// little of it back.
 const LEAST_TRUST: f64 = 1.0 / 16.0;
@@ -35,35 +22,13 @@ const TRUST_REGAINED: f64 = 1.02;
 /// wants a share of the account. And only up to this multiple: it is another limit that the headers speak of.
 const RATES: std::ops::Range<f64> = 0.98..2.2;
 
-/// A level and the time until the limit is unused again.
-#[derive(Debug, Clone, Copy)]
-struct Sample {
-    now: Nanos,
-    left: u64,
-    reset: Nanos,
-}
-
-impl Sample {
-    fn reset_secs(self) -> f64 {
-        self.reset as f64 / 1e9
-    }
-}
-
 #[derive(Debug, Clone, Copy, Default)]
 pub(in crate::ratelimit) struct StoredBurst {
     /// Headers tell a level and a reset.
     is_read: bool,
-    /// The reading that the next ones are compared with.
-    sample: Option<Sample>,
-    /// Whether a reset was not of whole seconds, and a level not of thousands.
-    exact_resets: bool,
-    exact_levels: bool,
-    /// Above zero the readings are those of a bucket, below zero those of a window.
-    evidence: i32,
-    /// The rate of the provider in units per second, if the readings show it and the headers do not say it.
-    fitted: Option<f64>,
-    /// The time in which the whole bucket of the provider flows in, by the last reading.
-    capacity: Nanos,
+    bucket: ProviderBucket,
+    /// The time in which the whole bucket of the provider flows in; zero while it is not known to be one.
+    stored: Nanos,
     /// The most that may be used at once, if it is known.
     step: Nanos,
     /// The burst that is in use: what was taken, less what has flowed in since.
@@ -119,7 +84,7 @@ impl StoredBurst {
 
     /// The time in which everything that the provider stores flows in, if that is known.
     pub(in crate::ratelimit) fn stored(&self) -> Option<Nanos> {
-        (self.evidence > 0 && self.capacity > 0 && !self.refuted).then_some(self.capacity)
+        (self.stored > 0 && !self.refuted).then_some(self.stored)
     }
 
     /// Whether larger bursts than so far may be tried.
@@ -153,55 +118,40 @@ impl StoredBurst {
             self.proven = self.proven.max(self.peak);
         }
         self.is_read |= reading.reset.is_some();
-        let reset = reading.reset.filter(|_| !self.refuted);
-        // A debt does not show in the level, only in the reset.
-        let Some(reset) = reset.filter(|_| reading.left > 0) else {
-            return 0;
-        };
-        let sample = Sample {
-            now: reading.now,
-            left: reading.left,
-            reset,
-        };
-        let rate = reading.limit.map(|limit| limit.per_second());
-        self.exact_resets |= !sample.reset.is_multiple_of(SECOND);
-        self.exact_levels |= !sample.left.is_multiple_of(ROUND);
-        self.compare(sample, rate);
-        let Some(rate) = rate.or(self.fitted) else {
-            return 0;
-        };
-        if self.evidence < 0 {
-            // It is missing in the rest of the window.
-            (self.step, self.capacity) = (0, 0);
-            return -(std::mem::take(&mut self.undecided) as i64);
-        }
-        if !RATES.contains(&(reading.known.per_second() / rate)) {
-            (self.step, self.capacity) = (0, 0);
+        if self.refuted {
             return 0;
         }
-        let (left, capacity) = self.least(sample, rate);
-        let time = |units: f64| reading.known.time_for(units.max(0.0) as u64);
+        let Some(read) = self.bucket.read(reading) else {
+            return 0;
+        };
         let first = reading.call.saturating_mul(FIRST_STEP);
         let grown = self.proven.saturating_mul(2).max(first);
-        if self.evidence > 0 {
-            // Each reading is rounded down, so the largest is the nearest. If it falls for good, it has changed.
-            let capacity = time(capacity);
-            let changed = (capacity as f64) < self.capacity as f64 * (1.0 - TOLERANCE);
-            self.capacity = if changed {
-                capacity
-            } else {
-                self.capacity.max(capacity)
-            };
-            self.undecided = 0;
-            self.step = grown.min(self.capacity.max(first));
+        let time = |units: f64| reading.known.time_for(units.max(0.0) as u64);
+        match read.shape {
+            Shape::Window => {
+                (self.step, self.stored) = (0, 0);
+                // It is missing in the rest of the window.
+                return -(std::mem::take(&mut self.undecided) as i64);
+            }
+            _ if !RATES.contains(&(reading.known.per_second() / read.rate)) => {
+                (self.step, self.stored) = (0, 0);
+                return 0;
+            }
+            Shape::Bucket { capacity } => {
+                self.stored = time(capacity);
+                self.undecided = 0;
+                self.step = grown.min(self.stored.max(first));
+            }
+            Shape::Unclear => {}
         }
+        let unclear = read.shape == Shape::Unclear;
         let then = self.level_then(reading);
-        let Some(then) = then.filter(|_| self.evidence > 0 || untouched) else {
+        let Some(then) = then.filter(|_| untouched || !unclear) else {
             return 0;
         };
         // Others may use the same account, and read the same level.
         let kept = reading.known.time_for(reserve).max(reading.call);
-        let short = time(left).saturating_sub(kept);
+        let short = time(read.left).saturating_sub(kept);
         let short = short.saturating_sub(then.max(reading.level));
         let short = if reserve > 0 {
             short / 2
@@ -210,16 +160,16 @@ impl StoredBurst {
         };
         let in_use = self.used_now(reading.now).saturating_add(reading.level);
         // Until the readings are clear, no more than the burst that every limit has.
-        let most = match self.evidence {
-            0 => grown.min(reading.burst.max(first)),
-            _ => self.step,
+        let most = match unclear {
+            true => grown.min(reading.burst.max(first)),
+            false => self.step,
         };
         let raise = short.min(most.saturating_sub(in_use.max(self.undecided)));
         let raise = (raise as f64 * self.trust) as Nanos;
         if raise < reading.call {
             return 0;
         }
-        if self.evidence == 0 {
+        if unclear {
             self.undecided += raise;
             self.step = reading.level.saturating_add(raise);
         }
@@ -258,65 +208,12 @@ impl StoredBurst {
         most - reply.level
     }
 
-    /// Compares a reading with an earlier one: whether it looks like a bucket or like a window.
-    fn compare(&mut self, sample: Sample, rate: Option<f64>) {
-        let before = *self.sample.get_or_insert(sample);
-        // Otherwise a window may have ended in between.
-        let same_window = sample.now < before.now.saturating_add(before.reset);
-        let units = before.left as f64 - sample.left as f64;
-        let longer = sample.reset_secs() - before.reset_secs();
-        let Some(rate) = rate.or(self.fitted) else {
-            if longer.abs() > 2.0 * self.reset_unit() && units / longer > 0.0 {
-                self.fitted = Some(units / longer);
-                self.sample = Some(sample);
-            }
-            return;
-        };
-        let expected = units / rate;
-        let unit = self.reset_unit() + self.level_unit() / rate;
-        let agrees = (longer - expected).abs() <= TOLERANCE * expected.abs() + unit;
-        // The difference of one unit may be that of a fraction.
-        let clear =
-            units.abs() >= 2.0 * self.level_unit() && expected.abs() >= 2.0 * self.reset_unit();
-        let vote = match agrees {
-            true if longer * expected > 0.0 && (same_window || clear) => 1,
-            false if same_window && expected.abs() > 2.0 * unit => -CONTRADICTION,
-            _ if same_window => return,
-            _ => 0,
-        };
-        self.sample = Some(sample);
-        self.evidence = (self.evidence + vote).clamp(-MOST_EVIDENCE, MOST_EVIDENCE);
-    }
-
-    /// The units that are left and that the bucket holds, at least.
-    fn least(&self, sample: Sample, rate: f64) -> (f64, f64) {
-        if sample.reset == 0 {
-            return (sample.left as f64, sample.left as f64);
-        }
-        // A level of whole units is rounded down, and so the capacity, of whole units too, is the next one.
-        let left = sample.left as f64 - (self.level_unit() - 1.0);
-        let reset = sample.reset_secs() - self.reset_unit();
-        (left, (left + rate * reset.max(0.0)).ceil())
-    }
-
-    /// The seconds that the resets are rounded to.
-    fn reset_unit(&self) -> f64 {
-        if self.exact_resets { RESET_UNIT } else { 1.0 }
-    }
-
-    /// The units that the levels are rounded to.
-    fn level_unit(&self) -> f64 {
-        if self.exact_levels { 1.0 } else { ROUND as f64 }
-    }
-
-    /// Takes over from a limit that has changed that its burst was refuted.
+    /// Takes over from a limit that has changed whether its burst was refuted.
     pub(super) fn follow(&mut self, before: &Self) {
         self.refuted |= before.refuted;
         (self.last, self.before) = (before.last, before.last.order);
     }
-}
 
-impl StoredBurst {
     /// Returns whether the refusal was of a call that used a burst. It says nothing of the rate itself.
     pub(super) fn on_refusal(&mut self, refusal: &LimitRefusal) -> bool {
         // A burst of one call is the rate.
@@ -347,6 +244,8 @@ mod tests {
     use crate::ratelimit::bucket::Rate;
     use crate::ratelimit::limit::{Answered, Burst, Cost, Limit, Refused, Source};
     use crate::request::Quota;
+
+    const SECOND: Nanos = 1_000_000_000;
 
     /// How a provider enforces a limit.
     #[derive(Debug, Clone, Copy)]

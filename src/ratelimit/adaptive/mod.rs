@@ -12,6 +12,7 @@ pub(super) mod burst;
 pub(super) mod contention;
 pub(super) mod deferred;
 pub(super) mod headers;
+mod provider_bucket;
 pub(super) mod rate_controller;
 pub(super) mod refusals;
 
