@@ -15,7 +15,7 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use super::intake::{CutShort, Intake, yield_after};
-use super::open_items::OpenItems;
+use super::limit_report::LimitReport;
 use super::{Batch, Parallelism, ProgressFn};
 use crate::batch::Outcome;
 use crate::call::scope::{DuplicateKeys, Scope};
@@ -60,9 +60,9 @@ impl<T: Send, S: Stream<Item = T> + Send> Batch<Context, S> {
             self.on_progress,
         ));
 
-        let open_items = OpenItems::new(batch.clone(), parallelism, tracker.total);
-        let open_items = Arc::new(open_items);
-        let started = Arc::clone(&open_items);
+        let limit_report = LimitReport::new(batch.clone(), parallelism, tracker.total);
+        let limit_report = Arc::new(limit_report);
+        let started = Arc::clone(&limit_report);
         let inputs = Intake::new(self.inputs.boxed(), stop);
         let inputs = match window {
             Some(window) => inputs
@@ -128,7 +128,7 @@ impl<T: Send, S: Stream<Item = T> + Send> Batch<Context, S> {
                 })
                 .boxed(),
         };
-        outcomes.inspect(move |_| open_items.end()).boxed()
+        outcomes.inspect(move |_| limit_report.end()).boxed()
     }
 }
 

@@ -3,7 +3,7 @@
 mod engine;
 mod inputs;
 mod intake;
-mod open_items;
+mod limit_report;
 mod settled;
 
 use std::sync::Arc;

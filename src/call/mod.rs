@@ -1,5 +1,15 @@
 //! One request on its way to a provider and back.
 //!
+//! # Words
+//!
+//! - A *request* is one prompt of the caller. It ends with one reply or one error.
+//! - An *attempt* is one call to the provider for a request. Failed attempts are limited by [`Retry`].
+//! - A *refused attempt* was refused by the rate limit. It does not count against that limit.
+//!
+//! "A call" without further words is a request in [`Tally::calls`], `Event::CallFailed` and the log line "call failed". In
+//! `CallStarted`, `CallSucceeded`, `CallThrottled`, `CallRetried`, `call_timeout` and everything about permits, it is an
+//! attempt.
+//!
 //! # The layers of a call
 //!
 //! ```text
@@ -31,11 +41,13 @@
 //! | `failures` | the meaning of a failed call: for the request, for its deployment, for the account |
 //! | `deployments` | the deployments of a context and the choice between them |
 //! | `estimate`, `tiktoken` | the tokens that a call will need |
+//! | `delta_sender` | passes the pieces of a streamed reply on to the caller |
 //!
 //! The page on [`timeouts`](crate::timeouts) lists every timeout of these layers.
 
 mod admit;
 mod attempt;
+mod delta_sender;
 mod deployments;
 mod entry;
 mod estimate;
@@ -45,7 +57,6 @@ mod retry;
 mod retry_budget;
 mod retry_policy;
 pub(crate) mod scope;
-mod stream;
 #[cfg(feature = "tiktoken")]
 mod tiktoken;
 
@@ -55,6 +66,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+pub(crate) use self::delta_sender::DeltaSender;
 pub use self::deployments::Deployment;
 pub(crate) use self::deployments::{Deployments, FALLBACK_AFTER};
 #[cfg(feature = "structured")]
@@ -62,7 +74,6 @@ pub(crate) use self::entry::FailedEntry;
 pub use self::estimate::TokenCounter;
 pub use self::retry_policy::Retry;
 pub use self::scope::Tally;
-pub(crate) use self::stream::DeltaSender;
 #[cfg(feature = "tiktoken")]
 pub use self::tiktoken::Tiktoken;
 

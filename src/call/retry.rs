@@ -75,6 +75,7 @@ fn next_step<'a>(call: &mut Call<'a>, permit: DeploymentPermit<'a>, error: Error
     {
         call.record_end(CallEnd::Failed(signature));
     }
+    // From here on `call` has no history, which `record_end` reads: it must come first. `judge` needs both.
     let history = call.history.take();
     let mut history = history.unwrap_or_else(|| Box::new(History::new(&stack.retry)));
     let rate = error.rate().cloned();

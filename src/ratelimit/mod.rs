@@ -20,7 +20,7 @@ mod limits;
 mod offers;
 mod pace;
 #[cfg(test)]
-mod properties;
+mod properties_tests;
 mod queue;
 mod scheduler;
 mod tenants;

@@ -2,7 +2,7 @@
 //!
 //! Postgres counts the scans of each table itself. So the test checks the statements as they are sent, with their plans
 //! for known and for unknown parameters, and needs no more rows than make a planner prefer an index. The plans of SQLite
-//! are checked beside the statements (`src/store/sqlite/plans.rs`), and this test measures their time.
+//! are checked beside the statements (`src/store/sqlite/plans_tests.rs`), and this test measures their time.
 //! The long form (`THROUGHLINE_LONG=1`) has a million items in both.
 #![cfg(all(feature = "sqlite", feature = "postgres", feature = "testing"))]
 

@@ -29,7 +29,8 @@ pub(in crate::call) enum NextStep {
     },
     /// The request is sent to another deployment at once.
     Elsewhere,
-    /// The request is sent again after this time. The call does not count as an attempt.
+    /// The request is sent again after this time; if it is zero, after the wait of its lane or the one that the provider
+    /// asks this call for, as the retry loop decides. The call does not count as an attempt.
     Refused { delay: Duration, error: Error },
     /// The request is sent again after this time.
     Retry { delay: Duration, error: Error },

@@ -1,8 +1,8 @@
 //! [`Postgres`]: the store in a Postgres database.
 
 mod queue;
-mod rows;
 mod schema;
+mod statements;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -146,7 +146,7 @@ async fn write_rows(commit: &Commit, executor: impl PgExecutor<'_>) -> sqlx::Res
     let errors = settlements
         .iter()
         .map(|s| s.result.as_ref().err().map(write_error));
-    let row = sqlx::query(rows::COMMIT)
+    let row = sqlx::query(statements::COMMIT)
         .bind(
             settlements
                 .iter()
@@ -218,7 +218,7 @@ async fn write_intents(intents: &[Intent], executor: impl PgExecutor<'_>) -> sql
     let by_name = intents.iter().map(|intent| (intent.name(), intent));
     let intents: BTreeMap<_, _> = by_name.collect();
     let names = || intents.keys();
-    let put = sqlx::query(rows::PUT_INTENTS)
+    let put = sqlx::query(statements::PUT_INTENTS)
         .bind(names().map(|name| name.item.0).collect::<Vec<_>>())
         .bind(names().map(|name| small(name.attempt)).collect::<Vec<_>>())
         .bind(
@@ -306,7 +306,7 @@ impl Inner {
         };
         let chunks: Vec<_> = run.items.chunks(ROWS).collect();
         let head = chunks.first().copied().unwrap_or_default();
-        let create = sqlx::query_scalar::<_, i64>(rows::CREATE_RUN)
+        let create = sqlx::query_scalar::<_, i64>(statements::CREATE_RUN)
             .bind(&run.tenant)
             .bind(&run.name)
             .bind(to_sql(run.items.len() as u64))
@@ -330,7 +330,7 @@ impl Inner {
         };
         for (i, chunk) in chunks.iter().enumerate().skip(1) {
             self.round_trips.fetch_add(1, Ordering::Relaxed);
-            let add = sqlx::query(rows::ADD_ITEMS)
+            let add = sqlx::query(statements::ADD_ITEMS)
                 .bind(id)
                 .bind(&run.tenant)
                 .bind(run.priority)
@@ -369,7 +369,7 @@ impl Inner {
     /// Executes a statement that cancels the items of a run or makes its failed items pending.
     async fn turn_run(&self, sql: &'static str, run: RunId) -> sqlx::Result<u64> {
         let mut transaction = self.begin().await?;
-        let turn = sqlx::query(rows::ONE_AT_A_TIME).bind(run.0);
+        let turn = sqlx::query(statements::ONE_AT_A_TIME).bind(run.0);
         turn.execute(&mut *transaction).await?;
         self.round_trips.fetch_add(1, Ordering::Relaxed);
         let items = sqlx::query_scalar(sql)
@@ -410,7 +410,7 @@ impl Store for Inner {
             if let Some(created) = retrying!(is_conflict, self.write_run(&run))? {
                 return Ok(created);
             }
-            let known = sqlx::query_scalar(rows::RUN_OF_KEY)
+            let known = sqlx::query_scalar(statements::RUN_OF_KEY)
                 .bind(&run.tenant)
                 .bind(&run.idempotency_key)
                 .fetch_optional(self.pool());
@@ -426,17 +426,17 @@ impl Store for Inner {
 
     async fn runs(&self, filter: RunFilter, limit: u32) -> Result<Vec<Run>> {
         if let Some(id) = filter.id {
-            let read = sqlx::query(rows::RUN_BY_ID).bind(id.0);
+            let read = sqlx::query(statements::RUN_BY_ID).bind(id.0);
             let found = read.fetch_all(self.pool()).await.map_err(failed)?;
-            return rows::selected_runs(&found, &filter, limit);
+            return statements::selected_runs(&found, &filter, limit);
         }
         let status = filter.status.map(|status| status.as_str());
         let tenant = filter.tenant.as_deref();
         let sql = match (tenant, status) {
-            (Some(_), Some(_)) => rows::RUNS_OF_BOTH,
-            (Some(_), None) => rows::RUNS_OF_TENANT,
-            (None, Some(_)) => rows::RUNS_OF_STATUS,
-            (None, None) => rows::RUNS,
+            (Some(_), Some(_)) => statements::RUNS_OF_BOTH,
+            (Some(_), None) => statements::RUNS_OF_TENANT,
+            (None, Some(_)) => statements::RUNS_OF_STATUS,
+            (None, None) => statements::RUNS,
         };
         let before = filter.before.map_or(i64::MAX, |run| run.0);
         let mut list = sqlx::query(sql).bind(before).bind(i64::from(limit));
@@ -444,32 +444,32 @@ impl Store for Inner {
             list = list.bind(word);
         }
         let found = list.fetch_all(self.pool()).await.map_err(failed)?;
-        each(&found, rows::run)
+        each(&found, statements::run)
     }
 
     async fn items(&self, run: RunId, from: u64, limit: u32) -> Result<Vec<Item>> {
-        let list = sqlx::query(rows::ITEMS)
+        let list = sqlx::query(statements::ITEMS)
             .bind(run.0)
             .bind(to_sql(from))
             .bind(i64::from(limit));
         let found = list.fetch_all(self.pool()).await.map_err(failed)?;
-        each(&found, |row| Ok(rows::item(row)?.0))
+        each(&found, |row| Ok(statements::item(row)?.0))
     }
 
     async fn log(&self, run: RunId, after: u64, limit: u32) -> Result<Vec<LogEntry>> {
-        let list = sqlx::query(rows::LOG)
+        let list = sqlx::query(statements::LOG)
             .bind(run.0)
             .bind(to_sql(after))
             .bind(i64::from(limit));
         let found = list.fetch_all(self.pool()).await.map_err(failed)?;
-        each(&found, rows::log_entry)
+        each(&found, statements::log_entry)
     }
 
     async fn generations(&self, tenant: &str, keys: &[MemoKey]) -> Result<Vec<Generation>> {
         let keys: Vec<_> = keys.iter().map(|key| &key.as_bytes()[..]).collect();
-        let look = sqlx::query(rows::GENERATIONS).bind(tenant).bind(keys);
+        let look = sqlx::query(statements::GENERATIONS).bind(tenant).bind(keys);
         let found = look.fetch_all(self.pool()).await.map_err(failed)?;
-        each(&found, |row| rows::generation(row, tenant))
+        each(&found, |row| statements::generation(row, tenant))
     }
 
     async fn commit(&self, commit: Commit) -> Result<Committed> {
@@ -482,8 +482,8 @@ impl Store for Inner {
 
     async fn intents(&self, filter: IntentFilter, limit: u32) -> Result<Vec<Intent>> {
         let sql = match filter.items {
-            Some(_) => rows::INTENTS_OF_ITEMS,
-            None => rows::INTENTS,
+            Some(_) => statements::INTENTS_OF_ITEMS,
+            None => statements::INTENTS,
         };
         let after = filter.after;
         let mut list = sqlx::query(sql)
@@ -496,20 +496,20 @@ impl Store for Inner {
             list = list.bind(items.iter().map(|item| item.0).collect::<Vec<_>>());
         }
         let found = list.fetch_all(self.pool()).await.map_err(failed)?;
-        each(&found, rows::intent)
+        each(&found, statements::intent)
     }
 
     async fn cancel(&self, run: RunId) -> Result<u64> {
-        retrying!(is_conflict, self.turn_run(rows::CANCEL, run))
+        retrying!(is_conflict, self.turn_run(statements::CANCEL, run))
     }
 
     async fn retry_failed(&self, run: RunId) -> Result<u64> {
-        retrying!(is_conflict, self.turn_run(rows::RETRY, run))
+        retrying!(is_conflict, self.turn_run(statements::RETRY, run))
     }
 
     async fn purge(&self, older_than: Duration, limit: u32) -> Result<Purged> {
         let row = retrying!(is_conflict, {
-            let purge = sqlx::query(rows::PURGE);
+            let purge = sqlx::query(statements::PURGE);
             let purge = purge
                 .bind(duration_millis(older_than))
                 .bind(i64::from(limit));

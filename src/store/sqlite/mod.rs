@@ -1,12 +1,12 @@
 //! [`Sqlite`]: the store in one SQLite file.
 
 #[cfg(test)]
-mod plans;
+mod plans_tests;
 mod queue;
-mod rows;
 mod schema;
+mod statements;
 #[cfg(test)]
-mod transactions;
+mod transactions_tests;
 mod write;
 
 use std::fmt;
@@ -335,14 +335,16 @@ impl Store for Inner {
         if let Some(id) = filter.id {
             let found = retrying!(
                 self.is_busy(),
-                sqlx::query(rows::RUN_BY_ID).bind(id.0).fetch_all(reader)
+                sqlx::query(statements::RUN_BY_ID)
+                    .bind(id.0)
+                    .fetch_all(reader)
             )?;
-            return rows::selected_runs(&found, &filter, limit);
+            return statements::selected_runs(&found, &filter, limit);
         }
         let sql = match (&filter.tenant, filter.status) {
-            (Some(_), _) => rows::RUNS_OF_TENANT,
-            (None, Some(_)) => rows::RUNS_OF_STATUS,
-            (None, None) => rows::RUNS,
+            (Some(_), _) => statements::RUNS_OF_TENANT,
+            (None, Some(_)) => statements::RUNS_OF_STATUS,
+            (None, None) => statements::RUNS,
         };
         let found = retrying!(
             self.is_busy(),
@@ -353,33 +355,33 @@ impl Store for Inner {
                 .bind(filter.status.map(|status| status.as_str()))
                 .fetch_all(reader)
         )?;
-        each(&found, rows::run)
+        each(&found, statements::run)
     }
 
     async fn items(&self, run: RunId, from: u64, limit: u32) -> Result<Vec<Item>> {
         let reader = self.reader()?;
         let found = retrying!(
             self.is_busy(),
-            sqlx::query(rows::ITEMS)
+            sqlx::query(statements::ITEMS)
                 .bind(run.0)
                 .bind(to_sql(from))
                 .bind(limit)
                 .fetch_all(reader)
         )?;
-        each(&found, |row| Ok(rows::item(row)?.0))
+        each(&found, |row| Ok(statements::item(row)?.0))
     }
 
     async fn log(&self, run: RunId, after: u64, limit: u32) -> Result<Vec<LogEntry>> {
         let reader = self.reader()?;
         let found = retrying!(
             self.is_busy(),
-            sqlx::query(rows::LOG)
+            sqlx::query(statements::LOG)
                 .bind(run.0)
                 .bind(to_sql(after))
                 .bind(limit)
                 .fetch_all(reader)
         )?;
-        each(&found, rows::log_entry)
+        each(&found, statements::log_entry)
     }
 
     async fn generations(&self, tenant: &str, keys: &[MemoKey]) -> Result<Vec<Generation>> {
@@ -388,12 +390,12 @@ impl Store for Inner {
         let keys = serde_json::to_string(&keys)?;
         let found = retrying!(
             self.is_busy(),
-            sqlx::query(rows::GENERATIONS)
+            sqlx::query(statements::GENERATIONS)
                 .bind(tenant)
                 .bind(&keys)
                 .fetch_all(reader)
         )?;
-        each(&found, |row| rows::generation(row, tenant))
+        each(&found, |row| statements::generation(row, tenant))
     }
 
     async fn commit(&self, commit: Commit) -> Result<Committed> {
@@ -407,8 +409,8 @@ impl Store for Inner {
     async fn intents(&self, filter: IntentFilter, limit: u32) -> Result<Vec<Intent>> {
         let reader = self.reader()?;
         let sql = match filter.items {
-            Some(_) => rows::INTENTS_OF_ITEMS,
-            None => rows::INTENTS,
+            Some(_) => statements::INTENTS_OF_ITEMS,
+            None => statements::INTENTS,
         };
         let items = serde_json::to_string(&filter.items)?;
         let after = filter.after;
@@ -424,7 +426,7 @@ impl Store for Inner {
                 .bind(&items)
                 .fetch_all(reader)
         )?;
-        each(&found, rows::intent)
+        each(&found, statements::intent)
     }
 
     async fn cancel(&self, run: RunId) -> Result<u64> {
@@ -440,7 +442,7 @@ impl Store for Inner {
         let write = async || {
             let mut transaction = self.begin().await?;
             let mut removed = [0; 2];
-            let purges = [rows::PURGE_RUNS, rows::PURGE_GENERATIONS];
+            let purges = [statements::PURGE_RUNS, statements::PURGE_GENERATIONS];
             for (removed, sql) in removed.iter_mut().zip(purges) {
                 let purge = sqlx::query(sql).bind(before).bind(limit);
                 *removed = purge.execute(&mut *transaction).await?.rows_affected();

@@ -7,7 +7,7 @@ use async_trait::async_trait;
 use serde_json::json;
 
 use super::write::{add_log, apply};
-use super::{Inner, first, now, rows};
+use super::{Inner, first, now, statements};
 use crate::error::Result;
 use crate::store::model::{Hold, Item, LeaseId, Reaped, RunId};
 use crate::store::sql::{each, retrying, write_error};
@@ -40,7 +40,7 @@ impl Queue for Inner {
     async fn heartbeat(&self, lease: LeaseId, ttl: Duration) -> Result<bool> {
         let write = async || {
             let mut transaction = self.begin().await?;
-            let beat = sqlx::query(rows::HEARTBEAT)
+            let beat = sqlx::query(statements::HEARTBEAT)
                 .bind(lease.0)
                 .bind(now() + duration_millis(ttl));
             let beaten = beat.execute(&mut *transaction).await?;
@@ -53,11 +53,11 @@ impl Queue for Inner {
     async fn retire(&self, lease: LeaseId) -> Result<u64> {
         let write = async || {
             let mut transaction = self.begin().await?;
-            sqlx::query(rows::RETIRE)
+            sqlx::query(statements::RETIRE)
                 .bind(lease.0)
                 .execute(&mut *transaction)
                 .await?;
-            let release = sqlx::query(rows::RETIRE_ITEMS).bind(lease.0);
+            let release = sqlx::query(statements::RETIRE_ITEMS).bind(lease.0);
             let released = release.execute(&mut *transaction).await?;
             transaction.commit().await?;
             Ok(released.rows_affected())
@@ -79,7 +79,7 @@ impl Queue for Inner {
         let names = json!(pipelines).to_string();
         retrying!(
             self.is_busy(),
-            sqlx::query_scalar(rows::SUSPECTS)
+            sqlx::query_scalar(statements::SUSPECTS)
                 .bind(&names)
                 .fetch_one(reader)
         )
@@ -93,7 +93,7 @@ impl Queue for Inner {
         let due = (!delay.is_zero()).then(|| now() + duration_millis(delay));
         let write = async || {
             let mut transaction = self.begin().await?;
-            let release = sqlx::query(rows::RELEASE)
+            let release = sqlx::query(statements::RELEASE)
                 .bind(&json)
                 .bind(due)
                 .bind(i64::from(!charge));
@@ -108,9 +108,11 @@ impl Queue for Inner {
         let reader = self.reader()?;
         let held = retrying!(
             self.is_busy(),
-            sqlx::query(rows::HELD).bind(lease.0).fetch_all(reader)
+            sqlx::query(statements::HELD)
+                .bind(lease.0)
+                .fetch_all(reader)
         )?;
-        each(&held, rows::hold)
+        each(&held, statements::hold)
     }
 
     async fn reap(&self) -> Result<Reaped> {
@@ -118,7 +120,7 @@ impl Queue for Inner {
         // Usually there is nothing to reap, and then the write lock is not taken.
         let anything = retrying!(
             self.is_busy(),
-            sqlx::query_scalar::<_, bool>(rows::ANYTHING_TO_REAP)
+            sqlx::query_scalar::<_, bool>(statements::ANYTHING_TO_REAP)
                 .bind(now())
                 .fetch_one(reader)
         )?;
@@ -139,12 +141,12 @@ impl Inner {
     ) -> sqlx::Result<Option<Vec<(Item, i32)>>> {
         let mut transaction = self.begin().await?;
         let now = now();
-        let live = sqlx::query(rows::LIVE).bind(lease.0).bind(now);
+        let live = sqlx::query(statements::LIVE).bind(lease.0).bind(now);
         if live.fetch_optional(&mut *transaction).await?.is_none() {
             transaction.commit().await?;
             return Ok(None);
         }
-        let take = sqlx::query(rows::CLAIM)
+        let take = sqlx::query(statements::CLAIM)
             .bind(lease.0)
             .bind(claim.limit)
             .bind(cursor)
@@ -153,14 +155,15 @@ impl Inner {
         let claimed = take.fetch_all(&mut *transaction).await?;
         let items: Vec<_> = claimed
             .iter()
-            .map(rows::item)
+            .map(statements::item)
             .collect::<sqlx::Result<_>>()?;
         if items.is_empty() {
             transaction.commit().await?;
             return Ok(Some(items));
         }
         let runs: BTreeSet<_> = items.iter().map(|(item, _)| item.run.0).collect();
-        let start = sqlx::query_as::<_, (i64, i64)>(rows::START_RUNS).bind(json!(runs).to_string());
+        let start =
+            sqlx::query_as::<_, (i64, i64)>(statements::START_RUNS).bind(json!(runs).to_string());
         let started = start.fetch_all(&mut *transaction).await?;
         if !started.is_empty() {
             let entry = || vec![("started".to_owned(), "{}".to_owned())];
@@ -177,17 +180,17 @@ impl Inner {
         let mut transaction = self.begin().await?;
         let now = now();
         let mut reaped = Reaped::default();
-        let dead = sqlx::query_scalar::<_, i64>(rows::REAP_LEASES).bind(now);
+        let dead = sqlx::query_scalar::<_, i64>(statements::REAP_LEASES).bind(now);
         let dead = dead.fetch_all(&mut *transaction).await?;
         if !dead.is_empty() {
             reaped.leases = dead.len() as u64;
             let dead = json!(dead).to_string();
-            let alone = sqlx::query_scalar::<_, i64>(rows::HELD_ALONE).bind(&dead);
+            let alone = sqlx::query_scalar::<_, i64>(statements::HELD_ALONE).bind(&dead);
             let alone = json!(alone.fetch_all(&mut *transaction).await?).to_string();
-            let requeue = sqlx::query(rows::REQUEUE).bind(&dead).bind(&alone);
+            let requeue = sqlx::query(statements::REQUEUE).bind(&dead).bind(&alone);
             reaped.requeued = requeue.execute(&mut *transaction).await?.rows_affected();
             let error = worker_died();
-            let give_up = sqlx::query(rows::GIVE_UP)
+            let give_up = sqlx::query(statements::GIVE_UP)
                 .bind(&alone)
                 .bind(write_error(&error));
             let mut changes = RunChanges::new();
@@ -200,7 +203,7 @@ impl Inner {
             }
             apply(changes, now, &mut transaction).await?;
         }
-        let due = sqlx::query(rows::LET_IN).bind(now);
+        let due = sqlx::query(statements::LET_IN).bind(now);
         reaped.due = due.execute(&mut *transaction).await?.rows_affected();
         transaction.commit().await?;
         Ok(reaped)

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use serde_json::json;
 use sqlx::{QueryBuilder, Sqlite as Db, SqliteConnection};
 
-use super::{Inner, first, now, rows};
+use super::{Inner, first, now, statements};
 use crate::store::inputs::{Commit, NewItem, NewRun, Settlement};
 use crate::store::model::{Committed, Created, Generation, Intent, ItemId, RunId, Status};
 use crate::store::sql::{small, to_sql, write_error};
@@ -89,7 +89,7 @@ impl Inner {
                 json!((intent.item.0, attempt, key, &intent.provider_ref))
             };
             let rows: Vec<_> = commit.intents.iter().map(row).collect();
-            let put = sqlx::query(rows::PUT_INTENTS).bind(json!(rows).to_string());
+            let put = sqlx::query(statements::PUT_INTENTS).bind(json!(rows).to_string());
             put.bind(now).execute(&mut *transaction).await?;
         }
         if !commit.ended_intents.is_empty() {
@@ -97,7 +97,7 @@ impl Inner {
             let names: Vec<_> = names
                 .map(|n| (n.item.0, small(n.attempt), n.key.to_string()))
                 .collect();
-            let end = sqlx::query(rows::END_INTENTS).bind(json!(names).to_string());
+            let end = sqlx::query(statements::END_INTENTS).bind(json!(names).to_string());
             end.execute(&mut *transaction).await?;
         }
         for settlements in commit.settlements.chunks(ROWS) {
@@ -120,13 +120,13 @@ impl Inner {
     pub(super) async fn write_cancel(&self, run: RunId) -> sqlx::Result<u64> {
         let now = now();
         let mut transaction = self.begin().await?;
-        let cancel = sqlx::query(rows::CANCEL_ITEMS).bind(run.0);
+        let cancel = sqlx::query(statements::CANCEL_ITEMS).bind(run.0);
         let stopped = cancel.execute(&mut *transaction).await?.rows_affected();
         if stopped == 0 {
             transaction.commit().await?;
             return Ok(0);
         }
-        let cancel = sqlx::query_scalar(rows::CANCEL_RUN);
+        let cancel = sqlx::query_scalar(statements::CANCEL_RUN);
         let cancel = cancel.bind(run.0).bind(to_sql(stopped)).bind(now);
         let last = cancel.fetch_one(&mut *transaction).await?;
         let cancelled = (
@@ -147,15 +147,15 @@ impl Inner {
             transaction.commit().await?;
             return Ok(0);
         }
-        let dismiss = sqlx::query(rows::RETRY_INTENTS).bind(run.0);
+        let dismiss = sqlx::query(statements::RETRY_INTENTS).bind(run.0);
         dismiss.execute(&mut *transaction).await?;
-        let retry = sqlx::query(rows::RETRY_ITEMS).bind(run.0);
+        let retry = sqlx::query(statements::RETRY_ITEMS).bind(run.0);
         let again = retry.execute(&mut *transaction).await?.rows_affected();
         if again == 0 {
             transaction.commit().await?;
             return Ok(0);
         }
-        let retry = sqlx::query_scalar(rows::RETRY_RUN)
+        let retry = sqlx::query_scalar(statements::RETRY_RUN)
             .bind(run.0)
             .bind(to_sql(again));
         let last = retry.fetch_one(&mut *transaction).await?;
@@ -284,7 +284,7 @@ pub(super) async fn apply(
             )
         })
         .collect();
-    let count = sqlx::query(rows::COUNT)
+    let count = sqlx::query(statements::COUNT)
         .bind(json!(deltas).to_string())
         .bind(now);
     let counted = count.fetch_all(&mut *connection).await?;
@@ -311,7 +311,9 @@ pub(super) async fn add_log(
     let entries = logs
         .into_iter()
         .flat_map(|(run, last, entries)| numbered(run, last, entries));
-    let add = sqlx::query(rows::ADD_LOG).bind(log_rows(entries)).bind(now);
+    let add = sqlx::query(statements::ADD_LOG)
+        .bind(log_rows(entries))
+        .bind(now);
     add.execute(connection).await?;
     Ok(())
 }

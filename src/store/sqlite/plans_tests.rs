@@ -3,7 +3,7 @@
 use sqlx::{AssertSqlSafe, Connection as _, Row as _, SqliteConnection};
 
 use super::Sqlite;
-use super::rows::*;
+use super::statements::*;
 use super::write::settle_statement;
 use crate::store::inputs::Settlement;
 use crate::store::model::{Hold, ItemId};

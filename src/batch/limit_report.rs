@@ -1,4 +1,4 @@
-//! [`OpenItems`]: reports when the parallelism of a batch is the limiting factor.
+//! [`LimitReport`]: reports when the parallelism of a batch is the limiting factor.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
@@ -10,7 +10,7 @@ use crate::context::Context;
 /// ([`Binding::OpenItems`]).
 ///
 /// [`Binding::OpenItems`]: crate::ratelimit::Binding::OpenItems
-pub(super) struct OpenItems {
+pub(super) struct LimitReport {
     batch: Context,
     /// The number of open items at which no other item may start.
     limit: usize,
@@ -22,7 +22,7 @@ pub(super) struct OpenItems {
     is_full: AtomicBool,
 }
 
-impl OpenItems {
+impl LimitReport {
     /// Counts the items of `batch`; `inputs` is the number of inputs, if it is known.
     pub(super) fn new(batch: Context, parallelism: Parallelism, inputs: Option<usize>) -> Self {
         let (limit, hold) = match parallelism {
@@ -60,7 +60,7 @@ impl OpenItems {
     }
 }
 
-impl Drop for OpenItems {
+impl Drop for LimitReport {
     fn drop(&mut self) {
         self.report(false);
     }

@@ -1,5 +1,5 @@
 //! The SQL statements. Each is one round trip, whatever the number of rows, and finds its rows by an index, which
-//! `plans.rs` checks. `NOT INDEXED` demands the primary key of the table. Without it SQLite reads a whole index if the
+//! `plans_tests.rs` checks. `NOT INDEXED` demands the primary key of the table. Without it SQLite reads a whole index if the
 //! statistics are older than the rows.
 
 use sqlx::sqlite::SqliteRow;
