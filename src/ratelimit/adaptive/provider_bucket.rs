@@ -14,6 +14,8 @@ const SECOND: Nanos = 1_000_000_000;
 const RESET_UNIT: f64 = 0.002;
 /// Some levels are rounded to thousands.
 const ROUND: u64 = 1_000;
+/// Readings of different windows of less than these seconds are not compared.
+const SHORT: f64 = 5.0;
 /// A contradiction counts as much as this many readings that agree.
 const CONTRADICTION: i32 = 4;
 const MOST_EVIDENCE: i32 = 8;
@@ -119,9 +121,11 @@ impl ProviderBucket {
         let expected = units / rate;
         let unit = self.reset_unit() + self.level_unit() / rate;
         let agrees = (longer - expected).abs() <= TOLERANCE * expected.abs() + unit;
-        // The difference of one unit may be that of a fraction.
-        let clear =
-            units.abs() >= 2.0 * self.level_unit() && expected.abs() >= 2.0 * self.reset_unit();
+        // The difference of one unit may be that of a fraction, and a short window looks like anything.
+        let holds = sample.left as f64 / rate + sample.reset_secs();
+        let clear = units.abs() >= 2.0 * self.level_unit()
+            && expected.abs() >= 2.0 * self.reset_unit()
+            && holds >= SHORT;
         let vote = match agrees {
             true if longer * expected > 0.0 && (same_window || clear) => 1,
             false if same_window && expected.abs() > 2.0 * unit => -CONTRADICTION,
