@@ -83,10 +83,16 @@ impl Report {
             tally.attempts, tally.throttled, tally.ambiguous
         );
         let rate = tally.attempts as f64 / took.as_secs_f64() * 60.0;
+        let share = 100.0 * rate / self.limit as f64;
+        // A provider that stores its limit while it is not used lets more through at first.
+        let stored = if share > 100.0 {
+            ", with what was stored"
+        } else {
+            ""
+        };
         println!(
-            "rate      {rate:.0} of {} requests per minute ({:.0} %)",
-            self.limit,
-            100.0 * rate / self.limit as f64
+            "rate      {rate:.0} of {} requests per minute ({share:.0} %{stored})",
+            self.limit
         );
         counts.latencies.sort_unstable();
         let latencies = &counts.latencies;
