@@ -5,10 +5,10 @@
 //! the factor: it is a time of the lane, not of the slower clock, because a bucket larger than the provider's
 //! forgets debts that the provider remembers.
 
-use super::adaptive::burst::Unread;
+use super::adaptive::burst::BareReply;
 use super::adaptive::contention::OwnUse;
 use super::adaptive::deferred::DeferredCharges;
-use super::adaptive::{LimitPolicies, LimitRefusal, PolicySet, Reading, headers};
+use super::adaptive::{LimitPolicies, LimitRefusal, PolicySet, Reading};
 use super::bucket::{Bucket, Nanos, Rate, nanos};
 use crate::usage::Quota;
 
@@ -67,6 +67,8 @@ pub(super) struct Answered {
     /// The number of grants before it, and before the next one.
     pub(super) order: u64,
     pub(super) next_order: u64,
+    /// The rate that the headers tell.
+    pub(super) advertised: Option<Rate>,
     /// The level that it left here when it was granted.
     pub(super) filled: Nanos,
     /// The units that it may get back when it ends.
@@ -336,7 +338,7 @@ impl Limit {
             next_order: call.next_order,
             left,
             reset: quota.reset.map(nanos),
-            limit: headers::per_minute(quota),
+            limit: call.advertised,
             known: self.rate(),
             level_then: call.filled.saturating_add(refundable),
             level: self.filled(now).saturating_add(refundable),
@@ -347,7 +349,6 @@ impl Limit {
                 largest: self.largest,
                 pace: self.rate().per_second() * self.rate_factor(),
             },
-            capacity: None,
         };
         let raise = self.policies.on_headers(&reading);
         self.resize(now);
@@ -357,11 +358,11 @@ impl Limit {
     }
 
     /// Learns from a reply without headers to the call of that `order`.
-    pub(super) fn on_unread(&mut self, now: Nanos, order: u64, next_order: u64) {
+    pub(super) fn on_bare_reply(&mut self, now: Nanos, order: u64, next_order: u64) {
         if self.source != Source::Configured {
             return;
         }
-        let reply = Unread {
+        let reply = BareReply {
             order,
             next_order,
             now,
@@ -369,7 +370,7 @@ impl Limit {
             burst: self.burst,
             call: self.average_call(),
         };
-        let raise = self.policies.stored_burst_mut().on_unread(&reply);
+        let raise = self.policies.stored_burst_mut().on_bare_reply(&reply);
         self.raise(now, raise as i64);
     }
 

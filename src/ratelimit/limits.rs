@@ -367,6 +367,7 @@ impl LimitSet {
                 let answered = Answered {
                     order: grant.order,
                     next_order,
+                    advertised,
                     filled,
                     refundable: match resource {
                         Resource::Requests => 0,
@@ -380,10 +381,10 @@ impl LimitSet {
         learned
     }
 
-    /// Learns from a reply that was answered.
+    /// Learns from the success of a call, where no headers tell what is left.
     pub(super) fn on_success(&mut self, now: Nanos, grant: &Grant, next_order: u64) {
         for (_, limit) in self.of_grant(grant) {
-            limit.on_unread(now, grant.order, next_order);
+            limit.on_bare_reply(now, grant.order, next_order);
         }
     }
 

@@ -4,7 +4,7 @@
 //! no call in the lane, needs no state: it would start as a new one does.
 
 use crate::ratelimit::bucket::{Bucket, Nanos, Rate};
-use crate::ratelimit::limits::Grant;
+use crate::ratelimit::limits::{Grant, Resource};
 use crate::ratelimit::queue::Map;
 use crate::ratelimit::types::{CallOutcome, Charge, Tenant, TenantId, TenantRates};
 
@@ -38,16 +38,10 @@ struct State {
     in_flight: usize,
 }
 
-fn tokens(charge: Charge) -> u64 {
-    charge.input.saturating_add(charge.output)
-}
-
 impl State {
-    fn buckets(&self) -> impl Iterator<Item = (&TenantBucket, fn(Charge) -> u64)> {
-        let one: fn(Charge) -> u64 = |_| 1;
-        let tokens: fn(Charge) -> u64 = tokens;
-        let requests = self.requests.as_ref().map(|it| (it, one));
-        let tokens = self.tokens.as_ref().map(|it| (it, tokens));
+    fn buckets(&self) -> impl Iterator<Item = (&TenantBucket, Resource)> {
+        let requests = self.requests.as_ref().map(|it| (it, Resource::Requests));
+        let tokens = self.tokens.as_ref().map(|it| (it, Resource::Tokens));
         requests.into_iter().chain(tokens)
     }
 
@@ -142,7 +136,10 @@ impl TenantLimits {
     pub(super) fn ready_at(&self, now: Nanos, tenant: TenantId, charge: Charge) -> Nanos {
         let state = self.tenants.get(&tenant);
         let buckets = state.into_iter().flat_map(State::buckets);
-        let times = buckets.map(|(it, of)| it.bucket.ready_at(now, it.most(of(charge))));
+        let times = buckets.map(|(it, resource)| {
+            let units = it.most(resource.of(charge));
+            it.bucket.ready_at(now, units)
+        });
         times.fold(now, Nanos::max)
     }
 
@@ -154,7 +151,7 @@ impl TenantLimits {
             it.bucket.take(now, 1);
         }
         if let Some(it) = &mut state.tokens {
-            it.bucket.take(now, it.most(tokens(charge)));
+            it.bucket.take(now, it.most(Resource::Tokens.of(charge)));
         }
         Some(id)
     }
@@ -165,15 +162,7 @@ impl TenantLimits {
         let state = state.expect("a tenant with a call in flight keeps its state");
         state.in_flight -= 1;
         let estimated = grant.charge;
-        let actual = match outcome {
-            CallOutcome::NotSent => None,
-            CallOutcome::Succeeded { usage } | CallOutcome::Failed { usage } => {
-                Some(usage.map_or(estimated, Charge::from))
-            }
-            CallOutcome::Abandoned => Some(estimated),
-            CallOutcome::Throttled { .. } => Some(Charge::default()),
-            CallOutcome::Overloaded { .. } => Some(estimated.on_admission()),
-        };
+        let actual = outcome.charge(estimated);
         let took = |it: &&mut TenantBucket| it.since <= grant.order;
         if let Some(it) = state.requests.as_mut().filter(took)
             && actual.is_none()
@@ -181,10 +170,13 @@ impl TenantLimits {
             it.bucket.refund(now, 1, grant.at);
         }
         if let Some(it) = state.tokens.as_mut().filter(took) {
-            let charged = it.most(tokens(estimated));
+            let charged = it.most(Resource::Tokens.of(estimated));
             match actual {
                 None => it.bucket.refund(now, charged, grant.at),
-                Some(actual) => it.bucket.settle(now, charged, it.most(tokens(actual))),
+                Some(actual) => {
+                    it.bucket
+                        .settle(now, charged, it.most(Resource::Tokens.of(actual)))
+                }
             }
         }
     }

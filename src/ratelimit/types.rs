@@ -381,6 +381,21 @@ impl Charge {
     }
 }
 
+impl CallOutcome {
+    /// Returns the charge of a call that was `estimated`; `None` if it was never sent.
+    pub(super) fn charge(&self, estimated: Charge) -> Option<Charge> {
+        match *self {
+            Self::NotSent => None,
+            Self::Succeeded { usage } | Self::Failed { usage } => {
+                Some(usage.map_or(estimated, Charge::from))
+            }
+            Self::Abandoned => Some(estimated),
+            Self::Throttled { .. } => Some(Charge::default()),
+            Self::Overloaded { .. } => Some(estimated.on_admission()),
+        }
+    }
+}
+
 impl From<&Need> for Charge {
     fn from(need: &Need) -> Self {
         Self {

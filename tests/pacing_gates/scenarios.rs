@@ -266,12 +266,12 @@ fn bursts() -> Vec<Cell> {
     // Calls of very different sizes leave a little more at the end.
     let [requests, tokens] = second;
     let second = [bars(requests, 1.01, 0.0), bars(tokens, 1.025, 0.0)];
-    let longer = [10, 30, 60].into_iter().flat_map(|seconds| {
-        let names = ["stores 10 s", "stores 30 s", "stores 60 s"];
-        let name = names[[10, 30, 60]
-            .iter()
-            .position(|s| *s == seconds)
-            .expect("one")];
+    let longer = [
+        ("stores 10 s", 10),
+        ("stores 30 s", 30),
+        ("stores 60 s", 60),
+    ];
+    let longer = longer.into_iter().flat_map(|(name, seconds)| {
         [Some(1.0), None].map(|configured| {
             bars(
                 stores(cell(name, configured, 600, 1_000), seconds),

@@ -24,8 +24,8 @@ const RATES: std::ops::Range<f64> = 0.98..2.2;
 
 #[derive(Debug, Clone, Copy, Default)]
 pub(in crate::ratelimit) struct StoredBurst {
-    /// Headers tell a level and a reset.
-    is_read: bool,
+    /// Whether headers tell a level and a reset.
+    has_headers: bool,
     bucket: ProviderBucket,
     /// The time in which the whole bucket of the provider flows in; zero while it is not known to be one.
     stored: Nanos,
@@ -55,9 +55,9 @@ struct Raise {
     by: Nanos,
 }
 
-/// A call that was answered without headers, and what its limit looks like.
+/// A reply without headers, and the state of the limit.
 #[derive(Debug, Clone, Copy)]
-pub(in crate::ratelimit) struct Unread {
+pub(in crate::ratelimit) struct BareReply {
     pub(in crate::ratelimit) order: u64,
     pub(in crate::ratelimit) next_order: u64,
     pub(in crate::ratelimit) now: Nanos,
@@ -117,7 +117,7 @@ impl StoredBurst {
         if reading.order >= self.peak_order {
             self.proven = self.proven.max(self.peak);
         }
-        self.is_read |= reading.reset.is_some();
+        self.has_headers |= reading.reset.is_some();
         if self.refuted {
             return 0;
         }
@@ -194,8 +194,8 @@ impl StoredBurst {
     }
 
     /// Learns from a reply without headers. Returns by how much the level of the lane should rise.
-    pub(in crate::ratelimit) fn on_unread(&mut self, reply: &Unread) -> Nanos {
-        if self.refuted || self.is_read || reply.order < self.last.order {
+    pub(in crate::ratelimit) fn on_bare_reply(&mut self, reply: &BareReply) -> Nanos {
+        if self.refuted || self.has_headers || reply.order < self.last.order {
             return 0;
         }
         let step = reply.call.saturating_mul(PROBE_STEP);
@@ -240,7 +240,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::ratelimit::adaptive::PolicySet;
+    use crate::ratelimit::adaptive::{PolicySet, headers};
     use crate::ratelimit::bucket::Rate;
     use crate::ratelimit::limit::{Answered, Burst, Cost, Limit, Refused, Source};
     use crate::request::Quota;
@@ -379,6 +379,7 @@ mod tests {
                 let answered = Answered {
                     order,
                     next_order: self.next,
+                    advertised: headers::per_minute(&quota),
                     filled,
                     refundable: 0,
                 };

@@ -81,8 +81,9 @@ impl ContentionDetector {
         };
     }
 
-    /// Adds a reading of the headers. Returns the level at the end of an interval.
-    pub(super) fn level(&mut self, reading: &Reading) -> Option<Level> {
+    /// Adds a reading of the headers. Returns the level at the end of an interval. `capacity` is the number of units that the
+    /// provider stores, where its limit is known to be a bucket that refills evenly.
+    pub(super) fn level(&mut self, reading: &Reading, capacity: Option<f64>) -> Option<Level> {
         let Reading { now, left, own, .. } = *reading;
         let limit = reading.limit?;
         if self.heard == 0 || now.saturating_sub(self.heard) > SILENCE {
@@ -108,7 +109,7 @@ impl ContentionDetector {
         // A debt does not show in a level of zero, and nothing flows into a full bucket.
         let between = 2.0 * flown / f64::from(readings);
         let full = |capacity: f64| most as f64 + between >= capacity;
-        let shown = self.left > 0 && reading.capacity.is_some_and(|capacity| !full(capacity));
+        let shown = self.left > 0 && capacity.is_some_and(|capacity| !full(capacity));
         if shown && others > (flown + own_units) * OTHERS + COARSE * own.largest as f64 {
             if most as f64 >= enough || !self.sees_others(now) {
                 self.share = own_units / (own_units + others);
@@ -181,7 +182,7 @@ mod tests {
                 pace,
             };
             let now = 100 * INTERVAL + INTERVAL / 2 * i as u64;
-            level = contention.level(&reading(now, *left, own));
+            level = contention.level(&reading(now, *left, own), None);
         }
         level
     }
@@ -204,7 +205,7 @@ mod tests {
                 largest: 1,
                 pace: 1.0,
             };
-            contention.level(&reading((100 + second) * INTERVAL, 0, own))
+            contention.level(&reading((100 + second) * INTERVAL, 0, own), None)
         };
         assert_eq!(read(0, 900), None);
         assert_eq!(read(1, 800), None, "nothing in sum");

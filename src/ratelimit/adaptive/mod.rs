@@ -126,8 +126,6 @@ pub(super) struct Reading {
     /// The burst of the limit while nothing is known of the provider's.
     pub(super) burst: Nanos,
     pub(super) own: OwnUse,
-    /// The units that the provider stores, where the readings so far are those of a bucket that refills evenly.
-    pub(super) capacity: Option<f64>,
 }
 
 #[cfg(test)]
@@ -147,7 +145,6 @@ impl Reading {
             call: 0,
             burst: 0,
             own,
-            capacity: None,
         }
     }
 }
@@ -229,14 +226,9 @@ impl LimitPolicies {
 
     /// Returns by how much the level of the lane should rise, or fall.
     pub(super) fn on_headers(&mut self, reading: &Reading) -> i64 {
-        let reading = &Reading {
-            capacity: self
-                .stored_burst
-                .stored()
-                .map(|time| time as f64 / 1e9 * reading.known.per_second()),
-            ..*reading
-        };
-        let level = self.contention.level(reading);
+        let stored = self.stored_burst.stored();
+        let capacity = stored.map(|time| time as f64 / 1e9 * reading.known.per_second());
+        let level = self.contention.level(reading, capacity);
         let untouched = self.controller.is_untouched();
         let reserve = self.contention.reserve(reading);
         let raise = self.stored_burst.on_headers(reading, untouched, reserve);

@@ -34,7 +34,7 @@ impl Sample {
     }
 }
 
-/// What the readings so far look like.
+/// How the provider keeps the limit, by the readings so far.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) enum Shape {
     Unclear,
@@ -45,9 +45,9 @@ pub(super) enum Shape {
     },
 }
 
-/// The last reading, understood.
+/// The state of the limit at the provider, by the last reading.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Understood {
+pub(super) struct Estimate {
     pub(super) shape: Shape,
     /// The rate of the provider, in units per second.
     pub(super) rate: f64,
@@ -72,7 +72,7 @@ pub(super) struct ProviderBucket {
 
 impl ProviderBucket {
     /// Adds a reading. `None` if it says nothing.
-    pub(super) fn read(&mut self, reading: &Reading) -> Option<Understood> {
+    pub(super) fn read(&mut self, reading: &Reading) -> Option<Estimate> {
         let sample = Sample {
             now: reading.now,
             left: reading.left,
@@ -101,7 +101,7 @@ impl ProviderBucket {
                 }
             }
         };
-        Some(Understood { shape, rate, left })
+        Some(Estimate { shape, rate, left })
     }
 
     /// Compares a reading with an earlier one: whether it looks like a bucket or like a window.

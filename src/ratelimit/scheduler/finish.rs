@@ -102,19 +102,15 @@ impl<W: Clone> Scheduler<W> {
         if let Some(headers) = headers.filter(|_| !settles_first) {
             events = self.apply_headers(now, &grant, grant.charge, headers);
         }
+        match outcome.charge(estimated) {
+            None => self.limits.refund(now, &grant),
+            Some(actual) => self.limits.settle(now, &grant, actual),
+        }
         match outcome {
-            CallOutcome::NotSent => self.limits.refund(now, &grant),
-            CallOutcome::Abandoned | CallOutcome::Failed { usage: None } => {
-                self.limits.settle(now, &grant, estimated);
-            }
-            CallOutcome::Failed { usage: Some(usage) } => {
-                self.limits.settle(now, &grant, usage.into());
-            }
+            CallOutcome::NotSent | CallOutcome::Abandoned | CallOutcome::Failed { .. } => {}
             CallOutcome::Succeeded { usage } => {
-                let actual = usage.map_or(estimated, Charge::from);
-                self.limits.settle(now, &grant, actual);
-                if usage.is_some() && estimated.output_deferred {
-                    self.limits.record_answer(now, &grant, actual);
+                if let Some(usage) = usage.filter(|_| estimated.output_deferred) {
+                    self.limits.record_answer(now, &grant, usage.into());
                 }
                 self.cooldown.record_success(grant.at);
                 self.concurrency
@@ -123,7 +119,6 @@ impl<W: Clone> Scheduler<W> {
             }
             CallOutcome::Throttled { wait } => {
                 self.throttled += 1;
-                self.limits.settle(now, &grant, Charge::default());
                 if self.throttle(now, &grant, wait, &mut events) {
                     self.start_cooldown(now, grant.at, wait, LONGEST_THROTTLE, &mut events);
                 }
@@ -133,7 +128,6 @@ impl<W: Clone> Scheduler<W> {
             }
             CallOutcome::Overloaded { wait } => {
                 self.overloaded += 1;
-                self.limits.settle(now, &grant, estimated.on_admission());
                 if self.overload(now, &grant, &mut events) {
                     self.start_cooldown(now, grant.at, wait, LONGEST_OVERLOAD, &mut events);
                 }
